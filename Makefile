@@ -1,0 +1,39 @@
+# Every target sets up what it needs by itself (tools/setup); `make setup` is there for those who like to do it apart.
+
+SHELL := /bin/bash
+AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+# -B: no compiled files of root's in a user's tree
+PYTHON := .venv/bin/python -B
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-pure lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: ## install what is missing: system packages (through sudo), .venv
+	@tools/setup
+
+demo: ## client, relay and server on this one machine: DNS and HTTP through the relay, step by step
+	@tools/setup --group run
+	@$(AS_ROOT) $(PYTHON) -m krelay demo
+
+test: ## all checks: ruff, mypy, the tests; those in network namespaces through sudo
+	@tools/setup --group test
+	@tools/check
+
+test-pure: ## the tests that need neither root nor namespaces
+	@tools/setup --group test
+	@tools/check --pure
+
+lint: ## ruff, its format, mypy
+	@tools/setup --group test
+	@tools/check --lint
+
+bench: ## the benchmarks, in network namespaces, as root
+	@tools/setup --group bench
+	@$(AS_ROOT) $(PYTHON) -m benchmarks
+
+clean: ## remove .venv and all caches
+	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

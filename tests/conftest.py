@@ -1,0 +1,146 @@
+"""What all tests share: which of them this machine can run, and a guard over the host they run on.
+
+Tests marked `net` build their own network namespaces. Two things could go wrong without anyone
+seeing it: that they don't run at all, and that they change the host's own network. So the first
+is told with its reason, and the second is looked for: rules, links, addresses, routes, namespaces
+and /run are written down before the first test and compared after the last. The comparison waits
+a little, because the kernel takes links of a dead namespace away in its own time; what is still
+different then is an error of the run.
+"""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A shared machine may be slow at any moment, so no example has a deadline (pytest-timeout holds the
+# whole test); and a run of CI that is repeated does the same again.
+settings.register_profile("krelay", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("krelay")
+
+SETTLE = 5.0  # seconds
+
+BIND_A_QUEUE = (
+    "from netfilterqueue import NetfilterQueue as Q; q = Q(); q.bind(0, print); q.unbind()"
+)
+
+# Each command prints a part of the host's network that no test may change.
+HOST = {
+    "links": ("ip", "-o", "link"),
+    "addresses": ("ip", "-o", "addr"),
+    "routes": ("ip", "-o", "-4", "route", "show", "table", "all"),
+    "routing rules": ("ip", "-o", "rule"),
+    "namespaces": ("ip", "netns", "list"),
+    "forwarding": ("sysctl", "-n", "net.ipv4.ip_forward"),
+    "iptables rules": ("iptables-save",),
+    "nftables rules": ("nft", "list", "ruleset"),
+}
+
+# Parts of those lines that move by themselves: counters, lifetimes, the time of day.
+RESTLESS = re.compile(
+    r"\[\d+:\d+\]"
+    r"|packets \d+ bytes \d+"
+    r"|(?:valid|preferred)_lft \S+"
+    r"|expires \S+"
+    r"|^#.*",
+    re.MULTILINE,
+)
+
+
+def _failure(command: tuple[str, ...]) -> str | None:
+    """Why this command fails, in one line, or None if it doesn't."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+
+
+@functools.cache
+def why_no_net() -> str | None:
+    """The reason why this machine can't run `net` tests, or None if it can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if reason := _failure(("unshare", "-n", "true")):
+        return f"no network namespace can be made here: {reason}"
+    if reason := _failure(("unshare", "-n", sys.executable, "-c", BIND_A_QUEUE)):
+        return f"no netfilter queue can be bound here: {reason}"
+    return None
+
+
+@functools.cache
+def why_no_vm() -> str | None:
+    """The reason why this machine can't run `vm` tests, or None if it can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "/dev/kvm is not there or not ours to open"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark, why_not in (("net", why_no_net), ("vm", why_no_vm)):
+        if item.get_closest_marker(mark) and (reason := why_not()):
+            pytest.skip(reason)
+
+
+def _printed(command: tuple[str, ...]) -> frozenset[str]:
+    """The lines this command prints, without their restless parts; none if it isn't installed."""
+    if shutil.which(command[0]) is None:
+        return frozenset()
+    text = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    return frozenset(line.strip() for line in RESTLESS.sub("", text).splitlines() if line.strip())
+
+
+def host_network() -> dict[str, frozenset[str]]:
+    """The host's network as it is now: part -> lines."""
+    host = {part: _printed(command) for part, command in HOST.items()}
+    host["files"] = frozenset(
+        str(path)
+        for top in Path("/run").glob("krelay*")
+        for path in (top, *(top.rglob("*") if top.is_dir() else ()))
+    )
+    return host
+
+
+def differences(
+    before: Mapping[str, frozenset[str]], after: Mapping[str, frozenset[str]]
+) -> list[str]:
+    """One line for each line that came (+) or went (-), with the part it belongs to."""
+    return [
+        f"{part}: {sign} {line}"
+        for part in before
+        for sign, lines in (
+            ("+", after[part] - before[part]),
+            ("-", before[part] - after[part]),
+        )
+        for line in sorted(lines)
+    ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def host_network_stays_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails the run, after its last test, if `net` tests left a trace on the host's own network."""
+    needs_net = any(item.get_closest_marker("net") for item in request.session.items)
+    if not needs_net or why_no_net():
+        yield
+        return
+    before = host_network()
+    yield
+    give_up = time.monotonic() + SETTLE
+    while (changed := differences(before, host_network())) and time.monotonic() < give_up:
+        time.sleep(0.1)
+    if changed:
+        pytest.fail(
+            "the tests changed the host's own network:\n  " + "\n  ".join(changed), pytrace=False
+        )
