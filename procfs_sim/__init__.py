@@ -1,0 +1,69 @@
+"""procfs_sim: a tree of small files that behaves like procfs, and is krelay's configuration.
+
+    tree    names, defaults, texts: what is accepted and what it means   (pure)
+    state   texts in; values in force, reasons, files to show out        (pure)
+    -----------------------------------------------------------------------
+    ondisk  real files and inotify                                       the thin shell
+
+It imports nothing of the other packages.  The daemon writes the tree; tcp-relay follows `gport` in
+it by itself:
+
+
+    with TreeWatcher(root) as watcher:  # before the first reading, so that nothing is missed
+        outcome = state.written(tree.read_all(), now)
+        tree.write_back(outcome)
+        ...  # and whenever watcher.fileno() is readable:
+        outcome = state.written(watcher.changes(), now)
+        tree.write_back(outcome)
+"""
+
+from procfs_sim.ondisk import FileTree, TreeWatcher
+from procfs_sim.state import (
+    EMPTY_GRACE,
+    HostCheck,
+    Outcome,
+    TreeState,
+    applied_text,
+    errors_text,
+    no_host_check,
+)
+from procfs_sim.tree import (
+    DEFAULT_ROOT,
+    DEFAULTS,
+    ROOT_VARIABLE,
+    SETTINGS,
+    STATUS,
+    Config,
+    Refused,
+    Service,
+    Setting,
+    in_force,
+    parse,
+    port,
+    render,
+)
+
+__all__ = [
+    "DEFAULTS",
+    "DEFAULT_ROOT",
+    "EMPTY_GRACE",
+    "ROOT_VARIABLE",
+    "SETTINGS",
+    "STATUS",
+    "Config",
+    "FileTree",
+    "HostCheck",
+    "Outcome",
+    "Refused",
+    "Service",
+    "Setting",
+    "TreeState",
+    "TreeWatcher",
+    "applied_text",
+    "errors_text",
+    "in_force",
+    "no_host_check",
+    "parse",
+    "port",
+    "render",
+]

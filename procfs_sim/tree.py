@@ -1,0 +1,300 @@
+"""The names, defaults and texts of the file tree: what may stand in each file and what it means.
+
+Each setting is one row of a table: the file, the field of Config that it fills, how its text is
+read, how its value is written, and what is accepted.  Rules that one text can break live in the
+readers; the one rule between two files of the tree is `conflicts`.  Rules of the host (is that
+address ours? is that port taken?) are not known here; state.py is handed them.  Every value has one
+canonical text, so that "the file shows the value in force" is a comparison.
+
+    >>> parse("services", "tcp/8000-8100")
+    (Service(proto='tcp', first=8000, last=8100, forced=False),)
+    >>> render("services", parse("services", "udp/053  tcp/80-80"))
+    'udp/53 tcp/80'
+    >>> parse("gport", "abc")
+    Traceback (most recent call last):
+    procfs_sim.tree.Refused: 'abc' is not a port (1-65535)
+"""
+
+import re
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from ipaddress import AddressValueError, IPv4Address
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self
+
+DEFAULT_ROOT = "/run/krelay"
+ROOT_VARIABLE = "KRELAY_ROOT"
+"""The environment variable that moves the tree elsewhere."""
+
+STATUS = ("status/state", "status/applied", "status/errors")
+DIRECTORIES = ("timeouts", "limits", "status")
+
+MAX_PORT = 0xFFFF
+MAX_SECONDS = 604800
+MAX_ROWS = 1_000_000
+MAX_SHOWN = 60
+"""Characters of a refused text that its reason repeats."""
+
+SSH = 22
+BLANKS = " \t\r\n\v\f"
+
+
+class Refused(ValueError):
+    """A text that is not accepted.  Its message is the reason, in one printable line."""
+
+
+class Service(NamedTuple):
+    """A protocol and its ports, `first` to `last` inclusive; `forced` if written with `!`."""
+
+    proto: str
+    first: int
+    last: int
+    forced: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `tcp/80`, `udp/5000-5010` or `tcp/22!`.  Raises Refused.
+
+        tcp/22 must be forced, alone or inside a range: relaying it cuts off who administers the
+        relay.
+        """
+        match = _SERVICE.fullmatch(text)
+        if match is None:
+            raise Refused(f"{shown(text)} is not a service (like tcp/80, udp/53 or tcp/8000-8100)")
+        proto, low, high, mark = match.groups()
+        first = int(low)
+        last = first if high is None else int(high)
+        if not (1 <= first <= MAX_PORT and 1 <= last <= MAX_PORT):
+            raise Refused(f"{shown(text)} has a port that is not in 1-{MAX_PORT}")
+        if first > last:
+            raise Refused(f"{shown(text)} runs backwards; write {proto}/{last}-{first}")
+        service = cls(proto, first, last, mark == "!")
+        if service.contains("tcp", SSH) and not service.forced:
+            raise Refused(
+                f"{shown(text)} would relay ssh, tcp/{SSH}; write {service}! if you mean it"
+            )
+        return service
+
+    def contains(self, proto: str, port: int) -> bool:
+        """Whether that port of that protocol is among these."""
+        return proto == self.proto and self.first <= port <= self.last
+
+    def overlaps(self, other: "Service") -> bool:
+        """Whether a port is in both."""
+        same = self.proto == other.proto
+        return same and self.first <= other.last and other.first <= self.last
+
+    def __str__(self) -> str:
+        ports = f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
+        return f"{self.proto}/{ports}{'!' * self.forced}"
+
+
+_SERVICE = re.compile(r"(tcp|udp)/([0-9]{1,9})(?:-([0-9]{1,9}))?(!?)")
+
+
+_SERVER = IPv4Address("192.168.0.10")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The values of all settings at one time.  The field of `timeouts/udp` is `timeouts_udp`."""
+
+    gport: int = 16000
+    real_ip: IPv4Address = _SERVER
+    start: bool = False
+    services: tuple[Service, ...] = (
+        Service("tcp", 80, 80),
+        Service("tcp", 443, 443),
+        Service("udp", 53, 53),
+        Service("tcp", 53, 53),
+    )
+    source: str = "client"
+    timeouts_udp: int = 300
+    """Seconds, like all timeouts."""
+    timeouts_udp_dns: int = 20
+    timeouts_tcp_transitory: int = 240
+    """RFC 5382 REQ-5: four minutes at least."""
+    timeouts_tcp_established: int = 7440
+    """RFC 5382 REQ-5: two hours and four minutes at least."""
+    limits_flows: int = 65536
+    limits_flows_per_client: int = 4096
+
+    def serves(self, proto: str, port: int) -> bool:
+        """Whether that port of that protocol is relayed."""
+        return any(service.contains(proto, port) for service in self.services)
+
+
+DEFAULTS = Config()
+
+
+class Setting(NamedTuple):
+    """One settings file."""
+
+    name: str
+    read: Callable[[str], Any]
+    write: Callable[[Any], str]
+    accepted: str
+    """For people: which texts are taken."""
+
+    @property
+    def field(self) -> str:
+        """The field of Config."""
+        return self.name.replace("/", "_")
+
+
+def port(text: str) -> int:
+    """A port number.  Raises Refused."""
+    return _number(text, MAX_PORT, "a port")
+
+
+def server(text: str) -> IPv4Address:
+    """An address that a server can have.  Raises Refused.
+
+    The refused blocks are those of RFC 6890 that no host has; private and link-local addresses are
+    fine.
+    """
+    try:
+        address = IPv4Address(text)
+    except AddressValueError:
+        raise Refused(f"{shown(text)} is not an IPv4 address") from None
+    for wrong, kind in (
+        (address == _BROADCAST, "the broadcast address"),
+        (address.packed[0] == 0, "an unspecified address (0.0.0.0/8)"),
+        (address.is_loopback, "a loopback address (127.0.0.0/8)"),
+        (address.is_multicast, "a multicast address (224.0.0.0/4)"),
+        (address.is_reserved, "a class E address (240.0.0.0/4)"),
+    ):
+        if wrong:
+            raise Refused(f"{shown(text)} is {kind}, no server has it")
+    return address
+
+
+_BROADCAST = IPv4Address("255.255.255.255")
+
+
+def services(text: str) -> tuple[Service, ...]:
+    """One service or more, in the order written; one written twice counts once.  Raises Refused.
+
+    Services that overlap without being the same are refused: the packet filter's sets refuse them
+    too.
+    """
+    found = tuple(dict.fromkeys(Service.parse(word) for word in words(text)))
+    if not found:
+        raise Refused(f"{shown(text)} names no service (like tcp/80, udp/53 or tcp/8000-8100)")
+    by_port = sorted(found)
+    for one, next_one in pairwise(by_port):
+        if one.overlaps(next_one):
+            raise Refused(f"'{one}' and '{next_one}' overlap; write one range")
+    return found
+
+
+def words(text: str) -> list[str]:
+    """The words between blanks and newlines (the ASCII ones: no other blank is one here)."""
+    return _WORD.findall(text)
+
+
+_WORD = re.compile(f"[^{BLANKS}]+")
+
+
+def _seconds(text: str) -> int:
+    return _number(text, MAX_SECONDS, "a number of seconds")
+
+
+def _rows(text: str) -> int:
+    return _number(text, MAX_ROWS, "a number of rows")
+
+
+def _number(text: str, high: int, what: str) -> int:
+    # int() alone would take '+5', '1_0' and the digits of other scripts, and choke on very long
+    # ones.
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else 0
+    if not 1 <= number <= high:
+        raise Refused(f"{shown(text)} is not {what} (1-{high})")
+    return number
+
+
+def _flag(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise Refused(f"{shown(text)} is neither 0 nor 1")
+    return text == "1"
+
+
+def _source(text: str) -> str:
+    if text not in ("client", "relay"):
+        raise Refused(f"{shown(text)} is neither client nor relay")
+    return text
+
+
+def _list(found: tuple[Service, ...]) -> str:
+    return " ".join(map(str, found))
+
+
+def _bit(flag: bool) -> str:
+    return str(int(flag))
+
+
+# fmt: off
+_TABLE = (
+    Setting("gport",                    port,     str,   "a port, 1-65535, not a relayed tcp port"),
+    Setting("real_ip",                  server,   str,   "an IPv4 address, not this host's own"),
+    Setting("start",                    _flag,    _bit,  "1 relay, 0 don't"),
+    Setting("services",                 services, _list, "like tcp/80 udp/53 tcp/81-99 tcp/22!"),
+    Setting("source",                   _source,  str,   "client or relay"),
+    Setting("timeouts/udp",             _seconds, str,   "seconds, 1-604800"),
+    Setting("timeouts/udp_dns",         _seconds, str,   "seconds, 1-604800"),
+    Setting("timeouts/tcp_transitory",  _seconds, str,   "seconds, 1-604800"),
+    Setting("timeouts/tcp_established", _seconds, str,   "seconds, 1-604800"),
+    Setting("limits/flows",             _rows,    str,   "rows, 1-1000000"),
+    Setting("limits/flows_per_client",  _rows,    str,   "rows, 1-1000000"),
+)
+# fmt: on
+SETTINGS: Mapping[str, Setting] = MappingProxyType({row.name: row for row in _TABLE})
+"""All settings by the names of their files, in the order in which they are shown and judged."""
+
+
+def parse(name: str, text: str) -> Any:
+    """The value that `text` stands for in the file `name`; blanks around it don't matter.
+
+    Raises Refused, and nothing else, for a text that is not accepted; KeyError if there is no such
+    setting.
+    """
+    return SETTINGS[name].read(text.strip(BLANKS))
+
+
+def render(name: str, value: Any) -> str:
+    """The canonical text of a value, without a newline: `parse` gives the value back."""
+    return SETTINGS[name].write(value)
+
+
+def in_force(name: str, config: Config) -> str:
+    """The canonical text of the file `name` under `config`, without a newline."""
+    return render(name, getattr(config, SETTINGS[name].field))
+
+
+def conflicts(config: Config, changed: Collection[str]) -> dict[str, str]:
+    """The rule between files: the gateway port is no relayed service.
+
+    Name -> reason, for those of the two that changed.
+
+    Only tcp counts: the relay daemon listens on tcp, and a relayed udp port of the same number
+    meets nobody.
+    """
+    for service in config.services:
+        if service.contains("tcp", config.gport):
+            reasons = {
+                "gport": f"'{config.gport}' is a relayed service port ({service})",
+                "services": f"'{service}' holds the gateway port, {config.gport}",
+            }
+            return {name: reason for name, reason in reasons.items() if name in changed}
+    return {}
+
+
+def shown(text: str) -> str:
+    """A text as a reason repeats it: quoted, in one line, printable, and short."""
+    return _SHORT.repr(text)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = MAX_SHOWN

@@ -1,0 +1,568 @@
+"""Real files and the real inotify: what shells, editors and careless people do to the tree."""
+
+import fcntl
+import os
+import select
+import signal
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from procfs_sim import ondisk
+from procfs_sim.ondisk import MAX_TEXT, FileTree, TreeWatcher
+from procfs_sim.state import TreeState
+from procfs_sim.tree import DEFAULTS, SETTINGS, STATUS, in_force
+
+BOUND = 10.0
+"""Seconds after which a condition that doesn't come is a failure."""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> FileTree:
+    tree = FileTree(tmp_path / "krelay")
+    tree.create()
+    return tree
+
+
+@pytest.fixture
+def watcher(tree: FileTree) -> Iterator[TreeWatcher]:
+    with TreeWatcher(tree.root) as watcher:
+        yield watcher
+
+
+def shell(tree: FileTree, command: str) -> None:
+    subprocess.run(["sh", "-ec", command], cwd=tree.root, check=True, timeout=BOUND)
+
+
+class Keeper:
+    """The daemon's part: judge what changes and write back."""
+
+    def __init__(self, tree: FileTree, watcher: TreeWatcher) -> None:
+        self.tree, self.watcher, self.state = tree, watcher, TreeState()
+
+    def step(self, timeout: float = 0) -> bool:
+        """False if there was nothing to do within `timeout`."""
+        if not select.select([self.watcher.fileno()], [], [], timeout)[0]:
+            return False
+        self.tree.write_back(self.state.written(self.watcher.changes(), time.monotonic()))
+        return True
+
+    def settle(self) -> None:
+        """All that is under way, and the grace of what is empty."""
+        for _ in range(1000):
+            if not self.step():
+                outcome = self.state.on_time(time.monotonic() + 2)
+                self.tree.write_back(outcome)
+                if not outcome.show:
+                    return
+        pytest.fail("does not settle")
+
+    def differing(self) -> dict[str, str | None]:
+        """Files that don't show the value in force."""
+        return {
+            name: text
+            for name, text in self.tree.read_all().items()
+            if text is None or text.strip() != in_force(name, self.state.config)
+        }
+
+
+@pytest.fixture
+def keeper(tree: FileTree, watcher: TreeWatcher) -> Keeper:
+    return Keeper(tree, watcher)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# Creating and reading
+
+
+def test_a_new_tree_has_the_defaults_and_its_modes_whatever_the_umask(tmp_path: Path) -> None:
+    tree = FileTree(tmp_path / "run" / "krelay")
+    before = os.umask(0o077)
+    try:
+        tree.create()
+        tree.publish("status/state", "stopped\n")
+    finally:
+        os.umask(before)
+
+    assert tree.read_all() == {n: in_force(n, DEFAULTS) + "\n" for n in SETTINGS}
+    assert {mode(tree.root / name) for name in (*SETTINGS, "status/state")} == {0o644}
+    assert {mode(tree.root / name) for name in ("", "timeouts", "limits", "status")} == {0o755}
+
+
+def test_creating_again_honours_what_is_there(tree: FileTree) -> None:
+    shell(tree, "echo 17000 > gport; rm start")
+
+    tree.create()
+
+    assert tree.read("gport") == "17000\n"
+    assert tree.read("start") == "0\n"
+
+
+def test_a_tree_that_can_not_be_made_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    for root in (tmp_path / "file", tmp_path / "file" / "krelay"):
+        with pytest.raises(NotADirectoryError):
+            FileTree(root).create()
+        assert FileTree(root).read("gport") is None
+
+
+def test_a_watcher_without_a_tree_says_so_and_leaves_no_descriptor(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    with pytest.raises(FileNotFoundError):
+        TreeWatcher(tmp_path / "krelay")
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_strange_content_is_text_of_bounded_length(tree: FileTree) -> None:
+    (tree.root / "gport").write_bytes(b"\xff\x00" + b"x" * MAX_TEXT)
+
+    text = tree.read("gport")
+
+    assert text is not None
+    assert text.startswith("\ufffd\x00x")
+    assert len(text) == MAX_TEXT
+
+
+STRANGE = {
+    "a directory": "mkdir gport",
+    "a fifo": "mkfifo gport",
+    "a symbolic link": "ln -s start gport",
+    "a dangling link": "ln -s nowhere gport",
+}
+
+
+@pytest.mark.parametrize("command", STRANGE.values(), ids=STRANGE)
+def test_what_is_no_file_reads_as_a_refused_text_and_is_replaced(
+    tree: FileTree, keeper: Keeper, command: str
+) -> None:
+    shell(tree, f"rm gport; {command}")
+    assert tree.read("gport") == "(not a regular file)"
+
+    keeper.settle()
+
+    assert keeper.differing() == {}
+    assert (tree.root / "gport").is_file()
+    assert not (tree.root / "gport").is_symlink()
+    assert tree.read("start") == "0\n"
+
+
+def test_a_directory_with_files_in_it_is_left_alone_without_a_circle(
+    tree: FileTree, keeper: Keeper
+) -> None:
+    shell(tree, "rm gport; mkdir gport; touch gport/mine")
+
+    keeper.settle()
+
+    assert (tree.root / "gport" / "mine").exists()
+    assert list(keeper.state.errors) == ["gport"]
+
+
+# Writing
+
+
+def test_show_writes_in_place_so_that_an_open_descriptor_stays_valid(tree: FileTree) -> None:
+    inode = (tree.root / "real_ip").stat().st_ino
+    with (tree.root / "real_ip").open() as reader:
+        tree.show("real_ip", "1.1.1.1\n")
+
+        assert reader.read() == "1.1.1.1\n"
+    assert (tree.root / "real_ip").stat().st_ino == inode
+    tree.show("real_ip", "192.168.100.100\n")
+    assert tree.read("real_ip") == "192.168.100.100\n"
+
+
+def test_show_recreates_what_is_gone(tree: FileTree) -> None:
+    shell(tree, "rm gport start; mkdir start")
+
+    tree.show("gport", "17000\n")
+    tree.show("start", "1\n")
+
+    assert (tree.read("gport"), tree.read("start")) == ("17000\n", "1\n")
+
+
+def test_readers_see_the_old_text_or_the_new_one_and_nothing_between(tree: FileTree) -> None:
+    texts, seen, stop = ("10.0.0.1\n", "192.168.100.100\n"), set(), threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.add((tree.root / "real_ip").read_text())
+            stop.wait(0.0005)
+
+    reader = threading.Thread(target=read)
+    tree.show("real_ip", texts[0])
+    reader.start()
+    for turn in range(500):
+        tree.show("real_ip", texts[turn % 2])
+    stop.set()
+    reader.join(BOUND)
+
+    assert seen == set(texts)
+
+
+def test_show_if_leaves_a_newer_text_alone(tree: FileTree, watcher: TreeWatcher) -> None:
+    shell(tree, "echo 17000 > gport")
+    watcher.changes()
+
+    assert not tree.show_if("gport", "abc\n", "16000\n")
+
+    assert tree.read("gport") == "17000\n"
+    assert watcher.changes() == {}
+
+
+def test_show_if_recreates_what_is_still_gone_only(tree: FileTree) -> None:
+    assert not tree.show_if("gport", None, "1\n")
+    (tree.root / "gport").unlink()
+    assert not tree.show_if("gport", "16000\n", "1\n")
+    assert tree.show_if("gport", None, "16000\n")
+    assert tree.read("gport") == "16000\n"
+
+
+def test_show_if_waits_for_a_writer_but_not_for_a_reader(
+    tree: FileTree, watcher: TreeWatcher
+) -> None:
+    with (tree.root / "gport").open("r+"):
+        assert tree.has_writer("gport")
+        assert not tree.show_if("gport", "16000\n", "1\n")
+        assert watcher.changes() == {}
+    with (tree.root / "gport").open() as reader:
+        assert tree.has_writer("gport") is False
+        assert tree.show_if("gport", "16000\n", "1\n")
+        assert reader.read() == "1\n"
+
+
+def test_without_leases_the_text_alone_decides(
+    tree: FileTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_lease(fd: int, kind: int) -> None:
+        return None
+
+    monkeypatch.setattr(ondisk, "_lease", no_lease)
+
+    assert tree.has_writer("gport") is None
+    assert tree.show_if("gport", "16000\n", "1\n")
+    assert not tree.show_if("gport", "16000\n", "2\n")
+    assert tree.read("gport") == "1\n"
+
+
+def test_a_user_who_opens_the_file_during_a_write_back_waits_and_wins(
+    tree: FileTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = threading.Thread(target=shell, args=(tree, "echo 9 > gport"))
+    overwrite = ondisk._overwrite
+
+    def overtaken(fd: int, text: str) -> None:
+        user.start()
+        path = f"/proc/self/fd/{fd}"
+        wait_for(lambda: "BREAKING" in Path("/proc/locks").read_text())
+        assert Path(os.readlink(path)).name == "gport"
+        overwrite(fd, text)
+
+    monkeypatch.setattr(ondisk, "_overwrite", overtaken)
+    assert tree.show_if("gport", "16000\n", "15000\n")
+    user.join(BOUND)
+
+    assert tree.read("gport") == "9\n"
+
+
+def test_a_published_file_is_never_seen_half_and_leaves_nothing_beside_it(tree: FileTree) -> None:
+    tree.publish("status/state", "stopped\n")
+    with (tree.root / "status" / "state").open() as reader:
+        tree.publish("status/state", "running\n")
+
+        assert reader.read() == "stopped\n"
+    assert tree.read("status/state") == "running\n"
+    assert os.listdir(tree.root / "status") == ["state"]
+
+
+def test_a_failed_publish_leaves_nothing_behind(tree: FileTree) -> None:
+    shell(tree, "mkdir -p status/state/full")
+
+    with pytest.raises(IsADirectoryError):
+        tree.publish("status/state", "running\n")
+
+    assert os.listdir(tree.root / "status") == ["state"]
+
+
+def test_removing_the_status_removes_it_all_and_twice_is_no_error(tree: FileTree) -> None:
+    for name in STATUS:
+        tree.publish(name, "x\n")
+
+    tree.remove_status()
+    tree.remove_status()
+
+    assert os.listdir(tree.root / "status") == []
+
+
+# Watching
+
+WAYS_TO_WRITE = {
+    "echo": "echo 17000 > gport",
+    "append": ": > gport; echo 17000 >> gport",
+    "mv": "echo 17000 > elsewhere; mv elsewhere gport",
+    "vim": "echo 17000 > 4913; mv gport gport~; mv 4913 gport; rm gport~",
+    "vim without rename": "cp gport gport~; echo 17000 > gport; rm gport~",
+    "sed -i": "sed -i s/16000/17000/ gport",
+    "cp": "echo 17000 > elsewhere; cp elsewhere gport; rm elsewhere",
+    "dd in place": "printf 17000 | dd of=gport conv=notrunc status=none",
+    "rm and again": "rm gport; echo 17000 > gport",
+    "ln -f": "echo 17000 > elsewhere; ln -f elsewhere gport; rm elsewhere",
+    "tee": "echo 17000 | tee gport > /dev/null",
+    "private mode": "umask 077; echo 17000 > elsewhere; mv elsewhere gport",
+}
+
+
+@pytest.mark.parametrize("command", WAYS_TO_WRITE.values(), ids=WAYS_TO_WRITE)
+def test_every_way_to_write_counts(tree: FileTree, keeper: Keeper, command: str) -> None:
+    shell(tree, command)
+
+    keeper.settle()
+
+    assert keeper.state.config.gport == 17000
+    assert (keeper.differing(), keeper.state.errors) == ({}, {})
+    assert mode(tree.root / "gport") == 0o644
+
+
+WAYS_TO_SPOIL = {
+    "echo": "echo abc > gport",
+    "rename": "echo abc > elsewhere; mv elsewhere gport",
+    "empty": ": > gport",
+    "truncate": "truncate -s 0 gport",
+    "to a part": "truncate -s 10 gport",
+    "binary": "printf '\\377\\000' > gport",
+}
+
+
+@pytest.mark.parametrize("command", WAYS_TO_SPOIL.values(), ids=WAYS_TO_SPOIL)
+def test_a_spoilt_file_shows_the_value_in_force_and_an_error(
+    tree: FileTree, keeper: Keeper, command: str
+) -> None:
+    shell(tree, command)
+
+    keeper.settle()
+
+    assert tree.read("gport") == "16000\n"
+    assert list(keeper.state.errors) == ["gport"]
+    assert keeper.state.generation == 1
+
+
+@pytest.mark.parametrize("command", ["rm gport", "mv gport away", "rm -r timeouts/*", "rm *"])
+def test_what_is_removed_comes_back(tree: FileTree, keeper: Keeper, command: str) -> None:
+    shell(tree, command.replace("rm *", "rm -f gport real_ip start services source"))
+
+    keeper.settle()
+
+    assert (keeper.differing(), keeper.state.errors) == ({}, {})
+
+
+def test_truncate_by_path_which_closes_nothing_is_seen(tree: FileTree, keeper: Keeper) -> None:
+    os.truncate(tree.root / "gport", 0)
+    keeper.settle()
+    assert (tree.read("gport"), list(keeper.state.errors)) == ("16000\n", ["gport"])
+
+    os.truncate(tree.root / "gport", 2)
+    keeper.settle()
+    assert keeper.state.config.gport == 16
+
+
+def test_changes_come_in_the_order_of_the_last_events_each_once(
+    tree: FileTree, watcher: TreeWatcher
+) -> None:
+    shell(tree, "echo 1 > start; echo 9 > limits/flows; echo 2 > gport; echo 0 > start; rm source")
+
+    assert list(watcher.changes().items()) == [
+        ("limits/flows", "9\n"),
+        ("gport", "2\n"),
+        ("start", "0\n"),
+        ("source", None),
+    ]
+    assert watcher.changes() == {}
+
+
+def test_a_half_written_file_is_not_read_because_another_one_changed(
+    tree: FileTree, watcher: TreeWatcher
+) -> None:
+    with (tree.root / "gport").open("w") as writer:
+        writer.write("17")
+        writer.flush()
+        shell(tree, "echo 1 > start")
+        assert watcher.changes() == {"start": "1\n"}
+        writer.write("000")
+
+    assert watcher.changes() == {"gport": "17000"}
+
+
+def test_a_file_that_is_open_again_is_read_when_it_is_closed_again(
+    tree: FileTree, watcher: TreeWatcher
+) -> None:
+    shell(tree, "echo 17000 > gport")
+    with (tree.root / "gport").open("w") as writer:
+        writer.write("18")
+        writer.flush()
+        assert watcher.changes() == {}
+        writer.write("000")
+
+    assert watcher.changes() == {"gport": "18000"}
+
+
+def test_a_writer_that_takes_its_time_gets_its_text_in_whole(
+    tree: FileTree, keeper: Keeper
+) -> None:
+    shell(tree, "echo abc > gport")
+    with (tree.root / "gport").open("w") as writer:
+        keeper.settle()
+        writer.write("80\n")
+        writer.flush()
+        keeper.settle()
+        assert tree.read("gport") == "80\n"
+        writer.seek(0)
+        writer.write("81\n")
+    keeper.settle()
+
+    assert keeper.state.config.gport == 81
+    assert keeper.state.errors == {}
+
+
+def test_editors_files_beside_are_no_changes(tree: FileTree, watcher: TreeWatcher) -> None:
+    shell(tree, "echo 1 > .gport.swp; echo 1 > gport~; mkdir new; echo 1 > new/gport; rm gport~")
+
+    assert watcher.changes() == {}
+
+
+def test_write_back_is_seen_once_and_then_there_is_peace(tree: FileTree, keeper: Keeper) -> None:
+    shell(tree, "echo abc > gport")
+
+    assert keeper.step()
+    assert keeper.step()
+    assert not keeper.step()
+    assert list(keeper.state.errors) == ["gport"]
+
+
+def test_own_status_is_no_change_but_what_others_do_to_it_is(
+    tree: FileTree, watcher: TreeWatcher
+) -> None:
+    for name in STATUS:
+        tree.publish(name, "x\n")
+        tree.publish(name, "y\n")
+    assert watcher.changes() == {}
+
+    shell(tree, "echo mine > status/state")
+    assert watcher.changes() == {"status/state": None}
+    shell(tree, "rm status/applied; echo mine > t; mv t status/errors")
+    assert watcher.changes() == {"status/applied": None, "status/errors": None}
+    tree.publish("status/state", "x\n")
+    assert watcher.changes() == {}
+
+
+def test_after_an_overflow_everything_is_told_but_what_is_half_written(
+    tree: FileTree, watcher: TreeWatcher
+) -> None:
+    room = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    if room > 100_000:
+        pytest.skip(f"the queue of inotify holds {room} events here")
+    for turn in range(room // 2 + 1):  # each a modification and a close, never two alike in a row
+        (tree.root / "status" / f"x{turn % 2}").write_text("x")
+    shell(tree, "echo 17000 > gport")
+
+    with (tree.root / "start").open("w"):
+        told = watcher.changes()
+
+    expected = tree.read_all() | dict.fromkeys(STATUS)
+    del expected["start"]
+    assert told == expected
+    assert told["gport"] == "17000\n"
+    assert watcher.changes() == {"start": ""}
+
+
+@pytest.mark.parametrize("command", ["rm -r .", "rm -r status", "mv limits l", "mv ../krelay ../x"])
+def test_a_tree_that_is_gone_is_noticed(tree: FileTree, watcher: TreeWatcher, command: str) -> None:
+    assert not watcher.gone
+    shell(tree, "echo 1 > start")
+    watcher.changes()
+    assert not watcher.gone
+
+    shell(tree, command.replace("rm -r .", "rm -r ../krelay"))
+    watcher.changes()
+
+    assert watcher.gone
+
+
+def test_changes_never_wait_and_a_closed_watcher_leaves_no_descriptor(tree: FileTree) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    with TreeWatcher(tree.root) as watcher:
+        assert watcher.changes() == {}
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_no_descriptor_is_left_by_reading_and_writing(tree: FileTree, keeper: Keeper) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    shell(tree, "echo abc > gport; rm start; mkfifo start; rm -f source; ln -s a source")
+    keeper.settle()
+    tree.publish("status/state", "x\n")
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_signal_of_a_lease_is_one_that_nobody_notices(tree: FileTree) -> None:
+    fd = os.open(tree.root / "gport", os.O_RDONLY)
+    try:
+        assert ondisk._lease(fd, fcntl.F_RDLCK)
+        assert fcntl.fcntl(fd, fcntl.F_GETSIG) == signal.SIGURG
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["abc\n", "17000\n"], ["", "99", "x"], ["80\n", "1\n", "123456\n"]],
+    ids=["bad and good", "empty and bad", "refused by rules"],
+)
+def test_a_hammering_writer_and_the_keeper_agree_in_the_end(
+    tree: FileTree, keeper: Keeper, texts: list[str]
+) -> None:
+    def hammer() -> None:
+        for turn in range(200):
+            (tree.root / "gport").write_text(texts[turn % len(texts)])
+        (tree.root / "gport").write_text("4242\n")
+
+    user = threading.Thread(target=hammer)
+    user.start()
+    while user.is_alive():
+        keeper.step(timeout=0.01)
+    user.join(BOUND)
+    keeper.settle()
+
+    assert keeper.differing() == {}
+    assert keeper.state.config.gport == 4242
+    assert keeper.state.errors == {}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + BOUND
+    while not condition():
+        assert time.monotonic() < end, "the condition didn't come"
+        threading.Event().wait(0.001)
+
+
+def test_a_tree_on_disk_follows_an_outcome(tree: FileTree) -> None:
+    texts: Mapping[str, str | None] = {"gport": "abc\n", "services": "tcp/80\nudp/53\n"}
+    for name, text in texts.items():
+        (tree.root / name).write_text(text or "")
+
+    tree.write_back(TreeState().written(tree.read_all(), now=0))
+
+    assert tree.read("gport") == "16000\n"
+    assert tree.read("services") == "tcp/80 udp/53\n"

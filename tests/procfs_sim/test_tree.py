@@ -1,0 +1,228 @@
+"""Texts of settings: what is taken, what is refused and with which words."""
+
+from dataclasses import fields
+from ipaddress import IPv4Address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from procfs_sim.tree import (
+    DEFAULTS,
+    SETTINGS,
+    Config,
+    Refused,
+    Service,
+    conflicts,
+    in_force,
+    parse,
+    render,
+    services,
+)
+
+LIKE = "is not a service (like tcp/80, udp/53 or tcp/8000-8100)"
+
+GOOD = [
+    ("gport", "17000", "17000"),
+    ("gport", " \t17000\r\n\n", "17000"),
+    ("gport", "00080", "80"),
+    ("gport", "1", "1"),
+    ("gport", "65535", "65535"),
+    ("real_ip", "10.1.2.3\n", "10.1.2.3"),
+    ("real_ip", "169.254.1.1", "169.254.1.1"),
+    ("start", "1\n", "1"),
+    ("start", "0", "0"),
+    ("services", "udp/53\ntcp/80\n", "udp/53 tcp/80"),
+    ("services", "tcp/80 udp/53 tcp/80", "tcp/80 udp/53"),
+    ("services", "tcp/8000-8100", "tcp/8000-8100"),
+    ("services", "tcp/80-80", "tcp/80"),
+    ("services", "tcp/80-90 udp/80-90 tcp/91", "tcp/80-90 udp/80-90 tcp/91"),
+    ("services", "tcp/22!", "tcp/22!"),
+    ("services", "tcp/20-25!", "tcp/20-25!"),
+    ("services", "udp/22", "udp/22"),
+    ("services", "tcp/1-65535!", "tcp/1-65535!"),
+    ("source", "relay\n", "relay"),
+    ("source", "client", "client"),
+    ("timeouts/udp", "1", "1"),
+    ("timeouts/udp_dns", "604800", "604800"),
+    ("limits/flows", "1000000", "1000000"),
+]
+
+BAD = [
+    ("gport", "abc", "'abc' is not a port (1-65535)"),
+    ("gport", "", "'' is not a port (1-65535)"),
+    ("gport", "0", "'0' is not a port (1-65535)"),
+    ("gport", "65536", "'65536' is not a port (1-65535)"),
+    ("gport", "+5", "'+5' is not a port (1-65535)"),
+    ("gport", "-5", "'-5' is not a port (1-65535)"),
+    ("gport", "1_0", "'1_0' is not a port (1-65535)"),
+    ("gport", "80 81", "'80 81' is not a port (1-65535)"),
+    ("gport", "80\x00", "'80\\x00' is not a port (1-65535)"),
+    ("gport", "\u0661\u0662", "'\u0661\u0662' is not a port (1-65535)"),
+    ("gport", "\xa080", "'\\xa080' is not a port (1-65535)"),
+    ("gport", "9" * 5000, f"'{'9' * 27}...{'9' * 28}' is not a port (1-65535)"),
+    ("real_ip", "::1", "'::1' is not an IPv4 address"),
+    ("real_ip", "10.0.0.0/8", "'10.0.0.0/8' is not an IPv4 address"),
+    ("real_ip", "10.0.0.01", "'10.0.0.01' is not an IPv4 address"),
+    ("real_ip", "server", "'server' is not an IPv4 address"),
+    ("real_ip", "0.0.0.0", "'0.0.0.0' is an unspecified address (0.0.0.0/8), no server has it"),
+    ("real_ip", "127.0.0.1", "'127.0.0.1' is a loopback address (127.0.0.0/8), no server has it"),
+    ("real_ip", "224.0.0.1", "'224.0.0.1' is a multicast address (224.0.0.0/4), no server has it"),
+    ("real_ip", "240.0.0.1", "'240.0.0.1' is a class E address (240.0.0.0/4), no server has it"),
+    ("real_ip", "255.255.255.255", "'255.255.255.255' is the broadcast address, no server has it"),
+    ("start", "yes", "'yes' is neither 0 nor 1"),
+    ("start", "01", "'01' is neither 0 nor 1"),
+    ("source", "server", "'server' is neither client nor relay"),
+    ("services", "", "'' names no service (like tcp/80, udp/53 or tcp/8000-8100)"),
+    ("services", "tcp/80 http", f"'http' {LIKE}"),
+    ("services", "tcp/80,udp/53", f"'tcp/80,udp/53' {LIKE}"),
+    ("services", "TCP/80", f"'TCP/80' {LIKE}"),
+    ("services", "tcp/+80", f"'tcp/+80' {LIKE}"),
+    ("services", "tcp/\u0661", f"'tcp/\u0661' {LIKE}"),
+    ("services", "tcp/0", "'tcp/0' has a port that is not in 1-65535"),
+    ("services", "udp/5-65536", "'udp/5-65536' has a port that is not in 1-65535"),
+    ("services", "tcp/9-5", "'tcp/9-5' runs backwards; write tcp/5-9"),
+    ("services", "tcp/22", "'tcp/22' would relay ssh, tcp/22; write tcp/22! if you mean it"),
+    (
+        "services",
+        "tcp/20-25",
+        "'tcp/20-25' would relay ssh, tcp/22; write tcp/20-25! if you mean it",
+    ),
+    ("services", "tcp/80 tcp/70-90", "'tcp/70-90' and 'tcp/80' overlap; write one range"),
+    ("services", "tcp/80 tcp/80!", "'tcp/80' and 'tcp/80!' overlap; write one range"),
+    ("timeouts/udp", "0", "'0' is not a number of seconds (1-604800)"),
+    ("timeouts/tcp_established", "1.5", "'1.5' is not a number of seconds (1-604800)"),
+    ("limits/flows", "1000001", "'1000001' is not a number of rows (1-1000000)"),
+]
+
+ports = st.integers(1, 65535)
+ranges = st.lists(ports, min_size=2, max_size=20, unique=True).map(sorted)
+any_text = st.text() | st.text(alphabet="0123456789./-! tcpud\n", max_size=40)
+
+
+@st.composite
+def service_lists(draw: st.DrawFn) -> tuple[Service, ...]:
+    bounds = draw(ranges)
+    found = [
+        Service(draw(st.sampled_from(["tcp", "udp"])), low, high, True)
+        for low, high in zip(bounds[::2], bounds[1::2], strict=False)
+    ]
+    return tuple(draw(st.permutations(found)))
+
+
+VALUES = {
+    "gport": ports,
+    "real_ip": st.ip_addresses(v=4).filter(
+        lambda a: (
+            not a.is_multicast and not a.is_reserved and not a.is_loopback and a.packed[0] != 0
+        )
+    ),
+    "start": st.booleans(),
+    "services": service_lists(),
+    "source": st.sampled_from(["client", "relay"]),
+} | {name: st.integers(1, 604800) for name in SETTINGS if "/" in name}
+
+
+@pytest.mark.parametrize(("name", "text", "canonical"), GOOD)
+def test_a_good_text_has_one_canonical_form(name: str, text: str, canonical: str) -> None:
+    assert render(name, parse(name, text)) == canonical
+
+
+@pytest.mark.parametrize(("name", "text", "reason"), BAD)
+def test_a_bad_text_is_refused_with_its_reason(name: str, text: str, reason: str) -> None:
+    with pytest.raises(Refused) as refused:
+        parse(name, text)
+
+    assert str(refused.value) == reason
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@given(data=st.data())
+def test_parse_gives_back_what_render_wrote(name: str, data: st.DataObject) -> None:
+    value = data.draw(VALUES[name])
+
+    assert parse(name, render(name, value)) == value
+    assert parse(name, f"\n {render(name, value)}\t\n") == value
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@given(text=any_text)
+def test_any_text_gives_a_value_or_one_short_printable_line(name: str, text: str) -> None:
+    try:
+        value = parse(name, text)
+    except Refused as refused:
+        reason = str(refused)
+    else:
+        reason = ""
+        assert parse(name, render(name, value)) == value
+    assert reason.isprintable()
+    assert len(reason) < 250
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    assert {name: in_force(name, DEFAULTS) for name in SETTINGS} == {
+        "gport": "16000",
+        "real_ip": "192.168.0.10",
+        "start": "0",
+        "services": "tcp/80 tcp/443 udp/53 tcp/53",
+        "source": "client",
+        "timeouts/udp": "300",
+        "timeouts/udp_dns": "20",
+        "timeouts/tcp_transitory": "240",
+        "timeouts/tcp_established": "7440",
+        "limits/flows": "65536",
+        "limits/flows_per_client": "4096",
+    }
+    assert conflicts(DEFAULTS, frozenset(SETTINGS)) == {}
+
+
+def test_each_field_of_config_has_its_file_in_the_same_order() -> None:
+    assert [setting.field for setting in SETTINGS.values()] == [f.name for f in fields(Config)]
+
+
+@given(found=service_lists(), proto=st.sampled_from(["tcp", "udp"]), port=ports)
+def test_serves_agrees_with_the_set_of_all_ports(
+    found: tuple[Service, ...], proto: str, port: int
+) -> None:
+    slow = {(s.proto, p) for s in found for p in range(s.first, s.last + 1)}
+    near = {p for s in found for p in (s.first - 1, s.first, s.last, s.last + 1)}
+
+    for number in near | {port}:
+        assert Config(services=found).serves(proto, number) == ((proto, number) in slow)
+
+
+@given(
+    words=st.lists(
+        st.builds(
+            Service, st.just("tcp"), st.integers(1, 9), st.integers(1, 9), st.just(True)
+        ).filter(lambda s: s.first <= s.last),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_overlaps_are_found_wherever_they_stand(words: list[Service]) -> None:
+    distinct = list(dict.fromkeys(words))
+    all_ports = [p for s in distinct for p in range(s.first, s.last + 1)]
+    text = " ".join(map(str, words))
+
+    if len(all_ports) == len(set(all_ports)):
+        assert services(text) == tuple(distinct)
+    else:
+        with pytest.raises(Refused, match="overlap"):
+            services(text)
+
+
+def test_the_gateway_port_is_no_relayed_tcp_port_but_may_be_a_udp_one() -> None:
+    tcp = Config(gport=85, services=services("tcp/80-90"))
+    udp = Config(gport=85, services=services("udp/80-90"))
+    both = frozenset({"gport", "services"})
+
+    assert conflicts(tcp, {"gport"}) == {"gport": "'85' is a relayed service port (tcp/80-90)"}
+    assert conflicts(tcp, both)["services"] == "'tcp/80-90' holds the gateway port, 85"
+    assert conflicts(udp, both) == {}
+
+
+def test_a_value_is_fit_for_the_config() -> None:
+    assert parse("real_ip", "10.0.0.1") == IPv4Address("10.0.0.1")
+    assert parse("start", "1") is True
+    assert parse("services", "tcp/20-25!") == (Service("tcp", 20, 25, True),)
