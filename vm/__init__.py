@@ -1,0 +1,45 @@
+"""vm: virtual hosts for demos and tests.
+
+    topology  a network as data, everything derived from hosts and links   (pure)
+    ------------------------------------------------------------------------------
+    netns     hosts as network namespaces of this kernel
+    registry  which labs are on this machine
+    lab       a network while a `with` block runs, and the programs in it
+    __main__  the same for people: python -m vm
+
+Nothing of a lab touches the root namespace: no device, no address, no rule.
+
+    >>> from vm import DEFAULT
+    >>> DEFAULT.interface("relay", towards="server").address
+    '192.168.0.2'
+"""
+
+from vm.lab import Lab, LabError, LabTimeout, Program, Result
+from vm.topology import (
+    DEFAULT,
+    Host,
+    Interface,
+    Link,
+    Segment,
+    Topology,
+    TopologyError,
+    draw,
+    relay_topology,
+)
+
+__all__ = [
+    "DEFAULT",
+    "Host",
+    "Interface",
+    "Lab",
+    "LabError",
+    "LabTimeout",
+    "Link",
+    "Program",
+    "Result",
+    "Segment",
+    "Topology",
+    "TopologyError",
+    "draw",
+    "relay_topology",
+]
