@@ -1,0 +1,63 @@
+"""`krelay clean`: removes what a killed krelay left: its rules, its sockets, its file tree."""
+
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from krelay import netfilter, ruleset
+from krelay.netfilter import RulesUnavailable
+from procfs_sim.tree import DEFAULT_ROOT, DIRECTORIES, SETTINGS, STATUS
+
+SOCKETS = ("control.sock", "relay.sock")
+
+
+class StillServed(Exception):
+    """A krelay is at work there: nothing was removed."""
+
+
+def clean(root: Path) -> list[str]:
+    """What was removed, a line each.  Raises StillServed, RulesUnavailable."""
+    if _is_served(root):
+        raise StillServed(f"a krelay serves {root}; stop it with SIGTERM instead")
+    removed = []
+    name = ruleset.instance_name(str(root.absolute()), DEFAULT_ROOT)
+    for backend in netfilter.CANDIDATES:
+        if backend.present(name):
+            backend.remove(name)
+            removed.append(f"rules of {name} ({backend.name})")
+    if root.is_dir():
+        left = remove_tree(root)
+        removed.append(f"file tree {root}" + (f", but not {', '.join(left)}" if left else ""))
+    return removed
+
+
+def remove_tree(root: Path) -> list[str]:
+    """Removes our files below `root`, and the directories if they are empty then.
+
+    The names of what isn't ours and so stays.
+    """
+    for name in (*SETTINGS, *STATUS, *SOCKETS):
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            (root / name).unlink()
+    for directory in (*(root / name for name in DIRECTORIES), root):
+        with suppress(OSError):
+            directory.rmdir()
+    return sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
+
+
+def _is_served(root: Path) -> bool:
+    try:
+        lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+__all__ = ["RulesUnavailable", "StillServed", "clean", "remove_tree"]

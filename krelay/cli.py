@@ -1,0 +1,336 @@
+"""The command line: what can be typed, checked before anything is done.
+
+Every command has an example in its help.  What a user can cause is one line on stderr and exit status 1;
+wrong usage is 2, Ctrl-C 130.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from krelay import log
+from procfs_sim.ondisk import FileTree
+from procfs_sim.tree import DEFAULT_ROOT, ROOT_VARIABLE, SETTINGS, Refused, parse, render
+
+IN_FORCE_WITHIN = 5.0
+"""Seconds that a command waits for a value to be in force; normally it takes milliseconds."""
+_PAUSE = 0.01
+
+
+class Failed(Exception):
+    """The command failed.  The text is the one line that says why and what to do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; its exit status."""
+    args = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return command(args)
+    except Failed as error:
+        print(f"krelay {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _daemon(args: argparse.Namespace) -> int:
+    from krelay import daemon
+
+    log.set_up(args.log_level, as_json=args.log_json)
+    try:
+        return daemon.serve(args.root, args.queue_num)
+    except daemon.CannotServe as error:
+        raise Failed(error) from None
+
+
+def _up(args: argparse.Namespace) -> int:
+    from krelay import client, up
+
+    given = {"real_ip": args.real_ip, "gport": args.gport}
+    given |= {"services": args.services, "source": args.source}
+    values = {name: _checked(name, text) for name, text in given.items() if text is not None}
+    options = ["--log-level", args.log_level, "--queue-num", str(args.queue_num)]
+    try:
+        return up.run(args.root, values, options)
+    except (up.UpFailed, client.NoDaemon, client.Rejected) as error:
+        raise Failed(error) from None
+
+
+def _start(args: argparse.Namespace) -> int:
+    return _switch(args.root, "1", "running")
+
+
+def _stop(args: argparse.Namespace) -> int:
+    return _switch(args.root, "0", "stopped")
+
+
+def _switch(root: Path, flag: str, state: str) -> int:
+    _ask(root, "show status json")
+    _put(root, "start", flag)
+    deadline = time.monotonic() + IN_FORCE_WITHIN
+    while time.monotonic() < deadline:
+        status = json.loads(_ask(root, "show status json")[0])["state"]
+        in_force = json.loads(_ask(root, "show config json")[0])["start"] == flag
+        if in_force and status == state:
+            return 0
+        if in_force and status.startswith("failed: ") and flag == "1":
+            raise Failed(status.removeprefix("failed: "))
+        time.sleep(_PAUSE)
+    raise Failed(f"not {state} after {IN_FORCE_WITHIN:.0f} seconds; see the daemon's log")
+
+
+def _set(args: argparse.Namespace) -> int:
+    from krelay import client
+
+    text = _checked(args.key, args.value)
+    _put(args.root, args.key, text)
+    deadline = time.monotonic() + IN_FORCE_WITHIN
+    while time.monotonic() < deadline:
+        try:
+            in_force = client.ask_json(args.root, "show config json")[0][args.key]
+        except client.NoDaemon:
+            print(
+                f"{args.key} is written; no krelay serves {args.root}, the next one will heed it",
+                file=sys.stderr,
+            )
+            return 0
+        shown = (FileTree(args.root).read(args.key) or "").strip()
+        if in_force == text:
+            return 0
+        if shown == in_force:  # it shows the value in force again: ours was refused
+            errors = (FileTree(args.root).read("status/errors") or "").splitlines()
+            ours = [line for line in errors if line.startswith(f"{args.key}: ")]
+            if ours:
+                raise Failed(ours[0])
+        time.sleep(_PAUSE)
+    raise Failed(f"{args.key} isn't in force after {IN_FORCE_WITHIN:.0f} seconds")
+
+
+def _get(args: argparse.Namespace) -> int:
+    tree = FileTree(args.root)
+    names = [args.key] if args.key else list(SETTINGS)
+    for name in names:
+        text = tree.read(name)
+        if text is None:
+            raise Failed(f"there is no {args.root / name}; start a krelay, it makes the file tree")
+        print(text.strip() if args.key else f"{name}={text.strip()}")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    return _show_values(args, "show status")
+
+
+def _counters(args: argparse.Namespace) -> int:
+    return _show_values(args, "show counters")
+
+
+def _show_values(args: argparse.Namespace, request: str) -> int:
+    answer = _ask(args.root, f"{request} json")[0]
+    if args.json:
+        print(answer)
+    else:
+        from krelay import terminal
+
+        terminal.console().print(terminal.listing(json.loads(answer)))
+    return 0
+
+
+def _nat(args: argparse.Namespace) -> int:
+    request = " ".join(["show nat json", *args.filter])
+    if args.json:
+        for line in _ask(args.root, request):
+            print(line)
+        return 0
+    from rich.live import Live
+
+    from krelay import terminal
+
+    console = terminal.console()
+    table = terminal.nat_table(map(json.loads, _ask(args.root, request)))
+    if not args.watch:
+        console.print(table)
+        return 0
+    with Live(table, console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        while True:
+            time.sleep(1)
+            rows = map(json.loads, _ask(args.root, request))
+            live.update(terminal.nat_table(rows), refresh=True)
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from krelay import client, terminal
+
+    console = terminal.console()
+    try:
+        for line in client.follow(args.root, " ".join(["trace", *args.filter])):
+            if console.is_terminal:
+                console.print(terminal.trace_line(line), soft_wrap=True)
+            else:
+                print(line, flush=True)
+    except (client.NoDaemon, client.Rejected, OSError) as error:
+        raise Failed(error) from None
+    raise Failed("krelay has ended")
+
+
+def _clean(args: argparse.Namespace) -> int:
+    from krelay import clean
+
+    try:
+        removed = clean.clean(args.root)
+    except (clean.StillServed, clean.RulesUnavailable) as error:
+        raise Failed(error) from None
+    except PermissionError as error:
+        raise Failed(f"{error.filename}: {error.strerror}; run as root") from None
+    for line in removed:
+        print(f"removed {line}")
+    if not removed:
+        print("nothing was left")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from krelay import demo
+
+    return demo.run(args)
+
+
+def _checked(name: str, text: str) -> str:
+    try:
+        return render(name, parse(name, text))
+    except Refused as reason:
+        raise Failed(f"{name}: {reason}") from None
+
+
+def _put(root: Path, name: str, text: str) -> None:
+    """Writes a setting as `echo` does."""
+    path = root / name
+    if not path.exists():
+        raise Failed(f"there is no {path}; start a krelay, it makes the file tree")
+    try:
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise Failed(f"{path} can't be written: {error.strerror}; run as root") from None
+
+
+def _ask(root: Path, request: str) -> list[str]:
+    from krelay import client
+
+    try:
+        return client.ask(root, request)
+    except (client.NoDaemon, client.Rejected) as error:
+        raise Failed(error) from None
+    except OSError as error:
+        raise Failed(f"no answer from {root}/control.sock: {error}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="krelay",
+        description="A relay that stands in front of a real server and keeps the client's address.",
+        epilog="example: krelay up --real-ip 192.168.0.1",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example: {example}",
+        )
+        sub.set_defaults(run=run)
+        if name != "demo":
+            sub.add_argument(
+                "--root",
+                type=Path,
+                default=Path(os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT),
+                metavar="DIR",
+                help=f"the file tree (default: ${ROOT_VARIABLE} or {DEFAULT_ROOT})",
+            )
+        return sub
+
+    sub = add("daemon", _daemon, "serve in the foreground", "krelay daemon --log-level debug")
+    _queue_option(sub)
+    log.add_options(sub)
+
+    sub = add(
+        "up",
+        _up,
+        "daemon and tcp-relay together, until Ctrl-C",
+        'krelay up --real-ip 192.168.0.1 --services "tcp/80 udp/53"',
+    )
+    sub.add_argument("--real-ip", metavar="IP", help="the real server")
+    sub.add_argument("--gport", metavar="N", help="the gateway port")
+    sub.add_argument("--services", metavar="LIST", help='what is relayed, like "tcp/80 udp/53"')
+    sub.add_argument("--source", metavar="WHOSE", help="the address the server sees: client, relay")
+    _queue_option(sub)
+    sub.add_argument("--log-level", choices=log.LEVELS, default="info", metavar="LEVEL")
+
+    add("start", _start, "write 1 into start and wait until relaying", "krelay start")
+    add("stop", _stop, "write 0 into start and wait until the host is as before", "krelay stop")
+
+    sub = add("set", _set, "check and write a setting, wait for it", "krelay set gport 17000")
+    sub.add_argument("key", metavar="KEY", choices=SETTINGS, help=", ".join(SETTINGS))
+    sub.add_argument("value", metavar="VALUE")
+
+    sub = add("get", _get, "show a setting, or all", "krelay get real_ip")
+    sub.add_argument("key", metavar="KEY", nargs="?", choices=SETTINGS, help=", ".join(SETTINGS))
+
+    sub = add("status", _status, "show how things are", "krelay status --json")
+    _json_option(sub)
+    sub = add("nat", _nat, "show the NAT table", "krelay nat proto=tcp client=10.0.0.1 --watch")
+    _filters(sub)
+    sub.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    _json_option(sub)
+    sub = add("counters", _counters, "show all counters", "krelay counters")
+    _json_option(sub)
+    sub = add("trace", _trace, "show each packet before and after", "krelay trace service=tcp/80")
+    _filters(sub)
+    add("clean", _clean, "remove all that a killed krelay left", "krelay clean")
+    sub = add(
+        "demo", _demo, "client, relay and server on this machine, step by step", "krelay demo"
+    )
+    sub.add_argument("--keep", action="store_true", help="wait for Enter before cleaning up")
+    return parser
+
+
+def _queue_option(parser: argparse.ArgumentParser) -> None:
+    from krelay.ruleset import DEFAULT_QUEUE
+
+    parser.add_argument(
+        "--queue-num",
+        type=_queue_number,
+        default=DEFAULT_QUEUE,
+        metavar="N",
+        help=f"the netfilter queue (default: {DEFAULT_QUEUE})",
+    )
+
+
+def _queue_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) > 0xFFFF:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a queue number (0-65535)")
+    return int(text)
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _filters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "filter",
+        nargs="*",
+        metavar="FILTER",
+        help="proto=tcp|udp client=ADDR[:PORT] state=STATE service=tcp/80",
+    )

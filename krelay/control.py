@@ -1,0 +1,215 @@
+"""The control socket's language: a line in, lines out.
+
+A request is a command and its words; an answer is lines, each `key=value` or JSON, then an empty line.
+An error is one line that says what would be right.  Answers are made row by row while they are
+sent, so that a large table delays no packet.
+
+    show nat [json] [proto=tcp|udp] [client=ADDR[:PORT]] [state=STATE] [service=tcp/80]
+    show status [json]    show counters [json]    show config [json]
+    kill ID               trace [filters]         help
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any, Protocol
+
+from krelay.flow import Proto
+from krelay.nat import NatTable, Row, Step
+from krelay.tracker import Side, State
+from krelay.trace import Filter
+from krelay.worker import Counts
+
+MAX_LINE = 4096
+"""Bytes of a request."""
+
+HELP = (
+    "show nat [json] [proto=tcp|udp] [client=ADDR[:PORT]] [state=STATE] [service=tcp/80]",
+    "show status [json]",
+    "show counters [json]",
+    "show config [json]",
+    "kill ID",
+    "trace [filters as for show nat]",
+    "help",
+)
+
+Value = str | int | float | list[int]
+Values = Mapping[str, Value]
+
+
+class BadRequest(ValueError):
+    """A request that can't be answered.  The text says what would be right."""
+
+
+class Relay(Protocol):
+    """What can be asked."""
+
+    nat: NatTable
+
+    def status(self) -> Values: ...
+    def counters(self) -> Values: ...
+    def config_in_force(self) -> Values: ...
+    def kill(self, row: Row) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The answer to `trace`: from now on, a line for each packet of these rows."""
+
+    filter: Filter
+
+
+def answer(line: str, relay: Relay, now: float) -> Iterator[str] | Trace:
+    """The lines that answer a request, without the empty one at the end.  Raises BadRequest."""
+    words = line.split()
+    match words:
+        case []:
+            raise BadRequest("no command; try help")
+        case ["help"]:
+            return iter(HELP)
+        case ["show", "nat", *rest]:
+            as_json = "json" in rest
+            wanted = parse_filter([word for word in rest if word != "json"])
+            rows = (row for row in relay.nat if wanted.admits(row))
+            timeouts = relay.nat.timeouts
+            return _lines((row_values(row, timeouts, now) for row in rows), as_json)
+        case ["show", "status", *rest]:
+            return _listing(relay.status(), rest)
+        case ["show", "counters", *rest]:
+            return _listing(relay.counters(), rest)
+        case ["show", "config", *rest]:
+            return _listing(relay.config_in_force(), rest)
+        case ["show", *_]:
+            raise BadRequest("show what? one of nat, status, counters, config")
+        case ["kill", number] if number.isascii() and number.isdigit():
+            row = relay.nat.get(int(number))
+            if row is None:
+                raise BadRequest(f"no row {number}; `show nat` lists them")
+            relay.kill(row)
+            return iter([f"killed={row.id}"])
+        case ["kill", *_]:
+            raise BadRequest("kill takes the id of one row, as `show nat` lists it")
+        case ["trace", *rest]:
+            return Trace(parse_filter(rest))
+        case [word, *_]:
+            raise BadRequest(f"{_short(word)} is no command; try help")
+    raise AssertionError(words)
+
+
+def parse_filter(words: Iterable[str]) -> Filter:
+    """The rows that these words select.  Raises BadRequest."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        match name:
+            case "proto":
+                found["proto"] = _proto(value)
+            case "client":
+                found |= _client(value)
+            case "state":
+                if value not in set(State):
+                    raise BadRequest(f"state is one of {', '.join(State)}, not {_short(value)}")
+                found["state"] = value
+            case "service":
+                proto, _, port = value.partition("/")
+                if not (port.isascii() and port.isdigit()):
+                    raise BadRequest(f"service is written tcp/80, not {_short(value)}")
+                found["service"] = (_proto(proto), int(port))
+            case _:
+                raise BadRequest(
+                    f"{_short(word)} is no filter; there are proto=, client=, state=, service="
+                )
+    return Filter(**found)
+
+
+def row_values(row: Row, timeouts: Any, now: float) -> dict[str, Value]:
+    """A row in the columns of the contract.  Times are seconds, to a tenth."""
+    values: dict[str, Value] = {
+        "id": row.id,
+        "proto": str(row.proto),
+        "state": str(row.state),
+        "client": str(row.client),
+        "service": str(row.service),
+    }
+    if row.gport is not None:
+        values["gport"] = row.gport
+    if row.proto is Proto.TCP and row.relay is not None:
+        values["relay"] = str(row.relay)
+    sides = (row.by(Side.CLIENT), row.by(Side.SERVER))
+    return values | {
+        "server": str(row.server),
+        "source": str(row.source),
+        "age": round(max(0.0, now - row.created_at), 1),
+        "idle": round(max(0.0, now - row.seen_at), 1),
+        "expires": round(max(0.0, row.expires_at(timeouts) - now), 1),
+        "packets": [side.packets if side else 0 for side in sides],
+        "bytes": [side.bytes if side else 0 for side in sides],
+    }
+
+
+def counter_values(
+    counts: Counts, *, errors: int, overflows: int, queue_dropped: int, socket_dropped: int
+) -> dict[str, Value]:
+    """All counters by name: the steps, then what was dropped and passed by reason, then the queue."""
+    steps = counts.steps
+    values: dict[str, Value] = {
+        step.name: steps[step] for step in (Step.T1, Step.T2, Step.T3, Step.T4)
+    }
+    values["U1"] = steps[Step.U1] + steps[Step.U12]
+    values["U2"] = steps[Step.U2] + steps[Step.U12]
+    values["U3"] = steps[Step.U3] + steps[Step.U34]
+    values["U4"] = steps[Step.U4] + steps[Step.U34]
+    values |= {step.name: steps[step] for step in (Step.D1, Step.D2)}
+    dropped = {"table_full": 0, "client_full": 0} | dict(sorted(counts.dropped.items()))
+    values |= {f"dropped_{reason}": count for reason, count in dropped.items()}
+    values |= {f"passed_{reason}": count for reason, count in sorted(counts.passed.items())}
+    values["errors"] = errors
+    values["queue_overflow"] = queue_dropped
+    values["socket_overflow"] = socket_dropped
+    values["overflow_notices"] = overflows
+    return values
+
+
+def text(values: Values) -> str:
+    """`key=value` for each, with a blank between: pairs of numbers as 12/10."""
+    return " ".join(f"{name}={_plain(value)}" for name, value in values.items())
+
+
+def _lines(all_values: Iterable[Values], as_json: bool) -> Iterator[str]:
+    return (json.dumps(values) if as_json else text(values) for values in all_values)
+
+
+def _listing(values: Values, words: list[str]) -> Iterator[str]:
+    """One value a line, or one JSON object."""
+    if words == ["json"]:
+        return iter([json.dumps(values)])
+    if words:
+        raise BadRequest(f"{_short(words[0])} isn't understood here; only json may follow")
+    return (f"{name}={_plain(value)}" for name, value in values.items())
+
+
+def _plain(value: Value) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _proto(word: str) -> Proto:
+    try:
+        return Proto[word.upper()]
+    except KeyError:
+        raise BadRequest(f"proto is tcp or udp, not {_short(word)}") from None
+
+
+def _client(value: str) -> dict[str, Any]:
+    host, colon, port = value.partition(":")
+    try:
+        found: dict[str, Any] = {"client_addr": ip_address(host).packed}
+        if colon:
+            found["client_port"] = int(port)
+    except ValueError:
+        raise BadRequest(f"client is ADDRESS or ADDRESS:PORT, not {_short(value)}") from None
+    return found
+
+
+def _short(word: str) -> str:
+    return repr(word if len(word) <= 40 else word[:40] + "...")

@@ -1,0 +1,84 @@
+"""What this host is on the network: its addresses, and what lies on the link that leads to the server.
+
+Read through the kernel's routing socket when something has changed there, not when a packet comes.
+"""
+
+import errno
+import socket
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv4Network
+from typing import NamedTuple
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+_GROUPS = 0x1 | 0x10 | 0x40
+"""RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE (linux/rtnetlink.h)."""
+_SCOPE_LINK = 253
+_TABLE_LOCAL = 255
+
+
+class HostView(NamedTuple):
+    """This host, as the worker needs to know it."""
+
+    own: frozenset[bytes]
+    """Its addresses, but for 127.0.0.0/8."""
+    beside: tuple[IPv4Network, ...]
+    """Subnets on the link that leads to the server, if the server is in one of them."""
+    towards: bytes | None
+    """Its address towards the server; None if there is no route."""
+
+
+def look(server: IPv4Address) -> HostView:
+    """How things are now."""
+    with IPRoute() as ip:
+        own = frozenset(
+            IPv4Address(address).packed
+            for message in ip.get_addr(family=socket.AF_INET)
+            if (address := message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
+            and not IPv4Address(address).is_loopback
+        )
+        towards, link = None, None
+        with suppress(NetlinkError):
+            for route in ip.route("get", dst=str(server)):
+                link = route.get_attr("RTA_OIF")
+                if source := route.get_attr("RTA_PREFSRC"):
+                    towards = IPv4Address(source).packed
+        beside = tuple(
+            IPv4Network(f"{route.get_attr('RTA_DST')}/{route['dst_len']}")
+            for route in ip.get_routes(family=socket.AF_INET, oif=link)
+            if link
+            and route["scope"] == _SCOPE_LINK
+            and route.get_attr("RTA_TABLE") != _TABLE_LOCAL
+            and route.get_attr("RTA_DST")
+            and route.get_attr("RTA_OIF") == link
+        )
+    return HostView(own, beside if any(server in net for net in beside) else (), towards)
+
+
+class LinkWatcher:
+    """Tells when links, addresses or routes have changed."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._socket.setblocking(False)
+        self._socket.bind((0, _GROUPS))
+
+    def fileno(self) -> int:
+        """Readable when something has changed."""
+        return self._socket.fileno()
+
+    def drain(self) -> None:
+        """Forgets what was told: whoever calls this looks for himself."""
+        while True:
+            try:
+                self._socket.recv(1 << 16)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+
+    def close(self) -> None:
+        """Stops watching."""
+        self._socket.close()

@@ -1,0 +1,49 @@
+"""Who listens on a TCP port of this network namespace, by /proc: for checking a gateway port."""
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+_LISTEN = "0A"
+_TABLES = ("/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6")
+
+
+def listening(port: int) -> frozenset[int]:
+    """The inodes of the sockets that listen on this port; empty if none does."""
+    inodes = set()
+    for table in _TABLES:
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                inodes.add(int(fields[9]))
+    return frozenset(inodes)
+
+
+def holds_any(pid: int, inodes: Iterable[int]) -> bool | None:
+    """Whether this process has one of these sockets open; None if it can't be looked at."""
+    wanted = {f"socket:[{inode}]" for inode in inodes}
+    directory = f"/proc/{pid}/fd"
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return None
+    for name in names:
+        with suppress(OSError):
+            if os.readlink(f"{directory}/{name}") in wanted:
+                return True
+    return False
+
+
+def holder(inodes: Iterable[int]) -> str:
+    """`NAME (pid N)` of a process that has one of these sockets open, or `another program`."""
+    wanted = frozenset(inodes)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and holds_any(int(entry.name), wanted):
+            with suppress(OSError):
+                return f"{(entry / 'comm').read_text().strip()} (pid {entry.name})"
+    return "another program"

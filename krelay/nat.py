@@ -1,0 +1,630 @@
+"""The NAT table: which packet becomes which, for how long, and on whose account.
+
+A row is one relayed conversation.  What the packet path needs of it are its Rewrites: one for each
+direction at each netfilter hook, found by the twelve bytes of addresses and ports that a packet
+carries there, and holding the twelve bytes it leaves with and by how much its checksums change.
+Look-ups never scan, so the cost of a packet doesn't depend on how many rows live.
+
+             PREROUTING                                        POSTROUTING
+    T1   C:x > K:80  =>  C:x > K:A                  T2   K:A > C:x    =>  K:80 > C:x
+    T4   S:80 > C:y  =>  S:80 > K:y                 T3   K:y > S:80   =>  C:y > S:80
+    U1,2 C:x > K:53  =>  C:x > S:53                 U3,4 S:53 > C:x   =>  K:53 > C:x
+
+With source=relay UDP takes each step by itself, since the relay's own address may not be the source of
+a packet that is still to be forwarded (it would be a martian).  Between the hooks such a packet travels
+as C:y, y being the relay port, so that it can't be mistaken for anyone else's:
+
+    U1   C:x > K:53  =>  C:y > S:53                 U2   C:y > S:53   =>  K:y > S:53
+    U3   S:53 > K:y  =>  S:53 > C:y                 U4   S:53 > C:y   =>  K:53 > C:x
+
+Three kinds of port are therefore chosen here, always the wanted one if it is free:
+
+    inside   the client's port as tcp-relay sees it: two connections from C:x to K:80 and K:443 would
+             meet as C:x > K:A
+    outside  the port the server sees: must differ from every other row's and from the client's own
+             direct connections to that server
+    direct   when a client's own connection C:p > S:80 comes to a port p that the relay already uses
+             towards S on its behalf, that connection is moved to another port (steps D1, D2)
+
+Times are seconds that the caller passes in; nothing here reads a clock.  Rows are plain values: all that
+is needed to make one again is in its public fields.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from random import Random
+from typing import NamedTuple
+
+from krelay.flow import Endpoint, Proto, Source
+from krelay.tracker import Side, State, Tracker
+from krelay.wire.checksum import difference
+
+CLOSED_LINGER = 10.0
+"""Seconds a row stays after tcp-relay closed both legs: the kernel still repeats a lost FIN or ACK."""
+
+DNS_PORT = 53
+
+
+class Hook(IntEnum):
+    """Where a packet was caught, by the numbers of linux/netfilter.h."""
+
+    PREROUTING = 0
+    POSTROUTING = 4
+
+
+class Step(IntEnum):
+    """One rewriting of one packet, as the design numbers them."""
+
+    T1 = 0
+    T2 = 1
+    T3 = 2
+    T4 = 3
+    U1 = 4
+    U2 = 5
+    U3 = 6
+    U4 = 7
+    U12 = 8
+    """U1 and U2 at once: with source=client one rewriting does both."""
+    U34 = 9
+    D1 = 10
+    D2 = 11
+
+    @property
+    def label(self) -> str:
+        """For people: `T1`, `U1,U2`."""
+        return {Step.U12: "U1,U2", Step.U34: "U3,U4"}.get(self, self.name)
+
+
+SIDES = {
+    Step.T1: Side.CLIENT,
+    Step.U1: Side.CLIENT,
+    Step.U12: Side.CLIENT,
+    Step.D1: Side.CLIENT,
+    Step.T4: Side.SERVER,
+    Step.U3: Side.SERVER,
+    Step.U34: Side.SERVER,
+    Step.D2: Side.SERVER,
+}
+"""Steps by whose packets they rewrite first; the other steps see packets a second time or the daemon's."""
+
+
+class Refusal(Exception):
+    """No row for this flow.  `reason` is a word for counters."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Timeouts(NamedTuple):
+    """Seconds of idleness after which a row goes (defaults: RFC 4787 REQ-5, RFC 5382 REQ-5)."""
+
+    udp: float = 300
+    udp_dns: float = 20
+    tcp_transitory: float = 240
+    tcp_established: float = 7440
+
+
+class Limits(NamedTuple):
+    """How many rows there may be."""
+
+    flows: int = 65536
+    flows_per_client: int = 4096
+
+
+class Footprint(NamedTuple):
+    """What the netfilter rules must catch on behalf of a row."""
+
+    proto: Proto
+    port: int
+    gport: int | None
+    server: bytes
+    any_client: bool
+    """Whether the source of any client's packets may have to be changed to the relay's."""
+
+
+def key(src: Endpoint, dst: Endpoint) -> bytes:
+    """The twelve bytes of a packet from `src` to `dst`: both addresses, then both ports."""
+    return src.addr + dst.addr + src.port.to_bytes(2) + dst.port.to_bytes(2)
+
+
+class Rewrite:
+    """What becomes of the packets of one direction at one hook, and how many there were."""
+
+    __slots__ = (
+        "bytes",
+        "ip_delta",
+        "l4_delta",
+        "new",
+        "old",
+        "packets",
+        "row",
+        "seen_at",
+        "step",
+        "watched",
+    )
+
+    def __init__(self, row: "Row", step: Step, old: bytes, new: bytes, now: float) -> None:
+        self.row = row
+        self.step = step
+        self.old = old
+        self.new = new
+        self.ip_delta = difference(old[:8], new[:8])
+        """What a header checksum grows by; the transport's covers the ports too."""
+        self.l4_delta = difference(old, new)
+        self.packets = 0
+        self.bytes = 0
+        self.seen_at = now
+        self.watched = row.proto is Proto.TCP
+        """Whether each packet's flags matter, because the connection is opening."""
+
+    @property
+    def src(self) -> Endpoint:
+        """The source that packets leave with."""
+        return Endpoint(self.new[:4], int.from_bytes(self.new[8:10]))
+
+    @property
+    def dst(self) -> Endpoint:
+        """The destination that packets leave with."""
+        return Endpoint(self.new[4:8], int.from_bytes(self.new[10:12]))
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One relayed conversation."""
+
+    id: int
+    proto: Proto
+    client: Endpoint
+    service: Endpoint
+    """The address and port the client talks to.  Equal to `server` in a direct row, see above."""
+    server: Endpoint
+    source: Source
+    created_at: float
+    gport: int | None = None
+    inside: Endpoint | None = None
+    """TCP: the client as tcp-relay sees it."""
+    relay: Endpoint | None = None
+    """The relay's own address and port towards the server."""
+    tracker: Tracker = field(default_factory=Tracker)
+    closed_at: float | None = None
+    abort_asked: bool = False
+    """Ended from outside (kill, stop): tcp-relay is to reset both legs."""
+    rewrites: dict[Step, Rewrite] = field(default_factory=dict)
+    keys: list[tuple[dict[bytes, Rewrite], bytes]] = field(default_factory=list)
+    reserved: list[bytes] = field(default_factory=list)
+    footprint: Footprint | None = None
+    due: int = -1
+    """The second in which the table looks at this row next."""
+
+    def by(self, side: Side) -> Rewrite | None:
+        """The rewrite that counts this side's packets, if it has one yet."""
+        for step, rewrite in self.rewrites.items():
+            if SIDES.get(step) is side:
+                return rewrite
+        return None
+
+    @property
+    def state(self) -> State:
+        """TCP: as tracked; UDP: whether the server has answered."""
+        if self.proto is Proto.TCP:
+            return self.tracker.state
+        answers = self.by(Side.SERVER)
+        return State.REPLIED if answers and answers.packets else State.UNREPLIED
+
+    @property
+    def seen_at(self) -> float:
+        """When the client or the server was last heard (RFC 4787 REQ-6; never the relay itself)."""
+        rewrites = (self.by(Side.CLIENT), self.by(Side.SERVER))
+        return max((r.seen_at for r in rewrites if r), default=self.created_at)
+
+    def expires_at(self, timeouts: Timeouts) -> float:
+        """When the row goes unless a packet comes."""
+        if self.closed_at is not None:
+            return self.closed_at + CLOSED_LINGER
+        match self.state:
+            case State.ESTABLISHED:
+                return self.seen_at + timeouts.tcp_established
+            case State.UNREPLIED | State.REPLIED:
+                dns = self.service.port == DNS_PORT
+                return self.seen_at + (timeouts.udp_dns if dns else timeouts.udp)
+            case _:
+                return self.seen_at + timeouts.tcp_transitory
+
+
+class DirectFlows:
+    """Clients' own conversations with a server, seen passing by: least recently seen first."""
+
+    def __init__(self, most: int = 65536) -> None:
+        self._seen: dict[bytes, float] = {}
+        self._most = most
+
+    def saw(self, proto: Proto, at: bytes, now: float) -> None:
+        """A packet of this conversation came past."""
+        entry = bytes((proto,)) + at
+        self._seen.pop(entry, None)
+        self._seen[entry] = now
+        if len(self._seen) > self._most:
+            del self._seen[next(iter(self._seen))]
+
+    def __contains__(self, flow: tuple[Proto, bytes]) -> bool:
+        return bytes((flow[0],)) + flow[1] in self._seen
+
+    def expire(self, before: float) -> None:
+        """Forgets those not seen since `before`."""
+        for entry, seen_at in list(self._seen.items()):
+            if seen_at >= before:
+                break
+            del self._seen[entry]
+
+
+class NatTable:
+    """All rows, and the look-up tables of the packet path.
+
+    `tables[hook, proto]` maps the twelve bytes of a packet to its Rewrite.  They are dictionaries for
+    the worker to read; only this class writes them.
+    """
+
+    def __init__(
+        self, limits: Limits = Limits(), timeouts: Timeouts = Timeouts(), *, rng: Random
+    ) -> None:
+        self.tables: dict[tuple[Hook, Proto], dict[bytes, Rewrite]] = {
+            (hook, proto): {} for hook in Hook for proto in Proto
+        }
+        self.direct = DirectFlows()
+        self.footprints: Counter[Footprint] = Counter()
+        """What the live rows need of the rules."""
+        self.on_footprint: Callable[[], None] = lambda: None
+        """Called when a row needs something of the rules that no row needed before."""
+        self.limits = limits
+        self._timeouts = timeouts
+        self._rng = rng
+        self._rows: dict[int, Row] = {}
+        self._next_id = 1
+        self._per_client: Counter[bytes] = Counter()
+        self._outside: dict[Proto, dict[bytes, Row]] = {proto: {} for proto in Proto}
+        self._inside: dict[tuple[Endpoint, int], Row] = {}
+        self._by_relay: dict[Endpoint, Row] = {}
+        # Rows by the second in which to look at them next: a row that was heard of meanwhile is
+        # moved on when its second comes, so that a packet never touches this.
+        self._due: dict[int, list[Row]] = {}
+        self._looked_until = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(list(self._rows.values()))
+
+    def get(self, row_id: int) -> Row | None:
+        """The row with this number."""
+        return self._rows.get(row_id)
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """In force for all rows, also those that live."""
+        return self._timeouts
+
+    def set_timeouts(self, timeouts: Timeouts) -> None:
+        """Puts other timeouts in force, also for rows that live."""
+        self._timeouts = timeouts
+        self._due.clear()
+        for row in self._rows.values():
+            row.due = -1
+            self._schedule(row)
+
+    # Making rows
+
+    def open_tcp(
+        self,
+        client: Endpoint,
+        service: Endpoint,
+        server: Endpoint,
+        source: Source,
+        gport: int,
+        now: float,
+        *,
+        inside: Endpoint | None = None,
+    ) -> Row:
+        """A connection that a client opens: steps T1 and T2.
+
+        Takes the place of a former connection between the same ports.  Raises Refusal
+        (`table_full`, `client_full`, `no_port`).
+        """
+        self._check_room(client)
+        if inside is None:
+            port = self._free_port(
+                client.port, lambda p: self._inside_is_free(Endpoint(client.addr, p), gport, now)
+            )
+            inside = Endpoint(client.addr, port)
+        row = self._row(Proto.TCP, client, service, server, source, now)
+        row.gport = gport
+        row.inside = inside
+        row.footprint = Footprint(Proto.TCP, service.port, gport, server.addr, False)
+        self._inside[inside, gport] = row
+        gateway = Endpoint(service.addr, gport)
+        self._add(row, Step.T1, Hook.PREROUTING, client, service, inside, gateway, now)
+        self._add(row, Step.T2, Hook.POSTROUTING, gateway, inside, service, client, now)
+        return self._enter(row)
+
+    def attach(self, row: Row, relay: Endpoint, now: float) -> None:
+        """tcp-relay will connect to the row's server from `relay`: steps T3 and T4.
+
+        Raises Refusal (`port_taken`) when the server may know that port already: the client's own
+        connection, another row's, or the client's port itself.
+        """
+        row_source = row.client.addr if row.source is Source.CLIENT else relay.addr
+        outside = Endpoint(row_source, relay.port)
+        at = key(outside, row.server)
+        holder = self._outside[Proto.TCP].get(at)
+        if holder is not None and holder.closed_at is not None:
+            self.end(holder)  # its port was free to be bound again, so both its legs are gone
+            holder = None
+        if row.relay is not None:
+            self._forget_server_leg(row)
+            holder = None if holder is row else holder
+        if holder or (Proto.TCP, at) in self.direct or outside == row.client:
+            raise Refusal("port_taken")
+        row.relay = relay
+        self._by_relay[relay] = row
+        self._reserve(row, outside)
+        self._add(row, Step.T3, Hook.POSTROUTING, relay, row.server, outside, row.server, now)
+        self._add(row, Step.T4, Hook.PREROUTING, row.server, outside, row.server, relay, now)
+
+    def open_udp(
+        self,
+        client: Endpoint,
+        service: Endpoint,
+        server: Endpoint,
+        source: Source,
+        now: float,
+        *,
+        relay_addr: bytes | None = None,
+        any_client: bool = False,
+    ) -> Row:
+        """A conversation that a client begins.
+
+        With source=relay, `relay_addr` is the relay's own address towards the server, and
+        `any_client` tells that this isn't so for clients beside the server only.  Raises Refusal
+        (`table_full`, `client_full`, `no_port`).
+        """
+        self._check_room(client)
+        pre, post = Hook.PREROUTING, Hook.POSTROUTING
+        hidden = client.addr if source is Source.CLIENT else relay_addr or service.addr
+        port = self._free_port(
+            client.port,
+            lambda p: (
+                self._outside_is_free(Proto.UDP, Endpoint(client.addr, p), server)
+                and self._outside_is_free(Proto.UDP, Endpoint(hidden, p), server)
+            ),
+        )
+        row = self._row(Proto.UDP, client, service, server, source, now)
+        between = Endpoint(client.addr, port)
+        self._reserve(row, between)
+        if source is Source.CLIENT:
+            self._add(row, Step.U12, pre, client, service, between, server, now)
+            self._add(row, Step.U34, post, server, between, service, client, now)
+        else:
+            row.relay = relay = Endpoint(hidden, port)
+            if relay != between:
+                self._reserve(row, relay)
+            self._add(row, Step.U1, pre, client, service, between, server, now)
+            self._add(row, Step.U2, post, between, server, relay, server, now)
+            self._add(row, Step.U3, pre, server, relay, server, between, now)
+            self._add(row, Step.U4, post, server, between, service, client, now)
+        row.footprint = Footprint(Proto.UDP, service.port, None, server.addr, any_client)
+        return self._enter(row)
+
+    def saw_direct(
+        self, proto: Proto, client: Endpoint, server: Endpoint, now: float
+    ) -> Rewrite | None:
+        """A client's own packet to a server came past, and no rewrite was found for it.
+
+        Usually None: it goes on untouched, and its port is left to it from now on.  If the relay
+        already uses that port towards the server on the client's behalf, the client's own
+        conversation is moved to another port; what is returned is the rewrite for this packet.
+        Raises Refusal.
+        """
+        at = key(client, server)
+        if at not in self._outside[proto]:
+            self.direct.saw(proto, at, now)
+            return None
+        self._check_room(client)
+        port = self._free_port(
+            client.port, lambda p: self._outside_is_free(proto, Endpoint(client.addr, p), server)
+        )
+        moved = Endpoint(client.addr, port)
+        row = self._row(proto, client, server, server, Source.CLIENT, now)
+        self._reserve(row, moved)
+        # The answers are caught where this protocol's answers are caught anyway (T4, U3).
+        back = Hook.PREROUTING if proto is Proto.TCP else Hook.POSTROUTING
+        self._add(row, Step.D1, Hook.PREROUTING, client, server, moved, server, now)
+        self._add(row, Step.D2, back, server, moved, server, client, now)
+        row.footprint = Footprint(proto, server.port, None, server.addr, False)
+        self._enter(row)
+        return row.rewrites[Step.D1]
+
+    # Finding rows
+
+    def accepted(self, inside: Endpoint, gport: int) -> Row | None:
+        """The row of a connection as tcp-relay sees it."""
+        return self._inside.get((inside, gport))
+
+    def of_relay_port(self, relay: Endpoint) -> Row | None:
+        """The TCP row whose server leg begins at this port."""
+        return self._by_relay.get(relay)
+
+    def unanswered(self) -> list[Row]:
+        """The UDP rows whose server has never answered."""
+        return [row for row in self._rows.values() if row.state is State.UNREPLIED]
+
+    # Ending rows
+
+    def close(self, row: Row, now: float) -> None:
+        """Both legs are closed: the row goes soon, but not before the last packets are through."""
+        if row.closed_at is None:
+            row.closed_at = now
+            row.tracker.closed = True
+            self._schedule(row)
+
+    def reschedule(self, row: Row) -> None:
+        """The row's state changed, and with it its timeout."""
+        self._schedule(row)
+
+    def end(self, row: Row) -> None:
+        """Takes the row out at once.  Harmless if it is out already."""
+        if self._rows.pop(row.id, None) is None:
+            return
+        for table, at in row.keys:
+            if (rewrite := table.get(at)) is not None and rewrite.row is row:
+                del table[at]
+        outside = self._outside[row.proto]
+        for at in row.reserved:
+            if outside.get(at) is row:
+                del outside[at]
+        if row.inside and row.gport and self._inside.get((row.inside, row.gport)) is row:
+            del self._inside[row.inside, row.gport]
+        if row.relay and self._by_relay.get(row.relay) is row:
+            del self._by_relay[row.relay]
+        self._per_client[row.client.addr] -= 1
+        if not self._per_client[row.client.addr]:
+            del self._per_client[row.client.addr]
+        # A row and its rewrites point at each other; let go here, so that no collector is needed.
+        row.keys.clear()
+        row.rewrites.clear()
+        if row.footprint:
+            self.footprints[row.footprint] -= 1
+            if not self.footprints[row.footprint]:
+                del self.footprints[row.footprint]
+
+    def clear(self) -> list[Row]:
+        """Ends every row, and returns them."""
+        ended = list(self._rows.values())
+        for row in ended:
+            self.end(row)
+        self._due.clear()
+        self.direct = DirectFlows()
+        return ended
+
+    def expire(self, now: float) -> list[Row]:
+        """Ends the rows whose time is over, and returns them.  Cheap: looks only at rows due."""
+        ended = []
+        second = int(now)
+        if second - self._looked_until > len(self._due):
+            due = sorted(s for s in self._due if s <= second)
+        else:
+            due = [s for s in range(self._looked_until, second + 1) if s in self._due]
+        for s in due:
+            for row in self._due.pop(s):
+                if row.due != s or row.id not in self._rows:
+                    continue  # looked at earlier or later: there is a newer entry
+                if row.expires_at(self._timeouts) <= now:
+                    self.end(row)
+                    ended.append(row)
+                else:
+                    self._schedule(row)
+        self._looked_until = second
+        self.direct.expire(now - self._timeouts.tcp_established)
+        return ended
+
+    # Inside
+
+    def _check_room(self, client: Endpoint) -> None:
+        if len(self._rows) >= self.limits.flows:
+            raise Refusal("table_full")
+        if self._per_client[client.addr] >= self.limits.flows_per_client:
+            raise Refusal("client_full")
+
+    def _row(
+        self,
+        proto: Proto,
+        client: Endpoint,
+        service: Endpoint,
+        server: Endpoint,
+        source: Source,
+        now: float,
+    ) -> Row:
+        row = Row(self._next_id, proto, client, service, server, source, now)
+        self._next_id += 1
+        return row
+
+    def _enter(self, row: Row) -> Row:
+        self._rows[row.id] = row
+        self._per_client[row.client.addr] += 1
+        self._schedule(row)
+        if row.footprint:
+            new = not self.footprints[row.footprint]
+            self.footprints[row.footprint] += 1
+            if new:
+                self.on_footprint()
+        return row
+
+    def _add(
+        self,
+        row: Row,
+        step: Step,
+        hook: Hook,
+        src: Endpoint,
+        dst: Endpoint,
+        to_src: Endpoint,
+        to_dst: Endpoint,
+        now: float,
+    ) -> None:
+        """Packets from `src` to `dst` leave as from `to_src` to `to_dst`."""
+        at = key(src, dst)
+        table = self.tables[hook, row.proto]
+        table[at] = row.rewrites[step] = Rewrite(row, step, at, key(to_src, to_dst), now)
+        row.keys.append((table, at))
+
+    def _reserve(self, row: Row, outside: Endpoint) -> None:
+        at = key(outside, row.server)
+        self._outside[row.proto][at] = row
+        row.reserved.append(at)
+
+    def _forget_server_leg(self, row: Row) -> None:
+        assert row.relay is not None
+        if self._by_relay.get(row.relay) is row:
+            del self._by_relay[row.relay]
+        for step in (Step.T3, Step.T4):
+            rewrite = row.rewrites.pop(step)
+            for table, at in [pair for pair in row.keys if pair[0].get(pair[1]) is rewrite]:
+                del table[at]
+                row.keys.remove((table, at))
+        for at in row.reserved:
+            if self._outside[row.proto].get(at) is row:
+                del self._outside[row.proto][at]
+        row.reserved.clear()
+        row.relay = None
+
+    def _outside_is_free(self, proto: Proto, outside: Endpoint, server: Endpoint) -> bool:
+        at = key(outside, server)
+        return at not in self._outside[proto] and (proto, at) not in self.direct
+
+    def _inside_is_free(self, inside: Endpoint, gport: int, now: float) -> bool:
+        row = self._inside.get((inside, gport))
+        return row is None or row.closed_at is not None
+
+    def _free_port(self, wanted: int, is_free: Callable[[int], bool]) -> int:
+        """The wanted port, or another of its class (below 1024 or not) and, if possible, its parity.
+
+        RFC 4787, REQ-3a and REQ-4.  Raises Refusal (`no_port`).
+        """
+        if is_free(wanted):
+            return wanted
+        low, high = (1, 1023) if wanted < 1024 else (1024, 0xFFFF)
+        start = self._rng.randint(low, high)
+        for parity in (wanted % 2, 1 - wanted % 2):
+            for step in range(low, high + 1):
+                port = low + (start + step - low) % (high - low + 1)
+                if port % 2 == parity and is_free(port):
+                    return port
+        raise Refusal("no_port")
+
+    def _schedule(self, row: Row) -> None:
+        at = max(int(row.expires_at(self._timeouts)) + 1, self._looked_until)
+        if row.due == at:
+            return
+        row.due = at
+        self._due.setdefault(at, []).append(row)

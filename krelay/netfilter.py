@@ -1,0 +1,233 @@
+"""Puts the rules of a RuleSpec into the kernel and takes them out again; nothing of anybody else's.
+
+There are two ways in, and the first that works on this kernel is taken: nft with its own `queue`, or
+iptables with its NFQUEUE target (through nf_tables or the older interface, whichever tool serves).
+What works is found out by doing it: the very rules are installed in a network namespace that is
+made for the purpose and gone a moment later.  Only where a namespace can't be made are they tried on the
+host; both ways are atomic, so a refused attempt leaves nothing.
+
+Merely looking can leave something, too: the older iptables makes a table when it is asked what is in
+it, and iptables over nf_tables leaves its base chains behind when the last rule is gone.  So tables are
+listed only where they are, and those that are empty after our removal are removed as well.
+"""
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any, Protocol
+
+from krelay import ruleset
+from krelay.ruleset import RuleSpec
+
+TIMEOUT = 10.0
+"""Seconds for one run of nft or iptables; they take milliseconds unless somebody holds a lock."""
+
+_PROBE = RuleSpec(
+    name="krelay-probe",
+    queue=0,
+    tcp=((80, 81), (443, 443)),
+    udp=((53, 53),),
+    gports=(16000,),
+    servers=(IPv4Address("192.0.2.1"),),
+    relay_clients=(IPv4Network("192.0.2.0/24"),),
+)
+
+
+class RulesUnavailable(Exception):
+    """The kernel or the tools can't do it.  The text says what was tried and what is missing."""
+
+
+class Backend(Protocol):
+    """One way to have rules."""
+
+    @property
+    def name(self) -> str: ...
+
+    def install(self, spec: RuleSpec, prefix: tuple[str, ...] = ()) -> None:
+        """Puts the rules in, in place of earlier ones of that name.  Raises RulesUnavailable."""
+
+    def remove(self, name: str) -> None:
+        """Takes them out, if they are there.  Raises RulesUnavailable."""
+
+    def present(self, name: str) -> bool:
+        """Whether rules of that name are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nft:
+    """Rules in a table of our own."""
+
+    command: str = "nft"
+    name: str = "nft"
+
+    def install(self, spec: RuleSpec, prefix: tuple[str, ...] = ()) -> None:
+        """One transaction."""
+        _run((*prefix, self.command, "-f", "-"), ruleset.nft_install(spec))
+
+    def remove(self, name: str) -> None:
+        """One transaction."""
+        if self.present(name):
+            _run((self.command, "-f", "-"), ruleset.nft_remove(name))
+
+    def present(self, name: str) -> bool:
+        """Whether the table is there."""
+        try:
+            _run((self.command, "list", "table", "ip", name))
+        except RulesUnavailable:
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Iptables:
+    """Rules in chains of our own, hung into PREROUTING and POSTROUTING."""
+
+    name: str
+    """`iptables`, or `iptables-legacy` or `iptables-nft` where those are told apart."""
+
+    def install(self, spec: RuleSpec, prefix: tuple[str, ...] = ()) -> None:
+        """One commit a table; see ruleset.  If the second is refused, the first is taken back."""
+        hung = frozenset[str]() if prefix else self._found(spec.name)[0]
+        try:
+            self._restore(ruleset.iptables_install(spec, hung), prefix)
+        except RulesUnavailable:
+            if not prefix:
+                self.remove(spec.name)
+            raise
+
+    def remove(self, name: str) -> None:
+        """PREROUTING first, so that nothing new begins."""
+        hung, present = self._found(name)
+        if present:
+            self._restore(ruleset.iptables_remove(name, hung, present))
+            if not self._is_legacy:
+                for chain in ruleset.chains(name):
+                    _remove_empty_table(chain.table)
+
+    def present(self, name: str) -> bool:
+        """Whether one of the chains is there."""
+        try:
+            return bool(self._found(name)[1])
+        except RulesUnavailable:
+            return False
+
+    @property
+    def _is_legacy(self) -> bool:
+        """Whether this tool is the older interface, not the one over nf_tables."""
+        return "legacy" in _version(self.name)
+
+    def _restore(self, text: str, prefix: tuple[str, ...] = ()) -> None:
+        _run((*prefix, f"{self.name}-restore", "--noflush", "-w", "5"), text)
+
+    def _found(self, name: str) -> tuple[frozenset[str], frozenset[str]]:
+        """The chains of ours that are jumped to, and those that exist."""
+        hung, present = set(), set()
+        if not shutil.which(f"{self.name}-save"):
+            return frozenset(), frozenset()
+        for chain in ruleset.chains(name):
+            if self._is_legacy and chain.table not in _legacy_tables():
+                continue
+            lines = _run((f"{self.name}-save", "-t", chain.table)).splitlines()
+            if any(line.startswith(f":{chain.name} ") for line in lines):
+                present.add(chain.name)
+            if f"-A {chain.builtin} -j {chain.name}" in lines:
+                hung.add(chain.name)
+        return frozenset(hung), frozenset(present)
+
+
+CANDIDATES: tuple[Backend, ...] = (
+    Nft(),
+    Iptables("iptables"),
+    Iptables("iptables-nft"),
+    Iptables("iptables-legacy"),
+)
+
+
+def probe() -> Backend:
+    """The first way that works here.  Raises RulesUnavailable if none does."""
+    tried = []
+    for backend in CANDIDATES:
+        try:
+            _try(backend)
+        except RulesUnavailable as error:
+            tried.append(f"{backend.name}: {error}")
+        else:
+            return backend
+    raise RulesUnavailable(
+        "no way to queue packets: neither nft's queue nor the NFQUEUE target of iptables works "
+        f"here ({'; '.join(tried)})"
+    )
+
+
+def _try(backend: Backend) -> None:
+    if shutil.which("unshare"):
+        try:
+            _run(("unshare", "--net", "true"))
+        except RulesUnavailable:
+            pass  # no namespaces for us: try on the host
+        else:
+            backend.install(_PROBE, ("unshare", "--net"))
+            return
+    backend.install(_PROBE)
+    backend.remove(_PROBE.name)
+
+
+@cache
+def _version(command: str) -> str:
+    """What the tool says of itself: `iptables v1.8.9 (nf_tables)`."""
+    return _run((command, "--version"))
+
+
+def _legacy_tables() -> list[str]:
+    """The tables of the older interface that exist in this network namespace."""
+    try:
+        return Path("/proc/thread-self/net/ip_tables_names").read_text().split()
+    except OSError:
+        return []
+
+
+def _remove_empty_table(table: str) -> None:
+    """Removes an iptables table that holds nothing but its empty base chains.
+
+    In one transaction that the kernel refuses if somebody has put a rule there meanwhile.
+    """
+    try:
+        listed = json.loads(_run(("nft", "-j", "list", "table", "ip", table)))["nftables"]
+    except (RulesUnavailable, ValueError, KeyError):
+        return
+    chains: list[dict[str, Any]] = [entry["chain"] for entry in listed if "chain" in entry]
+    kinds = {kind for entry in listed for kind in entry}
+    empty = all("hook" in chain and chain.get("policy") == "accept" for chain in chains)
+    if not empty or kinds - {"metainfo", "table", "chain"}:
+        return
+    lines = [f"delete chain ip {table} {chain['name']}" for chain in chains]
+    try:
+        _run(("nft", "-f", "-"), "\n".join([*lines, f"delete table ip {table}", ""]))
+    except RulesUnavailable:
+        pass  # in use after all
+
+
+def _run(command: tuple[str, ...], text: str = "") -> str:
+    """What the command printed.  Raises RulesUnavailable with the last line of its complaint."""
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+    except FileNotFoundError:
+        raise RulesUnavailable(f"{command[0]} is not installed") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RulesUnavailable(str(error)) from None
+    if done.returncode:
+        raise RulesUnavailable(_complaint(done.stderr) or f"exit status {done.returncode}")
+    return done.stdout
+
+
+def _complaint(stderr: str) -> str:
+    """The telling line of a tool's error output."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip(" ^~\t")]
+    errors = [line for line in lines if "rror" in line or "ailed" in line or "not " in line]
+    return (errors or lines or [""])[0][:200]

@@ -1,0 +1,201 @@
+"""The netfilter queue: packets from the kernel to the worker, verdicts back.
+
+All of NetfilterQueue's traps are closed here, so that nobody else need know them:
+
+- It asks the kernel for at most 4,016 bytes of a packet.  A longer one would come cut, and if
+  rewritten leave cut (the kernel trims to what it is sent).  So the range is set again, by a message of our
+  own on its socket, and packets are read by an object of ours with a large enough buffer.
+- `run` reads until the queue is empty, which under load is never.  Our reader says "nothing more"
+  (EAGAIN) after BATCH packets; the rest of the loop then has its turn.
+- It swallows ENOBUFS, the only sign that the socket's buffer overflowed.  Our reader counts it.
+- A callback that raises leaves its packet without a verdict, and the packet holds a place in the queue
+  for good.  Ours catches everything, drops the packet, counts it, and logs each kind of fault once.
+- `set_payload(b"")` accepts the original.  The worker never returns an empty packet; if it
+  did, the packet would be dropped here.
+
+What the kernel dropped because the queue was full, or the socket's buffer, it counts itself
+(net/netfilter/nfnetlink_queue.c); `figures` reads that.
+"""
+
+import errno
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from netfilterqueue import NetfilterQueue
+
+from krelay.log import Log
+from krelay.worker import Verdict, Worker
+
+BATCH = 256
+"""Packets handled before the loop's other events have a turn: some milliseconds."""
+MAX_QUEUED = 8192
+"""Packets the kernel holds for us before it drops."""
+SOCKET_BUFFER = 8 << 20
+COPY_RANGE = 0xFFFF
+_BUFFER = 0x10000 + 4096
+_FIGURES = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
+
+_SUBSYS_QUEUE, _MSG_CONFIG = 3, 2
+_CFG_PARAMS, _COPY_PACKET = 2, 2
+_REQUEST = 1
+
+_log = Log("queue")
+
+
+class QueueUnavailable(Exception):
+    """The queue can't be served.  The text says why and what to do."""
+
+
+class Figures(NamedTuple):
+    """What the kernel says of a queue (/proc/net/netfilter/nfnetlink_queue)."""
+
+    port_id: int
+    """Netlink port of the process that serves it; often its process id."""
+    waiting: int
+    copy_range: int
+    queue_dropped: int
+    """Packets dropped because MAX_QUEUED were waiting."""
+    socket_dropped: int
+    """Packets dropped because the socket's buffer was full."""
+
+
+class Queued(Protocol):
+    """A packet of NetfilterQueue's, as far as it is used here."""
+
+    hook: int
+
+    def get_payload(self) -> bytes: ...
+    def set_payload(self, payload: bytes) -> None: ...
+    def accept(self) -> None: ...
+    def drop(self) -> None: ...
+
+
+def figures(number: int) -> Figures | None:
+    """The kernel's figures of that queue in this network namespace; None if nobody serves it."""
+    try:
+        lines = _FIGURES.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        queue, port_id, waiting, _, copy_range, queue_dropped, socket_dropped, *_ = map(
+            int, line.split()
+        )
+        if queue == number:
+            return Figures(port_id, waiting, copy_range, queue_dropped, socket_dropped)
+    return None
+
+
+class Queue:
+    """One netfilter queue, bound from construction to `close`.
+
+    Raises QueueUnavailable if it is taken, not permitted, or unknown to the kernel.
+    """
+
+    def __init__(self, number: int, worker: Worker, send: Callable[[bytes], object]) -> None:
+        self.number = number
+        self.overflows = 0
+        """How often the kernel told that it had dropped packets for want of buffer."""
+        self.errors = 0
+        """Packets dropped because our own code failed."""
+        self._worker = worker
+        self._send = send
+        self._now = 0.0
+        self._left = 0
+        self._seen_errors: set[str] = set()
+        if not _FIGURES.exists():
+            raise QueueUnavailable(
+                "the kernel has no netfilter queue (CONFIG_NETFILTER_NETLINK_QUEUE); "
+                "try: modprobe nfnetlink_queue"
+            )
+        if (taken := figures(number)) is not None:
+            raise QueueUnavailable(
+                f"queue {number} is served by another program (netlink port {taken.port_id}); "
+                f"choose another with --queue-num"
+            )
+        self._queue = NetfilterQueue()
+        try:
+            self._queue.bind(number, self._on_packet, max_len=MAX_QUEUED, sock_len=SOCKET_BUFFER)
+        except (OSError, RuntimeWarning) as error:
+            raise QueueUnavailable(
+                f"queue {number} can't be bound ({error}); krelay needs CAP_NET_ADMIN"
+            ) from None
+        self._socket = socket.socket(fileno=os.dup(self._queue.get_fd()))
+        self._socket.setblocking(False)
+        self._receive = self._socket.recv
+        self._ask_for_whole_packets()
+
+    def fileno(self) -> int:
+        """Readable when packets wait."""
+        return self._socket.fileno()
+
+    def serve(self, _: int = 0) -> None:
+        """Handles the packets that wait, BATCH at most.  Raises OSError if the queue is lost."""
+        self._now = time.monotonic()
+        self._left = BATCH
+        self._queue.run_socket(self)  # type: ignore[arg-type]  # it calls recv alone
+
+    def recv(self, _: int) -> bytes:
+        """What run_socket reads by: one message from the kernel, or EAGAIN when it is enough."""
+        if not self._left:
+            raise BlockingIOError(errno.EAGAIN, "enough for this turn")
+        self._left -= 1
+        try:
+            return self._receive(_BUFFER)
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:
+                self.overflows += 1
+            raise
+
+    def close(self) -> None:
+        """Unbinds; packets that still wait are dropped by the kernel.  May be called twice."""
+        self._queue.unbind()
+        self._socket.close()
+
+    def _on_packet(self, packet: Queued) -> None:
+        try:
+            verdict = self._worker.handle(packet.get_payload(), packet.hook, self._now)
+            if verdict is Verdict.PASS:
+                packet.accept()
+            elif isinstance(verdict, bytes) and verdict:
+                packet.set_payload(verdict)
+                packet.accept()
+            else:
+                packet.drop()
+                for answer in self._worker.answers:
+                    self._send(answer)
+                self._worker.answers.clear()
+        except Exception as error:
+            self._failed(packet, error)
+
+    def _failed(self, packet: Queued, error: Exception) -> None:
+        self.errors += 1
+        self._worker.answers.clear()
+        try:
+            packet.drop()
+        except RuntimeError:  # it had its verdict
+            pass
+        where = error.__traceback__
+        while where and where.tb_next:
+            where = where.tb_next
+        place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where else ""
+        if place not in self._seen_errors:
+            self._seen_errors.add(place)
+            _log.error("packet dropped by a fault of ours", error=repr(error), at=place)
+
+    def _ask_for_whole_packets(self) -> None:
+        params = struct.pack("!IB", COPY_RANGE, _COPY_PACKET)
+        attribute = struct.pack("=HH", 4 + len(params), _CFG_PARAMS) + params.ljust(8, b"\0")
+        body = struct.pack("!BBH", 0, 0, self.number) + attribute
+        head = struct.pack(
+            "=IHHII", 16 + len(body), _SUBSYS_QUEUE << 8 | _MSG_CONFIG, _REQUEST, 0, 0
+        )
+        self._socket.sendto(head + body, (0, 0))
+        got = figures(self.number)
+        if got is None or got.copy_range < COPY_RANGE - 8:
+            self.close()
+            raise QueueUnavailable(f"the kernel doesn't hand whole packets to queue {self.number}")

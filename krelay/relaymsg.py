@@ -1,0 +1,213 @@
+"""The messages of the relay socket, between tcp-relay and krelay (design: the relay socket).
+
+One JSON object a message, one message a packet.  tcp-relay asks `open` (a new connection: which server?), `resume` (after a
+reconnect: this one still lives) and tells `close`; krelay answers by `id`, and tells `abort` when a row was ended and
+its two connections must be reset.  Both ends use this module alone: what one emits the other parses.
+
+Beyond the fields of the contract, `open` and `resume` carry `service` (the address and port the client asked for: the row's
+T1 key, which a krelay that has lost its table can't know) and `resume` carries `source`.  A krelay takes messages without them.
+
+    >>> emit(Close(Endpoint.parse("192.168.0.2:45678")))
+    b'{"op":"close","relay":["192.168.0.2",45678]}'
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from krelay.flow import Endpoint, Source
+
+MAX_MESSAGE = 4096
+"""Bytes; no message is longer, so a longer packet is a malformed one."""
+
+PORT_TAKEN = "relay port is taken"
+"""The one refusal after which tcp-relay tries again, with another relay port."""
+
+
+class BadMessage(ValueError):
+    """Bytes that are no message of this protocol.  The text says what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A client was accepted and relay port `relay` is bound: which server?"""
+
+    id: int
+    client: Endpoint
+    gport: int
+    relay: Endpoint
+    service: Endpoint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """A connection that lives on after krelay or the socket was gone."""
+
+    id: int
+    client: Endpoint
+    gport: int
+    relay: Endpoint
+    server: Endpoint
+    service: Endpoint | None = None
+    source: Source | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Both legs of the connection with this relay port are closed."""
+
+    relay: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Answer to Open: connect to `server`; it will see the address of `source`."""
+
+    id: int
+    server: Endpoint
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Answer to Resume: the row is there again."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Answer to Open or Resume (or, with id None, to something malformed)."""
+
+    id: int | None
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """From krelay: the row with this relay port was ended; reset both its legs."""
+
+    relay: Endpoint
+
+
+Request = Open | Resume | Close
+Answer = Opened | Resumed | Refused | Abort
+
+
+def emit(message: Request | Answer) -> bytes:
+    """The bytes of one packet."""
+    match message:
+        case Open(id=i, client=client, gport=gport, relay=relay, service=service):
+            fields = {"op": "open", "id": i, "client": _pair(client), "gport": gport}
+            fields |= {"relay": _pair(relay)} | ({"service": _pair(service)} if service else {})
+        case Resume(id=i, client=client, gport=gport, relay=relay, server=server):
+            fields = {"op": "resume", "id": i, "client": _pair(client), "gport": gport}
+            fields |= {"relay": _pair(relay), "server": _pair(server)}
+            fields |= {"service": _pair(message.service)} if message.service else {}
+            fields |= {"source": message.source} if message.source else {}
+        case Close(relay=relay):
+            fields = {"op": "close", "relay": _pair(relay)}
+        case Opened(id=i, server=server, source=source):
+            fields = {"id": i, "server": _pair(server), "source": source}
+        case Resumed(id=i):
+            fields = {"id": i}
+        case Refused(id=maybe_id, error=error):
+            fields = {"id": maybe_id, "error": error}
+        case Abort(relay=relay):
+            fields = {"op": "abort", "relay": _pair(relay)}
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def parse_request(packet: bytes) -> Request:
+    """What tcp-relay said.  Raises BadMessage, and nothing else, for any other bytes."""
+    fields = _object(packet)
+    match fields.get("op"):
+        case "open":
+            return Open(
+                _id(fields),
+                _endpoint(fields, "client"),
+                _port(fields, "gport"),
+                _endpoint(fields, "relay"),
+                _maybe_endpoint(fields, "service"),
+            )
+        case "resume":
+            return Resume(
+                _id(fields),
+                _endpoint(fields, "client"),
+                _port(fields, "gport"),
+                _endpoint(fields, "relay"),
+                _endpoint(fields, "server"),
+                _maybe_endpoint(fields, "service"),
+                _source(fields) if "source" in fields else None,
+            )
+        case "close":
+            return Close(_endpoint(fields, "relay"))
+        case op:
+            raise BadMessage(f"op {op!r} is none of open, resume, close")
+
+
+def parse_answer(packet: bytes) -> Answer:
+    """What krelay said.  Raises BadMessage, and nothing else, for any other bytes."""
+    fields = _object(packet)
+    if fields.get("op") == "abort":
+        return Abort(_endpoint(fields, "relay"))
+    if "error" in fields:
+        error = fields["error"]
+        if not isinstance(error, str):
+            raise BadMessage("error is not text")
+        return Refused(None if fields.get("id") is None else _id(fields), error)
+    if "server" in fields:
+        return Opened(_id(fields), _endpoint(fields, "server"), _source(fields))
+    return Resumed(_id(fields))
+
+
+def _pair(endpoint: Endpoint) -> list[str | int]:
+    return [endpoint.host, endpoint.port]
+
+
+def _object(packet: bytes) -> dict[str, Any]:
+    if len(packet) > MAX_MESSAGE:
+        raise BadMessage(f"longer than {MAX_MESSAGE} bytes")
+    try:
+        fields = json.loads(packet)
+    except (ValueError, RecursionError) as error:
+        raise BadMessage("not a JSON object") from error
+    if not isinstance(fields, dict):
+        raise BadMessage("not a JSON object")
+    return fields
+
+
+def _integer(fields: dict[str, Any], name: str, low: int, high: int) -> int:
+    value = fields.get(name)
+    if type(value) is not int or not low <= value <= high:
+        raise BadMessage(f"{name} is not a number from {low} to {high}")
+    return value
+
+
+def _id(fields: dict[str, Any]) -> int:
+    return _integer(fields, "id", 0, 2**63 - 1)
+
+
+def _port(fields: dict[str, Any], name: str) -> int:
+    return _integer(fields, name, 1, 0xFFFF)
+
+
+def _endpoint(fields: dict[str, Any], name: str) -> Endpoint:
+    match fields.get(name):
+        case [str(host), int(port)] if type(port) is int and 1 <= port <= 0xFFFF:
+            try:
+                return Endpoint.of(host, port)
+            except ValueError:
+                pass
+    raise BadMessage(f"{name} is not [ADDRESS, PORT]")
+
+
+def _maybe_endpoint(fields: dict[str, Any], name: str) -> Endpoint | None:
+    return _endpoint(fields, name) if fields.get(name) is not None else None
+
+
+def _source(fields: dict[str, Any]) -> Source:
+    try:
+        return Source(fields.get("source", ""))
+    except ValueError:
+        raise BadMessage("source is none of client, relay") from None

@@ -1,0 +1,269 @@
+"""Which packets go to the queue, as a value and as text for nft or iptables.
+
+Rewriting happens outside of everything else that the host does to packets: incoming ones before
+connection tracking sees them (priority raw, -300, behind defragmentation), outgoing ones after the
+host's own rules, in nft also after its NAT.  So connection tracking, firewall rules and NAT of the host
+see each relayed conversation as ordinary and complete, C:x to K:A and K:y to S, and `ct state
+established` means what it says.  Nothing need be exempted from tracking (`notrack` would turn these
+packets into `untracked` for a firewall, and the answers of clients' direct connections with them).
+
+             PREROUTING                                  POSTROUTING
+    T1, U1   to this host, a service                T2       from this host, a gateway port
+             to this host, a gateway port           T3       from this host to S, a service
+    T4       from S, a service (TCP)                U3,U4    from S, a service (UDP)
+             clients' own, to S, a service          U2       from clients of source=relay to S
+    U3       from S to this host (UDP)
+
+Datagrams must come whole, or their ports can't be seen.  The kernel reassembles fragments before
+PREROUTING only where something has asked for it; the `socket` match of iptables and `tproxy` of nft do
+that, without switching connection tracking on.  One rule that can never match is there for that alone.
+
+nft replaces a whole table in one transaction.  iptables commits a table at a time: POSTROUTING
+(mangle) goes first and PREROUTING (raw), which begins new flows, goes second, in one run; removal is the
+other way round.  What lies between the two passes no packet wrongly: rewriting without anything
+new to rewrite.
+
+No rule has `bypass`: without a worker these packets are dropped, never passed on unrewritten.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2s
+from ipaddress import IPv4Address, IPv4Network
+
+from krelay.flow import Proto
+from krelay.nat import Footprint
+
+ANYONE = IPv4Network("0.0.0.0/0")
+MULTIPORT_MOST = 15
+"""Ports in one multiport match; a range counts twice (net/netfilter/xt_multiport.c)."""
+NEVER = "255.255.255.255"
+DEFAULT_QUEUE = 1600
+
+Ports = tuple[tuple[int, int], ...]
+"""Ranges, both ends included, in order, none touching another."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSpec:
+    """What is to be queued.  Equal specs make equal rules."""
+
+    name: str
+    queue: int
+    tcp: Ports
+    udp: Ports
+    gports: tuple[int, ...]
+    servers: tuple[IPv4Address, ...]
+    relay_clients: tuple[IPv4Network, ...]
+    """Whose UDP packets may need their source changed to the relay's (step U2)."""
+
+
+def instance_name(root: str, default_root: str) -> str:
+    """The name of the chains of the krelay that serves this tree: two trees on a host get along."""
+    if root == default_root:
+        return "krelay"
+    return "krelay-" + blake2s(root.encode(), digest_size=4).hexdigest()
+
+
+def merged(ports: Iterable[tuple[int, int]]) -> Ports:
+    """The same ports as ordered ranges that don't touch.
+
+    >>> merged([(80, 80), (443, 443), (81, 90), (85, 100)])
+    ((80, 100), (443, 443))
+    """
+    result: list[tuple[int, int]] = []
+    for low, high in sorted(ports):
+        if result and low <= result[-1][1] + 1:
+            result[-1] = (result[-1][0], max(high, result[-1][1]))
+        else:
+            result.append((low, high))
+    return tuple(result)
+
+
+def wanted(
+    *,
+    name: str,
+    queue: int,
+    tcp: Iterable[tuple[int, int]],
+    udp: Iterable[tuple[int, int]],
+    gport: int,
+    server: IPv4Address,
+    source_is_relay: bool,
+    beside: Iterable[IPv4Network],
+    footprints: Iterable[Footprint],
+) -> RuleSpec:
+    """What new flows need, and what the rows that live still need."""
+    live = list(footprints)
+    anyone = source_is_relay or any(f.any_client for f in live)
+    return RuleSpec(
+        name=name,
+        queue=queue,
+        tcp=merged([*tcp, *((f.port, f.port) for f in live if f.proto is Proto.TCP)]),
+        udp=merged([*udp, *((f.port, f.port) for f in live if f.proto is Proto.UDP)]),
+        gports=tuple(sorted({gport, *(f.gport for f in live if f.gport)})),
+        servers=tuple(sorted({server, *(IPv4Address(f.server) for f in live)})),
+        relay_clients=(ANYONE,) if anyone else tuple(sorted(set(beside))),
+    )
+
+
+# nft
+
+
+def nft_install(spec: RuleSpec) -> str:
+    """One transaction that puts the rules in, in place of any earlier ones of this name."""
+    tcp, udp = _nft_ports(spec.tcp), _nft_ports(spec.udp)
+    servers = "{ " + ", ".join(map(str, spec.servers)) + " }"
+    gports = _nft_ports(tuple((p, p) for p in spec.gports))
+    queue = f"queue num {spec.queue}"
+    pre = [
+        'iifname "lo" return',
+        f"tcp dport {gports} fib daddr type local {queue}",
+        *(
+            [
+                f"tcp dport {tcp} fib daddr type local {queue}",
+                f"ip saddr {servers} tcp sport {tcp} {queue}",
+                f"ip daddr {servers} tcp dport {tcp} {queue}",
+            ]
+            if tcp
+            else []
+        ),
+        *(
+            [
+                f"udp dport {udp} fib daddr type local {queue}",
+                f"ip daddr {servers} udp dport {udp} {queue}",
+                f"ip saddr {servers} udp sport {udp} fib daddr type local {queue}",
+            ]
+            if udp
+            else []
+        ),
+        f"ip daddr {NEVER} udp dport 0 tproxy to :9",
+    ]
+    post = [
+        'oifname "lo" return',
+        f"tcp sport {gports} fib saddr type local {queue}",
+        *([f"ip daddr {servers} tcp dport {tcp} fib saddr type local {queue}"] if tcp else []),
+        *([f"ip saddr {servers} udp sport {udp} {queue}"] if udp else []),
+    ]
+    if udp and spec.relay_clients:
+        clients = "{ " + ", ".join(map(str, spec.relay_clients)) + " }"
+        post.append(f"ip daddr {servers} udp dport {udp} fib saddr type local {queue}")
+        match = "" if ANYONE in spec.relay_clients else f"ip saddr {clients} "
+        post.append(f"{match}ip daddr {servers} udp dport {udp} {queue}")
+    return "\n".join(
+        [
+            nft_remove(spec.name).rstrip(),
+            f"table ip {spec.name} {{",
+            "  chain pre {",
+            "    type filter hook prerouting priority -300; policy accept;",
+            *(f"    {rule}" for rule in pre),
+            "  }",
+            "  chain post {",
+            "    type filter hook postrouting priority 300; policy accept;",
+            *(f"    {rule}" for rule in post),
+            "  }",
+            "}",
+            "",
+        ]
+    )
+
+
+def nft_remove(name: str) -> str:
+    """One transaction that takes the rules out, whether they are there or not."""
+    return f"add table ip {name}\ndelete table ip {name}\n"
+
+
+def _nft_ports(ports: Ports) -> str:
+    return (
+        "{ " + ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in ports) + " }" if ports else ""
+    )
+
+
+# iptables
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain of ours and where it hangs."""
+
+    table: str
+    builtin: str
+    name: str
+
+
+def chains(name: str) -> tuple[Chain, Chain]:
+    """Where new flows begin, and where everything leaves."""
+    return (
+        Chain("raw", "PREROUTING", f"{name}-pre"),
+        Chain("mangle", "POSTROUTING", f"{name}-post"),
+    )
+
+
+def iptables_install(spec: RuleSpec, hung: frozenset[str]) -> str:
+    """Input for iptables-restore --noflush; `hung` names the chains that are jumped to already."""
+    pre, post = chains(spec.name)
+    queue = f"-j NFQUEUE --queue-num {spec.queue}"
+    to_us, from_us = "-m addrtype --dst-type LOCAL", "-m addrtype --src-type LOCAL"
+    gports: Ports = tuple((p, p) for p in spec.gports)
+    into = ["-i lo -j RETURN"]
+    out = ["-o lo -j RETURN"]
+    into += [f"-p tcp {ports} {to_us} {queue}" for ports in _multiport(gports, "dports")]
+    out += [f"-p tcp {ports} {from_us} {queue}" for ports in _multiport(gports, "sports")]
+    to_tcp, to_udp = _multiport(spec.tcp, "dports"), _multiport(spec.udp, "dports")
+    of_tcp, of_udp = _multiport(spec.tcp, "sports"), _multiport(spec.udp, "sports")
+    into += [f"-p tcp {ports} {to_us} {queue}" for ports in to_tcp]
+    into += [f"-p udp {ports} {to_us} {queue}" for ports in to_udp]
+    for server in spec.servers:
+        into += [f"-s {server} -p tcp {ports} {queue}" for ports in of_tcp]
+        into += [f"-d {server} -p tcp {ports} {queue}" for ports in to_tcp]
+        into += [f"-d {server} -p udp {ports} {queue}" for ports in to_udp]
+        into += [f"-s {server} -p udp {ports} {to_us} {queue}" for ports in of_udp]
+        out += [f"-d {server} -p tcp {ports} {from_us} {queue}" for ports in to_tcp]
+        out += [f"-s {server} -p udp {ports} {queue}" for ports in of_udp]
+        for client in spec.relay_clients:
+            out += [f"-s {client} -d {server} -p udp {ports} {queue}" for ports in to_udp]
+        if spec.relay_clients and ANYONE not in spec.relay_clients:
+            out += [f"-d {server} -p udp {ports} {from_us} {queue}" for ports in to_udp]
+    into.append(f"-d {NEVER}/32 -p udp --dport 0 -m socket -j RETURN")
+    return _restore(post, out, hung) + _restore(pre, into, hung)
+
+
+def iptables_remove(name: str, hung: frozenset[str], present: frozenset[str]) -> str:
+    """Input for iptables-restore --noflush that takes out what is there."""
+    lines = []
+    for chain in chains(name):
+        if chain.name not in present:
+            continue
+        jump = [f"-D {chain.builtin} -j {chain.name}"] if chain.name in hung else []
+        ours = [*jump, f"-F {chain.name}", f"-X {chain.name}"]
+        lines += [f"*{chain.table}", *ours, "COMMIT"]
+    return "\n".join([*lines, ""])
+
+
+def _restore(chain: Chain, rules: list[str], hung: frozenset[str]) -> str:
+    jump = [] if chain.name in hung else [f"-I {chain.builtin} 1 -j {chain.name}"]
+    return "\n".join(
+        [
+            f"*{chain.table}",
+            f":{chain.name} - [0:0]",  # made, or emptied, within the same commit
+            *(f"-A {chain.name} {rule}" for rule in rules),
+            *jump,
+            "COMMIT",
+            "",
+        ]
+    )
+
+
+def _multiport(ports: Ports, which: str) -> list[str]:
+    matches: list[list[str]] = []
+    group: list[str] = []
+    room = MULTIPORT_MOST
+    for low, high in ports:
+        cost = 1 if low == high else 2
+        if cost > room:
+            matches.append(group)
+            group, room = [], MULTIPORT_MOST
+        group.append(f"{low}" if low == high else f"{low}:{high}")
+        room -= cost
+    if group:
+        matches.append(group)
+    return [f"-m multiport --{which} {','.join(group)}" for group in matches]

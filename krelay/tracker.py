@@ -1,0 +1,78 @@
+"""TCP seen from the middle: how far a relayed connection has come, from flags alone.
+
+A relayed connection is two TCP connections, the client leg (steps T1, T2) and the server leg (T3, T4).  A
+relay in the middle neither checks sequence numbers nor sees every packet, so it keeps facts, not a
+state machine of its own, and derives the four states that a timeout is chosen by:
+
+    opening      until the client has completed its handshake and the server has answered
+    established  from then on, also while one side has ended and the other still sends: such a
+                 half-closed connection may live for hours (RFC 6146, section 3.5.2.2, likewise keeps
+                 the long timeout until both sides have sent a FIN)
+    closing      both sides have sent a FIN, or anyone a RST.  The row stays, since a RST may be forged
+                 or lost (RFC 7857, section 2.2)
+    closed       tcp-relay has closed both legs
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+from krelay.wire.tcp import ACK, FIN, RST, SYN
+
+
+class State(StrEnum):
+    """The states of a row: four of TCP, two of UDP."""
+
+    OPENING = "opening"
+    ESTABLISHED = "established"
+    CLOSING = "closing"
+    CLOSED = "closed"
+    UNREPLIED = "unreplied"
+    REPLIED = "replied"
+
+
+class Side(IntEnum):
+    """Whose packet it is: a real end of the conversation's, or the relay daemon's own."""
+
+    CLIENT = 0
+    SERVER = 1
+    DAEMON = 2
+
+
+@dataclass(slots=True)
+class Tracker:
+    """The facts about one connection."""
+
+    client_acked: bool = False
+    """The client has sent something after its SYN."""
+    server_answered: bool = False
+    client_ended: bool = False
+    """The client has sent a FIN."""
+    server_ended: bool = False
+    reset: bool = False
+    closed: bool = False
+
+    def saw(self, side: Side, flags: int) -> None:
+        """Takes note of the TCP flags of a packet from this side."""
+        if flags & RST:
+            self.reset = True
+        elif side is Side.CLIENT:
+            self.client_acked |= bool(flags & ACK)
+            self.client_ended |= bool(flags & FIN)
+        elif side is Side.SERVER:
+            self.server_answered |= bool(flags & (ACK | SYN))
+            self.server_ended |= bool(flags & FIN)
+
+    def resumed(self) -> None:
+        """The connection was established before this tracker began."""
+        self.client_acked = self.server_answered = True
+
+    @property
+    def state(self) -> State:
+        """Where the connection stands."""
+        if self.closed:
+            return State.CLOSED
+        if self.reset or (self.client_ended and self.server_ended):
+            return State.CLOSING
+        if self.client_acked and self.server_answered:
+            return State.ESTABLISHED
+        return State.OPENING

@@ -1,0 +1,382 @@
+"""One packet in, one verdict out.
+
+Most packets belong to a row and have a plain header: for those `handle` is a dictionary look-up by the
+twelve bytes of addresses and ports, two additions for the checksums, and one new string.  Nothing is
+parsed that isn't needed.  Everything else (options, first packets of a flow, strangers, nonsense) takes the
+general path below it, which is as careful as it is slow.
+
+What is decided here for packets that no row claims, and why (K is any address of this host):
+
+    to K, a service           a row is made; or, TCP and not a SYN, it goes on untouched and the
+                              host refuses it
+    to K, the gateway port    refused with a RST: only rewritten packets may reach tcp-relay
+    from a client to S        the client's own connection, seen on its way through this router: its
+                              port is noted, so that the relay never uses it (NatTable.saw_direct)
+    from S                    an answer to such a connection, goes on untouched
+    from K's gateway port     never goes out unrewritten
+    from K to S               the host's own connection, not tcp-relay's: goes on untouched
+
+While a killed krelay's flows may still be taken up again (`recovering_until`), whatever could belong to
+one is dropped instead of passed, since its ends would reset the connection; TCP sends it again.
+
+No bytes raise an exception.  A packet that isn't what it says goes on as it would without krelay, and is
+counted; the kernel judges it.
+"""
+
+import struct
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from ipaddress import IPv4Network
+
+from krelay.flow import Endpoint, Flow, Proto, Source
+from krelay.nat import SIDES, Hook, NatTable, Refusal, Rewrite, Row, Step, key
+from krelay.tracker import Side, State
+from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
+from krelay.wire.checksum import updated
+
+
+class Verdict(Enum):
+    """What becomes of a packet that isn't rewritten.  A rewritten one is its new bytes."""
+
+    PASS = "goes on untouched"
+    DROP = "goes nowhere"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What new flows get, and what this host is."""
+
+    gport: int
+    server: bytes
+    source: Source
+    tcp: frozenset[int]
+    """Relayed ports."""
+    udp: frozenset[int]
+    own: frozenset[bytes]
+    """Addresses of this host."""
+    beside: tuple[IPv4Network, ...] = ()
+    """Subnets on the link that leads to the server: a client there is answered directly by the
+    server, past the relay."""
+    towards: bytes | None = None
+    """This host's address on that link."""
+
+    def serves(self, proto: Proto, port: int) -> bool:
+        """Whether new flows to this port of the relay are relayed."""
+        return port in (self.tcp if proto is Proto.TCP else self.udp)
+
+    def source_for(self, client: bytes) -> Source:
+        """Whose address the server must see, so that its answers come back through the relay."""
+        if self.source is Source.RELAY or client == self.server:
+            return Source.RELAY
+        number = int.from_bytes(client)
+        for net in self.beside:
+            if number & int(net.netmask) == int(net.network_address):
+                return Source.RELAY
+        return Source.CLIENT
+
+
+@dataclass(slots=True)
+class Counts:
+    """Packets since the start."""
+
+    steps: list[int] = field(default_factory=lambda: [0] * len(Step))
+    """By Step: rewritten."""
+    passed: Counter[str] = field(default_factory=Counter)
+    """By reason: gone on untouched."""
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+# First byte, total length, fragment field, protocol, checksum; addresses and ports skipped; then, in UDP,
+# length and checksum.
+_PLAIN = struct.Struct("!BxH2xHxBH12xHH").unpack_from
+_UDP_HEAD = struct.Struct("!10sH12sHH").pack
+_TCP_HEAD = struct.Struct("!10sH12s12sH").pack
+_MIN_UDP = ipv4.MIN_HEADER + udp.HEADER
+_MIN_TCP = ipv4.MIN_HEADER + tcp.HEADER
+_FLAGS = ipv4.MIN_HEADER + tcp.FLAGS
+_NOTEWORTHY = tcp.FIN | tcp.SYN | tcp.RST
+_MOST_ANSWERS = 256
+
+
+class Worker:
+    """The packet path: `handle` every packet the kernel queued.
+
+    `policy` is None while nothing new is to be relayed.
+    """
+
+    def __init__(self, nat: NatTable) -> None:
+        self.nat = nat
+        self.policy: Policy | None = None
+        self.recovering_until = 0.0
+        self.counts = Counts()
+        self.answers: list[bytes] = []
+        """Packets of our own that refusals gave rise to; the shell sends them and empties this."""
+        self.on_rewrite: Callable[[Rewrite, bytes], None] | None = None
+        """Told of each packet before it is rewritten, while somebody traces."""
+        self._answered: dict[bytes, None] = {}
+        # Lists indexed by hook: cheaper to reach than a dictionary of pairs.
+        self._tcp: list[dict[bytes, Rewrite]] = [{}] * (max(Hook) + 1)
+        self._udp: list[dict[bytes, Rewrite]] = [{}] * (max(Hook) + 1)
+        for hook in Hook:
+            self._tcp[hook] = nat.tables[hook, Proto.TCP]
+            self._udp[hook] = nat.tables[hook, Proto.UDP]
+
+    def handle(self, packet: bytes, hook: int, now: float) -> bytes | Verdict:
+        """What the packet becomes: other bytes, or one of the two verdicts.  Never raises for bytes."""
+        size = len(packet)
+        if size >= _MIN_UDP:
+            first, total, fragment, proto, check, length, field = _PLAIN(packet)
+            if first == 0x45 and total == size and not fragment & 0x3FFF:
+                if proto == 17:
+                    rewrite = self._udp[hook].get(packet[12:24])
+                    if rewrite is not None and length == size - 20:
+                        rewrite.seen_at = now
+                        rewrite.packets += 1
+                        rewrite.bytes += size
+                        self.counts.steps[rewrite.step] += 1
+                        if self.on_rewrite is not None:
+                            self.on_rewrite(rewrite, packet)
+                        if field:
+                            field = 0xFFFF - (rewrite.l4_delta - field) % 0xFFFF
+                        check = 0xFFFF - ((rewrite.ip_delta - check) % 0xFFFF or 0xFFFF)
+                        return _UDP_HEAD(packet, check, rewrite.new, length, field) + packet[28:]
+                elif proto == 6 and size >= _MIN_TCP:
+                    rewrite = self._tcp[hook].get(packet[12:24])
+                    if rewrite is not None:
+                        flags = packet[_FLAGS]
+                        if flags & _NOTEWORTHY or rewrite.watched:
+                            rewrite = self._tracked(rewrite, flags, now)
+                            if rewrite is None:
+                                return Verdict.DROP
+                        else:
+                            rewrite.seen_at = now
+                        rewrite.packets += 1
+                        rewrite.bytes += size
+                        self.counts.steps[rewrite.step] += 1
+                        if self.on_rewrite is not None:
+                            self.on_rewrite(rewrite, packet)
+                        field = updated(int.from_bytes(packet[36:38]), rewrite.l4_delta)
+                        check = updated(check, rewrite.ip_delta)
+                        return (
+                            _TCP_HEAD(packet, check, rewrite.new, packet[24:36], field)
+                            + packet[38:]
+                        )
+        return self._general(packet, hook, now)
+
+    # The general path
+
+    def _general(self, packet: bytes, hook: int, now: float) -> bytes | Verdict:
+        try:
+            header = ipv4.parse(packet)
+            if header.is_fragment:
+                raise BadPacket("fragment")
+            at = header.length
+            if header.proto == Proto.UDP:
+                proto = Proto.UDP
+                if header.total < at + udp.HEADER:
+                    raise BadPacket("short_header")
+                length = int.from_bytes(packet[at + 4 : at + 6])
+                if not udp.HEADER <= length <= header.total - at:
+                    raise BadPacket("bad_length")
+            elif header.proto == Proto.TCP:
+                proto = Proto.TCP
+                if header.total < at + tcp.HEADER:
+                    raise BadPacket("short_header")
+            else:
+                raise BadPacket("other_protocol")
+        except BadPacket as bad:
+            if bad.reason == "truncated":
+                return self._drop("truncated")  # whole, it might have been a row's
+            return self._pass(bad.reason)
+
+        tables = self._tcp if proto is Proto.TCP else self._udp
+        rewrite = tables[hook].get(packet[ipv4.ADDRESSES] + packet[at : at + 4])
+        try:
+            if rewrite is None:
+                found = self._stranger(packet, header, proto, hook, now)
+                if not isinstance(found, Rewrite):
+                    return found
+                rewrite = found
+            if proto is Proto.TCP:
+                tracked = self._tracked(rewrite, packet[at + tcp.FLAGS], now)
+                if tracked is None:
+                    return Verdict.DROP
+                rewrite = tracked
+            else:
+                rewrite.seen_at = now
+        except Refusal as refusal:
+            if proto is Proto.UDP and hook == Hook.PREROUTING:
+                self.answers.append(icmp.prohibited(packet, header))
+            return self._drop(refusal.reason)
+        rewrite.packets += 1
+        rewrite.bytes += header.total
+        self.counts.steps[rewrite.step] += 1
+        if self.on_rewrite is not None:
+            self.on_rewrite(rewrite, packet)
+        return readdressed(packet, header, rewrite)
+
+    def _stranger(
+        self, packet: bytes, header: ipv4.Header, proto: Proto, hook: int, now: float
+    ) -> Rewrite | Verdict:
+        """The rewrite for a packet that no row claims, if a row is made for it, or its verdict."""
+        policy = self.policy
+        if policy is None:
+            return self._pass("not_relaying")
+        at = header.length
+        src = Endpoint(header.src, int.from_bytes(packet[at : at + 2]))
+        dst = Endpoint(header.dst, int.from_bytes(packet[at + 2 : at + 4]))
+        is_tcp = proto is Proto.TCP
+        flags = packet[at + tcp.FLAGS] if is_tcp else 0
+        opens = is_tcp and flags & (tcp.SYN | tcp.ACK | tcp.RST) == tcp.SYN
+
+        if hook == Hook.PREROUTING and dst.addr in policy.own:
+            if policy.serves(proto, dst.port):
+                if opens:
+                    return self._open_tcp(src, dst, now).rewrites[Step.T1]
+                if not is_tcp:
+                    row = self._open_udp(src, dst, now)
+                    return row.by(Side.CLIENT) or Verdict.PASS
+                return self._stray(now)
+            if is_tcp and self._is_gateway(dst.port):
+                return self._refuse_direct(packet, header, src, dst)
+            return self._stray(now)
+        if hook == Hook.PREROUTING:
+            if self._is_server(dst.addr) and policy.serves(proto, dst.port):
+                moved = self.nat.saw_direct(proto, src, dst, now)
+                return moved or self._pass("direct")
+            return self._stray(now)
+        if src.addr in policy.own:
+            if is_tcp and self._is_gateway(src.port):
+                if self._answered.pop(packet[ipv4.ADDRESSES] + packet[at : at + 4], 1) is None:
+                    return self._pass("own")
+                return self._drop("no_row")
+            if not is_tcp:
+                self.nat.direct.saw(proto, key(src, dst), now)
+            return self._pass("own") if opens else self._stray(now)
+        return self._stray(now)
+
+    def _is_server(self, addr: bytes) -> bool:
+        """Whether new flows or rows that live lead to this server."""
+        assert self.policy is not None
+        return addr == self.policy.server or any(f.server == addr for f in self.nat.footprints)
+
+    def _is_gateway(self, port: int) -> bool:
+        """Whether this is a gateway port, of new flows or of rows that live."""
+        assert self.policy is not None
+        return port == self.policy.gport or any(f.gport == port for f in self.nat.footprints)
+
+    def _open_tcp(self, client: Endpoint, service: Endpoint, now: float) -> Row:
+        policy = self.policy
+        assert policy is not None
+        server = Endpoint(policy.server, service.port)
+        source = policy.source_for(client.addr)
+        return self.nat.open_tcp(client, service, server, source, policy.gport, now)
+
+    def _open_udp(self, client: Endpoint, service: Endpoint, now: float) -> Row:
+        policy = self.policy
+        assert policy is not None
+        return self.nat.open_udp(
+            client,
+            service,
+            Endpoint(policy.server, service.port),
+            policy.source_for(client.addr),
+            now,
+            relay_addr=policy.towards,
+            any_client=policy.source is Source.RELAY,
+        )
+
+    def _refuse_direct(
+        self, packet: bytes, header: ipv4.Header, src: Endpoint, dst: Endpoint
+    ) -> Verdict:
+        """Somebody talks to the gateway port itself: a RST, as from a closed port."""
+        answer = tcp.reset_for(packet, header)
+        if answer is not None:
+            self.answers.append(answer)
+            self._answered[key(dst, src)] = None
+            if len(self._answered) > _MOST_ANSWERS:
+                del self._answered[next(iter(self._answered))]
+        return self._drop("gateway_port")
+
+    def _tracked(self, rewrite: Rewrite, flags: int, now: float) -> Rewrite | None:
+        """Takes note of a packet's TCP flags.  The rewrite to use, or None to drop the packet.
+
+        That is another one when the packet opens a new connection between the ports of one that
+        has ended (RFC 9293, section 3.6.1: a port may be used again).
+        """
+        row = rewrite.row
+        before = row.tracker.state
+        if (
+            rewrite.step is Step.T1
+            and flags & (tcp.SYN | tcp.ACK | tcp.RST) == tcp.SYN
+            and before in (State.CLOSING, State.CLOSED)
+        ):
+            if self.policy is None or not self.policy.serves(Proto.TCP, row.service.port):
+                self._drop("not_relaying")
+                return None
+            try:
+                row = self._open_tcp(row.client, row.service, now)
+            except Refusal as refusal:
+                self._drop(refusal.reason)
+                return None
+            rewrite = row.rewrites[Step.T1]
+            before = State.OPENING
+        row.tracker.saw(SIDES.get(rewrite.step, Side.DAEMON), flags)
+        if not flags & tcp.RST:  # RFC 7857: a RST doesn't keep a row alive
+            rewrite.seen_at = now
+        after = row.tracker.state
+        if after is not before:
+            for each in row.rewrites.values():
+                each.watched = after is State.OPENING
+            self.nat.reschedule(row)
+        return rewrite
+
+    def _stray(self, now: float) -> Verdict:
+        """A packet that is nobody's, or that of a flow which a killed krelay knew."""
+        if now < self.recovering_until:
+            return self._drop("recovering")
+        return self._pass("no_row")
+
+    def _pass(self, reason: str) -> Verdict:
+        self.counts.passed[reason] += 1
+        return Verdict.PASS
+
+    def _drop(self, reason: str) -> Verdict:
+        self.counts.dropped[reason] += 1
+        return Verdict.DROP
+
+
+def flow_of(packet: bytes) -> Flow:
+    """The flow of a packet that `handle` would rewrite.  Raises BadPacket for others."""
+    header = ipv4.parse(packet)
+    at = header.length
+    if header.proto not in (Proto.TCP, Proto.UDP) or header.total < at + udp.HEADER:
+        raise BadPacket("other_protocol")
+    return Flow(
+        Proto(header.proto),
+        Endpoint(header.src, int.from_bytes(packet[at : at + 2])),
+        Endpoint(header.dst, int.from_bytes(packet[at + 2 : at + 4])),
+    )
+
+
+def readdressed(packet: bytes, header: ipv4.Header, rewrite: Rewrite) -> bytes:
+    """The packet with other addresses and ports and both checksums updated; `header` is its own."""
+    at = header.length
+    new = rewrite.new
+    check = updated(int.from_bytes(packet[ipv4.CHECK]), rewrite.ip_delta)
+    where = at + (tcp.CHECK if header.proto == Proto.TCP else udp.CHECK)
+    field = int.from_bytes(packet[where : where + 2])
+    update = updated if header.proto == Proto.TCP else udp.updated_check
+    return b"".join(
+        (
+            packet[: ipv4.CHECK.start],
+            check.to_bytes(2),
+            new[:8],
+            packet[ipv4.ADDRESSES.stop : at],
+            new[8:],
+            packet[at + 4 : where],
+            update(field, rewrite.l4_delta).to_bytes(2),
+            packet[where + 2 :],
+        )
+    )
