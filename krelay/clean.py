@@ -1,11 +1,9 @@
 """`krelay clean`: removes what a killed krelay left: its rules, its sockets, its file tree."""
 
-import fcntl
-import os
 from contextlib import suppress
 from pathlib import Path
 
-from krelay import netfilter, ruleset
+from krelay import netfilter, ruleset, treelock
 from krelay.netfilter import RulesUnavailable
 from procfs_sim.tree import DEFAULT_ROOT, DIRECTORIES, SETTINGS, STATUS
 
@@ -18,7 +16,7 @@ class StillServed(Exception):
 
 def clean(root: Path) -> list[str]:
     """What was removed, a line each.  Raises StillServed, RulesUnavailable."""
-    if _is_served(root):
+    if treelock.is_served(root):
         raise StillServed(f"a krelay serves {root}; stop it with SIGTERM instead")
     removed = []
     name = ruleset.instance_name(str(root.absolute()), DEFAULT_ROOT)
@@ -44,20 +42,6 @@ def remove_tree(root: Path) -> list[str]:
         with suppress(OSError):
             directory.rmdir()
     return sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
-
-
-def _is_served(root: Path) -> bool:
-    try:
-        lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(lock)
-    return False
 
 
 __all__ = ["RulesUnavailable", "StillServed", "clean", "remove_tree"]

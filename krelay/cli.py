@@ -1,7 +1,7 @@
 """The command line: what can be typed, checked before anything is done.
 
-Every command has an example in its help.  What a user can cause is one line on stderr and exit status 1;
-wrong usage is 2, Ctrl-C 130.
+Every command has an example in its help.  What a user can cause is one line on stderr and exit
+status 1; wrong usage is 2, Ctrl-C 130.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The control socket's language: a line in, lines out.
 
-A request is a command and its words; an answer is lines, each `key=value` or JSON, then an empty line.
-An error is one line that says what would be right.  Answers are made row by row while they are
-sent, so that a large table delays no packet.
+A request is a command and its words; an answer is lines, each `key=value` or JSON, then an empty
+line.  An error is one line that says what would be right.  Answers are made row by row while they
+are sent, so that a large table delays no packet.
 
     show nat [json] [proto=tcp|udp] [client=ADDR[:PORT]] [state=STATE] [service=tcp/80]
     show status [json]    show counters [json]    show config [json]
@@ -16,9 +16,10 @@ from ipaddress import ip_address
 from typing import Any, Protocol
 
 from krelay.flow import Proto
-from krelay.nat import NatTable, Row, Step
-from krelay.tracker import Side, State
+from krelay.nat import NatTable
+from krelay.row import Row, Step
 from krelay.trace import Filter
+from krelay.tracker import Side, State
 from krelay.worker import Counts
 
 MAX_LINE = 4096
@@ -151,7 +152,7 @@ def row_values(row: Row, timeouts: Any, now: float) -> dict[str, Value]:
 def counter_values(
     counts: Counts, *, errors: int, overflows: int, queue_dropped: int, socket_dropped: int
 ) -> dict[str, Value]:
-    """All counters by name: the steps, then what was dropped and passed by reason, then the queue."""
+    """All counters by name: steps, then drops and passes by reason, then the queue's."""
     steps = counts.steps
     values: dict[str, Value] = {
         step.name: steps[step] for step in (Step.T1, Step.T2, Step.T3, Step.T4)

@@ -1,8 +1,8 @@
-"""The control socket itself: lines in and out for any number of clients, none of whom can hold us up.
+"""The control socket itself: lines in and out for clients, none of whom can hold us up.
 
-A client has a bounded buffer in either direction.  Lines of an answer are made only as fast as the client
-takes them; a tracing client that is too slow loses lines and is told how many.  Who says nothing
-and has asked for nothing, or doesn't read, for IDLE seconds is dropped.
+A client has a bounded buffer in either direction.  Lines of an answer are made only as fast as the
+client takes them; a tracing client that is too slow loses lines and is told how many.  Who says
+nothing and has asked for nothing, or doesn't read, for IDLE seconds is dropped.
 """
 
 import grp
@@ -19,7 +19,7 @@ from krelay import control, trace
 from krelay.control import MAX_LINE, BadRequest, Relay, Trace
 from krelay.log import Log
 from krelay.loop import Loop
-from krelay.nat import Rewrite
+from krelay.row import Rewrite
 from krelay.worker import Worker
 
 IDLE = 60.0

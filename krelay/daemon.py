@@ -8,12 +8,11 @@ address changed, a row needs an old server still to be queued.  Relaying has thr
     stopping   nothing new is relayed, tcp-relay resets its connections, the rules stay until the
                last of these resets is through, STOP_WITHIN at most
 
-A killed krelay leaves its rules; while nobody serves the queue the kernel drops what they catch.  The next
-krelay binds the queue, puts its rules in their place in one step, and for RECOVERY seconds drops what
-it can't assign yet, until tcp-relay has resumed its connections.
+A killed krelay leaves its rules; while nobody serves the queue the kernel drops what they catch.
+The next krelay binds the queue, puts its rules in their place in one step, and for RECOVERY seconds
+drops what it can't assign yet, until tcp-relay has resumed its connections.
 """
 
-import fcntl
 import gc
 import os
 import select
@@ -24,25 +23,25 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from random import SystemRandom
 
-from krelay import control, listeners, netfilter, notify, ruleset
+from krelay import control, listeners, netfilter, notify, ruleset, treelock
 from krelay.control import Values
 from krelay.controlsock import ControlSocket
 from krelay.flow import Proto, Source
 from krelay.links import HostView, LinkWatcher, look
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
-from krelay.nat import Limits, NatTable, Row, Timeouts
+from krelay.nat import Limits, NatTable
 from krelay.netfilter import Backend, RulesUnavailable
 from krelay.nfqueue import Queue, QueueUnavailable, figures
 from krelay.rawsend import RawSender
 from krelay.relay import Relays
 from krelay.relaysock import RelaySocket
+from krelay.row import Row, Timeouts
 from krelay.ruleset import RuleSpec
 from krelay.worker import Policy, Worker
 from procfs_sim.ondisk import FileTree, TreeWatcher
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import DEFAULT_ROOT, SETTINGS, Config, in_force
-
 
 STOP_WITHIN = 0.06
 """Seconds: a change is in force within 100 ms."""
@@ -217,7 +216,7 @@ class Daemon:
 
     def _host_check(self, old: Config, new: Config, changed: frozenset[str]) -> Mapping[str, str]:
         refused = {}
-        if "real_ip" in changed and new.real_ip.packed in look(new.real_ip).own:
+        if "real_ip" in changed and new.real_ip.packed in _look(new.real_ip).own:
             refused["real_ip"] = f"{new.real_ip} is an address of this host"
         if "gport" in changed and self._is_foreign(new.gport):
             who = listeners.holder(listeners.listening(new.gport))
@@ -225,7 +224,7 @@ class Daemon:
         return refused
 
     def _is_foreign(self, port: int) -> bool:
-        """Whether a program that isn't tcp-relay listens there; unknown before relays can connect."""
+        """Whether a program that isn't tcp-relay listens there; no, before relays can connect."""
         inodes = listeners.listening(port)
         if not inodes or self._relay_socket is None:
             return False
@@ -235,19 +234,16 @@ class Daemon:
     def _take_tree(self) -> int:
         try:
             self._tree.create()
-            lock = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            lock = treelock.take(self._root)
         except OSError as error:
             raise CannotServe(
                 f"cannot create the file tree at {self._root}: {error.strerror}; "
                 "run as root, or choose another place with --root"
             ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
+        if lock is None:
             raise CannotServe(
                 f"another krelay serves {self._root}; stop it, or choose another tree with --root"
-            ) from None
+            )
         if not os.access(self._root, os.W_OK):
             raise CannotServe(
                 f"{self._root} can't be written; run as root, or choose another with --root"
@@ -329,7 +325,7 @@ class Daemon:
             self._loop.add(self._queue.fileno(), select.EPOLLIN, self._serve_queue)
             self._worker.recovering_until = self._loop.now + RECOVERY if stale else 0.0
             self._gport = config.gport
-            self._view = look(config.real_ip)
+            self._view = _look(config.real_ip)
             self._worker.policy = self._policy()
             self._install(self._wanted())
         except (QueueUnavailable, RulesUnavailable, OSError) as error:
@@ -355,7 +351,7 @@ class Daemon:
         """Takes over changed values while running: new flows get them, the rows keep theirs."""
         config = self._state.config
         if "real_ip" in changed:
-            self._view = look(config.real_ip)
+            self._view = _look(config.real_ip)
             for row in self.nat.unanswered():
                 if row.server.addr != config.real_ip.packed:
                     self.nat.end(row)  # the client's next packet makes it anew
@@ -522,7 +518,7 @@ class Daemon:
         self._links.drain()
         if self._queue is None or self._stopping:
             return
-        view = look(self._state.config.real_ip)
+        view = _look(self._state.config.real_ip)
         if view != self._view:
             self._view = view
             self._worker.policy = self._policy()
@@ -581,6 +577,13 @@ def _raw_sender() -> RawSender:
         raise CannotServe(
             "needs root, or CAP_NET_ADMIN and CAP_NET_RAW, for the rules and the queue; try sudo"
         ) from None
+
+
+def _look(server: IPv4Address) -> HostView:
+    """As links.look; the netlink library leaves circles behind, and the collector is off."""
+    view = look(server)
+    gc.collect(0)
+    return view
 
 
 def _ports(config: Config, proto: str) -> frozenset[int]:

@@ -1,7 +1,8 @@
 """Endpoints and flows: who talks to whom, as the packets read on the wire.
 
-An address is kept packed, in network order, because that is how it arrives, how it is compared and how it leaves; text
-is made only for people.  Nothing here knows which address family that is, or what becomes of a flow: that is nat.py.
+An address is kept packed, in network order, because that is how it arrives, how it is compared and
+how it leaves; text is made only for people.  Nothing here knows which address family that is, or
+what becomes of a flow: that is nat.py.
 
     >>> Endpoint.parse("10.0.0.1:40000")
     Endpoint(addr=b'\\n\\x00\\x00\\x01', port=40000)
@@ -16,7 +17,7 @@ from typing import NamedTuple, Self
 
 
 class Proto(IntEnum):
-    """The transport protocols that are relayed, by their IP protocol numbers (RFC 9293, RFC 768)."""
+    """The transport protocols that are relayed, by IP protocol number (RFC 9293, RFC 768)."""
 
     TCP = 6
     UDP = 17

@@ -1,4 +1,4 @@
-"""What this host is on the network: its addresses, and what lies on the link that leads to the server.
+"""What this host is on the network: its addresses, and what lies beside the server.
 
 Read through the kernel's routing socket when something has changed there, not when a packet comes.
 """

@@ -10,84 +10,36 @@ Look-ups never scan, so the cost of a packet doesn't depend on how many rows liv
     T4   S:80 > C:y  =>  S:80 > K:y                 T3   K:y > S:80   =>  C:y > S:80
     U1,2 C:x > K:53  =>  C:x > S:53                 U3,4 S:53 > C:x   =>  K:53 > C:x
 
-With source=relay UDP takes each step by itself, since the relay's own address may not be the source of
-a packet that is still to be forwarded (it would be a martian).  Between the hooks such a packet travels
-as C:y, y being the relay port, so that it can't be mistaken for anyone else's:
+With source=relay UDP takes each step by itself, since the relay's own address may not be the source
+of a packet that is still to be forwarded (it would be a martian).  Between the hooks such a packet
+travels as C:y, y being the relay port, so that it can't be mistaken for anyone else's:
 
     U1   C:x > K:53  =>  C:y > S:53                 U2   C:y > S:53   =>  K:y > S:53
     U3   S:53 > K:y  =>  S:53 > C:y                 U4   S:53 > C:y   =>  K:53 > C:x
 
 Three kinds of port are therefore chosen here, always the wanted one if it is free:
 
-    inside   the client's port as tcp-relay sees it: two connections from C:x to K:80 and K:443 would
-             meet as C:x > K:A
+    inside   the client's port as tcp-relay sees it: two connections from C:x to K:80 and to
+             K:443 would meet as C:x > K:A
     outside  the port the server sees: must differ from every other row's and from the client's own
              direct connections to that server
     direct   when a client's own connection C:p > S:80 comes to a port p that the relay already uses
              towards S on its behalf, that connection is moved to another port (steps D1, D2)
 
-Times are seconds that the caller passes in; nothing here reads a clock.  Rows are plain values: all that
-is needed to make one again is in its public fields.
+Times are seconds that the caller passes in; nothing here reads a clock.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from enum import IntEnum
 from random import Random
 from typing import NamedTuple
 
 from krelay.flow import Endpoint, Proto, Source
-from krelay.tracker import Side, State, Tracker
-from krelay.wire.checksum import difference
+from krelay.row import Footprint, Hook, Rewrite, Row, Step, Timeouts, key
+from krelay.tracker import State
 
-CLOSED_LINGER = 10.0
-"""Seconds a row stays after tcp-relay closed both legs: the kernel still repeats a lost FIN or ACK."""
-
-DNS_PORT = 53
-
-
-class Hook(IntEnum):
-    """Where a packet was caught, by the numbers of linux/netfilter.h."""
-
-    PREROUTING = 0
-    POSTROUTING = 4
-
-
-class Step(IntEnum):
-    """One rewriting of one packet, as the design numbers them."""
-
-    T1 = 0
-    T2 = 1
-    T3 = 2
-    T4 = 3
-    U1 = 4
-    U2 = 5
-    U3 = 6
-    U4 = 7
-    U12 = 8
-    """U1 and U2 at once: with source=client one rewriting does both."""
-    U34 = 9
-    D1 = 10
-    D2 = 11
-
-    @property
-    def label(self) -> str:
-        """For people: `T1`, `U1,U2`."""
-        return {Step.U12: "U1,U2", Step.U34: "U3,U4"}.get(self, self.name)
-
-
-SIDES = {
-    Step.T1: Side.CLIENT,
-    Step.U1: Side.CLIENT,
-    Step.U12: Side.CLIENT,
-    Step.D1: Side.CLIENT,
-    Step.T4: Side.SERVER,
-    Step.U3: Side.SERVER,
-    Step.U34: Side.SERVER,
-    Step.D2: Side.SERVER,
-}
-"""Steps by whose packets they rewrite first; the other steps see packets a second time or the daemon's."""
+HORIZON = 16
+"""Seconds after which each row is looked at, at the latest."""
 
 
 class Refusal(Exception):
@@ -98,140 +50,11 @@ class Refusal(Exception):
         self.reason = reason
 
 
-class Timeouts(NamedTuple):
-    """Seconds of idleness after which a row goes (defaults: RFC 4787 REQ-5, RFC 5382 REQ-5)."""
-
-    udp: float = 300
-    udp_dns: float = 20
-    tcp_transitory: float = 240
-    tcp_established: float = 7440
-
-
 class Limits(NamedTuple):
     """How many rows there may be."""
 
     flows: int = 65536
     flows_per_client: int = 4096
-
-
-class Footprint(NamedTuple):
-    """What the netfilter rules must catch on behalf of a row."""
-
-    proto: Proto
-    port: int
-    gport: int | None
-    server: bytes
-    any_client: bool
-    """Whether the source of any client's packets may have to be changed to the relay's."""
-
-
-def key(src: Endpoint, dst: Endpoint) -> bytes:
-    """The twelve bytes of a packet from `src` to `dst`: both addresses, then both ports."""
-    return src.addr + dst.addr + src.port.to_bytes(2) + dst.port.to_bytes(2)
-
-
-class Rewrite:
-    """What becomes of the packets of one direction at one hook, and how many there were."""
-
-    __slots__ = (
-        "bytes",
-        "ip_delta",
-        "l4_delta",
-        "new",
-        "old",
-        "packets",
-        "row",
-        "seen_at",
-        "step",
-        "watched",
-    )
-
-    def __init__(self, row: "Row", step: Step, old: bytes, new: bytes, now: float) -> None:
-        self.row = row
-        self.step = step
-        self.old = old
-        self.new = new
-        self.ip_delta = difference(old[:8], new[:8])
-        """What a header checksum grows by; the transport's covers the ports too."""
-        self.l4_delta = difference(old, new)
-        self.packets = 0
-        self.bytes = 0
-        self.seen_at = now
-        self.watched = row.proto is Proto.TCP
-        """Whether each packet's flags matter, because the connection is opening."""
-
-    @property
-    def src(self) -> Endpoint:
-        """The source that packets leave with."""
-        return Endpoint(self.new[:4], int.from_bytes(self.new[8:10]))
-
-    @property
-    def dst(self) -> Endpoint:
-        """The destination that packets leave with."""
-        return Endpoint(self.new[4:8], int.from_bytes(self.new[10:12]))
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One relayed conversation."""
-
-    id: int
-    proto: Proto
-    client: Endpoint
-    service: Endpoint
-    """The address and port the client talks to.  Equal to `server` in a direct row, see above."""
-    server: Endpoint
-    source: Source
-    created_at: float
-    gport: int | None = None
-    inside: Endpoint | None = None
-    """TCP: the client as tcp-relay sees it."""
-    relay: Endpoint | None = None
-    """The relay's own address and port towards the server."""
-    tracker: Tracker = field(default_factory=Tracker)
-    closed_at: float | None = None
-    abort_asked: bool = False
-    """Ended from outside (kill, stop): tcp-relay is to reset both legs."""
-    rewrites: dict[Step, Rewrite] = field(default_factory=dict)
-    keys: list[tuple[dict[bytes, Rewrite], bytes]] = field(default_factory=list)
-    reserved: list[bytes] = field(default_factory=list)
-    footprint: Footprint | None = None
-    due: int = -1
-    """The second in which the table looks at this row next."""
-
-    def by(self, side: Side) -> Rewrite | None:
-        """The rewrite that counts this side's packets, if it has one yet."""
-        for step, rewrite in self.rewrites.items():
-            if SIDES.get(step) is side:
-                return rewrite
-        return None
-
-    @property
-    def state(self) -> State:
-        """TCP: as tracked; UDP: whether the server has answered."""
-        if self.proto is Proto.TCP:
-            return self.tracker.state
-        answers = self.by(Side.SERVER)
-        return State.REPLIED if answers and answers.packets else State.UNREPLIED
-
-    @property
-    def seen_at(self) -> float:
-        """When the client or the server was last heard (RFC 4787 REQ-6; never the relay itself)."""
-        rewrites = (self.by(Side.CLIENT), self.by(Side.SERVER))
-        return max((r.seen_at for r in rewrites if r), default=self.created_at)
-
-    def expires_at(self, timeouts: Timeouts) -> float:
-        """When the row goes unless a packet comes."""
-        if self.closed_at is not None:
-            return self.closed_at + CLOSED_LINGER
-        match self.state:
-            case State.ESTABLISHED:
-                return self.seen_at + timeouts.tcp_established
-            case State.UNREPLIED | State.REPLIED:
-                dns = self.service.port == DNS_PORT
-                return self.seen_at + (timeouts.udp_dns if dns else timeouts.udp)
-            case _:
-                return self.seen_at + timeouts.tcp_transitory
 
 
 class DirectFlows:
@@ -263,12 +86,12 @@ class DirectFlows:
 class NatTable:
     """All rows, and the look-up tables of the packet path.
 
-    `tables[hook, proto]` maps the twelve bytes of a packet to its Rewrite.  They are dictionaries for
-    the worker to read; only this class writes them.
+    `tables[hook, proto]` maps the twelve bytes of a packet to its Rewrite.  They are dictionaries
+    for the worker to read; only this class writes them.
     """
 
     def __init__(
-        self, limits: Limits = Limits(), timeouts: Timeouts = Timeouts(), *, rng: Random
+        self, limits: Limits | None = None, timeouts: Timeouts | None = None, *, rng: Random
     ) -> None:
         self.tables: dict[tuple[Hook, Proto], dict[bytes, Rewrite]] = {
             (hook, proto): {} for hook in Hook for proto in Proto
@@ -278,18 +101,20 @@ class NatTable:
         """What the live rows need of the rules."""
         self.on_footprint: Callable[[], None] = lambda: None
         """Called when a row needs something of the rules that no row needed before."""
-        self.limits = limits
-        self._timeouts = timeouts
+        self.limits = limits or Limits()
+        self._timeouts = timeouts or Timeouts()
         self._rng = rng
         self._rows: dict[int, Row] = {}
         self._next_id = 1
-        self._per_client: Counter[bytes] = Counter()
+        self._per_client: Counter[bytes] = Counter()  # without those in _closed
+        self._closed: dict[int, Row] = {}  # lingering, the oldest first: no reason to refuse anyone
         self._outside: dict[Proto, dict[bytes, Row]] = {proto: {} for proto in Proto}
         self._inside: dict[tuple[Endpoint, int], Row] = {}
         self._by_relay: dict[Endpoint, Row] = {}
-        # Rows by the second in which to look at them next: a row that was heard of meanwhile is
-        # moved on when its second comes, so that a packet never touches this.
-        self._due: dict[int, list[Row]] = {}
+        # Ids by the second in which to look at the row next: one that was heard of meanwhile is
+        # moved on when its second comes, so that a packet never touches this.  Never further than
+        # HORIZON, so that entries of rows that have ended don't pile up.
+        self._due: dict[int, list[int]] = {}
         self._looked_until = 0
 
     def __len__(self) -> int:
@@ -464,9 +289,11 @@ class NatTable:
 
     def close(self, row: Row, now: float) -> None:
         """Both legs are closed: the row goes soon, but not before the last packets are through."""
-        if row.closed_at is None:
+        if row.closed_at is None and row.id in self._rows:
             row.closed_at = now
             row.tracker.closed = True
+            self._closed[row.id] = row
+            self._count_client(row, -1)
             self._schedule(row)
 
     def reschedule(self, row: Row) -> None:
@@ -488,9 +315,8 @@ class NatTable:
             del self._inside[row.inside, row.gport]
         if row.relay and self._by_relay.get(row.relay) is row:
             del self._by_relay[row.relay]
-        self._per_client[row.client.addr] -= 1
-        if not self._per_client[row.client.addr]:
-            del self._per_client[row.client.addr]
+        if self._closed.pop(row.id, None) is None:
+            self._count_client(row, -1)
         # A row and its rewrites point at each other; let go here, so that no collector is needed.
         row.keys.clear()
         row.rewrites.clear()
@@ -516,26 +342,34 @@ class NatTable:
             due = sorted(s for s in self._due if s <= second)
         else:
             due = [s for s in range(self._looked_until, second + 1) if s in self._due]
+        self._looked_until = second + 1
         for s in due:
-            for row in self._due.pop(s):
-                if row.due != s or row.id not in self._rows:
-                    continue  # looked at earlier or later: there is a newer entry
+            for row_id in self._due.pop(s):
+                row = self._rows.get(row_id)
+                if row is None or row.due != s:
+                    continue  # ended, or there is a newer entry
                 if row.expires_at(self._timeouts) <= now:
                     self.end(row)
                     ended.append(row)
                 else:
                     self._schedule(row)
-        self._looked_until = second
         self.direct.expire(now - self._timeouts.tcp_established)
         return ended
 
     # Inside
 
     def _check_room(self, client: Endpoint) -> None:
-        if len(self._rows) >= self.limits.flows:
+        if len(self._rows) - len(self._closed) >= self.limits.flows:
             raise Refusal("table_full")
+        if len(self._rows) >= self.limits.flows:
+            self.end(next(iter(self._closed.values())))
         if self._per_client[client.addr] >= self.limits.flows_per_client:
             raise Refusal("client_full")
+
+    def _count_client(self, row: Row, by: int) -> None:
+        self._per_client[row.client.addr] += by
+        if not self._per_client[row.client.addr]:
+            del self._per_client[row.client.addr]
 
     def _row(
         self,
@@ -552,7 +386,7 @@ class NatTable:
 
     def _enter(self, row: Row) -> Row:
         self._rows[row.id] = row
-        self._per_client[row.client.addr] += 1
+        self._count_client(row, +1)
         self._schedule(row)
         if row.footprint:
             new = not self.footprints[row.footprint]
@@ -607,7 +441,7 @@ class NatTable:
         return row is None or row.closed_at is not None
 
     def _free_port(self, wanted: int, is_free: Callable[[int], bool]) -> int:
-        """The wanted port, or another of its class (below 1024 or not) and, if possible, its parity.
+        """The wanted port, or another of its class (below 1024 or not), if possible its parity.
 
         RFC 4787, REQ-3a and REQ-4.  Raises Refusal (`no_port`).
         """
@@ -623,8 +457,8 @@ class NatTable:
         raise Refusal("no_port")
 
     def _schedule(self, row: Row) -> None:
-        at = max(int(row.expires_at(self._timeouts)) + 1, self._looked_until)
-        if row.due == at:
-            return
-        row.due = at
-        self._due.setdefault(at, []).append(row)
+        at = int(row.expires_at(self._timeouts)) + 1
+        at = min(max(at, self._looked_until), self._looked_until + HORIZON)
+        if row.due != at:
+            row.due = at
+            self._due.setdefault(at, []).append(row.id)

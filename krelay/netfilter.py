@@ -1,19 +1,21 @@
 """Puts the rules of a RuleSpec into the kernel and takes them out again; nothing of anybody else's.
 
-There are two ways in, and the first that works on this kernel is taken: nft with its own `queue`, or
-iptables with its NFQUEUE target (through nf_tables or the older interface, whichever tool serves).
-What works is found out by doing it: the very rules are installed in a network namespace that is
-made for the purpose and gone a moment later.  Only where a namespace can't be made are they tried on the
-host; both ways are atomic, so a refused attempt leaves nothing.
+There are two ways in, and the first that works on this kernel is taken: nft with its own `queue`,
+or iptables with its NFQUEUE target (through nf_tables or the older interface, whichever tool
+serves).  What works is found out by doing it: the very rules are installed in a network namespace
+that is made for the purpose and gone a moment later.  Only where a namespace can't be made are they
+tried on the host; both ways are atomic, so a refused attempt leaves nothing.
 
-Merely looking can leave something, too: the older iptables makes a table when it is asked what is in
-it, and iptables over nf_tables leaves its base chains behind when the last rule is gone.  So tables are
-listed only where they are, and those that are empty after our removal are removed as well.
+Merely looking can leave something, too: the older iptables makes a table when it is asked what is
+in it, and iptables over nf_tables leaves its base chains behind when the last rule is gone.  So
+tables are listed only where they are, and those that are empty after our removal are removed as
+well.
 """
 
 import json
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from ipaddress import IPv4Address, IPv4Network
@@ -205,10 +207,8 @@ def _remove_empty_table(table: str) -> None:
     if not empty or kinds - {"metainfo", "table", "chain"}:
         return
     lines = [f"delete chain ip {table} {chain['name']}" for chain in chains]
-    try:
+    with suppress(RulesUnavailable):  # in use after all
         _run(("nft", "-f", "-"), "\n".join([*lines, f"delete table ip {table}", ""]))
-    except RulesUnavailable:
-        pass  # in use after all
 
 
 def _run(command: tuple[str, ...], text: str = "") -> str:

@@ -3,13 +3,15 @@
 All of NetfilterQueue's traps are closed here, so that nobody else need know them:
 
 - It asks the kernel for at most 4,016 bytes of a packet.  A longer one would come cut, and if
-  rewritten leave cut (the kernel trims to what it is sent).  So the range is set again, by a message of our
-  own on its socket, and packets are read by an object of ours with a large enough buffer.
+  rewritten leave cut (the kernel trims to what it is sent).  So the range is set again, by a
+  message of our own on its socket, and packets are read by an object of ours with a large enough
+  buffer.
 - `run` reads until the queue is empty, which under load is never.  Our reader says "nothing more"
   (EAGAIN) after BATCH packets; the rest of the loop then has its turn.
 - It swallows ENOBUFS, the only sign that the socket's buffer overflowed.  Our reader counts it.
-- A callback that raises leaves its packet without a verdict, and the packet holds a place in the queue
-  for good.  Ours catches everything, drops the packet, counts it, and logs each kind of fault once.
+- A callback that raises leaves its packet without a verdict, and the packet holds a place in the
+  queue for good.  Ours catches everything, drops the packet, counts it, and logs each kind of fault
+  once.
 - `set_payload(b"")` accepts the original.  The worker never returns an empty packet; if it
   did, the packet would be dropped here.
 
@@ -23,6 +25,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -175,10 +178,8 @@ class Queue:
     def _failed(self, packet: Queued, error: Exception) -> None:
         self.errors += 1
         self._worker.answers.clear()
-        try:
+        with suppress(RuntimeError):  # it had its verdict
             packet.drop()
-        except RuntimeError:  # it had its verdict
-            pass
         where = error.__traceback__
         while where and where.tb_next:
             where = where.tb_next

@@ -1,15 +1,15 @@
 """What krelay answers to tcp-relay: the relay socket's requests against the NAT table.
 
 A row belongs to the connection of the relay socket on which it was opened or resumed; when that
-connection is lost, tcp-relay has died (then the kernel resets the legs of its connections, and these resets
-still pass through the rows) or it will be back and resume them.  After ORPHAN_GRACE, rows that
-nobody has resumed are closed.
+connection is lost, tcp-relay has died (then the kernel resets the legs of its connections, and
+these resets still pass through the rows) or it will be back and resume them.  After ORPHAN_GRACE,
+rows that nobody has resumed are closed.
 """
 
 from collections.abc import Callable
 
 from krelay.flow import Endpoint, Source
-from krelay.nat import NatTable, Refusal, Row, Step
+from krelay.nat import NatTable, Refusal
 from krelay.relaymsg import (
     PORT_TAKEN,
     Abort,
@@ -22,6 +22,7 @@ from krelay.relaymsg import (
     Resume,
     Resumed,
 )
+from krelay.row import Row, Step
 
 ORPHAN_GRACE = 5.0
 """Seconds."""
@@ -93,7 +94,8 @@ class Relays:
         except Refusal:
             return Refused(request.id, PORT_TAKEN)
         self._owner[row.id] = send
-        return Opened(request.id, row.server, row.source)
+        origin = row.client if row.client != request.client else None
+        return Opened(request.id, row.server, row.source, origin)
 
     def _resume(self, request: Resume, send: Send, now: float) -> Answer:
         known = self._nat.of_relay_port(request.relay)
@@ -104,7 +106,7 @@ class Relays:
         service = request.service or Endpoint(request.relay.addr, request.server.port)
         try:
             row = self._nat.open_tcp(
-                request.client,
+                request.origin or request.client,
                 service,
                 request.server,
                 request.source or self._source_for(request.client.addr),

@@ -1,11 +1,14 @@
 """The messages of the relay socket, between tcp-relay and krelay (design: the relay socket).
 
-One JSON object a message, one message a packet.  tcp-relay asks `open` (a new connection: which server?), `resume` (after a
-reconnect: this one still lives) and tells `close`; krelay answers by `id`, and tells `abort` when a row was ended and
-its two connections must be reset.  Both ends use this module alone: what one emits the other parses.
+One JSON object a message, one message a packet.  tcp-relay asks `open` (a new connection: which
+server?), `resume` (after a reconnect: this one still lives) and tells `close`; krelay answers by
+`id`, and tells `abort` when a row was ended and its two connections must be reset.  Both ends use
+this module alone: what one emits the other parses.
 
-Beyond the fields of the contract, `open` and `resume` carry `service` (the address and port the client asked for: the row's
-T1 key, which a krelay that has lost its table can't know) and `resume` carries `source`.  A krelay takes messages without them.
+Beyond the fields of the contract there are some that a krelay which has lost its table can't know,
+and that are left out where there is nothing to tell.  `service`: the address and port the client
+asked for.  `source`: whose address the server sees.  `origin`: the client's own port, where the
+connection came to tcp-relay under another (NatTable: the inside port).
 
     >>> emit(Close(Endpoint.parse("192.168.0.2:45678")))
     b'{"op":"close","relay":["192.168.0.2",45678]}'
@@ -50,6 +53,7 @@ class Resume:
     server: Endpoint
     service: Endpoint | None = None
     source: Source | None = None
+    origin: Endpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +65,15 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Answer to Open: connect to `server`; it will see the address of `source`."""
+    """Answer to Open: connect to `server`; it will see the address of `source`.
+
+    `origin` is the client as its own packets read, where tcp-relay sees it with another port.
+    """
 
     id: int
     server: Endpoint
     source: Source
+    origin: Endpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +113,12 @@ def emit(message: Request | Answer) -> bytes:
             fields |= {"relay": _pair(relay), "server": _pair(server)}
             fields |= {"service": _pair(message.service)} if message.service else {}
             fields |= {"source": message.source} if message.source else {}
+            fields |= {"origin": _pair(message.origin)} if message.origin else {}
         case Close(relay=relay):
             fields = {"op": "close", "relay": _pair(relay)}
         case Opened(id=i, server=server, source=source):
             fields = {"id": i, "server": _pair(server), "source": source}
+            fields |= {"origin": _pair(message.origin)} if message.origin else {}
         case Resumed(id=i):
             fields = {"id": i}
         case Refused(id=maybe_id, error=error):
@@ -139,6 +149,7 @@ def parse_request(packet: bytes) -> Request:
                 _endpoint(fields, "server"),
                 _maybe_endpoint(fields, "service"),
                 _source(fields) if "source" in fields else None,
+                _maybe_endpoint(fields, "origin"),
             )
         case "close":
             return Close(_endpoint(fields, "relay"))
@@ -157,7 +168,8 @@ def parse_answer(packet: bytes) -> Answer:
             raise BadMessage("error is not text")
         return Refused(None if fields.get("id") is None else _id(fields), error)
     if "server" in fields:
-        return Opened(_id(fields), _endpoint(fields, "server"), _source(fields))
+        server, origin = _endpoint(fields, "server"), _maybe_endpoint(fields, "origin")
+        return Opened(_id(fields), server, _source(fields), origin)
     return Resumed(_id(fields))
 
 

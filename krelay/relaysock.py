@@ -23,7 +23,10 @@ _log = Log("relays")
 
 
 class RelaySocket:
-    """Listens at `path` and answers tcp-relays from `relays`.  Raises OSError if it can't listen."""
+    """Listens at `path` and answers tcp-relays from `relays`.
+
+    Raises OSError if it can't listen.
+    """
 
     def __init__(self, loop: Loop, path: Path, relays: Relays) -> None:
         self._loop = loop
@@ -93,6 +96,7 @@ class _Link:
         self._loop.remove(self._socket.fileno())
         self._socket.close()
         self._relays.lost(self._send, self._loop.now)
+        del self._send  # a circle, and the collector is off
         _log.info("tcp-relay disconnected", pid=self.pid)
 
     def _ready(self, _: int) -> None:

@@ -2,8 +2,8 @@
 
 Rewriting happens outside of everything else that the host does to packets: incoming ones before
 connection tracking sees them (priority raw, -300, behind defragmentation), outgoing ones after the
-host's own rules, in nft also after its NAT.  So connection tracking, firewall rules and NAT of the host
-see each relayed conversation as ordinary and complete, C:x to K:A and K:y to S, and `ct state
+host's own rules, in nft also after its NAT.  So connection tracking, firewall rules and NAT of the
+host see each relayed conversation as ordinary and complete, C:x to K:A and K:y to S, and `ct state
 established` means what it says.  Nothing need be exempted from tracking (`notrack` would turn these
 packets into `untracked` for a firewall, and the answers of clients' direct connections with them).
 
@@ -15,13 +15,14 @@ packets into `untracked` for a firewall, and the answers of clients' direct conn
     U3       from S to this host (UDP)
 
 Datagrams must come whole, or their ports can't be seen.  The kernel reassembles fragments before
-PREROUTING only where something has asked for it; the `socket` match of iptables and `tproxy` of nft do
-that, without switching connection tracking on.  One rule that can never match is there for that alone.
+PREROUTING only where something has asked for it; the `socket` match of iptables and `tproxy` of nft
+do that, without switching connection tracking on.  One rule that can never match is there for that
+alone.
 
 nft replaces a whole table in one transaction.  iptables commits a table at a time: POSTROUTING
-(mangle) goes first and PREROUTING (raw), which begins new flows, goes second, in one run; removal is the
-other way round.  What lies between the two passes no packet wrongly: rewriting without anything
-new to rewrite.
+(mangle) goes first and PREROUTING (raw), which begins new flows, goes second, in one run; removal
+is the other way round.  What lies between the two passes no packet wrongly: rewriting without
+anything new to rewrite.
 
 No rule has `bypass`: without a worker these packets are dropped, never passed on unrewritten.
 """
@@ -32,7 +33,7 @@ from hashlib import blake2s
 from ipaddress import IPv4Address, IPv4Network
 
 from krelay.flow import Proto
-from krelay.nat import Footprint
+from krelay.row import Footprint
 
 ANYONE = IPv4Network("0.0.0.0/0")
 MULTIPORT_MOST = 15

@@ -2,14 +2,14 @@
 
     T1 10.0.0.1:40000 > 192.168.0.2:80 [S] => > 192.168.0.2:16000 flow 17
 
-Behind the arrow stands only what has changed, with `>` on the side where the rest is: `=> > DST` a new
-destination, `=> SRC >` a new source.
+Behind the arrow stands only what has changed, with `>` on the side where the rest is: `=> > DST` a
+new destination, `=> SRC >` a new source.
 """
 
 from dataclasses import dataclass
 
 from krelay.flow import Proto
-from krelay.nat import Rewrite, Row
+from krelay.row import Rewrite, Row
 from krelay.wire import BadPacket, tcp
 from krelay.worker import flow_of
 

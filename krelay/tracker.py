@@ -1,14 +1,15 @@
 """TCP seen from the middle: how far a relayed connection has come, from flags alone.
 
-A relayed connection is two TCP connections, the client leg (steps T1, T2) and the server leg (T3, T4).  A
-relay in the middle neither checks sequence numbers nor sees every packet, so it keeps facts, not a
-state machine of its own, and derives the four states that a timeout is chosen by:
+A relayed connection is two TCP connections, the client leg (steps T1, T2) and the server leg (T3,
+T4).  A relay in the middle neither checks sequence numbers nor sees every packet, so it keeps
+facts, not a state machine of its own, and derives the four states that a timeout is chosen by:
 
     opening      until the client has completed its handshake and the server has answered
     established  from then on, also while one side has ended and the other still sends: such a
-                 half-closed connection may live for hours (RFC 6146, section 3.5.2.2, likewise keeps
-                 the long timeout until both sides have sent a FIN)
-    closing      both sides have sent a FIN, or anyone a RST.  The row stays, since a RST may be forged
+                 half-closed connection may live for hours (RFC 6146, section 3.5.2.2, likewise
+                 keeps the long timeout until both sides have sent a FIN)
+    closing      both sides have sent a FIN, or anyone a RST.  The row stays, since a RST may be
+    forged
                  or lost (RFC 7857, section 2.2)
     closed       tcp-relay has closed both legs
 """

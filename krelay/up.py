@@ -1,8 +1,8 @@
 """`krelay up`: the daemon and tcp-relay together, in the foreground, until Ctrl-C.
 
-Both run as processes of their own, as they would under a service manager, and are told to end if this
-one dies in whatever way.  tcp-relay needs no privilege: where a user `krelay` exists it runs as that.
-What wasn't there before is gone afterwards, the file tree included.
+Both run as processes of their own, as they would under a service manager, and are told to end if
+this one dies in whatever way.  tcp-relay needs no privilege: where a user `krelay` exists it runs
+as that.  What wasn't there before is gone afterwards, the file tree included.
 """
 
 import ctypes
@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from krelay import client
+from krelay import client, treelock
 from krelay.clean import remove_tree
 from procfs_sim.ondisk import FileTree
-from procfs_sim.tree import SETTINGS
 
 USER = "krelay"
 START_WITHIN = 20.0
@@ -26,94 +27,113 @@ START_WITHIN = 20.0
 STOP_WITHIN = 5.0
 _PR_SET_PDEATHSIG = 1
 _PAUSE = 0.02
+_WATCH = 0.1
 
 
 class UpFailed(Exception):
     """One of the two couldn't run.  The text says why."""
 
 
-def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
-    """Serves with these values (file -> text, checked already); the exit status.
+@dataclass(frozen=True, slots=True)
+class Child:
+    """One of the two."""
 
-    Raises UpFailed.  KeyboardInterrupt and SIGTERM end it in order.
+    name: str
+    process: subprocess.Popen[bytes]
+
+    def check(self) -> None:
+        """Raises UpFailed if it has ended."""
+        status = self.process.poll()
+        if status is not None:
+            raise UpFailed(f"{self.name} ended with exit status {status}; its log says why")
+
+    def end(self) -> None:
+        """SIGTERM, and if that takes too long SIGKILL."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_WITHIN)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
+    """Serves with these values (file -> text, checked already) until KeyboardInterrupt or SIGTERM.
+
+    Raises UpFailed.
     """
+    if treelock.is_served(root):
+        raise UpFailed(f"another krelay serves {root}; stop it, or choose another tree with --root")
     existed = (root / "start").exists()
     signal.signal(signal.SIGTERM, _interrupt)
-    children: list[subprocess.Popen[bytes]] = []
+    children: list[Child] = []
     try:
-        tree = FileTree(root)
-        try:
-            tree.create()
-            for name in SETTINGS:
-                if name in values:
-                    tree.show(name, values[name] + "\n")
-            tree.show("start", "1\n")
-        except OSError as error:
-            raise UpFailed(
-                f"cannot write the file tree at {root}: {error.strerror}; "
-                "run as root, or choose another place with --root"
-            ) from None
-        daemon = _child("krelay", ["daemon", "--root", str(root), *options])
-        children.append(daemon)
-        _wait_until_running(root, daemon)
-        children.append(_child("tcp_relay", ["--root", str(root)], user=_relay_user()))
-        _wait_until_connected(root, children)
-        status = client.ask_json(root, "show status json")[0]
+        _write(root, {**values, "start": "1"})
+        children.append(_child("krelay", "krelay", ["daemon", "--root", str(root), *options]))
+        _wait(children, "krelay isn't running", lambda: _is_running(root))
+        children.append(_child("tcp-relay", "tcp_relay", ["--root", str(root)], _relay_user()))
+        _wait(children, "tcp-relay isn't connected", lambda: bool(_status(root)["tcp_relays"]))
+        config = client.ask_json(root, "show config json")[0]
         print(
-            f"relaying to {values.get('real_ip') or _text(root, 'real_ip')}: "
-            f"{_text(root, 'services')} (rules by {status['rules']}); Ctrl-C ends it",
+            f"relaying to {config['real_ip']}: {config['services']} "
+            f"(rules by {_status(root)['rules']}); Ctrl-C ends it",
             flush=True,
         )
-        return _watch(children)
+        while True:
+            for child in children:
+                child.check()
+            time.sleep(_WATCH)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         for child in children:  # krelay first: it has tcp-relay reset its connections
-            _end(child)
+            child.end()
         if not existed:
             remove_tree(root)
-        elif (root / "start").exists():
-            tree.show("start", "0\n")
+        else:
+            _write(root, {"start": "0"})
 
 
-def _watch(children: list[subprocess.Popen[bytes]]) -> int:
-    while True:
-        for child in children:
-            if child.poll() is not None:
-                raise UpFailed(f"{_name(child)} ended with exit status {child.returncode}")
-        time.sleep(0.1)
+def _write(root: Path, texts: Mapping[str, str]) -> None:
+    tree = FileTree(root)
+    try:
+        tree.create()
+        for name, text in texts.items():
+            tree.show(name, text + "\n")
+    except OSError as error:
+        raise UpFailed(
+            f"cannot write the file tree at {root}: {error.strerror}; "
+            "run as root, or choose another place with --root"
+        ) from None
 
 
-def _wait_until_running(root: Path, daemon: subprocess.Popen[bytes]) -> None:
+def _wait(children: list[Child], what: str, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + START_WITHIN
     while time.monotonic() < deadline:
-        if daemon.poll() is not None:
-            raise UpFailed("krelay could not start, see above")
+        for child in children:
+            child.check()
         try:
-            state = str(client.ask_json(root, "show status json")[0]["state"])
+            if reached():
+                return
         except (client.NoDaemon, client.Rejected, OSError):
-            state = ""
-        if state == "running":
-            return
-        if state.startswith("failed: "):
-            raise UpFailed(state.removeprefix("failed: "))
+            pass  # not yet
         time.sleep(_PAUSE)
-    raise UpFailed(f"krelay isn't running after {START_WITHIN:.0f} seconds")
+    raise UpFailed(f"{what} after {START_WITHIN:.0f} seconds; see the log above")
 
 
-def _wait_until_connected(root: Path, children: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + START_WITHIN
-    while time.monotonic() < deadline:
-        for child in children:
-            if child.poll() is not None:
-                raise UpFailed(f"{_name(child)} could not start, see above")
-        if client.ask_json(root, "show status json")[0]["tcp_relays"]:
-            return
-        time.sleep(_PAUSE)
-    raise UpFailed("tcp-relay doesn't come to the relay socket")
+def _is_running(root: Path) -> bool:
+    state = str(_status(root)["state"])
+    if state.startswith("failed: "):
+        raise UpFailed(state.removeprefix("failed: "))
+    return state == "running"
 
 
-def _child(module: str, arguments: list[str], user: str | None = None) -> subprocess.Popen[bytes]:
-    libc = ctypes.CDLL(None, use_errno=True)
+def _status(root: Path) -> dict[str, Any]:
+    return client.ask_json(root, "show status json")[0]
+
+
+def _child(name: str, module: str, arguments: list[str], user: str | None = None) -> Child:
+    libc = ctypes.CDLL(None)
     parent = os.getpid()
 
     def die_with_parent() -> None:
@@ -121,24 +141,15 @@ def _child(module: str, arguments: list[str], user: str | None = None) -> subpro
         if os.getppid() != parent:
             os._exit(1)
 
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is ours to pass on, in order
         preexec_fn=die_with_parent,
         user=user,
-        group=user and pwd.getpwnam(user).pw_gid,
+        group=pwd.getpwnam(user).pw_gid if user else None,
     )
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(STOP_WITHIN)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+    return Child(name, process)
 
 
 def _relay_user() -> str | None:
@@ -146,14 +157,6 @@ def _relay_user() -> str | None:
         return pwd.getpwnam(USER).pw_name if os.geteuid() == 0 else None
     except KeyError:
         return None
-
-
-def _text(root: Path, name: str) -> str:
-    return (FileTree(root).read(name) or "").strip()
-
-
-def _name(child: subprocess.Popen[bytes]) -> str:
-    return "krelay" if "krelay" in list(map(str, child.args))[2:3] else "tcp-relay"  # type: ignore[arg-type]
 
 
 def _interrupt(_signum: int, _frame: object) -> None:

@@ -1,9 +1,9 @@
 """One packet in, one verdict out.
 
-Most packets belong to a row and have a plain header: for those `handle` is a dictionary look-up by the
-twelve bytes of addresses and ports, two additions for the checksums, and one new string.  Nothing is
-parsed that isn't needed.  Everything else (options, first packets of a flow, strangers, nonsense) takes the
-general path below it, which is as careful as it is slow.
+Most packets belong to a row and have a plain header: for those `handle` is a dictionary look-up by
+the twelve bytes of addresses and ports, two additions for the checksums, and one new string.
+Nothing is parsed that isn't needed.  Everything else (options, first packets of a flow, strangers,
+nonsense) takes the general path below it, which is as careful as it is slow.
 
 What is decided here for packets that no row claims, and why (K is any address of this host):
 
@@ -16,11 +16,12 @@ What is decided here for packets that no row claims, and why (K is any address o
     from K's gateway port     never goes out unrewritten
     from K to S               the host's own connection, not tcp-relay's: goes on untouched
 
-While a killed krelay's flows may still be taken up again (`recovering_until`), whatever could belong to
-one is dropped instead of passed, since its ends would reset the connection; TCP sends it again.
+While a killed krelay's flows may still be taken up again (`recovering_until`), whatever could
+belong to one is dropped instead of passed, since its ends would reset the connection; TCP sends it
+again.
 
-No bytes raise an exception.  A packet that isn't what it says goes on as it would without krelay, and is
-counted; the kernel judges it.
+No bytes raise an exception.  A packet that isn't what it says goes on as it would without krelay,
+and is counted; the kernel judges it.
 """
 
 import struct
@@ -31,7 +32,8 @@ from enum import Enum
 from ipaddress import IPv4Network
 
 from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.nat import SIDES, Hook, NatTable, Refusal, Rewrite, Row, Step, key
+from krelay.nat import NatTable, Refusal
+from krelay.row import SIDES, Hook, Rewrite, Row, Step, key
 from krelay.tracker import Side, State
 from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
 from krelay.wire.checksum import updated
@@ -88,8 +90,8 @@ class Counts:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-# First byte, total length, fragment field, protocol, checksum; addresses and ports skipped; then, in UDP,
-# length and checksum.
+# First byte, total length, fragment field, protocol, checksum; addresses and ports skipped; then,
+# in UDP, length and checksum.
 _PLAIN = struct.Struct("!BxH2xHxBH12xHH").unpack_from
 _UDP_HEAD = struct.Struct("!10sH12sHH").pack
 _TCP_HEAD = struct.Struct("!10sH12s12sH").pack
@@ -124,7 +126,10 @@ class Worker:
             self._udp[hook] = nat.tables[hook, Proto.UDP]
 
     def handle(self, packet: bytes, hook: int, now: float) -> bytes | Verdict:
-        """What the packet becomes: other bytes, or one of the two verdicts.  Never raises for bytes."""
+        """What the packet becomes:
+
+        other bytes, or one of the two verdicts.  Never raises for bytes.
+        """
         size = len(packet)
         if size >= _MIN_UDP:
             first, total, fragment, proto, check, length, field = _PLAIN(packet)

@@ -1,13 +1,13 @@
 """The Internet checksum (RFC 1071), and its update when a few bytes change (RFC 1624).
 
-A sum of 16-bit words with end-around carry is arithmetic modulo 65535, and Python has the modulus of
-big integers in C: a whole packet is one `int.from_bytes` and one `%`.  For a rewrite, what matters is
-only by how much the sum of the changed words differs; that difference is a constant of the flow, so
-the packet path adds one number.  An update never looks at the rest of the packet: one that arrived
-broken leaves just as broken, instead of being silently repaired.
+A sum of 16-bit words with end-around carry is arithmetic modulo 65535, and Python has the modulus
+of big integers in C: a whole packet is one `int.from_bytes` and one `%`.  For a rewrite, what
+matters is only by how much the sum of the changed words differs; that difference is a constant of
+the flow, so the packet path adds one number.  An update never looks at the rest of the packet: one
+that arrived broken leaves just as broken, instead of being silently repaired.
 
-Zero has two spellings here, 0x0000 and 0xFFFF.  The sum of bytes that aren't all zero is 0xFFFF in the
-RFC's arithmetic, so its complement, the field, is 0x0000: that is what these functions give.
+Zero has two spellings here, 0x0000 and 0xFFFF.  The sum of bytes that aren't all zero is 0xFFFF in
+the RFC's arithmetic, so its complement, the field, is 0x0000: that is what these functions give.
 (In UDP a field of zero means "no checksum"; that rule is udp.py's.)
 
     >>> header = bytes.fromhex("45000073000040004011 0000 c0a80001c0a800c7")

@@ -15,9 +15,9 @@
     |                    Options, padded to 4 bytes                 |  20
     +---------------------------------------------------------------+
 
-Packets arrive from the kernel after its own checks, but nothing here relies on that: any bytes give a
-Header or BadPacket.  The reason tells "not what it says" (`short_header`, `bad_version`, `bad_length`)
-from `truncated`, a whole packet of which only the beginning was handed to us.
+Packets arrive from the kernel after its own checks, but nothing here relies on that: any bytes give
+a Header or BadPacket.  The reason tells "not what it says" (`short_header`, `bad_version`,
+`bad_length`) from `truncated`, a whole packet of which only the beginning was handed to us.
 """
 
 import struct

@@ -5,8 +5,8 @@
     |  Source Port  |   Dest Port   |    Length     |   Checksum    |
     +---------------+---------------+---------------+---------------+
 
-A checksum of zero means that the sender made none: it stays zero whatever is rewritten.  A checksum that
-comes out as zero is sent as its twin 0xFFFF, so that it doesn't read as "none".
+A checksum of zero means that the sender made none: it stays zero whatever is rewritten.  A checksum
+that comes out as zero is sent as its twin 0xFFFF, so that it doesn't read as "none".
 """
 
 import struct

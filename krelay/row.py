@@ -1,0 +1,191 @@
+"""One row of the NAT table: a relayed conversation, and what its packets become.
+
+Rows are plain values: all that is needed to make one again is in its public fields.  What the
+packet path needs of a row are its Rewrites; which packets are whose, how long rows live and which
+ports are free is the table's matter (nat.py).
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+from krelay.flow import Endpoint, Proto, Source
+from krelay.tracker import Side, State, Tracker
+from krelay.wire.checksum import difference
+
+CLOSED_LINGER = 10.0
+"""Seconds a row stays after tcp-relay closed both legs: lost FINs and ACKs are still repeated."""
+
+DNS_PORT = 53
+
+
+class Hook(IntEnum):
+    """Where a packet was caught, by the numbers of linux/netfilter.h."""
+
+    PREROUTING = 0
+    POSTROUTING = 4
+
+
+class Step(IntEnum):
+    """One rewriting of one packet, as the design numbers them."""
+
+    T1 = 0
+    T2 = 1
+    T3 = 2
+    T4 = 3
+    U1 = 4
+    U2 = 5
+    U3 = 6
+    U4 = 7
+    U12 = 8
+    """U1 and U2 at once: with source=client one rewriting does both."""
+    U34 = 9
+    D1 = 10
+    D2 = 11
+
+    @property
+    def label(self) -> str:
+        """For people: `T1`, `U1,U2`."""
+        return {Step.U12: "U1,U2", Step.U34: "U3,U4"}.get(self, self.name)
+
+
+SIDES = {
+    Step.T1: Side.CLIENT,
+    Step.U1: Side.CLIENT,
+    Step.U12: Side.CLIENT,
+    Step.D1: Side.CLIENT,
+    Step.T4: Side.SERVER,
+    Step.U3: Side.SERVER,
+    Step.U34: Side.SERVER,
+    Step.D2: Side.SERVER,
+}
+"""Whose packets a step rewrites; those not listed see a packet a second time, or the daemon's."""
+
+
+class Timeouts(NamedTuple):
+    """Seconds of idleness after which a row goes (defaults: RFC 4787 REQ-5, RFC 5382 REQ-5)."""
+
+    udp: float = 300
+    udp_dns: float = 20
+    tcp_transitory: float = 240
+    tcp_established: float = 7440
+
+
+class Footprint(NamedTuple):
+    """What the netfilter rules must catch on behalf of a row."""
+
+    proto: Proto
+    port: int
+    gport: int | None
+    server: bytes
+    any_client: bool
+    """Whether the source of any client's packets may have to be changed to the relay's."""
+
+
+def key(src: Endpoint, dst: Endpoint) -> bytes:
+    """The twelve bytes of a packet from `src` to `dst`: both addresses, then both ports."""
+    return src.addr + dst.addr + src.port.to_bytes(2) + dst.port.to_bytes(2)
+
+
+class Rewrite:
+    """What becomes of the packets of one direction at one hook, and how many there were."""
+
+    __slots__ = (
+        "bytes",
+        "ip_delta",
+        "l4_delta",
+        "new",
+        "old",
+        "packets",
+        "row",
+        "seen_at",
+        "step",
+        "watched",
+    )
+
+    def __init__(self, row: "Row", step: Step, old: bytes, new: bytes, now: float) -> None:
+        self.row = row
+        self.step = step
+        self.old = old
+        self.new = new
+        self.ip_delta = difference(old[:8], new[:8])
+        """What a header checksum grows by; the transport's covers the ports too."""
+        self.l4_delta = difference(old, new)
+        self.packets = 0
+        self.bytes = 0
+        self.seen_at = now
+        self.watched = row.proto is Proto.TCP
+        """Whether each packet's flags matter, because the connection is opening."""
+
+    @property
+    def src(self) -> Endpoint:
+        """The source that packets leave with."""
+        return Endpoint(self.new[:4], int.from_bytes(self.new[8:10]))
+
+    @property
+    def dst(self) -> Endpoint:
+        """The destination that packets leave with."""
+        return Endpoint(self.new[4:8], int.from_bytes(self.new[10:12]))
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One relayed conversation."""
+
+    id: int
+    proto: Proto
+    client: Endpoint
+    service: Endpoint
+    """The address and port the client talks to.  Equal to `server` in a direct row, see above."""
+    server: Endpoint
+    source: Source
+    created_at: float
+    gport: int | None = None
+    inside: Endpoint | None = None
+    """TCP: the client as tcp-relay sees it."""
+    relay: Endpoint | None = None
+    """The relay's own address and port towards the server."""
+    tracker: Tracker = field(default_factory=Tracker)
+    closed_at: float | None = None
+    abort_asked: bool = False
+    """Ended from outside (kill, stop): tcp-relay is to reset both legs."""
+    rewrites: dict[Step, Rewrite] = field(default_factory=dict)
+    keys: list[tuple[dict[bytes, Rewrite], bytes]] = field(default_factory=list)
+    reserved: list[bytes] = field(default_factory=list)
+    footprint: Footprint | None = None
+    due: int = -1
+    """The second in which the table looks at this row next."""
+
+    def by(self, side: Side) -> Rewrite | None:
+        """The rewrite that counts this side's packets, if it has one yet."""
+        for step, rewrite in self.rewrites.items():
+            if SIDES.get(step) is side:
+                return rewrite
+        return None
+
+    @property
+    def state(self) -> State:
+        """TCP: as tracked; UDP: whether the server has answered."""
+        if self.proto is Proto.TCP:
+            return self.tracker.state
+        answers = self.by(Side.SERVER)
+        return State.REPLIED if answers and answers.packets else State.UNREPLIED
+
+    @property
+    def seen_at(self) -> float:
+        """When the client or the server was last heard (RFC 4787 REQ-6; never the relay itself)."""
+        rewrites = (self.by(Side.CLIENT), self.by(Side.SERVER))
+        return max((r.seen_at for r in rewrites if r), default=self.created_at)
+
+    def expires_at(self, timeouts: Timeouts) -> float:
+        """When the row goes unless a packet comes."""
+        if self.closed_at is not None:
+            return self.closed_at + CLOSED_LINGER
+        match self.state:
+            case State.ESTABLISHED:
+                return self.seen_at + timeouts.tcp_established
+            case State.UNREPLIED | State.REPLIED:
+                dns = self.service.port == DNS_PORT
+                return self.seen_at + (timeouts.udp_dns if dns else timeouts.udp)
+            case _:
+                return self.seen_at + timeouts.tcp_transitory

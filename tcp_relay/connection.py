@@ -1,0 +1,226 @@
+"""One relayed connection, from accept to its end.
+
+    bind port y -> ask krelay -> connect to the server -> pump -> ended
+         ^____________|______________|   another y, if this one is taken
+
+Where it stands follows from what it has: no `server` yet, krelay is being asked; not connected yet,
+the server is.  One timer guards whichever wait is under way.  The port is bound before krelay is
+asked, because krelay has to know it before the first SYN passes; so the kernel can't know yet
+whether the four addresses together are free, and says so in `connect`.
+"""
+
+import errno
+import os
+import socket
+from typing import Protocol
+
+from krelay.flow import Endpoint, Source
+from krelay.log import Log
+from krelay.loop import Loop, Timer
+from krelay.relaymsg import PORT_TAKEN, Opened, Refused
+from tcp_relay.listener import server_socket
+from tcp_relay.pump import Pump
+
+ASK_TIMEOUT = 5.0
+"""Seconds that a client waits for krelay, which may be restarting."""
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds for the server to accept: four SYNs, at 0, 1, 3 and 7 s."""
+
+PORT_TRIES = 8
+"""Relay ports tried for one connection."""
+
+_TRY_ANOTHER_PORT = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
+
+log = Log("connection")
+
+
+class Desk(Protocol):
+    """What a connection asks of those who keep all of them."""
+
+    def own_address(self, connection: "Connection") -> str:
+        """The local address for its server leg."""
+
+    def next_port(self) -> int:
+        """A relay port to try; 0 leaves it to the kernel."""
+
+    def register(self, connection: "Connection") -> bool:
+        """Its relay port is bound: ask krelay.  False if another connection has that port."""
+
+    def unregister(self, connection: "Connection", tell: bool) -> None:
+        """Its relay port is given up; `tell` krelay."""
+
+    def ended(self, connection: "Connection") -> None:
+        """Both its sockets are closed."""
+
+
+class Connection:
+    """A client's connection.  Owns both sockets through its pump."""
+
+    __slots__ = (
+        "__weakref__",
+        "_desk",
+        "_is_over",
+        "_loop",
+        "_may_have_row",
+        "_pump",
+        "_since",
+        "_timer",
+        "_tries",
+        "client",
+        "gateway",
+        "message_id",
+        "origin",
+        "relay",
+        "server",
+        "source",
+    )
+
+    def __init__(
+        self, loop: Loop, desk: Desk, client: socket.socket, peer: tuple[str, int]
+    ) -> None:
+        self.client = Endpoint.of(*peer)
+        self.gateway = Endpoint.of(*client.getsockname())
+        """The relay's address and gateway port that the client's packets were delivered to."""
+        self.relay: Endpoint | None = None
+        """The own end of the server leg, while it is registered."""
+        self.server: Endpoint | None = None
+        self.source: Source | None = None
+        self.origin: Endpoint | None = None
+        """The client as its own packets read, where that is another port than `client` has."""
+        self.message_id = -1
+        """Of the last message about it."""
+        self._loop = loop
+        self._desk = desk
+        self._since = loop.now
+        self._tries = 0
+        self._is_over = False
+        self._may_have_row = False
+        self._pump = Pump(loop, self, client)
+        self._timer: Timer | None = None
+
+    @property
+    def service(self) -> Endpoint | None:
+        """What the client asked for, once it is known: the server's port at the relay's address."""
+        return self.server and Endpoint(self.gateway.addr, self.server.port)
+
+    def begin(self, server: socket.socket) -> None:
+        """Binds `server`, which is taken over, and has krelay asked."""
+        self._tries += 1
+        self._pump.use_server(server)
+        try:
+            self._bind(server)
+            self.relay = Endpoint.of(*server.getsockname())
+        except OSError as error:
+            self._refuse(f"no relay port: {_words(error)}")
+            return
+        self._may_have_row = True
+        self._wait(ASK_TIMEOUT, "krelay doesn't answer")
+        if not self._desk.register(self):
+            self.relay = None
+            self._another_port()
+
+    def opened(self, answer: Opened) -> None:
+        """krelay has a row: connect."""
+        self.server, self.source, self.origin = answer.server, answer.source, answer.origin
+        self._wait(CONNECT_TIMEOUT, f"the server doesn't answer within {CONNECT_TIMEOUT:g} s")
+        try:
+            self._pump.connect((answer.server.host, answer.server.port))
+        except OSError as error:
+            self.connect_failed(error.errno or 0)
+
+    def refused(self, answer: Refused) -> None:
+        """krelay has no row, or has it no more."""
+        self._may_have_row = False
+        if answer.error == PORT_TAKEN and self.server is None:
+            self._another_port()
+        else:
+            self._refuse(f"krelay: {answer.error}")
+
+    def abort(self, reason: str, tell: bool = True) -> None:
+        """Resets both sides; `tell` krelay."""
+        self._may_have_row &= tell
+        self._refuse(reason)
+
+    def connected(self) -> None:
+        """From the pump."""
+        self._wait(None, "")
+        log.info(
+            "connection opened",
+            client=self.origin or self.client,
+            service=self.service,
+            gport=self.gateway.port,
+            relay=self.relay,
+            server=self.server,
+            source=self.source,
+        )
+
+    def connect_failed(self, error: int) -> None:
+        """From the pump."""
+        if error in _TRY_ANOTHER_PORT:
+            self._another_port()
+        else:
+            self._refuse(f"server: {os.strerror(error).lower()}")
+
+    def ended(self, reason: str) -> None:
+        """From the pump."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._wait(None, "")
+        pair = self._pump.pair
+        log.info(
+            "connection ended" if self._pump.is_connected else "connection refused",
+            client=self.origin or self.client,
+            relay=self.relay,
+            server=self.server,
+            reason=reason,
+            seconds=round(self._loop.now - self._since, 3),
+            from_client=pair.up.moved,
+            from_server=pair.down.moved,
+        )
+        del self._pump  # which refers to this connection: without a collector a circle is for ever
+        self._desk.unregister(self, self._may_have_row)
+        self._desk.ended(self)
+
+    def _bind(self, server: socket.socket) -> None:
+        address = self._desk.own_address(self)
+        for _ in range(PORT_TRIES):
+            try:
+                server.bind((address, self._desk.next_port()))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return
+        server.bind((address, 0))
+
+    def _another_port(self) -> None:
+        self._desk.unregister(self, self._may_have_row)
+        self.relay = self.server = self.source = None
+        if self._tries >= PORT_TRIES:
+            self._refuse(f"{PORT_TRIES} relay ports were taken")
+            return
+        self._pump.drop_server()  # first: its descriptor may be the last one
+        try:
+            server = server_socket()
+        except OSError as error:
+            self._refuse(f"no relay port: {_words(error)}")
+            return
+        self.begin(server)
+
+    def _refuse(self, reason: str) -> None:
+        if not self._is_over:
+            self._pump.abort()
+            self.ended(reason)
+
+    def _wait(self, seconds: float | None, reason: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if seconds is not None:
+            self._timer = self._loop.call_at(self._loop.now + seconds, lambda: self._refuse(reason))
+
+
+def _words(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,111 @@
+"""What the file tree says: the gateway port to listen on, and where the server is.
+
+tcp-relay reads the same files as krelay, by the same rules, and never writes: a text that is
+refused leaves the value in force here as it does there, and krelay alone puts it back into the
+file.  A tree that isn't there yet, or went away, is waited for by looking again: inotify can't
+watch for a directory whose parents may not exist either.
+"""
+
+import select
+from collections.abc import Callable
+from pathlib import Path
+
+from krelay.log import Log, Throttle
+from krelay.loop import Loop, Timer
+from procfs_sim import Config, FileTree, Outcome, TreeState, TreeWatcher
+
+RETRY = 0.1
+"""Seconds between looks for a tree that isn't there."""
+
+log = Log("gport")
+
+
+class TreeFollower:
+    """Calls `on_config` with the first config and with each that differs from the one before.
+
+    Begins with the next turn of the loop.
+    """
+
+    def __init__(self, loop: Loop, root: Path, on_config: Callable[[Config], None]) -> None:
+        self._loop = loop
+        self._root = root
+        self._on_config = on_config
+        self._state = TreeState()
+        self._told: Config | None = None
+        self._watcher: TreeWatcher | None = None
+        self._complaints = Throttle()
+        self._is_waiting = False
+        self._timer: Timer = loop.call_at(loop.now, self._begin)
+
+    def close(self) -> None:
+        """Stops following."""
+        self._timer.cancel()
+        self._unwatch()
+
+    def _begin(self) -> None:
+        try:
+            # The watch first: what is written between it and the reading is read twice rather than
+            # missed.
+            watcher = TreeWatcher(self._root)
+            try:
+                texts = FileTree(self._root).read_all()
+                self._loop.add(watcher.fileno(), select.EPOLLIN, self._changed)
+            except BaseException:
+                watcher.close()
+                raise
+        except OSError as error:
+            self._wait(error)
+            return
+        self._watcher = watcher
+        if self._is_waiting:
+            self._is_waiting = False
+            log.info("the file tree is there", root=self._root)
+        self._judged(self._state.written(texts, self._loop.now))
+
+    def _wait(self, error: OSError) -> None:
+        self._timer = self._loop.call_at(self._loop.now + RETRY, self._begin)
+        if isinstance(error, FileNotFoundError):
+            if not self._is_waiting:
+                log.warning(
+                    "waiting for the file tree", root=self._root, mend="start krelay daemon"
+                )
+        elif (suppressed := self._complaints.admit(self._loop.now)) is not None:
+            log.error(
+                "can't read the file tree",
+                root=self._root,
+                error=error.strerror,
+                suppressed=suppressed or None,
+            )
+        self._is_waiting = True
+
+    def _changed(self, _: int) -> None:
+        assert self._watcher is not None
+        try:
+            texts = self._watcher.changes()
+        except OSError as error:
+            self._unwatch()
+            self._wait(error)
+            return
+        if self._watcher.gone:
+            self._unwatch()
+            self._timer.cancel()
+            self._timer = self._loop.call_at(self._loop.now + RETRY, self._begin)
+        self._judged(self._state.written(texts, self._loop.now))
+
+    def _judged(self, outcome: Outcome) -> None:
+        if outcome.config != self._told:
+            self._told = outcome.config
+            self._on_config(outcome.config)
+        deadline = self._state.next_deadline()
+        if deadline is not None and self._watcher is not None:
+            self._timer.cancel()
+            self._timer = self._loop.call_at(deadline, self._late)
+
+    def _late(self) -> None:
+        self._judged(self._state.on_time(self._loop.now))
+
+    def _unwatch(self) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            self._loop.remove(watcher.fileno())
+            watcher.close()

@@ -1,0 +1,190 @@
+"""All relayed connections, and their talk with krelay.
+
+Connections are found by their relay port, which is what krelay names them by, and while something
+is asked by the number of the message.  A krelay that was restarted, or is a new one, has lost both
+its rows and our questions: after a reconnect each connection says where it stands, those with a
+server by `resume`, the others by asking again.
+
+Relay ports are chosen here and not by the kernel.  `bind` to port 0 passes over ports in TIME_WAIT
+even with SO_REUSEADDR (inet_csk_find_open_port), and as those become many it searches for
+milliseconds.  Bound by its number such a port may be had, and is good unless it was last used
+towards the same server.  Ports are taken in ascending order with small random gaps (RFC 6056,
+algorithm 5): the same one comes again as late as can be, without being foreseeable.
+"""
+
+import itertools
+import random
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from krelay.flow import Endpoint
+from krelay.log import Log, Throttle
+from krelay.loop import Loop
+from krelay.relaymsg import Abort, Answer, BadMessage, Close, Open, Opened, Refused, Resume, Resumed
+from tcp_relay.connection import Connection
+from tcp_relay.link import Link
+
+ROUTE_AGE = 1.0
+"""Seconds that the own address is remembered: routes change rarely, unlike connections."""
+
+PORT_GAP = 4
+"""The next relay port is up to that far above the last one."""
+
+log = Log("relay")
+
+
+class Relay:
+    """Opens and keeps connections; `on_room` is called whenever one has ended."""
+
+    def __init__(self, loop: Loop, relay_socket: Path, on_room: Callable[[], None]) -> None:
+        self.real_ip: str | None = None
+        """Towards which the own address is chosen."""
+        self._loop = loop
+        self._on_room = on_room
+        self._by_relay: dict[Endpoint, Connection] = {}
+        self._by_id: dict[int, Connection] = {}
+        self._ids = itertools.count(1)
+        self._route: tuple[str | None, float, str | None] = (None, 0.0, None)
+        self._complaints = Throttle()
+        self._random = random.Random()
+        self._ports = _own_ports()
+        self._last_port = self._random.choice(self._ports)
+        self._link = Link(loop, relay_socket, self)
+
+    def __len__(self) -> int:
+        return len(self._by_relay)
+
+    def accepted(self, client: socket.socket, server: socket.socket, peer: tuple[str, int]) -> None:
+        """A client is there, and an unused socket for its server leg.  Takes over both."""
+        try:
+            connection = Connection(self._loop, self, client, peer)
+        except OSError:  # reset while it was waiting
+            client.close()
+            server.close()
+            return
+        connection.begin(server)
+
+    def close(self, reason: str) -> None:
+        """Resets all connections and hangs up."""
+        for connection in list(self._by_relay.values()):
+            connection.abort(reason)
+        self._link.close()
+
+    # What connections ask.
+
+    def own_address(self, connection: Connection) -> str:
+        """The address that the kernel would use towards the server.
+
+        Without a route to it, the one that the client came to: `connect` will say what is wrong.
+        """
+        real_ip, until, address = self._route
+        if real_ip != self.real_ip or self._loop.now >= until:
+            address = _own_address(self.real_ip) if self.real_ip else None
+            self._route = (self.real_ip, self._loop.now + ROUTE_AGE, address)
+        return address or connection.gateway.host
+
+    def next_port(self) -> int:
+        """A relay port to try."""
+        low, high = self._ports[0], self._ports[-1]
+        port = self._last_port + self._random.randint(1, PORT_GAP)
+        self._last_port = port if port <= high else low + port - high - 1
+        return self._last_port
+
+    def register(self, connection: Connection) -> bool:
+        """Asks krelay; False if the port is registered already."""
+        assert connection.relay is not None
+        if connection.relay in self._by_relay:
+            return False
+        self._by_relay[connection.relay] = connection
+        if self._link.is_up:
+            self._ask(connection)
+        return True
+
+    def unregister(self, connection: Connection, tell: bool) -> None:
+        """Forgets its relay port and the question about it."""
+        self._by_id.pop(connection.message_id, None)
+        relay = connection.relay
+        if relay is not None and self._by_relay.get(relay) is connection:
+            del self._by_relay[relay]
+            if tell:
+                self._link.send(Close(relay))
+
+    def ended(self, connection: Connection) -> None:
+        """There is room for another one."""
+        self._on_room()
+
+    # What the link tells.
+
+    def link_up(self) -> None:
+        """Says of each connection where it stands."""
+        for connection in list(self._by_relay.values()):
+            self._ask(connection)
+
+    def link_down(self) -> None:
+        """No question will be answered any more."""
+        self._by_id.clear()
+
+    def answered(self, answer: Answer) -> None:
+        """Hands it to the connection it is about, if that hasn't ended since."""
+        match answer:
+            case Abort(relay=relay):
+                if connection := self._by_relay.get(relay):
+                    connection.abort("krelay ended it")
+            case Refused(id=None, error=error):
+                if (suppressed := self._complaints.admit(self._loop.now)) is not None:
+                    log.error(
+                        "krelay refused a message", error=error, suppressed=suppressed or None
+                    )
+            case Refused(id=int(number)):
+                if connection := self._by_id.pop(number, None):
+                    connection.refused(answer)
+            case Opened(id=number):
+                if connection := self._by_id.pop(number, None):
+                    if connection.server is not None:
+                        raise BadMessage(f"message {number} was no open")
+                    connection.opened(answer)
+            case Resumed(id=number):
+                if (connection := self._by_id.pop(number, None)) and connection.server is None:
+                    raise BadMessage(f"message {number} was no resume")
+
+    def _ask(self, connection: Connection) -> None:
+        number = connection.message_id = next(self._ids)
+        self._by_id[number] = connection
+        client, gport, relay = connection.client, connection.gateway.port, connection.relay
+        assert relay is not None
+        if connection.server is None:
+            self._link.send(Open(number, client, gport, relay))
+        else:
+            self._link.send(
+                Resume(
+                    number,
+                    client,
+                    gport,
+                    relay,
+                    connection.server,
+                    connection.service,
+                    connection.source,
+                    connection.origin,
+                )
+            )
+
+
+def _own_address(real_ip: str) -> str | None:
+    """Connecting a datagram socket sends nothing, but makes the kernel choose."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect((real_ip, 9))
+            host: str = sock.getsockname()[0]
+            return host
+    except OSError:
+        return None
+
+
+def _own_ports() -> range:
+    """The ports that this host uses for connections of its own (ip(7), ip_local_port_range)."""
+    try:
+        low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except (OSError, ValueError):
+        low, high = 32768, 60999
+    return range(low, high + 1)

@@ -1,0 +1,257 @@
+"""The loop: who is called, when, and who no more."""
+
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from krelay.loop import Loop, Timer
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    with Loop() as loop:
+        yield loop
+
+
+@pytest.fixture
+def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
+    pairs = [socket.socketpair() for _ in range(3)]
+    yield pairs
+    for pair in pairs:
+        for end in pair:
+            end.close()
+
+
+Pairs = list[tuple[socket.socket, socket.socket]]
+
+
+def turn(loop: Loop) -> None:
+    """One turn that finds what is ready now."""
+    loop.call_soon(lambda: loop.call_soon(loop.stop))  # the first call comes before the first wait
+    loop.run()
+
+
+def test_a_handler_gets_the_events_of_its_descriptor(loop: Loop, pairs: Pairs) -> None:
+    got: list[tuple[int, int]] = []
+
+    def note(number: int, events: int) -> None:
+        got.append((number, events))
+
+    for number, (one, _) in enumerate(pairs):
+        loop.add(one.fileno(), select.EPOLLIN, partial(note, number))
+    pairs[1][1].send(b"x")
+    turn(loop)
+    assert got == [(1, select.EPOLLIN)]
+
+
+def test_an_edge_is_told_once_and_a_level_until_it_is_gone(loop: Loop, pairs: Pairs) -> None:
+    edges: list[int] = []
+    levels: list[int] = []
+    loop.add(pairs[0][0].fileno(), select.EPOLLIN | select.EPOLLET, edges.append)
+    loop.add(pairs[1][0].fileno(), select.EPOLLIN, levels.append)
+    pairs[0][1].send(b"x")
+    pairs[1][1].send(b"x")
+    for _ in range(3):
+        turn(loop)
+    assert len(edges) == 1
+    assert len(levels) == 3
+
+
+def test_a_mask_can_be_changed(loop: Loop, pairs: Pairs) -> None:
+    got: list[int] = []
+    sock = pairs[0][0]
+    loop.add(sock.fileno(), select.EPOLLIN, got.append)
+    turn(loop)
+    assert got == []
+    loop.modify(sock.fileno(), select.EPOLLOUT)
+    turn(loop)
+    assert set(got) == {select.EPOLLOUT}
+
+
+def test_who_is_removed_gets_nothing_more_of_the_same_batch(loop: Loop, pairs: Pairs) -> None:
+    called: list[int] = []
+
+    def only_one(number: int, _: int) -> None:
+        called.append(number)
+        for other, (sock, _peer) in enumerate(pairs):
+            if other != number:
+                loop.remove(sock.fileno())
+
+    for number, (end, peer) in enumerate(pairs):
+        loop.add(end.fileno(), select.EPOLLIN, partial(only_one, number))
+        peer.send(b"x")
+    turn(loop)
+    assert len(called) == 1
+
+
+def test_a_reused_number_doesnt_inherit_the_old_ones_event(loop: Loop) -> None:
+    # Both are ready in one batch; the first replaces the other by a quiet file of its number.
+    ends = [socket.socketpair() for _ in range(2)]
+    called: list[str] = []
+    spare: list[socket.socket] = []
+
+    def replace(number: int, _: int) -> None:
+        called.append("old")
+        other = ends[1 - number][0]
+        fd = other.fileno()
+        loop.remove(fd)
+        quiet, peer = socket.socketpair()
+        os.dup2(quiet.fileno(), fd)  # closes the old file and takes its number
+        loop.add(fd, select.EPOLLIN, lambda _: called.append("new"))
+        loop.remove(ends[number][0].fileno())
+        spare.extend((quiet, peer))
+
+    for number, (one, two) in enumerate(ends):
+        loop.add(one.fileno(), select.EPOLLIN, partial(replace, number))
+        two.send(b"x")
+    turn(loop)
+    assert called == ["old"]
+    spare[1].send(b"now")
+    turn(loop)
+    assert called[:2] == ["old", "new"]  # what it has to say itself is heard
+    for sock in (*spare, *ends[0], *ends[1]):
+        sock.close()
+
+
+def test_a_number_removed_between_batches_can_be_used_at_once(loop: Loop, pairs: Pairs) -> None:
+    got: list[int] = []
+    sock = pairs[0][0]
+    loop.add(sock.fileno(), select.EPOLLIN | select.EPOLLET, got.append)
+    pairs[0][1].send(b"x")
+
+    def again() -> None:
+        loop.remove(sock.fileno())
+        loop.add(sock.fileno(), select.EPOLLIN | select.EPOLLET, got.append)
+
+    loop.call_soon(again)
+    loop.call_at(time.monotonic() + 0.02, loop.stop)
+    loop.run()
+    assert got == [select.EPOLLIN]
+
+
+def test_a_descriptor_is_registered_once(loop: Loop, pairs: Pairs) -> None:
+    loop.add(pairs[0][0].fileno(), select.EPOLLIN, lambda _: None)
+    with pytest.raises(FileExistsError):
+        loop.add(pairs[0][0].fileno(), select.EPOLLIN, lambda _: None)
+
+
+def test_timers_fire_in_order_and_never_early(loop: Loop) -> None:
+    fired: list[tuple[str, bool]] = []
+    start = loop.now
+
+    def at(name: str, delay: float) -> None:
+        when = start + delay
+        loop.call_at(when, lambda: fired.append((name, loop.now >= when)))
+
+    for name, delay in (("c", 0.02), ("a", 0.0), ("d", 0.02), ("b", 0.01)):
+        at(name, delay)
+    loop.call_at(start + 0.03, loop.stop)
+    loop.run()
+    assert fired == [("a", True), ("b", True), ("c", True), ("d", True)]
+
+
+def test_a_cancelled_timer_doesnt_fire(loop: Loop) -> None:
+    fired: list[str] = []
+    timer = loop.call_at(loop.now, lambda: fired.append("cancelled"))
+    other = loop.call_at(loop.now, lambda: fired.append("kept"))
+    timer.cancel()
+    timer.cancel()
+    assert not timer.pending
+    turn(loop)
+    assert fired == ["kept"]
+    assert not other.pending
+    other.cancel()
+
+
+def test_cancelled_timers_dont_pile_up(loop: Loop) -> None:
+    fired: list[int] = []
+    kept: list[Timer] = []
+    for number in range(1000):
+        kept.append(loop.call_at(loop.now + 0.001, partial(fired.append, number)))
+        for _ in range(10):
+            loop.call_at(loop.now + 1000, loop.stop).cancel()
+    assert len(loop._timers) < 2 * 1000 + 130
+    loop.call_at(loop.now + 0.002, loop.stop)
+    loop.run()
+    assert fired == list(range(1000))
+
+
+def test_a_call_soon_from_a_call_soon_is_for_the_next_turn(loop: Loop, pairs: Pairs) -> None:
+    order: list[str] = []
+    loop.add(pairs[0][0].fileno(), select.EPOLLIN, lambda _: order.append("event"))
+    pairs[0][1].send(b"x")
+
+    def again() -> None:
+        order.append("soon")
+        if len(order) < 6:
+            loop.call_soon(again)
+        else:
+            loop.stop()
+
+    loop.call_soon(again)
+    loop.run()
+    assert order == ["soon", "event", "soon", "event", "soon", "event", "soon"]
+
+
+def test_an_exception_leaves_run_and_loses_nothing_else(loop: Loop, pairs: Pairs) -> None:
+    got: list[int] = []
+
+    def handler(number: int, _: int) -> None:
+        got.append(number)
+        if len(got) == 1:
+            raise RuntimeError("a bug")
+
+    edge = select.EPOLLIN | select.EPOLLET
+    for number, (one, two) in enumerate(pairs):
+        loop.add(one.fileno(), edge, partial(handler, number))
+        two.send(b"x")
+    with pytest.raises(RuntimeError):
+        loop.run()
+    turn(loop)
+    assert sorted(got) == [0, 1, 2]
+
+
+def test_now_is_read_once_per_turn(loop: Loop) -> None:
+    seen: list[float] = []
+    for _ in range(2):
+        loop.call_soon(lambda: seen.append(loop.now))
+    loop.call_soon(loop.stop)
+    loop.run()
+    assert seen[0] == seen[1] <= time.monotonic()
+
+
+def test_signals_are_told_by_the_loop_and_put_back(loop: Loop) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    told: list[int] = []
+
+    def usr1() -> None:
+        told.append(signal.SIGUSR1)
+        loop.stop()
+
+    loop.on_signal(signal.SIGUSR1, usr1)
+    loop.on_signal(signal.SIGUSR2, lambda: told.append(signal.SIGUSR2))
+    os.kill(os.getpid(), signal.SIGUSR2)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert told == []
+    loop.run()
+    assert sorted(told) == sorted([signal.SIGUSR1, signal.SIGUSR2])
+    loop.close()
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_closing_leaves_no_descriptor(pairs: Pairs) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    loop = Loop()
+    loop.on_signal(signal.SIGUSR1, loop.stop)
+    loop.add(pairs[0][0].fileno(), select.EPOLLIN, lambda _: None)
+    loop.close()
+    loop.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert pairs[0][0].fileno() >= 0

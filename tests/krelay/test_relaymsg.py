@@ -1,0 +1,156 @@
+"""The messages of the relay socket: what one end emits the other parses, and nothing else."""
+
+import json
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from krelay.flow import Endpoint, Source
+from krelay.relaymsg import (
+    MAX_MESSAGE,
+    Abort,
+    Answer,
+    BadMessage,
+    Close,
+    Open,
+    Opened,
+    Refused,
+    Request,
+    Resume,
+    Resumed,
+    emit,
+    parse_answer,
+    parse_request,
+)
+
+C = Endpoint.parse("10.0.0.1:40000")
+Y = Endpoint.parse("192.168.0.2:45678")
+S = Endpoint.parse("192.168.0.1:80")
+K = Endpoint.parse("192.168.0.2:80")
+
+ids = st.integers(0, 2**63 - 1)
+ports = st.integers(1, 0xFFFF)
+endpoints = st.builds(Endpoint, st.binary(min_size=4, max_size=4), ports)
+sources = st.sampled_from(Source)
+requests: st.SearchStrategy[Request] = st.one_of(
+    st.builds(Open, ids, endpoints, ports, endpoints, st.none() | endpoints),
+    st.builds(
+        Resume, ids, endpoints, ports, endpoints, endpoints,
+        st.none() | endpoints, st.none() | sources,
+    ),
+    st.builds(Close, endpoints),
+)  # fmt: skip
+answers: st.SearchStrategy[Answer] = st.one_of(
+    st.builds(Opened, ids, endpoints, sources),
+    st.builds(Resumed, ids),
+    st.builds(Refused, st.none() | ids, st.text(max_size=100)),
+    st.builds(Abort, endpoints),
+)
+
+# The left column is the contract, to the letter.
+REQUESTS: list[tuple[str, Request]] = [
+    (
+        '{"op":"open","id":1,"client":["10.0.0.1",40000],"gport":16000,'
+        '"relay":["192.168.0.2",45678]}',
+        Open(1, C, 16000, Y),
+    ),
+    (
+        '{"op":"resume","id":2,"client":["10.0.0.1",40000],"gport":16000,'
+        '"relay":["192.168.0.2",45678],"server":["192.168.0.1",80]}',
+        Resume(2, C, 16000, Y, S),
+    ),
+    (
+        '{"op":"resume","id":2,"client":["10.0.0.1",40000],"gport":16000,'
+        '"relay":["192.168.0.2",45678],"server":["192.168.0.1",80],'
+        '"service":["192.168.0.2",80],"source":"client"}',
+        Resume(2, C, 16000, Y, S, K, Source.CLIENT),
+    ),
+    ('{"op":"close","relay":["192.168.0.2",45678]}', Close(Y)),
+]
+ANSWERS: list[tuple[str, Answer]] = [
+    ('{"id":1,"server":["192.168.0.1",80],"source":"client"}', Opened(1, S, Source.CLIENT)),
+    ('{"id":1,"error":"no row for this client"}', Refused(1, "no row for this client")),
+    ('{"id":2}', Resumed(2)),
+    ('{"id":null,"error":"not a JSON object"}', Refused(None, "not a JSON object")),
+    ('{"op":"abort","relay":["192.168.0.2",45678]}', Abort(Y)),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), REQUESTS)
+def test_requests_are_written_as_the_contract_says(text: str, message: Request) -> None:
+    assert emit(message) == text.encode()
+    assert parse_request(text.encode()) == message
+
+
+@pytest.mark.parametrize(("text", "message"), ANSWERS)
+def test_answers_are_written_as_the_contract_says(text: str, message: Answer) -> None:
+    assert emit(message) == text.encode()
+    assert parse_answer(text.encode()) == message
+
+
+@given(message=requests)
+def test_what_tcp_relay_emits_krelay_parses(message: Request) -> None:
+    packet = emit(message)
+    assert parse_request(packet) == message
+    assert len(packet) <= MAX_MESSAGE
+
+
+@given(message=answers)
+def test_what_krelay_emits_tcp_relay_parses(message: Answer) -> None:
+    assert parse_answer(emit(message)) == message
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=6,
+)
+near_misses = st.builds(
+    lambda message, name, value: json.dumps({**json.loads(emit(message)), name: value}).encode(),
+    st.one_of(requests, answers),
+    st.sampled_from(["op", "id", "client", "gport", "relay", "server", "service", "source"]),
+    json_values,
+)
+
+
+@given(packet=st.one_of(st.binary(max_size=200), json_values.map(json.dumps).map(str.encode)))
+def test_any_bytes_are_a_message_or_a_bad_one(packet: bytes) -> None:
+    for parse in (parse_request, parse_answer):
+        with suppress(BadMessage):
+            parse(packet)
+
+
+@given(packet=near_misses)
+def test_a_wrong_field_makes_a_bad_message_and_no_other_error(packet: bytes) -> None:
+    for parse in (parse_request, parse_answer):
+        try:
+            message = parse(packet)
+        except BadMessage:
+            continue
+        assert parse(emit(message)) == message
+
+
+@pytest.mark.parametrize(
+    ("packet", "words"),
+    [
+        (b"", "not a JSON object"),
+        (b"[" * MAX_MESSAGE, "not a JSON object"),
+        (b" " * MAX_MESSAGE + b"{}", "longer than 4096 bytes"),
+        (b'{"op":"steal"}', "op 'steal' is none of open, resume, close"),
+        (b'{"op":"close","relay":["192.168.0.2",0]}', "relay is not [ADDRESS, PORT]"),
+        (b'{"op":"close","relay":["192.168.0.2",true]}', "relay is not [ADDRESS, PORT]"),
+        (b'{"op":"close","relay":["localhost",1]}', "relay is not [ADDRESS, PORT]"),
+        (b'{"op":"open","id":-1,"client":["10.0.0.1",1]}', "id is not a number"),
+        (b'{"op":"open","id":true,"client":["10.0.0.1",1]}', "id is not a number"),
+        (
+            b'{"op":"open","id":1,"client":["10.0.0.1",1],"gport":70000}',
+            "gport is not a number from 1 to 65535",
+        ),
+    ],
+)
+def test_a_bad_request_says_what_is_wrong(packet: bytes, words: str) -> None:
+    with pytest.raises(BadMessage) as refusal:
+        parse_request(packet)
+    assert words in str(refusal.value)

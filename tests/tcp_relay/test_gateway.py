@@ -1,0 +1,132 @@
+"""Which listeners there are when the gateway port changes."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from krelay.loop import Loop
+from tcp_relay import gateway as module
+from tcp_relay.gateway import Gateway
+from tests.tcp_relay.helpers import LOCALHOST, free_port
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    with Loop() as loop:
+        yield loop
+
+
+@pytest.fixture
+def accepted() -> list[int]:
+    """The ports on which clients were accepted."""
+    return []
+
+
+@pytest.fixture
+def gateway(loop: Loop, accepted: list[int], monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
+    monkeypatch.setattr(module, "LISTENER_LINGER", 0.05)
+    monkeypatch.setattr(module, "RETRY", 0.01)
+
+    def take(client: socket.socket, server: socket.socket, _: tuple[str, int]) -> None:
+        accepted.append(client.getsockname()[1])
+        client.close()
+        server.close()
+
+    gateway = Gateway(loop, take)
+    yield gateway
+    gateway.close()
+
+
+def run(loop: Loop, seconds: float) -> None:
+    loop.call_at(loop.now + seconds, loop.stop)
+    loop.run()
+
+
+def knock(port: int) -> bool:
+    try:
+        socket.create_connection((LOCALHOST, port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_the_old_listener_lingers_and_then_closes(
+    loop: Loop, gateway: Gateway, accepted: list[int]
+) -> None:
+    old, new = free_port(), free_port()
+    gateway.listen_on(old)
+    gateway.listen_on(new)
+    assert gateway.port == new
+    assert knock(old)
+    assert knock(new)
+    run(loop, 0.01)
+    assert sorted(accepted) == sorted([old, new])
+    run(loop, 0.1)
+    assert not knock(old)
+    assert knock(new)
+
+
+def test_who_was_in_the_old_queue_is_accepted_before_it_closes(
+    loop: Loop, gateway: Gateway, accepted: list[int]
+) -> None:
+    old, new = free_port(), free_port()
+    gateway.listen_on(old)
+    gateway.listen_on(new)
+    [listener] = gateway._lingering
+    for _ in range(5):
+        assert knock(old)
+    gateway._lingering.pop(listener).cancel()
+    listener.close()
+    assert accepted == [old] * 5
+    assert loop is not None
+
+
+def test_back_to_a_port_that_lingers(loop: Loop, gateway: Gateway) -> None:
+    one, two = free_port(), free_port()
+    for port in (one, two, one):
+        gateway.listen_on(port)
+    run(loop, 0.1)
+    assert knock(one)
+    assert not knock(two)
+
+
+def test_a_taken_port_is_tried_again_until_another_is_asked_for(
+    loop: Loop, gateway: Gateway
+) -> None:
+    first = free_port()
+    gateway.listen_on(first)
+    with socket.create_server((LOCALHOST, 0)) as other:
+        taken = other.getsockname()[1]
+        gateway.listen_on(taken)
+        run(loop, 0.03)
+        assert gateway.port == first
+        gateway.listen_on(first)  # asked back
+        assert gateway._retry is None
+    run(loop, 0.05)
+    assert gateway.port == first
+    gateway.listen_on(taken)
+    assert gateway.port == taken
+
+
+def test_what_a_client_needs_is_inherited_from_the_listener(loop: Loop) -> None:
+    options: list[tuple[int, ...]] = []
+
+    def take(client: socket.socket, server: socket.socket, _: tuple[str, int]) -> None:
+        for sock in (client, server):
+            with sock:
+                options.append(
+                    (
+                        sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY),
+                        sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                        sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE),
+                    )
+                )
+
+    gateway = Gateway(loop, take)
+    port = free_port()
+    gateway.listen_on(port)
+    assert knock(port)
+    run(loop, 0.01)
+    gateway.close()
+    assert options == [(1, 1, 1)] * 2
