@@ -1,0 +1,364 @@
+"""Relaying itself: the queue and the rules, in force or not, and what new flows get.
+
+There are three phases:
+
+    stopped    no rules, no queue
+    running    both; the queue is bound before the rules are in, so that no packet waits for nobody
+    stopping   nothing new is relayed, tcp-relay resets its connections, the rules stay until the
+               last of these resets is through, STOP_WITHIN at most
+
+A killed krelay leaves its rules; while nobody serves the queue the kernel drops what they catch.
+The next krelay binds the queue, puts its rules in their place in one step, and for RECOVERY seconds
+drops what it can't assign yet, until tcp-relay has resumed its connections.
+
+What is in force follows from the config, the rows that live and the links of this host; whichever
+of them has changed, the same few functions derive the rules and the policy again, and nothing is
+done where the result is the same as before.
+"""
+
+import gc
+import select
+from collections.abc import Callable
+from contextlib import suppress
+from ipaddress import IPv4Address
+
+from krelay import listeners, netfilter, ruleset
+from krelay.flow import Source
+from krelay.links import HostView, look
+from krelay.log import Log, Throttle
+from krelay.loop import Loop, Timer
+from krelay.nat import Limits, NatTable
+from krelay.netfilter import Backend, RulesUnavailable
+from krelay.nfqueue import Queue, QueueUnavailable, figures
+from krelay.rawsend import RawSender
+from krelay.relay import Relays
+from krelay.row import Timeouts
+from krelay.ruleset import RuleSpec
+from krelay.worker import Policy, Worker
+from procfs_sim.tree import Config, in_force
+
+STOP_WITHIN = 0.06
+"""Seconds: a change is in force within 100 ms."""
+SWITCH_WITHIN = 0.08
+"""Seconds that a new gateway port may take to be listened on."""
+RECOVERY = 5.0
+"""Seconds after a start over stale rules in which unknown packets are dropped, not passed."""
+_SOON = 0.005
+
+_log = Log("relaying")
+
+
+class Relaying:
+    """Switches relaying on and off as the config says; `on_change` is called when state changes."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        name: str,
+        queue_num: int,
+        worker: Worker,
+        sender: RawSender,
+        on_change: Callable[[], object],
+    ) -> None:
+        self.nat: NatTable = worker.nat
+        self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
+        self.relays = Relays(self.nat, self._source_for)
+        self.queue: Queue | None = None
+        self._config = Config()
+        self._loop = loop
+        self._name = name
+        self._queue_num = queue_num
+        self._worker = worker
+        self._sender = sender
+        self._on_change = on_change
+        self._backend: Backend | None = None
+        self._spec: RuleSpec | None = None
+        self._failure: str | None = None
+        self._stopping: Timer | None = None
+        self._on_stopped: Callable[[], object] | None = None
+        self._gport: int | None = None
+        """The gateway port of new flows: the config's, as soon as it is listened on."""
+        self._view = HostView(frozenset(), (), None)
+        self._overflow_warning = Throttle()
+        self._overflows_told = 0
+        self._dropped_before = (0, 0)
+
+    @property
+    def state(self) -> str:
+        """`stopped`, `running`, or `failed: REASON`."""
+        if self._failure is not None:
+            return f"failed: {self._failure}"
+        return "running" if self.queue else "stopped"
+
+    @property
+    def rules(self) -> str:
+        """By what the rules are made: `nft`, `iptables`, or `none`."""
+        return self._backend.name if self._backend else "none"
+
+    def prepare(self, start: bool) -> None:
+        """Finds out how rules can be made, and removes those that a killed krelay left.
+
+        Those that are to be replaced in one step (`start`, and made the same way) stay.
+        """
+        self._probe()
+        for backend in netfilter.CANDIDATES:
+            is_ours = self._backend is not None and backend.name == self._backend.name
+            if (is_ours and start) or not backend.present(self._name):
+                continue
+            with suppress(RulesUnavailable):
+                backend.remove(self._name)
+                _log.info("stale rules removed", rules=backend.name)
+
+    def settle(self, config: Config, changed: frozenset[str]) -> None:
+        """Puts this config in force; `changed` names the settings that differ from before."""
+        self._config = config
+        self.nat.limits = Limits(config.limits_flows, config.limits_flows_per_client)
+        timeouts = Timeouts(
+            config.timeouts_udp,
+            config.timeouts_udp_dns,
+            config.timeouts_tcp_transitory,
+            config.timeouts_tcp_established,
+        )
+        if timeouts != self.nat.timeouts:
+            self.nat.set_timeouts(timeouts)
+        if config.start:
+            if self._stopping:
+                self._finish_stopping()
+            if self.queue is None:
+                self._start()
+            else:
+                self._adopt(changed)
+        elif self.queue and not self._stopping:
+            self.stop()
+        elif self.queue is None:
+            self._failure = None
+
+    def stop(self, then: Callable[[], object] | None = None) -> None:
+        """Ends relaying in order, then calls `then`.  Called again it ends at once."""
+        self._on_stopped = then or self._on_stopped
+        if self.queue is None or self._stopping:
+            self._finish_stopping()
+            return
+        self._worker.policy = None  # nothing new
+        now = self._loop.now
+        for row in self.nat:
+            if row.gport is not None and row.closed_at is None:
+                self.relays.abort(row, now)
+        self._wait_for_resets(now + STOP_WITHIN)
+
+    def close(self) -> None:
+        """Ends relaying at once, if it hasn't ended."""
+        self._on_stopped = None
+        self._finish_stopping()
+
+    def links_changed(self) -> None:
+        """Addresses, links or routes of this host may have changed."""
+        if self.queue is None or self._stopping:
+            return
+        view = _look(self._config.real_ip)
+        if view != self._view:
+            self._view = view
+            self._worker.policy = self._policy()
+            self._refresh_rules()
+
+    def on_time(self, now: float) -> None:
+        """Expiry and everything else that is done once a second."""
+        self.nat.expire(now)
+        self.relays.on_time(now)
+        self._refresh_rules()
+        self._warn_of_overflow(now)
+
+    def dropped(self) -> tuple[int, int]:
+        """Packets the kernel dropped since relaying started: queue full, socket buffer full."""
+        served = figures(self._queue_num) if self.queue else None
+        if served is not None:
+            self._dropped_before = (served.queue_dropped, served.socket_dropped)
+        return self._dropped_before
+
+    def _start(self) -> None:
+        config = self._config
+        self._failure = None
+        try:
+            backend = self._backend or self._probe()
+            stale = backend.present(self._name) if backend else False
+            if backend is None:
+                return
+            self.queue = Queue(self._queue_num, self._worker, self._sender.send)
+            self._dropped_before, self._overflows_told = (0, 0), 0
+            self._loop.add(self.queue.fileno(), select.EPOLLIN, self._serve_queue)
+            self._worker.recovering_until = self._loop.now + RECOVERY if stale else 0.0
+            self._gport = config.gport
+            self._view = _look(config.real_ip)
+            self._worker.policy = self._policy()
+            spec = self._wanted()
+            backend.install(spec)
+            self._spec = spec
+        except (QueueUnavailable, RulesUnavailable, OSError) as error:
+            self._fail(str(error))
+            return
+        _log.info(
+            "relaying started",
+            real_ip=config.real_ip,
+            gport=config.gport,
+            services=in_force("services", config),
+            source=config.source,
+            rules=backend.name,
+            queue=self._queue_num,
+            after="a killed krelay" if stale else None,
+        )
+
+    def _adopt(self, changed: frozenset[str]) -> None:
+        """Takes over changed values while running: new flows get them, the rows keep theirs."""
+        if "real_ip" in changed:
+            self._view = _look(self._config.real_ip)
+            for row in self.nat.unanswered():
+                if row.server.addr != self._config.real_ip.packed:
+                    self.nat.end(row)  # the client's next packet makes it anew
+        if "gport" in changed:
+            self._switch_gport(self._loop.now + SWITCH_WITHIN)
+        self._worker.policy = self._policy()
+        self._refresh_rules()
+
+    def _switch_gport(self, deadline: float) -> None:
+        """Sends new connections to the new gateway port once tcp-relay listens there."""
+        wanted = self._config.gport
+        if self._loop.now < deadline and not listeners.listening(wanted):
+            self._loop.call_at(self._loop.now + _SOON, lambda: self._switch_gport(deadline))
+        elif self.queue and not self._stopping and self._gport != wanted:
+            self._gport = wanted
+            self._worker.policy = self._policy()
+            self._refresh_rules()
+
+    def _policy(self) -> Policy:
+        config = self._config
+        assert self._gport is not None
+        return Policy(
+            gport=self._gport,
+            server=config.real_ip.packed,
+            source=Source(config.source),
+            tcp=_ports(config, "tcp"),
+            udp=_ports(config, "udp"),
+            own=self._view.own,
+            beside=self._view.beside,
+            towards=self._view.towards,
+        )
+
+    def _source_for(self, client: bytes) -> Source:
+        policy = self._worker.policy
+        return policy.source_for(client) if policy else Source.CLIENT
+
+    def _wanted(self) -> RuleSpec:
+        config = self._config
+        assert self._gport is not None
+        return ruleset.wanted(
+            name=self._name,
+            queue=self._queue_num,
+            tcp=((s.first, s.last) for s in config.services if s.proto == "tcp"),
+            udp=((s.first, s.last) for s in config.services if s.proto == "udp"),
+            gport=self._gport,
+            server=config.real_ip,
+            source_is_relay=config.source == Source.RELAY,
+            beside=self._view.beside,
+            footprints=self.nat.footprints,
+        )
+
+    def _refresh_rules(self) -> None:
+        """Changes the rules if the config, the rows or the links need others."""
+        if self.queue is None or self._backend is None or self._stopping:
+            return
+        spec = self._wanted()
+        if spec == self._spec:
+            return
+        try:
+            self._backend.install(spec)
+            self._spec = spec
+        except RulesUnavailable as error:
+            self._fail(f"rules can't be changed: {error}")
+
+    def _probe(self) -> Backend | None:
+        try:
+            self._backend = netfilter.probe()
+        except RulesUnavailable as error:
+            self._fail(str(error))
+        return self._backend
+
+    def _fail(self, reason: str) -> None:
+        """Relaying isn't possible: the host is left as before, and `state` says why."""
+        _log.error("relaying failed", reason=reason)
+        self._abandon()
+        self._failure = reason
+        self._on_change()
+
+    def _wait_for_resets(self, deadline: float) -> None:
+        alive = any(row.gport is not None and row.closed_at is None for row in self.nat)
+        now = self._loop.now
+        if alive and now < deadline:
+            self._stopping = self._loop.call_at(
+                now + _SOON, lambda: self._wait_for_resets(deadline)
+            )
+        else:  # one turn more: the last resets are in the queue
+            self._stopping = self._loop.call_at(now + 2 * _SOON, self._finish_stopping)
+
+    def _finish_stopping(self) -> None:
+        if self._stopping:
+            self._stopping.cancel()
+            self._stopping = None
+        if self.queue is not None:
+            self._abandon()
+            _log.info("relaying stopped")
+        then, self._on_stopped = self._on_stopped, None
+        self._on_change()
+        if then is not None:
+            then()
+
+    def _abandon(self) -> None:
+        """Rules out, queue unbound, rows gone, whatever of these there is."""
+        self._worker.policy = None
+        self._spec = None
+        if self.queue is not None:
+            self.dropped()
+            if self._backend is not None:
+                try:
+                    self._backend.remove(self._name)
+                except RulesUnavailable as error:
+                    _log.error("rules can't be removed", reason=error, mend="krelay clean")
+            self._loop.remove(self.queue.fileno())
+            self.queue.close()
+            self.queue = None
+        self.nat.clear()
+
+    def _serve_queue(self, _: int) -> None:
+        if self.queue is None:
+            return
+        try:
+            self.queue.serve()
+        except OSError as error:
+            self._fail(f"the queue is lost: {error}")
+
+    def _warn_of_overflow(self, now: float) -> None:
+        lost = sum(self.dropped())
+        if lost <= self._overflows_told:
+            return
+        if self._overflow_warning.admit(now) is not None:
+            _log.warning(
+                "the queue overflowed: packets dropped by the kernel",
+                packets=lost - self._overflows_told,
+                in_all=lost,
+            )
+            self._overflows_told = lost
+
+
+def _look(server: IPv4Address) -> HostView:
+    """As links.look; the netlink library leaves circles behind, and the collector is off."""
+    view = look(server)
+    gc.collect(0)
+    return view
+
+
+def _ports(config: Config, proto: str) -> frozenset[int]:
+    return frozenset(
+        port
+        for service in config.services
+        if service.proto == proto
+        for port in range(service.first, service.last + 1)
+    )
