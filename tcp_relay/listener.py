@@ -9,12 +9,13 @@ ever, to no avail.  So it is taken out of the loop, and put back when a connecti
 or after a second, whichever is first.
 
 What a client's socket needs is set on the listening one: accepted sockets inherit NODELAY,
-KEEPALIVE and OOBINLINE from it.
+KEEPALIVE, OOBINLINE and LINGER from it.
 """
 
 import errno
 import select
 import socket
+import struct
 from collections.abc import Callable
 
 from krelay.log import Log, Throttle
@@ -23,6 +24,10 @@ from krelay.loop import Loop, Timer
 BACKLOG = 4096
 PER_TURN = 64
 """Accepts per turn; more connections wait for the next one."""
+
+RESETTING = struct.pack("ii", 1, 0)  # struct linger: on, for 0 seconds
+IN_ORDER = struct.pack("ii", 0, 0)
+"""SO_LINGER of a socket whose closing doesn't reset: FIN, and the kernel delivers what it has."""
 
 PAUSE = 1.0
 """Seconds without accepting, unless a connection ends before."""
@@ -46,11 +51,13 @@ _complaints = Throttle()
 def set_options(sock: socket.socket) -> None:
     """What both legs have.
 
-    Small writes go at once, a dead peer is noticed, urgent bytes stay in the stream (RFC 6093).
+    Small writes go at once, a dead peer is noticed, urgent bytes stay in the stream (RFC 6093), and
+    closing resets, unless IN_ORDER is set before.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESETTING)
 
 
 def server_socket() -> socket.socket:

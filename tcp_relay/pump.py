@@ -8,22 +8,24 @@ behind everybody else, so that one fast connection can't starve a thousand slow 
 recv and send, not splice: for messages below some tens of kilobytes one copy each way is cheaper
 than two pipes per connection and twice the system calls.
 
-How a pair ends: when both ends of file were passed on, both sockets are closed in order and the
-kernel delivers what it still has.  When one side fails (reset, timed out), the other is reset,
-because that is what its peer would have seen without a relay; bytes that were read by then are
-lost, as those in flight would be.  An error doesn't hide bytes that came before it: tcp_recvmsg
-gives those first, so a turn is run before the error is asked for.
+How a pair ends: sockets come with SO_LINGER on for 0 seconds (listener.py), so closing one resets
+its connection, also when it is the kernel that closes because this process was killed: nobody must
+take half a file for the whole.  Only when both ends of file were passed on is that switched off;
+both are closed in order and the kernel delivers what it still has.  When one side fails (reset,
+timed out), the other is reset, because that is what its peer would have seen without a relay; bytes
+that were read by then are lost, as those in flight would be.  An error doesn't hide bytes that came
+before it: tcp_recvmsg gives those first, so a turn is run before the error is asked for.
 """
 
 import errno
 import os
 import select
 import socket
-import struct
 from typing import Protocol
 
 from krelay.loop import Loop
 from tcp_relay.half import CHUNK, LIMIT, Half, Todo
+from tcp_relay.listener import IN_ORDER
 from tcp_relay.pair import Pair, Side
 
 STEPS = 2 * LIMIT // CHUNK
@@ -33,7 +35,6 @@ _MASK = select.EPOLLIN | select.EPOLLPRI | select.EPOLLOUT | select.EPOLLRDHUP |
 _READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _HINT = _READ & ~select.EPOLLIN
 _FAILED = select.EPOLLERR | select.EPOLLHUP
-_RESET = struct.pack("ii", 1, 0)  # struct linger: on, for 0 seconds
 
 
 class Owner(Protocol):
@@ -53,7 +54,10 @@ class Owner(Protocol):
 
 
 class Pump:
-    """Owns a client's socket and, from `use_server` on, a server's; closes both together."""
+    """Owns a client's socket and, from `use_server` on, a server's; closes both together.
+
+    Both have the options of listener.set_options.
+    """
 
     __slots__ = (
         "_client",
@@ -107,12 +111,8 @@ class Pump:
 
     def abort(self) -> None:
         """Resets both sides.  The owner isn't told: it knows."""
-        if not self.alive:
-            return
-        for sock in (self._client, self._server):
-            if sock is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        self._close()
+        if self.alive:
+            self._close()
 
     def _on_client(self, events: int) -> None:
         self.pair.ready(
@@ -155,6 +155,8 @@ class Pump:
         if not self.alive:
             return
         if up.sent_eof and down.sent_eof:
+            for sock in (client, server):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, IN_ORDER)
             self._close()
             self._owner.ended("closed")
         elif more:

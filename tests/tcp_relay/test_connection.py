@@ -13,7 +13,7 @@ from krelay.loop import Loop
 from krelay.relaymsg import PORT_TAKEN, Opened, Refused
 from tcp_relay import connection as module
 from tcp_relay.connection import PORT_TRIES, Connection
-from tcp_relay.listener import server_socket
+from tcp_relay.listener import server_socket, set_options
 from tests.tcp_relay.helpers import BOUND, LOCALHOST, free_port, was_reset
 
 
@@ -55,6 +55,7 @@ class Rig:
         self.loop = Loop()
         self.desk = Desk()
         with socket.create_server((LOCALHOST, 0)) as listening:
+            set_options(listening)
             self.client = socket.create_connection(listening.getsockname(), timeout=BOUND)
             accepted, peer = listening.accept()
             self.gateway = Endpoint.of(*listening.getsockname())

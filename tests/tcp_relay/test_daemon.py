@@ -266,6 +266,19 @@ def test_an_abort_resets_both_sides(relay: TcpRelay, krelay: FakeKrelay) -> None
     assert krelay.closes()[0] == krelay.opens()[1].relay
 
 
+def test_when_tcp_relay_is_killed_both_ends_are_reset(relay: TcpRelay, krelay: FakeKrelay) -> None:
+    """A FIN would make half a file look like the whole."""
+    ends: list[bool] = []
+    with Server(lambda sock: ends.append(was_reset(sock))) as server:
+        krelay.reply = lambda request: opened_to(server.endpoint, request)
+        with relay.dial() as client:
+            wait_for(lambda: server.peers, "the server leg")
+            relay.process.kill()
+            assert was_reset(client)
+        wait_for(lambda: ends, "the end at the server")
+    assert ends == [True]
+
+
 def test_running_connections_outlive_krelay_and_are_resumed(
     relay: TcpRelay, krelay: FakeKrelay, server: Server
 ) -> None:

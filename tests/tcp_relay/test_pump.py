@@ -9,7 +9,7 @@ import pytest
 
 from krelay.loop import Loop
 from tcp_relay.half import LIMIT
-from tcp_relay.listener import server_socket
+from tcp_relay.listener import server_socket, set_options
 from tcp_relay.pump import Pump
 from tests.tcp_relay.helpers import BOUND, LOCALHOST, free_port, was_reset
 
@@ -37,6 +37,7 @@ class Rig:
         self.loop = loop
         self.owner = Owner()
         with socket.create_server((LOCALHOST, 0)) as listening:
+            set_options(listening)
             self.client = socket.create_connection(listening.getsockname(), timeout=BOUND)
             accepted, _ = listening.accept()
             self.pump = Pump(loop, self.owner, accepted)
