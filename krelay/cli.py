@@ -27,9 +27,9 @@ class Failed(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status."""
-    args = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = args.run
     try:
+        args = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = args.run
         return command(args)
     except Failed as error:
         print(f"krelay {args.command}: {error}", file=sys.stderr)
@@ -301,7 +301,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(
         "demo", _demo, "client, relay and server on this machine, step by step", "krelay demo"
     )
-    sub.add_argument("--keep", action="store_true", help="wait for Enter before cleaning up")
+    sub.add_argument(
+        "--keep",
+        action="store_true",
+        help="relay again at the end, and wait for Enter before cleaning up",
+    )
     return parser
 
 

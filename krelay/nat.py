@@ -243,9 +243,16 @@ class NatTable:
         return self._enter(row)
 
     def saw_direct(
-        self, proto: Proto, client: Endpoint, server: Endpoint, now: float
+        self,
+        proto: Proto,
+        client: Endpoint,
+        server: Endpoint,
+        now: float,
+        hook: Hook = Hook.PREROUTING,
     ) -> Rewrite | None:
         """A client's own packet to a server came past, and no rewrite was found for it.
+
+        `client` may also be this host itself, whose packets are met in POSTROUTING.
 
         Usually None: it goes on untouched, and its port is left to it from now on.  If the relay
         already uses that port towards the server on the client's behalf, the client's own
@@ -263,9 +270,10 @@ class NatTable:
         moved = Endpoint(client.addr, port)
         row = self._row(proto, client, server, server, Source.CLIENT, now)
         self._reserve(row, moved)
-        # The answers are caught where this protocol's answers are caught anyway (T4, U3).
-        back = Hook.PREROUTING if proto is Proto.TCP else Hook.POSTROUTING
-        self._add(row, Step.D1, Hook.PREROUTING, client, server, moved, server, now)
+        # The answers are caught where this protocol's answers are caught anyway (T4, U3, U3,4).
+        late = proto is Proto.UDP and hook is Hook.PREROUTING
+        back = Hook.POSTROUTING if late else Hook.PREROUTING
+        self._add(row, Step.D1, hook, client, server, moved, server, now)
         self._add(row, Step.D2, back, server, moved, server, client, now)
         row.footprint = Footprint(proto, server.port, None, server.addr, False)
         self._enter(row)

@@ -106,7 +106,7 @@ class Iptables:
         hung, present = self._found(name)
         if present:
             self._restore(ruleset.iptables_remove(name, hung, present))
-            if not self._is_legacy:
+            if not self.is_legacy:
                 for chain in ruleset.chains(name):
                     _remove_empty_table(chain.table)
 
@@ -118,7 +118,7 @@ class Iptables:
             return False
 
     @property
-    def _is_legacy(self) -> bool:
+    def is_legacy(self) -> bool:
         """Whether this tool is the older interface, not the one over nf_tables."""
         return "legacy" in _version(self.name)
 
@@ -131,7 +131,7 @@ class Iptables:
         if not shutil.which(f"{self.name}-save"):
             return frozenset(), frozenset()
         for chain in ruleset.chains(name):
-            if self._is_legacy and chain.table not in _legacy_tables():
+            if self.is_legacy and chain.table not in _legacy_tables():
                 continue
             lines = _run((f"{self.name}-save", "-t", chain.table)).splitlines()
             if any(line.startswith(f":{chain.name} ") for line in lines):
@@ -147,6 +147,13 @@ CANDIDATES: tuple[Backend, ...] = (
     Iptables("iptables-nft"),
     Iptables("iptables-legacy"),
 )
+
+
+def same_rules(one: Backend, other: Backend) -> bool:
+    """Whether both see the same rules: `iptables` is another name of iptables-nft or -legacy."""
+    if isinstance(one, Iptables) and isinstance(other, Iptables):
+        return one.is_legacy == other.is_legacy
+    return one == other
 
 
 def probe() -> Backend:

@@ -102,6 +102,9 @@ class Relays:
         if known is not None and known.inside == request.client and known.closed_at is None:
             self._owner[known.id] = send  # the socket was lost, not the table
             return Resumed(request.id)
+        other = self._nat.accepted(request.client, request.gport)
+        if other is not None and other.closed_at is None:
+            return Refused(request.id, "can't be resumed: another row has this client")
         row: Row | None = None
         service = request.service or Endpoint(request.relay.addr, request.server.port)
         try:

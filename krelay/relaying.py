@@ -102,8 +102,9 @@ class Relaying:
         """
         self._probe()
         for backend in netfilter.CANDIDATES:
-            is_ours = self._backend is not None and backend.name == self._backend.name
-            if (is_ours and start) or not backend.present(self._name):
+            if not backend.present(self._name):
+                continue
+            if start and self._backend and netfilter.same_rules(backend, self._backend):
                 continue
             with suppress(RulesUnavailable):
                 backend.remove(self._name)

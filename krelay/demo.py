@@ -1,0 +1,587 @@
+"""`krelay demo`: a client, a relay and a server on this one machine, and what happens between them.
+
+The three hosts are network namespaces (vm.Lab): nothing of this machine's own network is touched.
+On the server run dnsmasq and nginx as anybody has them, on the relay the two daemons as a service
+manager would start them; what is done with them is done as a person would, with echo, dig and curl,
+and shown.  Meanwhile both wires are captured.  What is then claimed is not what the demo knows it
+has set up but what was seen; see demo_evidence.
+
+Leaving by whatever way (the end, a failure, Ctrl-C, SIGTERM) closes the lab, and with it goes
+everything: all programs run inside it, and all files are in its directory.
+"""
+
+import argparse
+import os
+import pwd
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from krelay import client, demo_evidence
+from krelay.demo_evidence import Cast, Check, Seen, Step, Traced
+from vm import DEFAULT, Lab, LabError, LabTimeout, Program, draw, netns
+from vm.lab import listens
+
+TOOLS = ("dnsmasq", "nginx", "dig", "curl")
+NAME, ADDRESS = "www.demo.example", "192.0.2.80"
+"""What the DNS server is asked for, and what it answers (RFC 2606, RFC 5737)."""
+WIDTH = 100
+"""Columns where the output isn't a terminal; a terminal has as many as it has, but no more."""
+ROOM_FOR_MORE = 90
+"""Columns from which on the table of steps shows what each is and the TCP flags."""
+LEGEND = "What no wire shows is between kernel and tcp-relay, inside the relay."
+LEGEND_OF_FLAGS = "Beside the counts TCP's flags: S SYN, . ACK, P PSH, F FIN, R RST."
+START_WITHIN = 20.0
+SETTLE_WITHIN = 3.0
+"""Seconds.  Both take milliseconds; these are for machines that are busy."""
+
+_PACKET_OUTGOING = 4  # linux/if_packet.h
+_OWN_ERROR_LOG = (1, 19, 5)
+"""Since then `nginx -e` keeps away from the compiled-in error log (nginx.org, CHANGES)."""
+
+
+class DemoFailed(Exception):
+    """The demo can't go on.  The text is the one line that says why."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo; the exit status: 0 if every check held.
+
+    `args.keep`: relay again at the end, and wait for Enter before cleaning up.  KeyboardInterrupt
+    passes through, after everything is cleaned up.
+    """
+    try:
+        _look_for_tools()
+        return _run(_console(), keep=args.keep)
+    except (DemoFailed, LabError, client.NoDaemon, client.Rejected) as error:
+        print(f"krelay demo: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"krelay demo: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("krelay demo: interrupted; everything is removed", file=sys.stderr)
+        raise
+    return 1
+
+
+def _look_for_tools() -> None:
+    if os.geteuid() != 0:
+        raise DemoFailed("needs root (network namespaces); try: sudo krelay demo")
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        raise DemoFailed(f"{', '.join(missing)} not installed; `make demo` installs what it needs")
+
+
+def _console() -> Console:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    console.width = min(console.width, WIDTH)
+    return console
+
+
+def _run(console: Console, *, keep: bool) -> int:
+    page = Page(console)
+    page.text("krelay demo: three hosts in network namespaces on this one machine", "bold")
+    page.text(f"\n  {draw(DEFAULT).splitlines()[0]}\n")
+    with Lab(DEFAULT) as lab:
+        play = Play(lab, page)
+        with closing(play):
+            play.set_up()
+            play.ask()
+            play.show_the_way()
+            play.switch_off()
+            if keep:
+                play.wait_for_enter()
+        remains = [Path(lab.record.directory), *(netns.RUN / n for n in lab.record.namespaces)]
+    left = [str(path) for path in remains if path.exists()]
+    left += [str(program) for program in lab.programs if program.poll() is None]
+    page.check(Check("programs, namespaces and files of the demo are gone", not left, str(left)))
+    return page.verdict()
+
+
+class Page:
+    """What the person reads, and the checks that were shown."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began_at = time.monotonic()
+        self._checks: list[Check] = []
+        self._good, self._bad = ("ok", "NO") if console.options.ascii_only else ("✓", "✗")
+        self.wide = console.width >= ROOM_FOR_MORE
+
+    def title(self, text: str) -> None:
+        """A heading, with room above."""
+        self.text(f"\n{text}", "bold")
+
+    def text(self, text: str, style: str = "", *, indent: int = 0) -> None:
+        """Lines as they are: too long ones are left to the terminal, to be copied whole."""
+        for line in text.split("\n"):
+            self._console.print(Text((" " * indent + line).rstrip(), style), soft_wrap=True)
+
+    def command(self, prompt: str, command: str, printed: str = "") -> None:
+        """A command as it was typed, and what it printed."""
+        line = Text(f"          {prompt} ", "dim").append(command, "bold not dim")
+        self._console.print(line, soft_wrap=True)
+        if printed:
+            self.text(printed.rstrip("\n"), "green", indent=10)
+
+    def table(self, table: Table) -> None:
+        """A table, indented a little."""
+        self._console.print(Padding(table, (0, 0, 1, 2), expand=False))
+
+    def check(self, check: Check) -> None:
+        """A claim with its mark; below a failed one, what was found."""
+        self._checks.append(check)
+        mark, style = (self._good, "bold green") if check.held else (self._bad, "bold red")
+        self._console.print(Text(f"  {mark} ", style).append(check.claim, "not bold default"))
+        if not check.held:
+            self.text(check.found, "red", indent=4)
+
+    @contextmanager
+    def step(self, doing: str) -> Iterator[None]:
+        """Says what is going on, and when it was done, in seconds since the beginning."""
+        if self._console.is_terminal:
+            with self._console.status(doing, spinner="line"):
+                yield
+        else:
+            yield
+        seconds = time.monotonic() - self._began_at
+        self._console.print(Text(f"  {seconds:4.1f} s  ", "cyan").append(doing, "default"))
+
+    def verdict(self) -> int:
+        """The last line, and the exit status."""
+        seconds = time.monotonic() - self._began_at
+        failed = demo_evidence.failures(self._checks)
+        if failed:
+            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            raise DemoFailed(f"not so: {failed[0]}{more}")
+        self.text(f"\nAll {len(self._checks)} checks held, in {seconds:.1f} seconds.", "bold green")
+        return 0
+
+
+class Play:
+    """The demo in a lab, act by act.  Close it before the lab."""
+
+    def __init__(self, lab: Lab, page: Page) -> None:
+        self._lab = lab
+        self._page = page
+        self._root = lab.directory / "run"
+        self._cast = Cast(
+            client=lab.address("client"),
+            relay=lab.address("relay", towards="server"),
+            server=lab.address("server"),
+            gport=16000,
+        )
+        # Neither root's own settings nor a proxy have a say in what dig and curl do here.
+        self._env = {"HOME": str(lab.directory), "no_proxy": "*", "PYTHONDONTWRITEBYTECODE": "1"}
+        self._sockets = ExitStack()
+        self._captures: dict[str, socket.socket] = {}
+        self._wires: dict[str, list[Seen]] = {"client": [], "server": []}
+        self._tracer: socket.socket | None = None
+        self._trace_text = ""
+
+    def close(self) -> None:
+        """Closes the captures and the trace."""
+        self._sockets.close()
+
+    # The acts
+
+    def set_up(self) -> None:
+        """Both servers, both daemons, and the switch."""
+        lab, page, cast = self._lab, self._page, self._cast
+        with page.step(f"the hosts are wired: {lab.name}-client, -relay, -server"):
+            servers = [lab.start("server", *command) for command in self._servers()]
+            daemons = [
+                self._start_daemon("krelay", "daemon"),
+                self._start_daemon("tcp_relay"),
+            ]
+        with page.step(f"server: nginx serves tcp/{cast.http}, dnsmasq udp/{cast.dns}"):
+            for proto, number in (("tcp", cast.http), ("udp", cast.dns)):
+                self._wait_for(servers, proto, number)
+        with page.step(f"relay: krelay and tcp-relay run; file tree {self._root}"):
+            self._wait_for(daemons, "tcp", cast.gport)
+            self._wait(self._tcp_relay_is_connected, "tcp-relay at the relay socket", daemons)
+        with page.step(f"relay: switched on, relaying to {cast.server}"):
+            for value, name in ((cast.server, "real_ip"), ("1", "start")):
+                self._echo(value, name)
+            self._wait(self._is_running, "relaying", daemons)
+        self._show_echo(cast.server, "real_ip")
+        self._show_echo("1", "start")
+
+    def ask(self) -> None:
+        """The client asks the relay's address, watched by captures and trace."""
+        lab, page, cast = self._lab, self._page, self._cast
+        self._watch()
+        dig = f"dig +short +tries=1 +time=3 @{cast.relay} {NAME}"
+        curl = f"curl -sS --max-time 5 http://{cast.relay}/"
+        with page.step("client: asks the relay's address, the only one it knows"):
+            self._dug = lab.run("client", *dig.split(), check=False, env=self._env)
+            self._curled = lab.run("client", *curl.split(), check=False, env=self._env)
+        page.command("$", dig, self._dug.stdout + self._dug.stderr)
+        page.command("$", curl, self._curled.stdout + self._curled.stderr)
+        with suppress(LabTimeout):  # what is missing is told by the checks
+            lab.wait(self._is_settled, "both conversations over", SETTLE_WITHIN)
+
+    def show_the_way(self) -> None:
+        """What became of the packets, by all witnesses."""
+        page, cast = self._page, self._cast
+        rows = self._rows()
+        tcp_row, udp_row = (demo_evidence.row_of(rows, proto) for proto in ("tcp", "udp"))
+        relayed = {"server": f"{cast.server}:{cast.http}", "source": "client", "gport": cast.gport}
+        tabled = [
+            demo_evidence.tabled(
+                "the NAT table has the HTTP connection, both its legs ended in order",
+                tcp_row,
+                {"service": f"{cast.relay}:{cast.http}", "state": "closed", **relayed},
+            ),
+            demo_evidence.tabled(
+                "the NAT table has the DNS query, answered",
+                udp_row,
+                {
+                    "service": f"{cast.relay}:{cast.dns}",
+                    "server": f"{cast.server}:{cast.dns}",
+                    "state": "replied",
+                },
+            ),
+        ]
+        if tcp_row and udp_row:
+            self._show_steps(demo_evidence.steps(cast, tcp_row, udp_row))
+        page.title("NAT table (as `krelay nat` shows it)")
+        page.table(_nat_table(rows))
+        for check in tabled:
+            page.check(check)
+        if tcp_row and udp_row:
+            self._show_logs(
+                demo_evidence.port(tcp_row["relay"]), demo_evidence.port(udp_row["client"])
+            )
+
+    def _show_steps(self, steps: Sequence[Step]) -> None:
+        page, cast, wires, trace = self._page, self._cast, self._wires, self._trace()
+        page.title("Each packet, before and after (=>), and where it was seen")
+        page.table(_step_table(steps, wires, wide=page.wide))
+        page.text(f"{LEGEND}\n{LEGEND_OF_FLAGS}\n" if page.wide else LEGEND + "\n", "dim", indent=2)
+        for step in steps:
+            page.check(demo_evidence.rewritten(step, trace, wires))
+        for claim, name, other in (
+            (
+                "the client talks to the relay alone: no other address on its wire",
+                "client",
+                "relay",
+            ),
+            (
+                "the server talks to the client alone: no other address on its wire",
+                "server",
+                "client",
+            ),
+        ):
+            both = {"client": cast.client, "relay": cast.relay, "server": cast.server}
+            wire = wires[name]
+            page.check(demo_evidence.only_between(claim, wire, both[name], both[other]))
+        claim = f"the gateway port {cast.gport} is seen on no wire"
+        page.check(demo_evidence.unseen(claim, wires, cast.gport))
+        page.check(demo_evidence.sound("checksums of all that arrives are right", wires))
+
+    def _show_logs(self, relay_port: int, dns_port: int) -> None:
+        page, cast = self._page, self._cast
+        http, dns = self._logs()
+        page.title("What the server says: its answers, and its own logs")
+        page.text(f"dnsmasq  {dns}\nnginx    {http}\n", indent=2)
+        printed = self._dug.stdout
+        page.check(
+            demo_evidence.answers(f"the DNS answer is the server's: {ADDRESS}", printed, ADDRESS)
+        )
+        asked_from = f"{cast.client}/{dns_port}"
+        claim = f"dnsmasq was asked by {asked_from}: the client, as it sent"
+        page.check(demo_evidence.logged(claim, dns, asked_from))
+        asked_from = f"{cast.client}:{relay_port}"
+        printed = self._curled.stdout
+        claim = "the HTTP answer is the server's, which tells who asked"
+        page.check(demo_evidence.answers(claim, printed, _greeting(asked_from)))
+        claim = f"nginx was asked by {asked_from}: client's address, relay's own port"
+        page.check(demo_evidence.logged(claim, http, asked_from))
+
+    def switch_off(self) -> None:
+        """The relay is out of the way."""
+        lab, page, cast = self._lab, self._page, self._cast
+        page.title("Switched off")
+        with page.step("relay: switched off"):
+            self._echo("0", "start")
+            self._wait(lambda: self._state() == "stopped", "relaying stopped", [])
+        self._show_echo("0", "start")
+        listings = []
+        for lister in ("nft list ruleset", "iptables-save"):
+            if shutil.which(lister.split()[0]):
+                listed = lab.run("relay", *lister.split()).stdout
+                listings.append(listed)
+                page.command("#", lister, listed)
+        self._drain()
+        self._wires = {"client": [], "server": []}
+        by_relay, direct = (
+            f"curl -sS --max-time 5 http://{host}/" for host in (cast.relay, cast.server)
+        )
+        refused = lab.run("client", *by_relay.split(), check=False, env=self._env)
+        page.command("$", by_relay, refused.stdout + refused.stderr)
+        self._drain()
+        no_way = list(self._wires["client"])
+        self._wires = {"client": [], "server": []}
+        answered = lab.run("client", *direct.split(), check=False, env=self._env)
+        page.command("$", direct, answered.stdout + answered.stderr)
+        self._drain()
+        ports = {p.src.port for p in self._wires["client"] if not p.arrived and p.flags == "S"}
+        asked_from = f"{cast.client}:{ports.pop() if len(ports) == 1 else '?'}"
+        wanted = _greeting(asked_from)
+        page.check(demo_evidence.no_rules("no rule is left on the relay", listings))
+        at = (cast.relay, cast.http)
+        claim = f"{cast.relay}:{cast.http} is the relay host's own again, and nobody listens there"
+        page.check(demo_evidence.refused(claim, refused.status, no_way, *at))
+        claim = f"directly the server answers: it is asked by {asked_from}, as sent"
+        page.check(demo_evidence.answers(claim, answered.stdout, wanted))
+
+    def wait_for_enter(self) -> None:
+        """Relays again until Enter is pressed, and says how to look around."""
+        page, cast = self._page, self._cast
+        self._echo("1", "start")
+        self._wait(self._is_running, "relaying", [])
+        enter = f"ip netns exec {self._lab.name}"
+        krelay = f"{sys.executable} -m krelay"
+        page.title("Relaying again until you press Enter. In another terminal, as root:")
+        for command in (
+            f"{enter}-client curl http://{cast.relay}/",
+            f"{krelay} trace --root {self._root}",
+            f"{krelay} nat --root {self._root}",
+            f"{enter}-relay sh",
+        ):
+            page.command("#", command)
+        with suppress(EOFError):
+            input()
+
+    # Programs
+
+    def _servers(self) -> tuple[tuple[str, ...], ...]:
+        """The command lines of nginx and dnsmasq, in the foreground, all files in our directory."""
+        directory, cast = self._lab.directory, self._cast
+        config = directory / "nginx.conf"
+        config.write_text(nginx_config(directory, cast, _user()))
+        nginx = ["nginx", "-c", str(config)]
+        version = self._lab.run("server", "nginx", "-v", check=False)
+        if nginx_version(version.stderr) >= _OWN_ERROR_LOG:
+            nginx += ["-e", str(directory / "nginx-error.log")]
+        dnsmasq = (
+            "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null",
+            "--no-resolv", "--no-hosts", f"--address=/{NAME}/{ADDRESS}",
+            f"--listen-address={cast.server}", "--bind-interfaces", f"--user={_user()}",
+            f"--pid-file={directory / 'dnsmasq.pid'}",
+            "--log-queries=extra", f"--log-facility={directory / 'dnsmasq-queries.log'}",
+        )  # fmt: skip
+        return tuple(nginx), dnsmasq
+
+    def _start_daemon(self, module: str, *arguments: str) -> Program:
+        command = (sys.executable, "-m", module, *arguments, "--root", str(self._root))
+        return self._lab.start("relay", *command, env=self._env)
+
+    def _wait_for(self, programs: Sequence[Program], proto: str, port: int) -> None:
+        host = programs[0].host
+        self._wait(
+            lambda: self._is_listening(host, proto, port),
+            f"{host} listening at {proto}/{port}",
+            programs,
+        )
+
+    def _is_listening(self, host: str, proto: str, port: int) -> bool:
+        with self._lab.enter(host):
+            return listens(Path(f"/proc/thread-self/net/{proto}").read_text(), proto, port)
+
+    def _wait(self, condition: Callable[[], bool], what: str, programs: Sequence[Program]) -> None:
+        """Waits for a condition, but not longer than these programs live."""
+
+        def holds() -> bool:
+            for program in programs:
+                if (status := program.poll()) is not None:
+                    name = _name(program)
+                    last = (program.output.strip().splitlines() or [f"exit status {status}"])[-1]
+                    raise DemoFailed(f"{name} ended on the {program.host}: {last}")
+            return condition()
+
+        self._lab.wait(holds, what, START_WITHIN)
+
+    def _tcp_relay_is_connected(self) -> bool:
+        with suppress(client.NoDaemon):
+            return bool(client.ask_json(self._root, "show status json")[0]["tcp_relays"])
+        return False
+
+    # The file tree
+
+    def _echo(self, value: str, name: str) -> None:
+        self._lab.run("relay", "sh", "-c", f"echo {value} > {self._root / name}")
+
+    def _show_echo(self, value: str, name: str) -> None:
+        self._page.command("#", f"echo {value} > {self._root / name}")
+
+    def _state(self) -> str:
+        with suppress(FileNotFoundError):
+            return (self._root / "status" / "state").read_text().strip()
+        return ""
+
+    def _is_running(self) -> bool:
+        state = self._state()
+        if state.startswith("failed: "):
+            raise DemoFailed(f"relaying can't start: {state.removeprefix('failed: ')}")
+        return state == "running"
+
+    # The witnesses
+
+    def _watch(self) -> None:
+        """From here on packets are captured and traced."""
+        for host in self._wires:
+            capture = self._sockets.enter_context(self._lab.capture(host))
+            capture.setblocking(False)
+            self._captures[host] = capture
+        tracer = self._sockets.enter_context(socket.socket(socket.AF_UNIX))
+        tracer.connect(str(self._root / "control.sock"))
+        tracer.sendall(b"trace\n")
+        tracer.setblocking(False)
+        self._tracer = tracer
+        # The daemon takes its connections in turn: once it answers another, it has read this one.
+        client.ask(self._root, "show status")
+
+    def _drain(self) -> None:
+        """Takes in what the captures hold."""
+        for host, capture in self._captures.items():
+            with suppress(BlockingIOError):
+                while True:
+                    frame, address = capture.recvfrom(0x10000)
+                    found = demo_evidence.seen(frame, outgoing=address[2] == _PACKET_OUTGOING)
+                    if found is not None:
+                        self._wires[host].append(found)
+
+    def _trace(self) -> list[Traced]:
+        """The trace so far."""
+        assert self._tracer is not None
+        with suppress(BlockingIOError):
+            while data := self._tracer.recv(0x10000):
+                self._trace_text += data.decode(errors="replace")
+        lines = map(demo_evidence.traced, self._trace_text.splitlines())
+        return [line for line in lines if line is not None]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return client.ask_json(self._root, "show nat json")
+
+    def _is_settled(self) -> bool:
+        """Whether both conversations are over and everything about them has been seen."""
+        rows = self._rows()
+        tcp_row, udp_row = (demo_evidence.row_of(rows, proto) for proto in ("tcp", "udp"))
+        if tcp_row is None or udp_row is None or "relay" not in tcp_row:
+            return False
+        self._drain()
+        steps = demo_evidence.steps(self._cast, tcp_row, udp_row)
+        over = tcp_row["state"] == "closed" and all(self._logs())
+        return over and demo_evidence.settled(steps, self._trace(), self._wires)
+
+    def _logs(self) -> tuple[str, str]:
+        """The line of the request in nginx's access log, that of the query in dnsmasq's."""
+        found = []
+        for name, word in (("nginx-access.log", "GET"), ("dnsmasq-queries.log", "query[A]")):
+            path = self._lab.directory / name
+            text = path.read_text(errors="replace") if path.exists() else ""
+            found.append(next((line for line in text.splitlines() if word in line), ""))
+        return found[0], found[1].partition(": ")[2]
+
+
+def nginx_config(directory: Path, cast: Cast, user: str) -> str:
+    """A server that tells who asks; whatever it writes is below `directory`."""
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = "\n".join(f"    {kind}_temp_path {directory}/nginx-{kind};" for kind in kinds)
+    return f"""\
+user {user};
+daemon off;
+worker_processes 1;
+pid {directory}/nginx.pid;
+error_log {directory}/nginx-error.log;
+events {{ worker_connections 64; }}
+http {{
+{paths}
+    log_format who '$remote_addr:$remote_port "$request" $status';
+    access_log {directory}/nginx-access.log who;
+    server {{
+        listen {cast.server}:{cast.http};
+        location / {{ return 200 "{_greeting("$remote_addr:$remote_port")}\\n"; }}
+    }}
+}}
+"""
+
+
+def nginx_version(text: str) -> tuple[int, ...]:
+    """The version in what `nginx -v` prints; (0,) if there is none.
+
+    >>> nginx_version("nginx version: nginx/1.18.0 (Ubuntu)")
+    (1, 18, 0)
+    """
+    match = re.search(r"nginx/(\d+(?:\.\d+)*)", text)
+    return tuple(map(int, match[1].split("."))) if match else (0,)
+
+
+def _greeting(endpoint: str) -> str:
+    return f"The server sees you as {endpoint}."
+
+
+def _user() -> str:
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def _name(program: Program) -> str:
+    """What to call a program: `krelay daemon` is a module of Python's."""
+    argv = program.argv
+    return Path(argv[0]).name if argv[1] != "-m" else argv[2].replace("_", "-")
+
+
+def _nat_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The NAT table lying on its side: it is wider than a page."""
+    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column(style="dim")
+    for _ in rows:
+        table.add_column()
+    for name in names:
+        table.add_row(name, *(_cell(row.get(name, "-")) for row in rows))
+    return table
+
+
+def _cell(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _step_table(steps: Sequence[Step], wires: demo_evidence.Wires, *, wide: bool) -> Table:
+    """Two lines a step, the packet before and after, and how often it was seen on which wire."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("step", no_wrap=True)
+    table.add_column("   packet", no_wrap=True)
+    for name in wires:
+        table.add_column(f"{name}'s wire", no_wrap=True)
+    for step in steps:
+        label = Text(step.label, "bold cyan")
+        for head, arrow, flow, style in (
+            (label, "   ", step.before, ""),
+            (Text(step.title if wide else "", "dim"), "=> ", step.after, "green"),
+        ):
+            packet = Text(arrow).append(f"{flow.src} > {flow.dst}", style)
+            cells = (
+                _on_wire(demo_evidence.on_wire(wire, flow), wide=wide) for wire in wires.values()
+            )
+            table.add_row(head, packet, *cells)
+    return table
+
+
+def _on_wire(packets: Sequence[Seen], *, wide: bool) -> Text:
+    if not packets:
+        return Text("-", "dim")
+    flags = " ".join(packet.flags for packet in packets) if wide else ""
+    return Text(f"{len(packets)}").append(f" {flags}", "dim")
