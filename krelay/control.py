@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any, Protocol
 
-from krelay.flow import Proto
+from krelay.flow import Endpoint, Proto
 from krelay.nat import NatTable
 from krelay.row import Row, Step
 from krelay.trace import Filter
@@ -114,7 +114,7 @@ def parse_filter(words: Iterable[str]) -> Filter:
                 found["state"] = value
             case "service":
                 proto, _, port = value.partition("/")
-                if not (port.isascii() and port.isdigit()):
+                if not (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 0xFFFF):
                     raise BadRequest(f"service is written tcp/80, not {_short(value)}")
                 found["service"] = (_proto(proto), int(port))
             case _:
@@ -202,14 +202,12 @@ def _proto(word: str) -> Proto:
 
 
 def _client(value: str) -> dict[str, Any]:
-    host, colon, port = value.partition(":")
     try:
-        found: dict[str, Any] = {"client_addr": ip_address(host).packed}
-        if colon:
-            found["client_port"] = int(port)
+        if ":" in value:
+            return dict(zip(("client_addr", "client_port"), Endpoint.parse(value), strict=True))
+        return {"client_addr": ip_address(value).packed}
     except ValueError:
         raise BadRequest(f"client is ADDRESS or ADDRESS:PORT, not {_short(value)}") from None
-    return found
 
 
 def _short(word: str) -> str:

@@ -61,26 +61,25 @@ class DirectFlows:
     """Clients' own conversations with a server, seen passing by: least recently seen first."""
 
     def __init__(self, most: int = 65536) -> None:
-        self._seen: dict[bytes, float] = {}
+        self._seen: dict[Proto, dict[bytes, float]] = {proto: {} for proto in Proto}
         self._most = most
 
     def saw(self, proto: Proto, at: bytes, now: float) -> None:
         """A packet of this conversation came past."""
-        entry = bytes((proto,)) + at
-        self._seen.pop(entry, None)
-        self._seen[entry] = now
-        if len(self._seen) > self._most:
-            del self._seen[next(iter(self._seen))]
+        seen = self._seen[proto]
+        seen.pop(at, None)
+        seen[at] = now
+        if len(seen) > self._most:
+            del seen[next(iter(seen))]
 
     def __contains__(self, flow: tuple[Proto, bytes]) -> bool:
-        return bytes((flow[0],)) + flow[1] in self._seen
+        return flow[1] in self._seen[flow[0]]
 
-    def expire(self, before: float) -> None:
+    def expire(self, proto: Proto, before: float) -> None:
         """Forgets those not seen since `before`."""
-        for entry, seen_at in list(self._seen.items()):
-            if seen_at >= before:
-                break
-            del self._seen[entry]
+        seen = self._seen[proto]
+        while seen and seen[oldest := next(iter(seen))] < before:
+            del seen[oldest]
 
 
 class NatTable:
@@ -187,11 +186,11 @@ class NatTable:
         if holder is not None and holder.closed_at is not None:
             self.end(holder)  # its port was free to be bound again, so both its legs are gone
             holder = None
+        taken = holder is not None and holder is not row
+        if taken or (Proto.TCP, at) in self.direct or outside == row.client:
+            raise Refusal("port_taken")
         if row.relay is not None:
             self._forget_server_leg(row)
-            holder = None if holder is row else holder
-        if holder or (Proto.TCP, at) in self.direct or outside == row.client:
-            raise Refusal("port_taken")
         row.relay = relay
         self._by_relay[relay] = row
         self._reserve(row, outside)
@@ -361,7 +360,8 @@ class NatTable:
                     ended.append(row)
                 else:
                     self._schedule(row)
-        self.direct.expire(now - self._timeouts.tcp_established)
+        self.direct.expire(Proto.TCP, now - self._timeouts.tcp_established)
+        self.direct.expire(Proto.UDP, now - self._timeouts.udp)
         return ended
 
     # Inside

@@ -23,6 +23,7 @@ from krelay.relaymsg import (
     Resumed,
 )
 from krelay.row import Row, Step
+from krelay.wire import ipv4
 
 ORPHAN_GRACE = 5.0
 """Seconds."""
@@ -43,6 +44,8 @@ class Relays:
     def handle(self, request: Request, send: Send, now: float) -> Answer | None:
         """The answer to a request that came from there."""
         match request:
+            case Open() | Resume() if not _is_ipv4(request):
+                return Refused(request.id, "only IPv4 addresses are relayed")
             case Open():
                 return self._open(request, send, now)
             case Resume():
@@ -128,3 +131,10 @@ class Relays:
         self._nat.reschedule(row)
         self._owner[row.id] = send
         return Resumed(request.id)
+
+
+def _is_ipv4(request: Open | Resume) -> bool:
+    ends = [request.client, request.relay, request.service]
+    if isinstance(request, Resume):
+        ends += [request.server, request.origin]
+    return all(len(end.addr) == ipv4.ADDRESS for end in ends if end)

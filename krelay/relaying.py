@@ -20,6 +20,7 @@ import gc
 import select
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from ipaddress import IPv4Address
 
 from krelay import listeners, netfilter, ruleset
@@ -140,7 +141,7 @@ class Relaying:
         if self.queue is None or self._stopping:
             self._finish_stopping()
             return
-        self._worker.policy = None  # nothing new
+        self._worker.policy = replace(self._policy(), tcp=frozenset(), udp=frozenset())
         now = self._loop.now
         for row in self.nat:
             if row.gport is not None and row.closed_at is None:

@@ -136,7 +136,7 @@ class Row:
     proto: Proto
     client: Endpoint
     service: Endpoint
-    """The address and port the client talks to.  Equal to `server` in a direct row, see above."""
+    """The address and port the client talks to.  Equal to `server` in a direct row (nat.py)."""
     server: Endpoint
     source: Source
     created_at: float

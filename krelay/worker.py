@@ -105,7 +105,7 @@ _MOST_ANSWERS = 256
 class Worker:
     """The packet path: `handle` every packet the kernel queued.
 
-    `policy` is None while nothing new is to be relayed.  Checksums are updated in place in `handle`
+    `policy` is None before anything is to be relayed.  Checksums are updated in place in `handle`
     (checksum.updated and udp.updated_check, written out: a call costs a tenth of the whole).
     """
 
@@ -127,10 +127,7 @@ class Worker:
             self._udp[hook] = nat.tables[hook, Proto.UDP]
 
     def handle(self, packet: bytes, hook: int, now: float) -> bytes | Verdict:
-        """What the packet becomes:
-
-        other bytes, or one of the two verdicts.  Never raises for bytes.
-        """
+        """What the packet becomes: other bytes, or a verdict.  Never raises for any bytes."""
         size = len(packet)
         if size >= _MIN_UDP:
             first, total, fragment, proto, check, length, field = _PLAIN(packet)
@@ -228,12 +225,12 @@ class Worker:
         self, packet: bytes, header: ipv4.Header, proto: Proto, hook: int, now: float
     ) -> Rewrite | Verdict:
         """The rewrite for a packet that no row claims, if a row is made for it, or its verdict."""
-        policy = self.policy
-        if policy is None:
-            return self._pass("not_relaying")
         at = header.length
         src = Endpoint(header.src, int.from_bytes(packet[at : at + 2]))
         dst = Endpoint(header.dst, int.from_bytes(packet[at + 2 : at + 4]))
+        policy = self.policy
+        if policy is None:
+            return self._pass("not_relaying")
         is_tcp = proto is Proto.TCP
         flags = packet[at + tcp.FLAGS] if is_tcp else 0
         opens = is_tcp and flags & (tcp.SYN | tcp.ACK | tcp.RST) == tcp.SYN

@@ -31,6 +31,9 @@ MAX_TOTAL = 0xFFFF
 PLAIN = 0x45
 """The first byte of a header without options."""
 
+ADDRESS = 4
+"""Bytes of an address."""
+
 ADDRESSES = slice(12, 20)
 CHECK = slice(10, 12)
 

@@ -1,0 +1,361 @@
+"""The answers to tcp-relay: whose connection is which, after every way to lose one another."""
+
+from dataclasses import dataclass, field, replace
+from random import Random
+
+import pytest
+
+from krelay.flow import Endpoint, Source
+from krelay.nat import Limits, NatTable
+from krelay.relay import ORPHAN_GRACE, Relays
+from krelay.relaymsg import (
+    PORT_TAKEN,
+    Abort,
+    Answer,
+    Close,
+    Open,
+    Opened,
+    Refused,
+    Resume,
+    Resumed,
+)
+from krelay.row import CLOSED_LINGER, Row, Step
+from krelay.tracker import State
+from tests.tools.packets import addr, at
+
+C, K, S, Y = at("C:40000"), at("K:80"), at("S:80"), at("K:45678")
+OPEN = Open(1, C, 16000, Y)
+RESUME = Resume(2, C, 16000, Y, S)
+
+
+@dataclass(eq=False)
+class TcpRelay:
+    """One connection of the relay socket: who it is, and what it was told unasked."""
+
+    said: list[Answer] = field(default_factory=list)
+
+    def __call__(self, answer: Answer) -> None:
+        self.said.append(answer)
+
+
+class World:
+    """A table and the tcp-relays connected to it; source=relay for clients in S's subnet."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.nat = NatTable(limits, rng=Random(1))
+        self.relays = Relays(
+            self.nat, lambda client: Source.RELAY if client[0] == 192 else Source.CLIENT
+        )
+        self.one, self.two = TcpRelay(), TcpRelay()
+
+    def client(self, client: Endpoint = C, service: Endpoint = K, now: float = 0) -> Row:
+        server = Endpoint(S.addr, service.port)
+        return self.nat.open_tcp(client, service, server, Source.CLIENT, 16000, now)
+
+    def connected(self) -> Row:
+        row = self.client()
+        assert self.relays.handle(OPEN, self.one, 0) == Opened(1, S, Source.CLIENT)
+        row.tracker.resumed()
+        return row
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+# open
+
+
+def test_a_clients_row_is_opened_with_its_server_and_source(world: World) -> None:
+    row = world.client()
+
+    assert world.relays.handle(OPEN, world.one, 0) == Opened(1, S, Source.CLIENT)
+    assert row.relay == Y
+    assert set(row.rewrites) == {Step.T1, Step.T2, Step.T3, Step.T4}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        OPEN,
+        Open(1, at("D:40000"), 16000, Y),
+        Open(1, C, 17000, Y),
+        Open(1, at("C:40001"), 16000, Y),
+    ],
+)
+def test_without_a_row_nobody_is_served(world: World, request_: Open) -> None:
+    if request_ != OPEN:
+        world.client()
+
+    assert world.relays.handle(request_, world.one, 0) == Refused(1, "no row for this client")
+    assert world.nat.of_relay_port(Y) is None
+
+
+def test_where_the_inside_port_differs_the_answer_tells_the_clients_own(world: World) -> None:
+    world.client()
+    second = world.client(service=at("K:443"))
+    assert second.inside not in (None, C)
+    assert second.inside is not None
+
+    answer = world.relays.handle(Open(7, second.inside, 16000, Y), world.one, 0)
+
+    assert answer == Opened(7, at("S:443"), Source.CLIENT, origin=C)
+
+
+def test_a_taken_relay_port_is_refused_by_the_word_that_means_try_another(world: World) -> None:
+    world.client()
+    assert world.relays.handle(Open(1, C, 16000, at("K:40000")), world.one, 0) == Refused(
+        1, PORT_TAKEN
+    )
+    assert world.relays.handle(OPEN, world.one, 0) == Opened(1, S, Source.CLIENT)
+
+
+def test_an_ended_row_is_refused_and_closed(world: World) -> None:
+    row = world.client()
+    world.relays.abort(row, 0)
+
+    assert world.relays.handle(OPEN, world.one, 1) == Refused(1, "the row was ended")
+    assert row.state is State.CLOSED
+    assert world.relays.handle(OPEN, world.one, 2) == Refused(1, "the row was ended")
+    assert row.closed_at == 1
+
+
+# close
+
+
+def test_close_closes_the_row_which_goes_when_the_last_packets_are_through(world: World) -> None:
+    row = world.connected()
+
+    assert world.relays.handle(Close(Y), world.one, 5) is None
+    assert row.state is State.CLOSED
+    assert world.nat.expire(5 + CLOSED_LINGER + 1) == [row]
+
+
+def test_close_of_what_is_not_there_does_nothing(world: World) -> None:
+    assert world.relays.handle(Close(Y), world.one, 0) is None
+    assert len(world.nat) == 0
+
+
+def test_a_closed_row_is_not_closed_again_when_its_tcp_relay_is_lost(world: World) -> None:
+    row = world.connected()
+    world.relays.handle(Close(Y), world.one, 1)
+    world.relays.lost(world.one, 2)
+    world.relays.on_time(100)
+
+    assert row.closed_at == 1
+
+
+# resume
+
+
+def test_after_krelay_was_gone_a_row_is_made_again_established(world: World) -> None:
+    assert world.relays.handle(RESUME, world.one, 0) == Resumed(2)
+
+    [row] = world.nat
+    assert (row.client, row.inside, row.service, row.server, row.relay) == (C, C, K, S, Y)
+    assert (row.gport, row.source, row.state) == (16000, Source.CLIENT, State.ESTABLISHED)
+    assert set(row.rewrites) == {Step.T1, Step.T2, Step.T3, Step.T4}
+    assert not any(rewrite.watched for rewrite in row.rewrites.values())
+    assert world.nat.expire(7000) == []
+
+
+def test_a_row_made_again_is_the_row_that_was(world: World) -> None:
+    before = world.connected()
+    keys = {step: (r.old, r.new) for step, r in before.rewrites.items()}
+    reborn = World()
+
+    reborn.relays.handle(RESUME, reborn.one, 0)
+
+    [row] = reborn.nat
+    assert {step: (r.old, r.new) for step, r in row.rewrites.items()} == keys
+    assert row.footprint == before.footprint
+
+
+def test_what_tcp_relay_remembers_beyond_the_contract_is_believed(world: World) -> None:
+    inside = at("C:41234")
+    request = Resume(
+        3, inside, 16000, Y, at("S:443"),
+        service=at("G:443"), source=Source.RELAY, origin=C,
+    )  # fmt: skip
+
+    assert world.relays.handle(request, world.one, 0) == Resumed(3)
+
+    [row] = world.nat
+    assert (row.client, row.inside, row.service) == (C, inside, at("G:443"))
+    assert row.rewrites[Step.T3].src == Y
+
+
+def test_without_a_source_the_clients_place_decides(world: World) -> None:
+    neighbour = Resume(2, at("N:40000"), 16000, Y, S)
+
+    world.relays.handle(neighbour, world.one, 0)
+
+    assert [row.source for row in world.nat] == [Source.RELAY]
+
+
+def test_after_only_the_socket_was_lost_the_row_stays_and_has_a_new_owner(world: World) -> None:
+    row = world.connected()
+    world.relays.lost(world.one, 1)
+
+    assert world.relays.handle(RESUME, world.two, 2) == Resumed(2)
+    world.relays.on_time(100)
+    assert list(world.nat) == [row]
+    assert row.closed_at is None
+    world.relays.abort(row, 101)
+    assert (world.one.said, world.two.said) == ([], [Abort(Y)])
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [(Limits(flows=0), "table_full"), (Limits(flows_per_client=0), "client_full")],
+)
+def test_what_has_no_room_cannot_be_resumed(limits: Limits, reason: str) -> None:
+    world = World(limits)
+
+    answer = world.relays.handle(RESUME, world.one, 0)
+
+    assert answer == Refused(2, f"can't be resumed: {reason}")
+    assert len(world.nat) == 0
+
+
+def test_what_another_uses_cannot_be_resumed_and_leaves_no_row(world: World) -> None:
+    row = world.connected()
+
+    answer = world.relays.handle(Resume(2, at("C:40001"), 16000, Y, S), world.two, 1)
+
+    assert answer == Refused(2, "can't be resumed: port_taken")
+    assert list(world.nat) == [row]
+    assert world.nat.of_relay_port(Y) is row
+
+
+def test_a_closed_row_is_no_obstacle_to_who_resumes_between_its_ports(world: World) -> None:
+    row = world.connected()
+    world.relays.handle(Close(Y), world.one, 1)
+
+    assert world.relays.handle(RESUME, world.one, 2) == Resumed(2)
+
+    again = world.nat.of_relay_port(Y)
+    assert again is not None
+    assert again is not row
+    assert world.nat.accepted(C, 16000) is again
+
+
+def test_a_refused_resume_takes_nothing_from_the_row_that_lives(world: World) -> None:
+    """The same client ports from another relay port: the live row keeps its packets."""
+    row = world.connected()
+    keys = [(table, at_) for table, at_ in row.keys]
+
+    answer = world.relays.handle(Resume(2, C, 16000, at("K:40000"), S), world.two, 1)
+
+    assert isinstance(answer, Refused)
+    assert world.nat.accepted(C, 16000) is row
+    assert all(table[at_].row is row for table, at_ in keys)
+
+
+# lost
+
+
+def test_rows_that_nobody_comes_back_for_are_closed_after_the_grace(world: World) -> None:
+    row = world.connected()
+    world.relays.lost(world.one, 10)
+
+    world.relays.on_time(10 + ORPHAN_GRACE - 0.1)
+    assert row.closed_at is None
+    world.relays.on_time(10 + ORPHAN_GRACE)
+    assert row.state is State.CLOSED
+
+
+def test_losing_one_tcp_relay_is_not_losing_another(world: World) -> None:
+    mine = world.connected()
+    other = world.client(at("D:40000"))
+    world.relays.handle(Open(1, at("D:40000"), 16000, at("K:45679")), world.two, 0)
+
+    world.relays.lost(world.one, 0)
+    world.relays.on_time(ORPHAN_GRACE)
+
+    assert (mine.state, other.state) == (State.CLOSED, State.OPENING)
+
+
+def test_a_tcp_relay_may_be_lost_twice_and_its_rows_have_their_grace_each_time(
+    world: World,
+) -> None:
+    row = world.connected()
+    world.relays.lost(world.one, 0)
+    world.relays.handle(RESUME, world.two, 1)
+    world.relays.lost(world.two, 4)
+
+    world.relays.on_time(ORPHAN_GRACE)
+    world.relays.on_time(ORPHAN_GRACE + 4)
+
+    assert row.closed_at is not None
+    assert row.closed_at >= ORPHAN_GRACE
+
+
+def test_owners_of_rows_that_are_no_more_are_forgotten(world: World) -> None:
+    row = world.connected()
+    world.nat.end(row)
+    world.relays.on_time(1)
+
+    assert world.relays._owner == {}
+    world.relays.lost(world.one, 2)
+    assert world.relays._orphans == []
+
+
+# abort
+
+
+def test_abort_is_told_to_the_rows_owner_alone(world: World) -> None:
+    row = world.connected()
+
+    world.relays.abort(row, 1)
+
+    assert (world.one.said, world.two.said) == ([Abort(Y)], [])
+    assert row.closed_at is None, "its resets must still pass"
+    world.relays.handle(Close(Y), world.one, 2)
+    assert row.closed_at == 2
+
+
+def test_a_row_without_an_owner_is_closed_at_once(world: World) -> None:
+    row = world.connected()
+    world.relays.lost(world.one, 0)
+
+    world.relays.abort(row, 1)
+
+    assert row.closed_at == 1
+
+
+def test_a_row_that_tcp_relay_has_not_asked_for_waits_to_refuse_it(world: World) -> None:
+    row = world.client()
+
+    world.relays.abort(row, 1)
+
+    assert row.closed_at is None
+    assert world.relays.handle(OPEN, world.one, 2) == Refused(1, "the row was ended")
+
+
+def test_a_resumed_row_can_be_aborted(world: World) -> None:
+    world.relays.handle(RESUME, world.one, 0)
+    [row] = world.nat
+
+    world.relays.abort(row, 1)
+
+    assert world.one.said == [Abort(Y)]
+    assert row.client.addr == addr("C")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        replace(OPEN, client=Endpoint.of("2001:db8::1", 40000)),
+        replace(OPEN, relay=Endpoint.of("::1", 45678)),
+        Resume(1, C, 16000, Y, Endpoint.of("::1", 80)),
+        Resume(1, C, 16000, Y, S, service=Endpoint.of("::1", 80)),
+    ],
+)
+def test_addresses_of_another_family_are_refused(world: World, request_: Open | Resume) -> None:
+    world.client()
+    answer = world.relays.handle(request_, world.one, 0)
+
+    assert answer == Refused(1, "only IPv4 addresses are relayed")
+    assert len(world.nat) == 1

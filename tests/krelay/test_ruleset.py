@@ -1,0 +1,371 @@
+"""The rules as text: what they catch is read off golden texts, and their limits are kept."""
+
+import re
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
+from itertools import pairwise
+from textwrap import dedent
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from krelay.flow import Proto
+from krelay.row import Footprint
+from krelay.ruleset import (
+    ANYONE,
+    MULTIPORT_MOST,
+    Ports,
+    RuleSpec,
+    chains,
+    instance_name,
+    iptables_install,
+    iptables_remove,
+    merged,
+    nft_install,
+    nft_remove,
+    wanted,
+)
+
+S, Z = IPv4Address("192.168.0.1"), IPv4Address("192.168.0.99")
+NET = IPv4Network("192.168.0.0/24")
+MOST_CHAIN_NAME = 28
+"""linux/netfilter/x_tables.h: XT_EXTENSION_MAXNAMELEN is 29, with the zero behind it."""
+
+SPEC = RuleSpec(
+    name="krelay",
+    queue=1600,
+    tcp=((80, 80), (8000, 8100)),
+    udp=((53, 53),),
+    gports=(16000, 17000),
+    servers=(S,),
+    relay_clients=(NET,),
+)
+
+port_ranges = st.lists(
+    st.tuples(st.integers(1, 400), st.integers(0, 30)).map(lambda r: (r[0], r[0] + r[1])),
+    max_size=60,
+)
+
+
+def rules(text: str, hook: str) -> list[str]:
+    """The rules of a chain, in short: what all have in common is left out."""
+    if text.startswith("add table"):
+        [body] = re.findall(rf"chain {hook} {{\n.*?;.*?;\n(.*?)\n  }}", text, re.DOTALL)
+        lines = [line.strip() for line in body.splitlines()]
+        return [line.replace(" queue num 1600", " Q") for line in lines]
+    lines = re.findall(rf"^-A krelay-{hook} (.*)$", text, re.MULTILINE)
+    return [
+        re.sub(r"-m multiport --", "", line)
+        .replace("-m addrtype --dst-type LOCAL", "to-us")
+        .replace("-m addrtype --src-type LOCAL", "from-us")
+        .replace("-j NFQUEUE --queue-num 1600", "Q")
+        for line in lines
+    ]
+
+
+def lines_of(text: str) -> list[str]:
+    return dedent(text).strip().splitlines()
+
+
+# What nft is told
+
+
+def test_the_nft_rules_of_prerouting() -> None:
+    assert rules(nft_install(SPEC), "pre") == lines_of("""
+        iifname "lo" return
+        tcp dport { 16000, 17000 } fib daddr type local Q
+        tcp dport { 80, 8000-8100 } fib daddr type local Q
+        ip saddr { 192.168.0.1 } tcp sport { 80, 8000-8100 } Q
+        ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } Q
+        udp dport { 53 } fib daddr type local Q
+        ip daddr { 192.168.0.1 } udp dport { 53 } Q
+        ip saddr { 192.168.0.1 } udp sport { 53 } fib daddr type local Q
+        ip daddr 255.255.255.255 udp dport 0 tproxy to :9
+    """)
+
+
+def test_the_nft_rules_of_postrouting() -> None:
+    assert rules(nft_install(SPEC), "post") == lines_of("""
+        oifname "lo" return
+        tcp sport { 16000, 17000 } fib saddr type local Q
+        ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } fib saddr type local Q
+        ip saddr { 192.168.0.1 } udp sport { 53 } Q
+        ip daddr { 192.168.0.1 } udp dport { 53 } fib saddr type local Q
+        ip saddr { 192.168.0.0/24 } ip daddr { 192.168.0.1 } udp dport { 53 } Q
+    """)
+
+
+def test_nft_replaces_the_table_in_one_transaction() -> None:
+    text = nft_install(SPEC)
+
+    assert text.startswith("add table ip krelay\ndelete table ip krelay\ntable ip krelay {\n")
+    assert text.count("{") == text.count("}")
+    assert "hook prerouting priority -300; policy accept;" in text
+    assert "hook postrouting priority 300; policy accept;" in text
+    assert nft_remove("krelay") == "add table ip krelay\ndelete table ip krelay\n"
+
+
+# What iptables is told
+
+
+def test_the_iptables_rules_of_prerouting() -> None:
+    assert rules(iptables_install(SPEC, frozenset()), "pre") == lines_of("""
+        -i lo -j RETURN
+        -p tcp dports 16000,17000 to-us Q
+        -p tcp dports 80,8000:8100 to-us Q
+        -p udp dports 53 to-us Q
+        -s 192.168.0.1 -p tcp sports 80,8000:8100 Q
+        -d 192.168.0.1 -p tcp dports 80,8000:8100 Q
+        -d 192.168.0.1 -p udp dports 53 Q
+        -s 192.168.0.1 -p udp sports 53 to-us Q
+        -d 255.255.255.255/32 -p udp --dport 0 -m socket -j RETURN
+    """)
+
+
+def test_the_iptables_rules_of_postrouting() -> None:
+    assert rules(iptables_install(SPEC, frozenset()), "post") == lines_of("""
+        -o lo -j RETURN
+        -p tcp sports 16000,17000 from-us Q
+        -d 192.168.0.1 -p tcp dports 80,8000:8100 from-us Q
+        -s 192.168.0.1 -p udp sports 53 Q
+        -s 192.168.0.0/24 -d 192.168.0.1 -p udp dports 53 Q
+        -d 192.168.0.1 -p udp dports 53 from-us Q
+    """)
+
+
+def test_iptables_hangs_its_chains_first_in_what_leaves_and_then_in_what_comes() -> None:
+    small = replace(SPEC, tcp=(), udp=(), gports=(16000,))
+
+    assert iptables_install(small, frozenset()).splitlines() == lines_of("""
+        *mangle
+        :krelay-post - [0:0]
+        -A krelay-post -o lo -j RETURN
+        -A krelay-post -p tcp -m multiport --sports 16000 -m addrtype --src-type LOCAL -j NFQUEUE --queue-num 1600
+        -I POSTROUTING 1 -j krelay-post
+        COMMIT
+        *raw
+        :krelay-pre - [0:0]
+        -A krelay-pre -i lo -j RETURN
+        -A krelay-pre -p tcp -m multiport --dports 16000 -m addrtype --dst-type LOCAL -j NFQUEUE --queue-num 1600
+        -A krelay-pre -d 255.255.255.255/32 -p udp --dport 0 -m socket -j RETURN
+        -I PREROUTING 1 -j krelay-pre
+        COMMIT
+    """)  # noqa: E501
+
+
+@pytest.mark.parametrize("hung", [(), ("krelay-pre",), ("krelay-pre", "krelay-post")])
+def test_iptables_hangs_no_chain_twice(hung: tuple[str, ...]) -> None:
+    text = iptables_install(SPEC, frozenset(hung))
+
+    for name in ("krelay-pre", "krelay-post"):
+        assert text.count(f"1 -j {name}\n") == (name not in hung)
+
+
+def test_iptables_removes_what_is_there_beginning_with_what_comes() -> None:
+    both = frozenset({"krelay-pre", "krelay-post"})
+
+    assert iptables_remove("krelay", both, both).splitlines() == lines_of("""
+        *raw
+        -D PREROUTING -j krelay-pre
+        -F krelay-pre
+        -X krelay-pre
+        COMMIT
+        *mangle
+        -D POSTROUTING -j krelay-post
+        -F krelay-post
+        -X krelay-post
+        COMMIT
+    """)
+    assert iptables_remove("krelay", frozenset(), frozenset({"krelay-post"})).splitlines() == [
+        "*mangle", "-F krelay-post", "-X krelay-post", "COMMIT",
+    ]  # fmt: skip
+    assert iptables_remove("krelay", frozenset(), frozenset()).strip() == ""
+
+
+# Both
+
+
+@pytest.mark.parametrize("text", [nft_install(SPEC), iptables_install(SPEC, frozenset())])
+def test_no_rule_lets_packets_by_when_nobody_serves_the_queue(text: str) -> None:
+    assert "bypass" not in text
+    assert text.count("queue num 1600") + text.count("--queue-num 1600") == 12
+
+
+def test_each_server_has_its_rules() -> None:
+    two = replace(SPEC, servers=(S, Z))
+
+    assert "ip saddr { 192.168.0.1, 192.168.0.99 }" in nft_install(two)
+    text = iptables_install(two, frozenset())
+    assert text.count("-s 192.168.0.1 ") == text.count("-s 192.168.0.99 ") == 3
+    assert text.count("-d 192.168.0.1 ") == text.count("-d 192.168.0.99 ") == 5
+
+
+def test_without_clients_of_source_relay_no_udp_packet_to_the_server_is_queued_twice() -> None:
+    none = replace(SPEC, relay_clients=())
+
+    for text in (nft_install(none), iptables_install(none, frozenset())):
+        assert not [rule for rule in rules(text, "post") if "udp" in rule and "dport" in rule]
+
+
+def test_with_source_relay_anyones_udp_packets_to_the_server_are_queued_on_their_way_out() -> None:
+    anyone = replace(SPEC, relay_clients=(ANYONE,))
+
+    assert "ip daddr { 192.168.0.1 } udp dport { 53 } Q" in rules(nft_install(anyone), "post")
+    assert "-s 0.0.0.0/0 -d 192.168.0.1 -p udp dports 53 Q" in rules(
+        iptables_install(anyone, frozenset()), "post"
+    )
+
+
+@pytest.mark.parametrize(("proto", "other"), [("tcp", "udp"), ("udp", "tcp")])
+def test_no_service_of_a_protocol_makes_no_rule_of_it_but_the_gateways(
+    proto: str, other: str
+) -> None:
+    bare = replace(SPEC, tcp=() if proto == "tcp" else SPEC.tcp, udp=())
+    bare = replace(bare, udp=() if proto == "udp" else SPEC.udp)
+
+    for text in (nft_install(bare), iptables_install(bare, frozenset())):
+        services = [
+            rule
+            for hook in ("pre", "post")
+            for rule in rules(text, hook)
+            if "Q" in rule and "16000" not in rule
+        ]
+        assert services
+        assert all(other in rule for rule in services)
+        assert "{  }" not in text
+
+
+@given(port_ranges)
+def test_multiport_matches_have_15_slots_and_name_every_port_once(
+    ranges: list[tuple[int, int]],
+) -> None:
+    spec = replace(SPEC, tcp=merged(ranges), udp=(), gports=(16000,))
+    text = iptables_install(spec, frozenset())
+
+    matches = re.findall(r"-A krelay-pre -p tcp -m multiport --dports (\S+) -m addr", text)
+    named: list[int] = []
+    for match in matches[1:]:  # the first is the gateway port's
+        assert len(re.split("[,:]", match)) <= MULTIPORT_MOST
+        for part in match.split(","):
+            low, _, high = part.partition(":")
+            named += range(int(low), int(high or low) + 1)
+    assert named == sorted({p for low, high in ranges for p in range(low, high + 1)})
+
+
+def test_fifteen_single_ports_fill_one_match() -> None:
+    for count, expected in ((15, 1), (16, 2), (30, 2), (31, 3)):
+        spec = replace(SPEC, tcp=tuple((p, p) for p in range(1, 2 * count, 2)), udp=())
+        text = iptables_install(spec, frozenset())
+        assert text.count("-A krelay-pre -p tcp -m multiport --dports") == 1 + expected
+
+
+# merged
+
+
+@given(port_ranges)
+def test_merged_ranges_are_the_same_ports_in_order_and_apart(
+    ranges: list[tuple[int, int]],
+) -> None:
+    result = merged(ranges)
+
+    assert {p for low, high in result for p in range(low, high + 1)} == {
+        p for low, high in ranges for p in range(low, high + 1)
+    }
+    assert all(low <= high for low, high in result)
+    assert all(before[1] + 1 < after[0] for before, after in pairwise(result))
+    assert merged(result) == result
+    assert merged(reversed(ranges)) == result
+
+
+@pytest.mark.parametrize(
+    ("ranges", "expected"),
+    [
+        ([], ()),
+        ([(80, 80)], ((80, 80),)),
+        ([(80, 80), (81, 81)], ((80, 81),)),
+        ([(80, 80), (82, 82)], ((80, 80), (82, 82))),
+        ([(1, 65535), (80, 80)], ((1, 65535),)),
+        ([(80, 90), (85, 87), (90, 95)], ((80, 95),)),
+    ],
+)
+def test_touching_ranges_become_one(ranges: list[tuple[int, int]], expected: Ports) -> None:
+    assert merged(ranges) == expected
+
+
+# wanted
+
+
+def spec_for(*footprints: Footprint, source_is_relay: bool = False) -> RuleSpec:
+    return wanted(
+        name="krelay",
+        queue=1600,
+        tcp=[(443, 443), (80, 80)],
+        udp=[(53, 53)],
+        gport=17000,
+        server=S,
+        source_is_relay=source_is_relay,
+        beside=[NET, NET],
+        footprints=footprints,
+    )
+
+
+def test_without_rows_the_rules_are_those_of_the_config() -> None:
+    assert spec_for() == RuleSpec(
+        "krelay", 1600, ((80, 80), (443, 443)), ((53, 53),), (17000,), (S,), (NET,)
+    )
+
+
+def test_rows_keep_what_they_need_in_the_rules() -> None:
+    spec = spec_for(
+        Footprint(Proto.TCP, 8080, 16000, Z.packed, False),
+        Footprint(Proto.UDP, 123, None, S.packed, False),
+        Footprint(Proto.TCP, 80, 17000, S.packed, False),
+    )
+
+    assert spec.tcp == ((80, 80), (443, 443), (8080, 8080))
+    assert spec.udp == ((53, 53), (123, 123))
+    assert spec.gports == (16000, 17000)
+    assert spec.servers == (S, Z)
+    assert spec.relay_clients == (NET,)
+
+
+def test_anyones_source_is_changed_with_source_relay_and_while_a_row_needs_it() -> None:
+    assert spec_for(source_is_relay=True).relay_clients == (ANYONE,)
+    row = Footprint(Proto.UDP, 53, None, S.packed, True)
+    assert spec_for(row).relay_clients == (ANYONE,)
+
+
+def test_equal_needs_in_another_order_make_equal_specs() -> None:
+    needs = [
+        Footprint(Proto.TCP, 8080, 16000, Z.packed, False),
+        Footprint(Proto.UDP, 123, None, S.packed, False),
+    ]
+
+    assert spec_for(*needs) == spec_for(*reversed(needs))
+
+
+# Names
+
+
+def test_two_trees_have_two_names_and_the_default_tree_the_plain_one() -> None:
+    names = [instance_name(root, "/run/krelay") for root in ("/run/krelay", "/run/two", "/run/3")]
+
+    assert names[0] == "krelay"
+    assert len(set(names)) == 3
+    assert names == [instance_name(r, "/run/krelay") for r in ("/run/krelay", "/run/two", "/run/3")]
+    used = [chain.name for name in names for chain in chains(name)]
+    assert len(set(used)) == 6
+
+
+@given(st.text(max_size=300))
+def test_chain_names_fit_and_are_words(root: str) -> None:
+    name = instance_name(root, "/run/krelay")
+
+    for chain in chains(name):
+        assert len(chain.name) <= MOST_CHAIN_NAME
+        assert re.fullmatch(r"krelay[0-9a-z-]*", chain.name)
+    assert [(chain.table, chain.builtin) for chain in chains(name)] == [
+        ("raw", "PREROUTING"),
+        ("mangle", "POSTROUTING"),
+    ]

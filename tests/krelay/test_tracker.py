@@ -1,0 +1,95 @@
+"""Flags seen from the middle: a table of who sent what, and the state that follows."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from krelay.tracker import Side, State, Tracker
+from tests.tools.packets import flags_of
+
+SIDES = {"C": Side.CLIENT, "S": Side.SERVER, "D": Side.DAEMON}
+OPEN = "C[S] C[.] S[S.] "
+
+# Client C, server S, tcp-relay's own packets D (T2 and T3), in the order in which they pass.
+TABLE = [
+    ("", State.OPENING),
+    ("C[S]", State.OPENING),
+    ("C[S] C[S] C[S]", State.OPENING),
+    ("C[S] D[S.] C[.]", State.OPENING),
+    ("C[S] D[S.] C[.] D[S]", State.OPENING),
+    ("C[S] D[S.] C[.] D[S] S[S.]", State.ESTABLISHED),
+    ("C[S] D[S.] D[S] S[S.]", State.OPENING),
+    ("C[S] D[S.] D[S] S[S.] C[.]", State.ESTABLISHED),
+    ("C[S] C[P.] S[S.]", State.ESTABLISHED),
+    ("C[S] C[.] S[S]", State.ESTABLISHED),  # a simultaneous open
+    (OPEN + "C[P.] S[P.] C[.] D[.]", State.ESTABLISHED),
+    (OPEN + "D[F.] D[F.]", State.ESTABLISHED),  # tcp-relay's are copies of theirs
+    (OPEN + "C[F.]", State.ESTABLISHED),  # half-closed, and may live for hours
+    (OPEN + "C[F.] S[P.] S[P.]", State.ESTABLISHED),
+    (OPEN + "S[F.]", State.ESTABLISHED),
+    (OPEN + "S[F.] S[F.] C[.]", State.ESTABLISHED),
+    (OPEN + "C[F.] S[F.]", State.CLOSING),
+    (OPEN + "S[FP.] C[FP.]", State.CLOSING),
+    (OPEN + "C[F.] S[F.] C[.] S[.]", State.CLOSING),
+    (OPEN + "C[R]", State.CLOSING),
+    (OPEN + "S[R.]", State.CLOSING),
+    (OPEN + "D[R]", State.CLOSING),
+    (OPEN + "C[R] C[P.] S[P.]", State.CLOSING),
+    ("C[S] S[R.]", State.CLOSING),
+    ("C[S] C[R]", State.CLOSING),
+    ("C[S] C[F.] S[S.]", State.ESTABLISHED),
+    ("C[SF] S[SF.]", State.CLOSING),
+]
+
+
+def after(trace: str) -> Tracker:
+    tracker = Tracker()
+    for packet in trace.split():
+        tracker.saw(SIDES[packet[0]], flags_of(packet))
+    return tracker
+
+
+@pytest.mark.parametrize(("trace", "state"), TABLE)
+def test_the_state_that_follows_from_the_flags(trace: str, state: State) -> None:
+    assert after(trace).state is state
+
+
+def test_closed_is_when_tcp_relay_says_so_whatever_was_seen() -> None:
+    for trace, _ in TABLE:
+        tracker = after(trace)
+        tracker.closed = True
+
+        assert tracker.state is State.CLOSED
+
+
+def test_a_resumed_connection_is_established_from_its_first_packet() -> None:
+    tracker = Tracker()
+    tracker.resumed()
+
+    assert tracker.state is State.ESTABLISHED
+
+
+sides_and_flags = st.lists(st.tuples(st.sampled_from(Side), st.integers(0, 255)), max_size=12)
+ORDER = [State.OPENING, State.ESTABLISHED, State.CLOSING]
+
+
+@given(sides_and_flags)
+def test_a_connection_never_goes_back_to_an_earlier_state(packets: list[tuple[Side, int]]) -> None:
+    tracker = Tracker()
+    before = 0
+    for side, flags in packets:
+        tracker.saw(side, flags)
+        now = ORDER.index(tracker.state)
+        assert now >= before
+        before = now
+
+
+@given(sides_and_flags)
+def test_what_is_seen_twice_changes_nothing_more(packets: list[tuple[Side, int]]) -> None:
+    once, twice = Tracker(), Tracker()
+    for side, flags in packets:
+        once.saw(side, flags)
+        twice.saw(side, flags)
+        twice.saw(side, flags)
+
+    assert once == twice

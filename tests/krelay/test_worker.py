@@ -1,0 +1,1001 @@
+"""The packet path: every case of the design as a trace, a slow twin, and a lot of nonsense.
+
+The twin is tests.tools.packets: a rewritten packet equals one built from scratch.  The nonsense is
+a hundred thousand damaged packets, of which only a row's may come out changed.
+"""
+
+import re
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scapy.layers.inet import ICMP, IP, UDP
+
+from krelay.flow import Flow, Proto, Source
+from krelay.nat import Limits, NatTable
+from krelay.row import Hook, Rewrite, Step, Timeouts
+from krelay.wire import BadPacket, ipv4
+from krelay.worker import Verdict, Worker, flow_of, readdressed
+from tests.tools.packets import (
+    Template,
+    addr,
+    at,
+    flow,
+    policy,
+    template,
+    with_zero_check,
+    with_zero_ip_check,
+)
+from tests.tools.script import RECORD_ROUTE, Host, play
+from tests.tools.strategies import mutated, rewritings
+
+RELAY = policy(source=Source.RELAY)
+
+# The two handshakes and T1 to T4 of one connection, which many scripts begin with.
+CONNECTED = """
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     post  K:16000 > C:40000 [S.]        => K:80 > C:40000
+    0     pre   C:40000 > K:80 [.]            => C:40000 > K:16000
+    0     open  C:40000 @16000 from K:45678   => S:80 client
+    0     post  K:45678 > S:80 [S]            => C:45678 > S:80
+    0     pre   S:80 > C:45678 [S.]           => S:80 > K:45678
+    0     post  K:45678 > S:80 [.]            => C:45678 > S:80
+"""
+
+
+def states(host: Host) -> list[str]:
+    return [row.state for row in host.nat]
+
+
+# The steps, system.md section 2
+
+
+def test_a_connection_takes_the_steps_t1_to_t4() -> None:
+    host = play(
+        CONNECTED
+        + """
+    1     pre   C:40000 > K:80 [P.]           => C:40000 > K:16000
+    1     post  K:45678 > S:80 [P.]           => C:45678 > S:80
+    1     pre   S:80 > C:45678 [P.]           => S:80 > K:45678
+    1     post  K:16000 > C:40000 [P.]        => K:80 > C:40000
+    2     pre   C:40000 > K:80 [F.]           => C:40000 > K:16000
+    2     post  K:45678 > S:80 [F.]           => C:45678 > S:80
+    2     pre   S:80 > C:45678 [F.]           => S:80 > K:45678
+    2     post  K:16000 > C:40000 [F.]        => K:80 > C:40000
+    2     pre   C:40000 > K:80 [.]            => C:40000 > K:16000
+    """
+    )
+
+    assert host.steps == {"T1": 5, "T2": 3, "T3": 4, "T4": 3}
+    assert states(host) == ["closing"]
+
+
+def test_with_source_relay_the_server_sees_the_relay() -> None:
+    host = play(
+        """
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     open  C:40000 @16000 from K:45678   => S:80 relay
+    0     post  K:45678 > S:80 [S]            => K:45678 > S:80
+    0     pre   S:80 > K:45678 [S.]           => S:80 > K:45678
+    0     pre   S:80 > C:45678 [S.]           => pass no_row
+    0     post  K:16000 > C:40000 [S.]        => K:80 > C:40000
+    """,
+        on=RELAY,
+    )
+
+    assert host.steps == {"T1": 1, "T2": 1, "T3": 1, "T4": 1}
+
+
+def test_udp_takes_the_steps_u1_to_u4_two_at_a_time() -> None:
+    host = play("""
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     post  S:53 > C:4000                 => K:53 > C:4000
+    1     pre   C:4000 > K:53                 => C:4000 > S:53
+    """)
+
+    assert host.steps == {"U1,U2": 2, "U3,U4": 1}
+    assert states(host) == ["replied"]
+
+
+def test_with_source_relay_udp_takes_each_step_by_itself() -> None:
+    host = play(
+        """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53    # U1
+    0     post  C:4000 > S:53                 => K:4000 > S:53    # U2
+    0     pre   S:53 > K:4000                 => S:53 > C:4000    # U3
+    0     post  S:53 > C:4000                 => K:53 > C:4000    # U4
+    """,
+        on=RELAY,
+    )
+
+    assert host.steps == {"U1": 1, "U2": 1, "U3": 1, "U4": 1}
+    assert states(host) == ["replied"]
+
+
+def test_both_addresses_of_the_relay_serve() -> None:
+    play("""
+    0     pre   C:40000 > G:80 [S]            => C:40000 > G:16000
+    0     post  G:16000 > C:40000 [S.]        => G:80 > C:40000
+    0     pre   C:4000 > G:53                 => C:4000 > S:53
+    0     post  S:53 > C:4000                 => G:53 > C:4000
+    """)
+
+
+# Cases that are easy to forget
+
+
+def test_the_relay_hosts_own_connection_to_the_server_goes_on_untouched() -> None:
+    play(
+        CONNECTED
+        + """
+    0     post  K:50000 > S:80 [S]            => pass own
+    0     pre   S:80 > K:50000 [S.]           => pass no_row
+    0     post  K:50000 > S:80 [.]            => pass no_row
+    0     post  K:50001 > S:53                => pass own
+    0     pre   S:53 > K:50001                => pass no_row
+    """
+    )
+
+
+def test_the_hosts_own_question_keeps_its_port_to_itself() -> None:
+    play(
+        """
+    0     post  K:4000 > S:53                 => pass own         # the host's own
+    0     pre   C:4000 > K:53                 => C:moved > S:53
+    0     post  C:moved > S:53                => K:moved > S:53
+    0     pre   S:53 > K:4000                 => pass no_row      # its answer
+    0     pre   S:53 > K:moved                => S:53 > C:moved
+    0     post  S:53 > C:moved                => K:53 > C:4000
+    """,
+        on=RELAY,
+    )
+
+
+def test_who_talks_to_the_gateway_port_itself_is_refused_and_never_relayed() -> None:
+    host = play("""
+    0     pre   C:40000 > K:16000 [S]         => drop gateway_port + K:16000 > C:40000 [R.]
+    0     post  K:16000 > C:40000 [R.]        => pass own         # the RST, once
+    0     post  K:16000 > C:40000 [R.]        => drop no_row
+    0     pre   C:40000 > K:16000 [R]         => drop gateway_port
+    0     post  K:16000 > C:40000 [R]         => drop no_row
+    0     pre   C:40000 > K:16000 [.]         => drop gateway_port + K:16000 > C:40000 [R]
+    0     open  C:40000 @16000 from K:45678   => refused: no row for this client
+    """)
+
+    assert len(host.nat) == 0
+
+
+def test_the_gateway_port_is_refused_also_to_a_client_that_is_relayed() -> None:
+    play(
+        CONNECTED
+        + """
+    1     pre   C:40000 > K:16000 [.]         => drop gateway_port + K:16000 > C:40000 [R]
+    1     pre   C:40000 > K:80 [P.]           => C:40000 > K:16000
+    """
+    )
+
+
+def test_an_answer_of_the_gateway_port_never_goes_out_unrewritten() -> None:
+    play("""
+    0     post  K:16000 > C:40000 [S.]        => drop no_row
+    0     post  K:16000 > C:40000 [P.]        => drop no_row
+    0     set   tcp=
+    0     post  K:16000 > C:40000 [.]         => drop no_row
+    """)
+
+
+@pytest.mark.parametrize("client", ["S", "N"])
+def test_the_server_and_its_neighbours_are_relayed_with_source_relay(client: str) -> None:
+    play(
+        """
+    0     pre   X:40000 > K:80 [S]            => X:40000 > K:16000
+    0     open  X:40000 @16000 from K:45678   => S:80 relay
+    0     post  K:45678 > S:80 [S]            => K:45678 > S:80
+    0     pre   S:80 > K:45678 [S.]           => S:80 > K:45678
+    0     post  K:16000 > X:40000 [S.]        => K:80 > X:40000
+    0     pre   X:4000 > K:53                 => X:4000 > S:53
+    0     post  X:4000 > S:53                 => K:4000 > S:53
+    0     pre   S:53 > K:4000                 => S:53 > X:4000
+    0     post  S:53 > X:4000                 => K:53 > X:4000
+    """.replace("X:", f"{client}:")
+    )
+
+
+def test_the_server_itself_is_relayed_with_source_relay_also_behind_a_router() -> None:
+    """Whatever subnets are beside it."""
+    for client, source in (("S", Source.RELAY), ("N", Source.CLIENT), ("C", Source.CLIENT)):
+        assert policy(beside=()).source_for(addr(client)) is source
+
+
+def test_a_relay_port_that_is_the_clients_own_direct_connections_is_refused() -> None:
+    play("""
+    0     pre   C:45678 > S:80 [S]            => pass direct
+    0     pre   S:80 > C:45678 [S.]           => pass no_row
+    1     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    1     open  C:40000 @16000 from K:45678   => refused: relay port is taken
+    1     open  C:40000 @16000 from K:45679   => S:80 client
+    1     post  K:45679 > S:80 [S]            => C:45679 > S:80
+    2     pre   S:80 > C:45678 [.]            => pass no_row
+    2     pre   C:45678 > S:80 [.]            => pass direct
+    2     pre   S:80 > C:45679 [S.]           => S:80 > K:45679
+    """)
+
+
+def test_a_direct_connection_that_comes_later_is_moved_to_another_port() -> None:
+    host = play(
+        CONNECTED
+        + """
+    1     pre   C:45678 > S:80 [S]            => C:moved > S:80   # D1
+    1     pre   S:80 > C:moved [S.]           => S:80 > C:45678   # D2
+    1     pre   C:45678 > S:80 [.]            => C:moved > S:80
+    1     pre   S:80 > C:45678 [P.]           => S:80 > K:45678   # the relayed one
+    1     post  K:45678 > S:80 [.]            => C:45678 > S:80
+    2     pre   C:45678 > S:80 [P.]           => C:moved > S:80
+    """
+    )
+
+    assert host.steps["D1"] == 3
+    assert states(host) == ["established", "established"]
+
+
+def test_a_direct_connection_is_moved_also_when_only_rows_still_use_the_service() -> None:
+    play(
+        CONNECTED
+        + """
+    1     set   tcp=443
+    1     pre   C:45678 > S:80 [S]            => C:moved > S:80
+    1     pre   S:80 > C:moved [S.]           => S:80 > C:45678
+    1     pre   S:80 > C:45678 [P.]           => S:80 > K:45678
+    """
+    )
+
+
+def test_a_moved_connection_from_a_port_used_again_keeps_its_row_while_it_idles() -> None:
+    play(
+        CONNECTED
+        + """
+    1     pre   C:45678 > S:80 [S]            => C:moved > S:80
+    1     pre   S:80 > C:moved [R.]           => S:80 > C:45678
+    2     pre   C:45678 > S:80 [S]            => C:moved > S:80
+    2     pre   S:80 > C:moved [S.]           => S:80 > C:45678
+    2     pre   C:45678 > S:80 [.]            => C:moved > S:80
+    400   pre   C:45678 > S:80 [P.]           => C:moved > S:80
+    """
+    )
+
+
+def test_the_hosts_own_question_from_a_port_that_a_row_uses_gets_its_own_answer() -> None:
+    play(
+        """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     post  C:4000 > S:53                 => K:4000 > S:53
+    0     post  K:4000 > S:53                 => K:moved > S:53
+    0     pre   S:53 > K:moved                => S:53 > K:4000
+    """,
+        on=RELAY,
+    )
+
+
+def test_a_relayed_question_leaves_a_clients_own_its_port() -> None:
+    play("""
+    0     pre   C:4000 > S:53                 => pass direct
+    0     pre   C:4000 > K:53                 => C:moved > S:53
+    0     post  S:53 > C:4000                 => pass no_row      # the direct one's answer
+    0     post  S:53 > C:moved                => K:53 > C:4000
+    0     pre   C:4000 > S:53                 => pass direct
+    """)
+
+
+@pytest.mark.parametrize("source", Source)
+def test_a_clients_own_question_from_a_relayed_port_is_moved(source: Source) -> None:
+    host = play(
+        """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     pre   C:4000 > S:53                 => C:moved > S:53   # D1
+    0     post  C:moved > S:53                => pass no_row
+    0     post  S:53 > C:moved                => S:53 > C:4000    # D2
+    0     post  S:53 > C:4000                 => K:53 > C:4000
+    """,
+        on=policy(source=source),
+    )
+
+    assert (host.steps["D1"], host.steps["D2"]) == (1, 1)
+
+
+def test_a_relay_port_that_equals_the_clients_port_is_refused() -> None:
+    play("""
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     open  C:40000 @16000 from K:40000   => refused: relay port is taken
+    0     open  C:40000 @16000 from K:40001   => S:80 client
+    """)
+
+
+def test_one_client_port_to_two_services_comes_to_tcp_relay_as_two() -> None:
+    play("""
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     pre   C:40000 > K:443 [S]           => C:other > K:16000
+    0     open  C:40000 @16000 from K:45678   => S:80 client
+    0     open  C:other @16000 from K:45679   => S:443 client
+    0     post  K:16000 > C:40000 [S.]        => K:80 > C:40000
+    0     post  K:16000 > C:other [S.]        => K:443 > C:40000
+    0     pre   C:40000 > K:443 [P.]          => C:other > K:16000
+    """)
+
+
+def test_one_client_port_to_two_addresses_of_the_relay_makes_two_flows() -> None:
+    play("""
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     pre   C:40000 > G:80 [S]            => C:other > G:16000
+    0     open  C:40000 @16000 from K:45678   => S:80 client
+    0     open  C:other @16000 from K:45679   => S:80 client
+    0     post  G:16000 > C:other [S.]        => G:80 > C:40000
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     pre   C:4000 > G:53                 => C:second > S:53
+    0     post  S:53 > C:4000                 => K:53 > C:4000
+    0     post  S:53 > C:second               => G:53 > C:4000
+    """)
+
+
+def test_one_client_port_at_two_clients_is_nothing_special() -> None:
+    play("""
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     pre   D:40000 > K:80 [S]            => D:40000 > K:16000
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     pre   D:4000 > K:53                 => D:4000 > S:53
+    """)
+
+
+def test_two_clients_of_source_relay_get_two_ports_towards_the_server() -> None:
+    play(
+        """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     pre   D:4000 > K:53                 => D:other > S:53
+    0     post  D:other > S:53                => K:other > S:53
+    0     pre   S:53 > K:other                => S:53 > D:other
+    0     post  S:53 > D:other                => K:53 > D:4000
+    """,
+        on=RELAY,
+    )
+
+
+# Packets that open nothing
+
+
+@pytest.mark.parametrize("flags", ["S.", ".", "P.", "F.", "R", "R.", "SR", "F", ""])
+def test_only_a_syn_opens_a_connection(flags: str) -> None:
+    host = play(f"0  pre  C:40000 > K:80 [{flags}]  => pass no_row")
+
+    assert len(host.nat) == 0
+
+
+def test_whatever_no_rule_asks_for_goes_on_untouched() -> None:
+    host = play("""
+    0     pre   C:40000 > K:22 [S]            => pass no_row
+    0     pre   C:40000 > K:8080 [S]          => pass no_row
+    0     pre   C:4000 > K:80                 => pass no_row      # UDP to a TCP service
+    0     pre   C:4000 > S:80                 => pass no_row
+    0     pre   C:40000 > S:22 [S]            => pass no_row
+    0     pre   C:40000 > Z:80 [S]            => pass no_row      # no server of ours
+    0     post  S:53 > C:4000                 => pass no_row
+    0     post  K:22 > C:40000 [S.]           => pass no_row
+    """)
+
+    assert len(host.nat) == 0
+
+
+def test_what_is_neither_whole_nor_tcp_nor_udp_goes_on_and_is_counted() -> None:
+    host = Host(policy())
+    worker = host.worker
+    packet = template("C:4000 > K:53").build()
+    segment = template("C:40000 > K:80 [S]").build()
+    fragment = template("C:4000 > K:53", fragment=0x2000).build()
+    echo = ipv4.build(1, addr("C"), addr("K"), b"\x08\0\0\0\0\0\0\0")
+    short_udp = ipv4.build(17, addr("C"), addr("K"), packet[20:27])
+    short_tcp = ipv4.build(6, addr("C"), addr("K"), segment[20:39])
+    long_udp = packet[:24] + (len(packet) - 19).to_bytes(2) + packet[26:]
+    tiny_udp = packet[:24] + b"\0\x07" + packet[26:]
+    for hook in Hook:
+        for bytes_ in (b"", b"\0" * 40, fragment, echo, short_udp, short_tcp, long_udp, tiny_udp):
+            assert worker.handle(bytes_, hook, 0) is Verdict.PASS
+        assert worker.handle(packet[:-1], hook, 0) is Verdict.DROP
+
+    assert worker.counts.passed == {
+        "short_header": 6,
+        "bad_version": 2,
+        "fragment": 2,
+        "other_protocol": 2,
+        "bad_length": 4,
+    }
+    assert worker.counts.dropped == {"truncated": 2}
+    assert len(host.nat) == 0
+
+
+def test_a_rows_packets_are_judged_alike() -> None:
+    """The same as above where a row would claim the addresses and ports."""
+    host = Host(policy())
+    worker = host.worker
+    packet = template("C:4000 > K:53").build()
+    assert worker.handle(packet, Hook.PREROUTING, 0) != Verdict.PASS
+    long_udp = packet[:24] + (len(packet) - 19).to_bytes(2) + packet[26:]
+    fragment = template("C:4000 > K:53", fragment=0x2000).build()
+
+    for bytes_ in (long_udp, fragment):
+        assert worker.handle(bytes_, Hook.PREROUTING, 0) is Verdict.PASS
+    assert worker.handle(packet[:-1], Hook.PREROUTING, 0) is Verdict.DROP
+    assert worker.counts.passed == {"bad_length": 1, "fragment": 1}
+
+    segment = template("C:40000 > K:80 [P.]").build()
+    assert worker.handle(template("C:40000 > K:80 [S]").build(), Hook.PREROUTING, 0)
+    assert worker.handle(segment, Hook.PREROUTING, 0) != Verdict.PASS
+    assert worker.handle(segment[:-1], Hook.PREROUTING, 0) is Verdict.DROP
+    assert worker.handle(segment + b"\0", Hook.PREROUTING, 0) is Verdict.PASS
+    assert worker.counts.passed == {"bad_length": 2, "fragment": 1}
+    assert worker.counts.dropped == {"truncated": 2}
+
+
+# Changes under live flows
+
+
+def test_rows_keep_their_gateway_port_and_new_ones_get_the_new() -> None:
+    play(
+        CONNECTED
+        + """
+    1     set   gport=17000
+    1     pre   C:40000 > K:80 [P.]           => C:40000 > K:16000
+    1     post  K:16000 > C:40000 [P.]        => K:80 > C:40000
+    1     pre   C:40001 > K:80 [S]            => C:40001 > K:17000
+    1     post  K:17000 > C:40001 [S.]        => K:80 > C:40001
+    1     pre   D:5000 > K:17000 [S]          => drop gateway_port + K:17000 > D:5000 [R.]
+    1     pre   D:5000 > K:16000 [S]          => drop gateway_port + K:16000 > D:5000 [R.]
+    1     post  K:16000 > D:5001 [S.]         => drop no_row
+    1     close K:45678
+    20    pre   D:5000 > K:16000 [S]          => pass no_row      # nobody's any more
+    """
+    )
+
+
+def test_the_same_client_port_may_come_to_two_gateway_ports() -> None:
+    play("""
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     set   gport=17000
+    0     pre   C:40000 > K:443 [S]           => C:40000 > K:17000
+    0     open  C:40000 @17000 from K:45679   => S:443 client
+    0     open  C:40000 @16000 from K:45678   => S:80 client
+    """)
+
+
+def test_rows_keep_their_server_and_new_ones_get_the_new() -> None:
+    play(
+        CONNECTED
+        + """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    1     set   server=Z
+    1     post  K:45678 > S:80 [P.]           => C:45678 > S:80
+    1     pre   C:4000 > K:53                 => C:4000 > S:53
+    1     pre   C:4001 > K:53                 => C:4001 > Z:53
+    1     pre   C:40001 > K:80 [S]            => C:40001 > K:16000
+    1     open  C:40001 @16000 from K:45679   => Z:80 client
+    1     post  K:45679 > Z:80 [S]            => C:45679 > Z:80
+    1     pre   C:45678 > S:80 [S]            => C:moved > S:80   # the old server is still minded
+    """
+    )
+
+
+def test_rows_keep_their_source_and_new_ones_get_the_new() -> None:
+    play(
+        CONNECTED
+        + """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    1     set   source=relay
+    1     post  K:45678 > S:80 [P.]           => C:45678 > S:80
+    1     pre   C:4000 > K:53                 => C:4000 > S:53
+    1     post  C:4000 > S:53                 => pass no_row
+    1     pre   C:4001 > K:53                 => C:4001 > S:53
+    1     post  C:4001 > S:53                 => K:4001 > S:53
+    1     pre   C:40001 > K:80 [S]            => C:40001 > K:16000
+    1     open  C:40001 @16000 from K:45679   => S:80 relay
+    """
+    )
+
+
+def test_a_service_that_is_gone_serves_its_rows_and_no_new_ones() -> None:
+    play(
+        CONNECTED
+        + """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    1     set   tcp=443 udp=
+    1     pre   C:40000 > K:80 [P.]           => C:40000 > K:16000
+    1     pre   S:80 > C:45678 [P.]           => S:80 > K:45678
+    1     pre   C:4000 > K:53                 => C:4000 > S:53
+    1     pre   C:40001 > K:80 [S]            => pass no_row
+    1     pre   C:4001 > K:53                 => pass no_row
+    """
+    )
+
+
+def test_while_stopping_rows_live_on_and_nothing_new_begins() -> None:
+    play(
+        CONNECTED
+        + """
+    1     set   off
+    1     pre   C:40000 > K:80 [P.]           => C:40000 > K:16000
+    1     post  K:16000 > C:40000 [R.]        => K:80 > C:40000
+    1     pre   C:40001 > K:80 [S]            => pass not_relaying
+    1     pre   C:4001 > K:53                 => pass not_relaying
+    1     pre   C:40000 > K:80 [S]            => drop not_relaying
+    """
+    )
+
+
+# Ports used again, and late packets
+
+
+def test_a_syn_on_a_closing_row_makes_a_new_row_beside_the_old_server_leg() -> None:
+    host = play(
+        CONNECTED
+        + """
+    1     pre   C:40000 > K:80 [R]            => C:40000 > K:16000
+    2     pre   C:40000 > K:80 [S]            => C:other > K:16000
+    2     post  K:16000 > C:other [S.]        => K:80 > C:40000
+    2     open  C:other @16000 from K:45679   => S:80 client
+    2     post  K:45679 > S:80 [S]            => C:45679 > S:80
+    2     pre   S:80 > C:45678 [F.]           => S:80 > K:45678   # the old server leg
+    2     post  K:45678 > S:80 [R]            => C:45678 > S:80
+    200   pre   C:40000 > K:80 [.]            => C:other > K:16000
+    200   pre   S:80 > C:45679 [S.]           => S:80 > K:45679
+    243   pre   S:80 > C:45678 [.]            => pass no_row      # it is gone now
+    243   pre   S:80 > C:45679 [.]            => S:80 > K:45679
+    """
+    )
+
+    assert len(host.nat) == 1
+
+
+def test_a_syn_on_a_closed_row_takes_its_place_and_its_port() -> None:
+    host = play(
+        CONNECTED
+        + """
+    1     close K:45678
+    2     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    2     post  K:45678 > S:80 [.]            => C:45678 > S:80   # lingers
+    2     open  C:40000 @16000 from K:45678   => S:80 client
+    2     post  K:45678 > S:80 [S]            => C:45678 > S:80
+    13    pre   S:80 > C:45678 [S.]           => S:80 > K:45678
+    13    pre   C:40000 > K:80 [.]            => C:40000 > K:16000
+    """
+    )
+
+    assert len(host.nat) == 1
+    assert states(host) == ["established"]
+
+
+def test_a_syn_on_an_open_row_is_that_rows() -> None:
+    host = play(
+        CONNECTED
+        + """
+    1     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    """
+    )
+
+    assert len(host.nat) == 1
+
+
+def test_a_syn_on_a_closed_row_of_a_service_that_is_gone_is_dropped() -> None:
+    play(
+        CONNECTED
+        + """
+    1     close K:45678
+    1     set   tcp=443
+    2     pre   C:40000 > K:80 [S]            => drop not_relaying
+    """
+    )
+
+
+def test_a_closed_row_still_serves_the_last_packets_and_then_goes() -> None:
+    play(
+        CONNECTED
+        + """
+    1     close K:45678
+    9     pre   S:80 > C:45678 [F.]           => S:80 > K:45678
+    9     post  K:45678 > S:80 [.]            => C:45678 > S:80
+    9     post  K:16000 > C:40000 [F.]        => K:80 > C:40000
+    13    pre   S:80 > C:45678 [.]            => pass no_row
+    13    pre   C:40000 > K:80 [.]            => pass no_row
+    13    post  K:16000 > C:40000 [.]         => drop no_row
+    13    post  K:45678 > S:80 [.]            => pass no_row
+    """
+    )
+
+
+def test_packets_that_come_after_their_row_has_expired_are_strangers() -> None:
+    host = play(
+        CONNECTED
+        + """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    22    post  S:53 > C:4000                 => pass no_row
+    7442  pre   C:40000 > K:80 [P.]           => pass no_row
+    7442  pre   S:80 > C:45678 [P.]           => pass no_row
+    7442  post  K:16000 > C:40000 [P.]        => drop no_row
+    7442  pre   C:4000 > K:53                 => C:4000 > S:53    # a new row
+    """
+    )
+
+    assert len(host.nat) == 1
+
+
+def test_packets_keep_a_row_alive_and_resets_do_not() -> None:
+    play(
+        CONNECTED
+        + """
+    7000  pre   S:80 > C:45678 [.]            => S:80 > K:45678
+    14000 pre   C:40000 > K:80 [.]            => C:40000 > K:16000
+    14000 pre   S:80 > C:45678 [R]            => S:80 > K:45678
+    14200 pre   S:80 > C:45678 [R]            => S:80 > K:45678
+    14242 pre   S:80 > C:45678 [R]            => pass no_row
+    """
+    )
+
+
+def test_a_row_that_is_closing_goes_by_its_new_timeout_at_once() -> None:
+    host = play(CONNECTED)
+    host.nat.set_timeouts(Timeouts(tcp_transitory=2))
+    host.nat.expire(1)
+    assert host.run(1, "pre", "S:80 > C:45678 [R]") == "S:80 > K:45678"
+
+    assert host.run(4, "pre", "S:80 > C:45678 [R]") == "pass no_row"
+
+
+def test_what_the_daemon_itself_sends_keeps_no_row_alive() -> None:
+    play(
+        CONNECTED
+        + """
+    7000  post  K:45678 > S:80 [.]            => C:45678 > S:80
+    7000  post  K:16000 > C:40000 [.]         => K:80 > C:40000
+    7442  pre   C:40000 > K:80 [.]            => pass no_row
+    """
+    )
+
+
+# Recovery after a kill
+
+
+def test_while_recovering_what_may_be_a_known_flows_is_dropped_and_a_syn_is_welcome() -> None:
+    play("""
+    0     set   recovering=5
+    0     pre   C:40000 > K:80 [P.]           => drop recovering
+    0     pre   S:80 > C:45678 [P.]           => drop recovering
+    0     post  K:45678 > S:80 [P.]           => drop recovering
+    0     post  K:16000 > C:40000 [P.]        => drop no_row
+    0     post  S:53 > C:4000                 => drop recovering
+    0     pre   S:53 > K:4000                 => drop recovering
+    0     pre   C:40001 > K:80 [S]            => C:40001 > K:16000
+    0     pre   C:4001 > K:53                 => C:4001 > S:53
+    0     pre   C:5000 > S:80 [S]             => pass direct
+    0     post  K:50000 > S:80 [S]            => pass own
+    4.9   pre   C:40000 > K:80 [P.]           => drop recovering
+    5     pre   C:40000 > K:80 [P.]           => pass no_row
+    """)
+
+
+def test_a_resumed_connection_goes_on_as_if_nothing_had_been() -> None:
+    host = play("""
+    0     set    recovering=5
+    0     pre    C:40000 > K:80 [P.]                    => drop recovering
+    1     resume C:40000 @16000 from K:45678 to S:80    => resumed
+    1     pre    C:40000 > K:80 [P.]                    => C:40000 > K:16000
+    1     post   K:45678 > S:80 [P.]                    => C:45678 > S:80
+    1     pre    S:80 > C:45678 [P.]                    => S:80 > K:45678
+    1     post   K:16000 > C:40000 [P.]                 => K:80 > C:40000
+    7440  pre    C:40000 > K:80 [.]                     => C:40000 > K:16000
+    """)
+
+    assert states(host) == ["established"]
+
+
+# Full
+
+
+def test_a_full_table_refuses_new_flows_and_disturbs_none() -> None:
+    host = play(
+        CONNECTED
+        + """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    1     set   flows=2
+    1     pre   D:40000 > K:80 [S]            => drop table_full
+    1     pre   D:4000 > K:53                 => drop table_full + K > D icmp 3/13
+    1     pre   C:40000 > K:80 [P.]           => C:40000 > K:16000
+    1     post  K:45678 > S:80 [P.]           => C:45678 > S:80
+    1     pre   C:4000 > K:53                 => C:4000 > S:53
+    1     post  S:53 > C:4000                 => K:53 > C:4000
+    1     pre   D:5000 > S:80 [S]             => pass direct
+    22    pre   D:4000 > K:53                 => D:4000 > S:53    # there is room again
+    """
+    )
+
+    assert host.worker.counts.dropped == {"table_full": 2}
+
+
+def test_a_client_that_has_its_share_is_refused_and_others_are_not() -> None:
+    play("""
+    0     set   flows_per_client=1
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     pre   C:4001 > K:53                 => drop client_full + K > C icmp 3/13
+    0     pre   C:40000 > K:80 [S]            => drop client_full
+    0     pre   D:40000 > K:80 [S]            => D:40000 > K:16000
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    """)
+
+
+def test_a_direct_connection_that_would_need_a_row_is_refused_when_there_is_no_room() -> None:
+    play(
+        CONNECTED
+        + """
+    1     set   flows=1
+    1     pre   C:45678 > S:80 [S]            => drop table_full
+    1     pre   C:45677 > S:80 [S]            => pass direct
+    """
+    )
+
+
+def test_the_refusal_of_a_question_quotes_it() -> None:
+    host = Host(policy())
+    host.nat.limits = Limits(flows=0)
+    question = template("C:4000 > K:53").build()
+
+    assert host.worker.handle(question, Hook.PREROUTING, 0) is Verdict.DROP
+
+    [answer] = host.worker.answers
+    error = IP(answer)
+    assert (error.src, error.dst) == ("192.168.0.2", "10.0.0.1")
+    assert (error[ICMP].type, error[ICMP].code) == (3, 13)
+    assert bytes(error[ICMP].payload) == question
+    del error.chksum, error[ICMP].chksum
+    assert bytes(error) == answer
+    assert UDP in IP(question)
+
+
+# Slow twins
+
+
+def rewrite_to(packet: Template, to: Flow) -> Rewrite:
+    """A rewrite from the packet's flow to another, in a row made for it."""
+    nat = NatTable(rng=Random(1))
+    there = packet.flow
+    if to.proto is Proto.TCP:
+        row = nat.open_tcp(there.src, there.dst, to.dst, Source.CLIENT, 1, 0)
+    else:
+        row = nat.open_udp(there.src, there.dst, to.dst, Source.CLIENT, 0)
+    old, new = (
+        f.src.addr + f.dst.addr + f.src.port.to_bytes(2) + f.dst.port.to_bytes(2)
+        for f in (there, to)
+    )
+    return Rewrite(row, Step.T1 if to.proto is Proto.TCP else Step.U12, old, new, 0)
+
+
+@given(rewritings())
+def test_a_rewritten_packet_is_the_one_built_from_scratch(case: tuple[Template, Flow]) -> None:
+    packet, to = case
+    rewrite = rewrite_to(packet, to)
+    worker = Worker(NatTable(rng=Random(1)))
+    worker.nat.tables[Hook.PREROUTING, to.proto][rewrite.old] = rewrite
+    built = packet.build()
+    right = replace(packet, flow=to).build()
+
+    assert worker.handle(built, Hook.PREROUTING, 1) == right
+    assert readdressed(built, ipv4.parse(built), rewrite) == right
+    assert (rewrite.packets, rewrite.bytes, rewrite.seen_at) == (1, len(built), 1) or (
+        packet.flags & 0x04 and to.proto is Proto.TCP
+    )
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("options", [b"", RECORD_ROUTE], ids=["plain", "options"])
+@pytest.mark.parametrize("there", ["C:40000 > K:80 [P.]", "C:4000 > K:53"])
+def test_checksums_of_zero_are_written_as_from_scratch_on_both_paths(
+    there: str, options: bytes, when: str
+) -> None:
+    """In UDP as FFFF, elsewhere as 0, and so whether a packet came with it or leaves with it."""
+    packet = template(there, ip_options=options)
+    to = Flow(packet.flow.proto, at("D:1234"), at("Z:4321"))
+    corner = packet.flow if when == "before" else to
+    packet = with_zero_ip_check(with_zero_check(packet, corner), corner)
+    where = packet.l4 + (16 if to.proto is Proto.TCP else 6)
+    zero = b"\0\0" if to.proto is Proto.TCP else b"\xff\xff"
+    built, right = packet.build(), replace(packet, flow=to).build()
+    at_corner = built if when == "before" else right
+    assert (at_corner[10:12], at_corner[where : where + 2]) == (b"\0\0", zero)
+    rewrite = rewrite_to(packet, to)
+    worker = Worker(NatTable(rng=Random(1)))
+    worker.nat.tables[Hook.PREROUTING, to.proto][rewrite.old] = rewrite
+
+    assert worker.handle(built, Hook.PREROUTING, 1) == right
+
+
+@given(
+    case=rewritings(),
+    error=st.integers(1, 0xFFFE),
+    ip_error=st.integers(0, 0xFFFE),
+)
+def test_a_broken_checksum_stays_broken_by_as_much(
+    case: tuple[Template, Flow], error: int, ip_error: int
+) -> None:
+    packet, to = case
+    packet = replace(packet, check_error=error, ip_check_error=ip_error)
+    rewrite = rewrite_to(packet, to)
+    worker = Worker(NatTable(rng=Random(1)))
+    worker.nat.tables[Hook.POSTROUTING, to.proto][rewrite.old] = rewrite
+    built, right = packet.build(), replace(packet, flow=to).build()
+
+    got = worker.handle(built, Hook.POSTROUTING, 1)
+
+    assert isinstance(got, bytes)
+    assert got == readdressed(built, ipv4.parse(built), rewrite)
+    check = packet.l4 + (16 if to.proto is Proto.TCP else 6)
+    for where in (10, check):
+        got_field, right_field = (int.from_bytes(p[where : where + 2]) for p in (got, right))
+        assert got_field % 0xFFFF == right_field % 0xFFFF
+        got = got[:where] + b"--" + got[where + 2 :]
+        right = right[:where] + b"--" + right[where + 2 :]
+    assert got == right
+
+
+def live_worker() -> Worker:
+    """A worker with rows of every kind, some of them in each state."""
+    host = Host(policy())
+    traces = [
+        *CONNECTED.splitlines(),
+        "0 pre C:40002 > K:443 [S]",
+        "0 pre C:45678 > S:80 [S]",
+        "0 pre C:4000 > K:53",
+        "0 pre N:4001 > K:53",
+        "0 pre N:40001 > K:80 [S]",
+    ]
+    for line in filter(str.strip, traces):
+        time, verb, rest = line.partition("=>")[0].split(None, 2)
+        host.run(float(time), verb, rest.strip())
+    return host.worker
+
+
+def traffic() -> list[bytes]:
+    """Packets of those rows, of strangers, and of both at once."""
+    columns = """
+        C:40000 > K:80 [S]       K:16000 > C:40000 [.]     S:80 > C:45678 [P.]
+        C:40000 > K:80 [P.]      K:45678 > S:80 [P.]       C:45678 > S:80 [P.]
+        C:40002 > K:443 [F.]     K:16000 > C:40002 [R]     N:40001 > K:80 [.]
+        C:4000 > K:53            S:53 > C:4000             N:4001 > K:53
+        N:4001 > S:53            S:53 > K:4001             S:53 > N:4001
+        D:1 > K:80 [S]           D:2 > K:16000 [S]         D:3 > S:80 [S]
+        D:1 > K:53               K:16000 > D:7 [.]         K:7 > S:80 [S]
+        D:3 > Z:99               K:5 > S:53                D:8 > K:22 [S]
+    """
+    texts = [text.strip() for text in re.split(r"\s{2,}", columns) if text.strip()]
+    return [
+        template(text, ip_options=options, tcp_options=b"\x01" * 4, padding=padding).build()
+        for text in texts
+        for options in (b"", RECORD_ROUTE)
+        for padding in ((b"", b"end") if not options else (b"",))
+    ]
+
+
+def only_readdressed(packet: bytes, result: bytes) -> bool:
+    """Whether nothing but addresses, ports and checksums differs; a missing one stays missing."""
+    l4 = (packet[0] & 0xF) * 4
+    check = l4 + (16 if packet[9] == 6 else 6)
+    same = (
+        slice(0, 10),
+        slice(20, l4),
+        slice(l4 + 4, check),
+        slice(check + 2, None),
+    )
+    none = packet[9] == 17 and packet[check : check + 2] == b"\0\0"
+    return (
+        len(packet) == len(result)
+        and all(packet[part] == result[part] for part in same)
+        and (not none or result[check : check + 2] == b"\0\0")
+    )
+
+
+def test_a_hundred_thousand_damaged_packets_do_no_harm() -> None:
+    rng = Random(20)
+    worker = live_worker()
+    worker.nat.limits = Limits(flows=300, flows_per_client=100)
+    begun = sum(worker.counts.steps)
+    sound = traffic()
+    rewritten = 0
+    for number in range(100_000):
+        packet = rng.choice(sound) if number % 50 else rng.randbytes(rng.randrange(80))
+        if number % 50 and number % 4:
+            packet = mutated(packet, rng)
+        hook = Hook.PREROUTING if rng.random() < 0.5 else Hook.POSTROUTING
+        result = worker.handle(packet, hook, number / 1000)
+        if isinstance(result, bytes):
+            rewritten += 1
+            l4 = (packet[0] & 0xF) * 4
+            claimed = worker.nat.tables[hook, Proto(packet[9])]
+            rewrite = claimed[packet[12:20] + packet[l4 : l4 + 4]]
+            assert result[12:20] + result[l4 : l4 + 4] == rewrite.new
+            assert only_readdressed(packet, result), packet.hex()
+        else:
+            assert isinstance(result, Verdict)
+        worker.answers.clear()
+
+    counts = worker.counts
+    assert sum(counts.steps) - begun == rewritten > 10_000
+    assert rewritten + counts.passed.total() + counts.dropped.total() == 100_000
+    assert {"short_header", "bad_version", "bad_length", "fragment", "other_protocol"} <= set(
+        counts.passed
+    )
+    assert counts.dropped["truncated"] > 100
+    assert len(worker.nat) <= 300
+
+
+def test_a_packet_is_told_before_it_is_rewritten_while_somebody_traces() -> None:
+    host = Host(policy())
+    told: list[tuple[str, bytes]] = []
+    host.worker.on_rewrite = lambda rewrite, packet: told.append((rewrite.step.name, packet))
+    packets = [
+        template("C:4000 > K:53").build(),
+        template("C:4000 > K:53").build(),
+        template("C:40000 > K:80 [S]").build(),
+        template("C:40000 > K:80 [.]", ip_options=RECORD_ROUTE).build(),
+        template("C:40000 > K:22 [S]").build(),
+    ]
+
+    for packet in packets:
+        host.worker.handle(packet, Hook.PREROUTING, 0)
+
+    assert told == list(zip(["U12", "U12", "T1", "T1"], packets, strict=False))
+
+
+def test_the_refusals_of_the_gateway_port_are_remembered_in_bounded_room() -> None:
+    host = Host(policy())
+    for port in range(1000, 2000):
+        host.run(0, "pre", f"C:{port} > K:16000 [S]")
+
+    assert host.run(0, "post", "K:16000 > C:1999 [R.]") == "pass own"
+    assert host.run(0, "post", "K:16000 > C:1000 [R.]") == "drop no_row"
+
+
+@pytest.mark.parametrize("text", ["C:4000 > K:53", "C:40000 > K:80 [P.]"])
+def test_flow_of_reads_the_flow_behind_options_too(text: str) -> None:
+    assert flow_of(template(text).build()) == flow(text)
+    assert flow_of(template(text, ip_options=RECORD_ROUTE).build()) == flow(text)
+
+
+def test_flow_of_is_for_tcp_and_udp_only() -> None:
+    for packet in (ipv4.build(1, addr("C"), addr("K"), bytes(8)), b"\x45"):
+        with pytest.raises(BadPacket):
+            flow_of(packet)
+
+
+# The script tool itself
+
+
+def test_a_script_that_does_not_hold_is_shown_up_to_the_line_that_failed() -> None:
+    with pytest.raises(AssertionError) as caught:
+        play("""
+        0  pre  C:4000 > K:53  => C:4000 > S:53
+        1  pre  C:4001 > K:53  => C:4002 > S:53
+        2  pre  C:4003 > K:53  => C:4003 > S:53
+        """)
+
+    shown = str(caught.value).splitlines()
+    assert shown[-2:] == [
+        "        1  pre  C:4001 > K:53  => C:4002 > S:53",
+        "        but: C:4001 > S:53",
+    ]
+    assert "4003" not in str(caught.value)
+
+
+def test_a_port_named_twice_must_be_the_same_both_times() -> None:
+    with pytest.raises(AssertionError, match="but: C:4001 > S:53"):
+        play("""
+        0  pre  C:4000 > K:53  => C:port > S:53
+        0  pre  C:4001 > K:53  => C:port > S:53
+        """)
+
+
+def test_endpoints_of_scripts_are_read_with_and_without_letters() -> None:
+    assert at("10.0.0.1:40000") == at("C:40000")
