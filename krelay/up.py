@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from krelay import client, treelock
+from krelay import client, listeners, treelock
 from krelay.clean import remove_tree
 from procfs_sim.ondisk import FileTree
 
@@ -69,12 +69,14 @@ def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     children: list[Child] = []
     try:
-        _write(root, {**values, "start": "1"})
+        _write(root, {**values, "start": "0"})
         children.append(_child("krelay", "krelay", ["daemon", "--root", str(root), *options]))
-        _wait(children, "krelay isn't running", lambda: _is_running(root))
+        _wait(children, "krelay doesn't answer", lambda: bool(_status(root)))
+        config = _checked(root, values)
         children.append(_child("tcp-relay", "tcp_relay", ["--root", str(root)], _relay_user()))
-        _wait(children, "tcp-relay isn't connected", lambda: bool(_status(root)["tcp_relays"]))
-        config = client.ask_json(root, "show config json")[0]
+        _wait(children, "tcp-relay isn't ready", lambda: _is_served(root, int(config["gport"])))
+        _write(root, {"start": "1"})
+        _wait(children, "krelay isn't running", lambda: _is_running(root))
         print(
             f"relaying to {config['real_ip']}: {config['services']} "
             f"(rules by {_status(root)['rules']}); Ctrl-C ends it",
@@ -119,6 +121,19 @@ def _wait(children: list[Child], what: str, reached: Callable[[], bool]) -> None
             pass  # not yet
         time.sleep(_PAUSE)
     raise UpFailed(f"{what} after {START_WITHIN:.0f} seconds; see the log above")
+
+
+def _checked(root: Path, values: Mapping[str, str]) -> dict[str, Any]:
+    """The values in force.  Raises UpFailed if one of ours isn't: krelay knows why."""
+    config = client.ask_json(root, "show config json")[0]
+    if any(config[name] != text for name, text in values.items()):
+        errors = (FileTree(root).read("status/errors") or "").splitlines()
+        raise UpFailed(errors[0].partition(";")[0] if errors else "a value was refused")
+    return config
+
+
+def _is_served(root: Path, gport: int) -> bool:
+    return bool(_status(root)["tcp_relays"]) and bool(listeners.listening(gport))
 
 
 def _is_running(root: Path) -> bool:

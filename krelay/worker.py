@@ -33,7 +33,7 @@ from ipaddress import IPv4Network
 
 from krelay.flow import Endpoint, Flow, Proto, Source
 from krelay.nat import NatTable, Refusal
-from krelay.row import SIDES, Hook, Rewrite, Row, Step, key
+from krelay.row import SIDES, Hook, Rewrite, Row, Step
 from krelay.tracker import Side, State, Tracker
 from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
 from krelay.wire.checksum import updated
@@ -100,6 +100,8 @@ _MIN_TCP = ipv4.MIN_HEADER + tcp.HEADER
 _FLAGS = ipv4.MIN_HEADER + tcp.FLAGS
 _NOTEWORTHY = tcp.FIN | tcp.SYN | tcp.RST
 _MOST_ANSWERS = 256
+_ANSWER = slice(12, ipv4.MIN_HEADER + tcp.CHECK)
+"""Of an answer of ours, what tells it from other packets: all from the addresses to the window."""
 
 
 class Worker:
@@ -150,6 +152,8 @@ class Worker:
                     if rewrite is not None:
                         flags = packet[_FLAGS]
                         if flags & _NOTEWORTHY or rewrite.watched:
+                            if self._is_answer(packet):
+                                return self._pass("own")
                             rewrite = self._tracked(rewrite, flags, now)
                             if rewrite is None:
                                 return Verdict.DROP
@@ -253,9 +257,7 @@ class Worker:
             return self._stray(now)
         if src.addr in policy.own:
             if is_tcp and self._is_gateway(src.port):
-                if self._answered.pop(packet[ipv4.ADDRESSES] + packet[at : at + 4], 1) is None:
-                    return self._pass("own")
-                return self._drop("no_row")
+                return self._pass("own") if self._is_answer(packet) else self._drop("no_row")
             if not is_tcp and self._is_minded(proto, dst):
                 moved = self.nat.saw_direct(proto, src, dst, now, Hook.POSTROUTING)
                 return moved or self._pass("own")
@@ -302,10 +304,17 @@ class Worker:
         answer = tcp.reset_for(packet, header)
         if answer is not None:
             self.answers.append(answer)
-            self._answered[key(dst, src)] = None
+            self._answered[answer[_ANSWER]] = None
             if len(self._answered) > _MOST_ANSWERS:
                 del self._answered[next(iter(self._answered))]
         return self._drop("gateway_port")
+
+    def _is_answer(self, packet: bytes) -> bool:
+        """Whether this is what `_refuse_direct` has just sent, and not of a row between the ports.
+
+        A client may have a relayed connection, and from the same port talk to the gateway port.
+        """
+        return bool(self._answered) and self._answered.pop(packet[_ANSWER], self) is None
 
     def _tracked(self, rewrite: Rewrite, flags: int, now: float) -> Rewrite | None:
         """Takes note of a packet's TCP flags.  The rewrite to use, or None to drop the packet.

@@ -1,0 +1,109 @@
+"""After thousands of conversations everything is as it was before: rows, descriptors, memory."""
+
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.net.world import World, greet
+from vm import Program
+
+pytestmark = pytest.mark.net
+
+CONNECTIONS = 2000
+QUERIES = 2000
+GROWTH = 4 << 20
+"""Bytes that a process may have more after the second thousands than after the first."""
+PAGE = os.sysconf("SC_PAGE_SIZE")
+QUERY = bytes.fromhex("12340100000100000000000003777777076578616d706c650000010001")
+"""www.example A (RFC 1035, section 4)."""
+
+
+def descriptors(program: Program) -> list[str]:
+    """What a process has open, by kind."""
+    directory = Path(f"/proc/{program.pid}/fd")
+    return sorted(os.readlink(entry).partition(":")[0] for entry in directory.iterdir())
+
+
+def memory(program: Program) -> int:
+    """Resident bytes (proc(5), statm)."""
+    return int(Path(f"/proc/{program.pid}/statm").read_text().split()[1]) * PAGE
+
+
+def baseline(
+    world: World, programs: tuple[Program, ...], *, refused: bool = False
+) -> list[list[str]]:
+    """What they have open once a first connection has come and gone."""
+    if refused:
+        with pytest.raises(ConnectionResetError), world.connect("client", 80) as sock:
+            sock.recv(1)
+    else:
+        world.who("client", 80)
+    world.until(lambda: world.rows("state=closed"), "its end")
+    return [descriptors(program) for program in programs]
+
+
+def talk(world: World) -> None:
+    """So many connections and so many queries, each from a new port."""
+
+    def connect(number: int) -> None:
+        with world.lab.enter("client"), socket.socket() as sock:
+            sock.settimeout(10)
+            sock.connect((world.relay, 80))
+            assert greet(sock).startswith(f"{world.client}:")
+            if number % 10 == 0:  # some end in a reset
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    def query(number: int) -> None:
+        with world.lab.enter("client2"), socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.settimeout(10)
+            sock.bind(("", 10_000 + number))
+            sock.connect((world.relay, 53))
+            sock.send(number.to_bytes(2) + QUERY[2:])
+            assert sock.recv(512)[:2] == number.to_bytes(2)
+
+    with ThreadPoolExecutor(8) as some:
+        list(some.map(connect, range(CONNECTIONS)))
+        list(some.map(query, range(QUERIES)))
+
+
+def test_after_thousands_of_conversations_nothing_is_left_of_them(world: World) -> None:
+    world.serve("server", "tcp/80")
+    world.dnsmasq("server", 53, {"www.example": "10.9.8.7"})
+    world.begin()
+    world.put(timeouts__udp_dns=2, timeouts__tcp_transitory=2)
+    world.put(limits__flows_per_client=CONNECTIONS + QUERIES)
+    programs = (world.krelay_process, world.tcp_relay_process)
+    opened = baseline(world, programs)
+
+    def settled() -> bool:
+        return not world.rows() and [descriptors(program) for program in programs] == opened
+
+    talk(world)
+    world.until(settled, "no rows, and as many descriptors as before", timeout=20)
+    warm = [memory(program) for program in programs]
+    talk(world)
+    assert world.values("counters")["U1"] >= 2 * QUERIES
+    world.until(settled, "the same again", timeout=20)
+
+    grown = [memory(program) - before for program, before in zip(programs, warm, strict=True)]
+    assert max(grown) < GROWTH, grown
+    status = world.values("status")
+    assert (status["flows"], status["queue_waiting"]) == (0, 0)
+    sockets = world.lab.run("relay", "ss", "-Htan", "state", "established").stdout
+    assert sockets == ""
+
+
+def test_connections_that_are_refused_leave_nothing_either(world: World) -> None:
+    world.begin()
+    world.put(timeouts__udp=1, timeouts__tcp_transitory=1)
+    programs = (world.krelay_process, world.tcp_relay_process)
+    opened = baseline(world, programs, refused=True)
+    for _ in range(200):
+        with pytest.raises(ConnectionResetError), world.connect("client", 80) as sock:
+            sock.recv(1)
+    world.until(lambda: not world.rows(), "no rows", timeout=20)
+
+    assert [descriptors(program) for program in programs] == opened

@@ -1,0 +1,351 @@
+"""The whole system in a lab: client, relay and server hosts, real programs in each.
+
+    with World() as world:
+        world.serve("server", "tcp/80")
+        world.begin(services="tcp/80")
+        assert world.who("client", 80).startswith(world.client)
+
+krelay and tcp-relay run as processes in the relay host, with a file tree of their own below the
+lab's directory.  Settings are written as a user does, by `echo` in a shell.  Clients are mostly
+sockets of this process, opened inside a host's network; each is closed before the lab goes.
+"""
+
+import hashlib
+import json
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from tests.net.programs import server
+from vm import Lab, Program, Result, Topology, relay_topology
+
+T = TypeVar("T")
+
+PYTHON = (sys.executable, *(("-B",) if sys.dont_write_bytecode else ()))
+TOPOLOGY = relay_topology("172.20.5.0/24", "10.77.3.0/24", clients=2, servers=2, neighbours=1)
+"""Nothing in it is a default: client .1, client2 .2, relay .254 | relay .2, server .1, server2 .3,
+neighbour .254."""
+GPORT = 18000
+SERVICES = "tcp/80 tcp/443 udp/7 udp/53"
+RESTLESS = re.compile(r"counter packets \d+ bytes \d+|\[\d+:\d+\]|^#.*\n", re.MULTILINE)
+
+
+class World:
+    """A lab and what runs in it.  `tree` names the file tree below the lab's directory."""
+
+    def __init__(self, topology: Topology = TOPOLOGY, tree: str = "run") -> None:
+        self.lab = Lab(topology)
+        self.krelay_process: Program
+        self.tcp_relay_process: Program
+        self._tree = tree
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.lab.__enter__()
+        self.root = self.lab.directory / self._tree
+        self.client = self.lab.address("client")
+        self.relay = self.lab.address("relay", towards="server")
+        """The address that clients ask."""
+        self.server = self.lab.address("server")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._held.close()
+            for program in self.lab.programs:  # pytest shows it with a failure
+                print(f"--- {program}\n{program.output[-4000:]}")
+        finally:
+            self.lab.close()
+
+    # Programs
+
+    def serve(self, host: str, *services: str, address: str = "0.0.0.0") -> Program:
+        """Our own server, serving these: tcp/80."""
+        program = self.lab.start(host, *PYTHON, server.__file__, address, *services)
+        for service in services:
+            proto, _, port = service.partition("/")
+            self.lab.wait_listening(host, proto, int(port))
+        return program
+
+    def nginx(self, host: str, *ports: int) -> Path:
+        """nginx that answers each request with its path; the log, `ADDRESS PORT PATH` a line."""
+        here = self.lab.directory / f"nginx-{host}"
+        (here / "www").mkdir(parents=True)
+        log, conf = here / "access.log", here / "nginx.conf"
+        listens = "".join(f"listen {port}; " for port in ports)
+        conf.write_text(
+            f"daemon off; worker_processes 1; pid {here}/pid; error_log {here}/error.log;\n"
+            "events { worker_connections 4096; }\n"
+            "http { log_format short '$remote_addr $server_port $request_uri';\n"
+            f"  access_log {log} short; client_body_temp_path {here}; proxy_temp_path {here};\n"
+            f"  fastcgi_temp_path {here}; uwsgi_temp_path {here}; scgi_temp_path {here};\n"
+            f"  server {{ {listens} keepalive_timeout 30; root {here}/www;\n"
+            "    location / { return 200 '$request_uri\\n'; } location /files/ { } } }\n"
+        )
+        self.lab.start(host, "nginx", "-c", str(conf), "-e", f"{here}/error.log")
+        for port in ports:
+            self.lab.wait_listening(host, "tcp", port)
+        return log
+
+    def dnsmasq(self, host: str, port: int, records: dict[str, str]) -> Program:
+        """dnsmasq that knows these names; its log has a line `query[A] NAME from ADDRESS`."""
+        hosts = self.lab.directory / f"hosts-{host}-{port}"
+        hosts.write_text("".join(f"{address} {name}\n" for name, address in records.items()))
+        program = self.lab.start(
+            host, "dnsmasq", "-k", "-C", "/dev/null", "--no-resolv", "--no-hosts", "-u", "root",
+            f"--port={port}", f"--addn-hosts={hosts}", "--log-queries", "--log-facility=-",
+            f"--pid-file={hosts}.pid",
+        )  # fmt: skip
+        self.lab.wait_listening(host, "udp", port)
+        return program
+
+    def start_krelay(self, *options: str, tree: Path | None = None) -> Program:
+        """`krelay daemon`; waits until it can be asked."""
+        root = tree or self.root
+        command = (*PYTHON, "-m", "krelay", "daemon", "--root", str(root))
+        program = self.lab.start("relay", *command, *options)
+        if tree is None:
+            self.krelay_process = program
+        self.until(lambda: program.poll() is not None or answers(root), "an answer")
+        assert program.poll() is None, program.output
+        return program
+
+    def start_tcp_relay(self, tree: Path | None = None) -> Program:
+        """`tcp-relay`; waits until krelay knows it."""
+        root = tree or self.root
+        program = self.lab.start("relay", *PYTHON, "-m", "tcp_relay", "--root", str(root))
+        if tree is None:
+            self.tcp_relay_process = program
+        self.until(lambda: "listening gport=" in program.output, "tcp-relay listening")
+        self.until(lambda: "tcp_relays=1" in self.ask("show status", root), "tcp-relay connected")
+        return program
+
+    def begin(
+        self, *options: str, services: str = SERVICES, source: str = "client", gport: int = GPORT
+    ) -> None:
+        """krelay and tcp-relay, relaying to the first server."""
+        self.start_krelay(*options)
+        self.put(gport=gport, services=services, real_ip=self.server, source=source)
+        self.start_tcp_relay()
+        self.put(start=1)
+        self.until_state("running")
+
+    def kill(self, program: Program) -> None:
+        """kill -9, and waits for the end."""
+        program.kill()
+        program.wait()
+
+    # As users do
+
+    def write(self, name: str, text: str, tree: Path | None = None) -> None:
+        """`echo TEXT > NAME`."""
+        path = (tree or self.root) / name
+        self.lab.run("relay", "sh", "-c", 'echo "$1" > "$2"', "sh", text, str(path))
+
+    def read(self, name: str, tree: Path | None = None) -> str:
+        """What `cat NAME` shows, without the last newline."""
+        return ((tree or self.root) / name).read_text().removesuffix("\n")
+
+    def put(self, tree: Path | None = None, **values: object) -> None:
+        """Writes these settings, and waits until all are in force; `timeouts__udp=1`."""
+        names = {name.replace("__", "/"): str(value) for name, value in values.items()}
+        for name, text in names.items():
+            self.write(name, text, tree)
+        self.until(
+            lambda: all(self.applies(name, text, tree) for name, text in names.items()),
+            f"{names} in force",
+        )
+
+    def applies(self, name: str, text: str, tree: Path | None = None) -> bool:
+        """Whether that is the value in force."""
+        return f"{name}={text}" in self.read("status/applied", tree).splitlines()
+
+    def until_state(self, state: str, tree: Path | None = None) -> None:
+        """Waits until krelay is `running` or `stopped`."""
+        self.until(lambda: self.read("status/state", tree) == state, state)
+
+    def krelay(self, *words: str, check: bool = True, timeout: float = 20.0) -> Result:
+        """A `krelay` command, typed in the relay host."""
+        command, *rest = words
+        argv = (*PYTHON, "-m", "krelay", command, "--root", str(self.root), *rest)
+        return self.lab.run("relay", *argv, check=check, timeout=timeout)
+
+    def ask(self, request: str, tree: Path | None = None) -> list[str]:
+        """The answer of the control socket, without its last, empty line."""
+        with control_socket(tree or self.root) as connection:
+            connection.sendall(request.encode() + b"\n")
+            connection.shutdown(socket.SHUT_WR)
+            with connection.makefile() as answer:
+                lines = answer.read().split("\n")
+        assert lines[-2:] == ["", ""], lines[-3:]
+        return lines[:-2]
+
+    def rows(self, filters: str = "", tree: Path | None = None) -> list[dict[str, Any]]:
+        """The rows of `show nat json`."""
+        return [json.loads(line) for line in self.ask(f"show nat json {filters}", tree)]
+
+    def values(self, what: str) -> dict[str, Any]:
+        """`show WHAT json`: status, counters or config."""
+        (line,) = self.ask(f"show {what} json")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def rules(self, host: str = "relay") -> str:
+        """All rules of a host as nft and iptables show them, without counts."""
+        found = [
+            self.lab.run(host, *command).stdout
+            for command in (("nft", "-s", "list", "ruleset"), ("iptables-save",))
+        ]
+        return RESTLESS.sub("", "\n".join(found))
+
+    def nft(self, host: str, text: str) -> None:
+        """Puts rules into a host."""
+        self.lab.run(host, "nft", "-f", "-", input=text)
+
+    # Clients
+
+    def open(self, host: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+        """A socket in the network of a host; it is closed with this world."""
+        with self.lab.enter(host):
+            sock = self._held.enter_context(socket.socket(socket.AF_INET, kind))
+        sock.settimeout(10)
+        return sock
+
+    def connect(
+        self, host: str, port: int, *, to: str | None = None, bind: int = 0
+    ) -> socket.socket:
+        """A connection to the relay's address, or another."""
+        sock = self.open(host)
+        if bind:
+            sock.bind(("", bind))
+        sock.connect((to or self.relay, port))
+        return sock
+
+    def who(self, host: str, port: int, *, to: str | None = None, bind: int = 0) -> str:
+        """The `ADDRESS:PORT` that our server sees of a TCP client of this host."""
+        with self.connect(host, port, to=to, bind=bind) as sock:
+            return greet(sock)
+
+    def who_udp(self, host: str, port: int, *, to: str | None = None, bind: int = 0) -> str:
+        """The same for a datagram."""
+        with self.open(host, socket.SOCK_DGRAM) as sock:
+            if bind:
+                sock.bind(("", bind))
+            return self.exchange(sock, b"who", (to or self.relay, port)).decode().strip()
+
+    def exchange(self, sock: socket.socket, data: bytes, to: tuple[str, int]) -> bytes:
+        """Sends a datagram, and takes the answer, which must come from where it was sent to."""
+        sock.sendto(data, to)
+        answer, peer = sock.recvfrom(1 << 16)
+        assert peer == to
+        return answer
+
+    def download(self, host: str, port: int, seed: int, size: int, *, rate: int = 0) -> "Download":
+        """Begins to fetch these bytes."""
+        return Download(self.connect(host, port), seed, size, rate)
+
+    def until(self, condition: Callable[[], T | None], what: str, timeout: float = 10.0) -> T:
+        """Waits for a condition; what it found."""
+        return self.lab.wait(condition, what, timeout)
+
+
+class Download:
+    """A download under way, in a thread of its own."""
+
+    def __init__(self, sock: socket.socket, seed: int, size: int, rate: int) -> None:
+        self.socket = sock
+        self.received = 0
+        self._expected = (size, server.digest(seed, size))
+        self._sha = hashlib.sha256()
+        self._error: OSError | None = None
+        sock.sendall(f"download {seed} {size} {rate}\n".encode())
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while block := self.socket.recv(1 << 18):
+                self._sha.update(block)
+                self.received += len(block)
+        except OSError as error:
+            self._error = error
+
+    def finish(self, timeout: float = 60.0) -> None:
+        """Waits for the end; fails unless all bytes came as they were sent."""
+        self.join(timeout)
+        assert self._error is None, f"{self._error} after {self.received} bytes"
+        assert (self.received, self._sha.hexdigest()) == self._expected
+        self.socket.close()
+
+    def join(self, timeout: float = 60.0) -> OSError | None:
+        """Waits for the end; the error that ended it."""
+        self._thread.join(timeout)
+        assert not self._thread.is_alive(), f"stands still at {self.received} bytes"
+        return self._error
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, well or not."""
+        return not self._thread.is_alive()
+
+
+def greet(sock: socket.socket) -> str:
+    """Asks our server whom it sees; the connection then echoes."""
+    sock.sendall(b"who\n")
+    answer = b""
+    while not answer.endswith(b"\n"):
+        data = sock.recv(100)
+        assert data, "the server hung up"
+        answer += data
+    return answer.decode().strip()
+
+
+def echo(sock: socket.socket, data: bytes) -> None:
+    """Sends through a connection that echoes, and checks what comes back."""
+    sock.sendall(data)
+    got = b""
+    while len(got) < len(data):
+        more = sock.recv(1 << 16)
+        assert more, "the server hung up"
+        got += more
+    assert got == data
+
+
+def upload(sock: socket.socket, seed: int, size: int) -> None:
+    """Sends these bytes, and checks what the server says it got."""
+    with sock:
+        sock.sendall(b"upload\n")
+        server.send_blob(sock, seed, size)
+        sock.shutdown(socket.SHUT_WR)
+        with sock.makefile() as answer:
+            assert answer.read() == f"{size} {server.digest(seed, size)}\n"
+
+
+@contextmanager
+def control_socket(root: Path) -> Iterator[socket.socket]:
+    """A connection to the control socket."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(root / "control.sock"))
+        yield connection
+
+
+def answers(root: Path) -> bool:
+    """Whether somebody serves this tree; the socket is there a little before its server."""
+    try:
+        with control_socket(root) as connection:
+            connection.sendall(b"show status\n")
+            return bool(connection.recv(100))
+    except OSError:
+        return False
