@@ -12,8 +12,8 @@ All of NetfilterQueue's traps are closed here, so that nobody else need know the
 - A callback that raises leaves its packet without a verdict, and the packet holds a place in the
   queue for good.  Ours catches everything, drops the packet, counts it, and logs each kind of fault
   once.
-- `set_payload(b"")` accepts the original.  The worker never returns an empty packet; if it
-  did, the packet would be dropped here.
+- It sends each verdict by itself.  Ours go together (verdicts.py), at the latest when the queue is
+  empty: none waits for a packet that may not come.
 
 What the kernel dropped because the queue was full, or the socket's buffer, it counts itself
 (net/netfilter/nfnetlink_queue.c); `figures` reads that.
@@ -25,17 +25,19 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from netfilterqueue import NetfilterQueue
 
 from krelay.log import Log
+from krelay.verdicts import ROOM, Verdicts
 from krelay.worker import Verdict, Worker
 
 BATCH = 256
 """Packets handled before the loop's other events have a turn: some milliseconds."""
+TOGETHER = 64
+"""Verdicts given in one message: more makes it little cheaper, and every packet later."""
 MAX_QUEUED = 8192
 """Packets the kernel holds for us before it drops."""
 SOCKET_BUFFER = 8 << 20
@@ -71,11 +73,9 @@ class Queued(Protocol):
     """A packet of NetfilterQueue's, as far as it is used here."""
 
     hook: int
+    id: int
 
     def get_payload(self) -> bytes: ...
-    def set_payload(self, payload: bytes) -> None: ...
-    def accept(self) -> None: ...
-    def drop(self) -> None: ...
 
 
 def figures(number: int) -> Figures | None:
@@ -106,6 +106,8 @@ class Queue:
         self.errors = 0
         """Packets dropped because our own code failed."""
         self._worker = worker
+        self._handle = worker.handle
+        self._verdicts = Verdicts(number)
         self._send = send
         self._now = 0.0
         self._left = 0
@@ -140,13 +142,18 @@ class Queue:
         """Handles the packets that wait, BATCH at most.  Raises OSError if the queue is lost."""
         self._now = time.monotonic()
         self._left = BATCH
-        self._queue.run_socket(self)  # type: ignore[arg-type]  # it calls recv alone
+        try:
+            self._queue.run_socket(self)  # type: ignore[arg-type]  # it calls recv alone
+        finally:
+            self._give_verdicts()
 
     def recv(self, _: int) -> bytes:
         """What run_socket reads by: one message from the kernel, or EAGAIN when it is enough."""
         if not self._left:
             raise BlockingIOError(errno.EAGAIN, "enough for this turn")
         self._left -= 1
+        if self._verdicts.size > ROOM or not self._left % TOGETHER:
+            self._give_verdicts()
         try:
             return self._receive(_BUFFER)
         except OSError as error:
@@ -160,26 +167,29 @@ class Queue:
         self._socket.close()
 
     def _on_packet(self, packet: Queued) -> None:
+        verdicts = self._verdicts
         try:
-            verdict = self._worker.handle(packet.get_payload(), packet.hook, self._now)
-            if verdict is Verdict.PASS:
-                packet.accept()
-            elif isinstance(verdict, bytes) and verdict:
-                packet.set_payload(verdict)
-                packet.accept()
+            verdict = self._handle(packet.get_payload(), packet.hook, self._now)
+            if isinstance(verdict, bytes):
+                verdicts.replace(packet.id, verdict)
+            elif verdict is Verdict.PASS:
+                verdicts.accept(packet.id)
             else:
-                packet.drop()
+                verdicts.drop(packet.id)
                 for answer in self._worker.answers:
                     self._send(answer)
                 self._worker.answers.clear()
         except Exception as error:
             self._failed(packet, error)
 
+    def _give_verdicts(self) -> None:
+        if self._verdicts.size:
+            self._socket.send(self._verdicts.take())
+
     def _failed(self, packet: Queued, error: Exception) -> None:
         self.errors += 1
         self._worker.answers.clear()
-        with suppress(RuntimeError):  # it had its verdict
-            packet.drop()
+        self._verdicts.drop(packet.id)  # of two verdicts on a packet the kernel takes the first
         where = error.__traceback__
         while where and where.tb_next:
             where = where.tb_next

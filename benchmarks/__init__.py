@@ -1,0 +1,15 @@
+"""benchmarks: how fast the relay is, as ratios between things measured in turn in one run.
+
+    figures       series of readings, their medians, ratios and goals, as Markdown and JSON  (pure)
+    ------------------------------------------------------------------------------------------
+    ground        what every measurement stands on: a krelay in a lab, a sender, counters, progress
+    udp           packets/s: forwarding, conntrack DNAT, krelay's queue path, scapy
+    rows          the cost of a packet with 10 and with 50,000 live rows
+    web           requests/s, connections/s and MB/s: direct, krelay, nginx transparent
+    micro         Worker.handle by itself: needs no root
+    plots         the same as pictures
+    sender, scapy_worker   programs of their own, run in a host of the lab
+
+Machines are shared and noisy, so no absolute figure means much.  What is compared is therefore
+measured by turns (A B C, A B C, A B C), and the median of each is taken.
+"""

@@ -1,0 +1,236 @@
+"""What every measurement stands on: a lab with a relay in it, a sender, counters, and progress.
+
+Packets are counted where they arrive, by the server's interface, and the server's kernel throws
+them away there (raw table): no sink process takes part.  The sender stays on one core and a relay's
+worker on another.  What the kernel does before the queue, or by itself, it does on the sender's
+core: there the veth driver hands packets on.
+
+No path is measured before a datagram has come through it, with the client's address.
+"""
+
+import os
+import platform
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks import sender
+from krelay import client, nfqueue
+from krelay.ruleset import DEFAULT_QUEUE
+from vm import Lab, LabError
+
+PYTHON = (sys.executable, "-B", "-P")
+"""-P: only what is installed is imported, nothing that lies beside a program."""
+SOURCE_PORT = 40000
+SERVICE_PORT = 5000
+WARM_UP = 0.5
+TRAIN = 32
+"""Datagrams per call of the sender that nothing keeps up with."""
+
+
+class CannotMeasure(Exception):
+    """A path doesn't work, or this machine lacks something.  The text says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How much is to be measured."""
+
+    rounds: int
+    seconds: float
+
+
+def cores() -> tuple[int, int]:
+    """The core for senders and the one for relays' workers: -1 each if there is just one."""
+    usable = sorted(os.sched_getaffinity(0))
+    return (usable[0], usable[1]) if len(usable) > 1 else (-1, -1)
+
+
+def machine() -> dict[str, str]:
+    """What is on the machine; how busy others keep it takes half a second to see."""
+    model = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
+    return {
+        "cores": str(len(os.sched_getaffinity(0))),
+        "processor": model,
+        "load before": load,
+        "busy before": f"{_busy(0.5):.0%}",
+        "kernel": platform.release(),
+        "Python": platform.python_version(),
+        "at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }
+
+
+def _busy(seconds: float) -> float:
+    """The share of all cores' time that isn't idle (proc_stat(5): 4th idle, 5th iowait)."""
+
+    def times() -> tuple[int, int]:
+        numbers = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return sum(numbers), numbers[3] + numbers[4]
+
+    total, idle = times()
+    time.sleep(seconds)
+    total_after, idle_after = times()
+    return 1 - (idle_after - idle) / max(1, total_after - total)
+
+
+@dataclass(slots=True)
+class Progress:
+    """Tells what is measured while it is, and collects the readings."""
+
+    group: str
+    readings: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """A line to standard error."""
+        print(f"{self.group}: {text}", file=sys.stderr, flush=True)
+
+    def take(self, turn: int, rounds: int, name: str, unit: str, value: float) -> None:
+        """A reading."""
+        self.readings.setdefault((name, unit), []).append(value)
+        self.say(f"round {turn + 1}/{rounds}  {name}  {value:,.1f} {unit}")
+
+    def leave_out(self, reason: str) -> None:
+        """Something can't be measured here."""
+        self.left_out.append(reason)
+        self.say(f"left out: {reason}")
+
+
+def pinned(core: int) -> tuple[str, ...]:
+    """The beginning of a command line that keeps the rest on a core."""
+    return () if core < 0 else ("taskset", "--cpu-list", str(core))
+
+
+def start_krelay(lab: Lab, settings: Mapping[str, str], core: int = -1) -> Path:
+    """A krelay daemon that relays in the lab's relay host; its file tree."""
+    root = lab.directory / "krelay"
+    wanted = {"real_ip": lab.address("server"), **settings, "start": "1"}
+    for name, value in wanted.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(value + "\n")
+    command = (*PYTHON, "-m", "krelay", "daemon", "--root", str(root), "--log-level", "warning")
+    daemon = lab.start("relay", *pinned(core), *command)
+    state = root / "status/state"
+
+    def runs() -> bool:
+        text = state.read_text().strip() if state.exists() else ""
+        if text.startswith("failed") or daemon.poll() is not None:
+            raise CannotMeasure(f"krelay doesn't relay: {text or daemon.output.strip()[-300:]}")
+        return text == "running"
+
+    lab.wait(runs, "krelay relaying")
+    return root
+
+
+def live_rows(root: Path) -> int:
+    """How many rows that krelay has."""
+    return int(client.ask_json(root, "show status json")[0]["flows"])
+
+
+def rate_of(
+    lab: Lab, to: str, seconds: float, *, per_call: int = 1, endpoints: int | None = None
+) -> float:
+    """UDP packets per second that reach the server from the client, sent to the address `to`.
+
+    One flow, or with `endpoints` that many by turns.  Waits before for the warm-up, and after
+    until no queue holds any.
+    """
+    what: tuple[object, ...] = (
+        "one",
+        to,
+        SERVICE_PORT,
+        SOURCE_PORT,
+        seconds + 2 * WARM_UP,
+        cores()[0],
+        per_call,
+    )
+    if endpoints is not None:
+        what = ("many", to, SERVICE_PORT, lab.address("client"), *what[4:6], endpoints)
+    command = (*PYTHON, sender.__file__, *map(str, what))
+    before = received(lab)
+    source = lab.start("client", *command)
+    lab.wait(lambda: received(lab) > before + 10 or source.poll() is not None, "first packets")
+    time.sleep(WARM_UP)
+    first, began = received(lab), time.monotonic()
+    time.sleep(seconds)
+    last, ended = received(lab), time.monotonic()
+    if source.wait(seconds + 10) != 0:
+        raise CannotMeasure(f"the sender failed: {source.output.strip()[-300:]}")
+    lab.programs.remove(source)
+    settle(lab)
+    return (last - first) / (ended - began)
+
+
+def received(lab: Lab) -> int:
+    """Packets that the server's interface has received (proc_net_dev: the second column)."""
+    with lab.enter("server"):
+        text = Path("/proc/thread-self/net/dev").read_text()
+    for line in text.splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == "eth0":
+            return int(counters.split()[1])
+    raise CannotMeasure("the server has no eth0")
+
+
+def settle(lab: Lab, queues: tuple[int, ...] = (DEFAULT_QUEUE, 0)) -> None:
+    """Waits until the queues of the relay hold nothing, so that the next measurement is alone."""
+
+    def empty() -> bool:
+        with lab.enter("relay"):
+            served = [nfqueue.figures(number) for number in queues]
+        return not any(each.waiting for each in served if each)
+
+    lab.wait(empty, "the queue drained", 30)
+
+
+def check_udp(lab: Lab, to: str) -> None:
+    """Sees a datagram through the path, whole and with the client's address, or CannotMeasure."""
+    with lab.enter("server"):
+        sink = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with lab.enter("client"):
+        source = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with sink, source:
+        sink.bind(("", SERVICE_PORT))
+        source.bind(("", SOURCE_PORT))
+        source.sendto(b"through", (to, SERVICE_PORT))
+        if not select.select([sink], [], [], 5.0)[0]:
+            raise CannotMeasure(f"no datagram to {to} reaches the server")
+        data, sender_address = sink.recvfrom(100)
+    expected = (b"through", (lab.address("client"), SOURCE_PORT))
+    if (data, sender_address) != expected:
+        raise CannotMeasure(f"the server got {data!r} from {sender_address}, not {expected}")
+
+
+def discard_at_server(lab: Lab) -> None:
+    """From now on the server's kernel throws UDP away where it comes in."""
+    lab.run("server", "iptables", "-t", "raw", "-A", "PREROUTING", "-p", "udp", "-j", "DROP")
+
+
+def offer_trains(lab: Lab) -> bool:
+    """Lets the client's interface cut trains into datagrams; whether that can be had here."""
+    return not lab.run(
+        "client", "ip", "link", "set", "eth0", "gso_max_segs", "1", check=False
+    ).status
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """What can go wrong in a lab, as CannotMeasure."""
+    try:
+        yield
+    except (LabError, client.NoDaemon) as error:
+        raise CannotMeasure(str(error)) from None
+
+
+Measurement = Callable[[Wish, Progress], None]
