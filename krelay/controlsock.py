@@ -5,14 +5,9 @@ client takes them; a tracing client that is too slow loses lines and is told how
 nothing and has asked for nothing, or doesn't read, for IDLE seconds is dropped.
 """
 
-import grp
-import os
-import pwd
 import select
 import socket
-import struct
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from krelay import control, trace
@@ -20,6 +15,7 @@ from krelay.control import MAX_LINE, BadRequest, Relay, Trace
 from krelay.log import Log
 from krelay.loop import Loop
 from krelay.row import Rewrite
+from krelay.unixsock import Peer, UnixListener
 from krelay.worker import Worker
 
 IDLE = 60.0
@@ -29,55 +25,8 @@ CHUNK = 32 * 1024
 """Bytes of an answer made at a time."""
 TRACE_BUFFER = 256 * 1024
 """Bytes of trace lines that wait for a slow reader."""
-GROUP = "krelay"
 
 _log = Log("control")
-
-
-def listening_socket(path: Path, kind: int, mode: int) -> socket.socket:
-    """A Unix socket that listens at `path`, in place of a stale one; of GROUP where that exists.
-
-    `mode` without the group's bits where there is no such group.  Raises OSError.
-    """
-    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
-    try:
-        with suppress(FileNotFoundError):
-            path.unlink()
-        before = os.umask(0o777)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
-        gid = _group()
-        if gid is not None:
-            os.chown(path, -1, gid)
-        os.chmod(path, mode if gid is not None else mode & 0o700)
-        listener.listen(64)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def may_connect(connection: socket.socket) -> bool:
-    """Whether the peer is root, our own user, or of GROUP (SO_PEERCRED, unix(7))."""
-    credentials = connection.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-    )
-    _, uid, gid = struct.unpack("3i", credentials)
-    if uid in (0, os.geteuid()) or gid == (group := _group()):
-        return True
-    try:
-        return group is not None and group in os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
-    except KeyError:
-        return False
-
-
-def _group() -> int | None:
-    try:
-        return grp.getgrnam(GROUP).gr_gid
-    except KeyError:
-        return None
 
 
 class ControlSocket:
@@ -85,12 +34,10 @@ class ControlSocket:
 
     def __init__(self, loop: Loop, path: Path, relay: Relay, worker: Worker) -> None:
         self._loop = loop
-        self._path = path
         self._relay = relay
         self._worker = worker
         self._clients: set[_Client] = set()
-        self._listener = listening_socket(path, socket.SOCK_STREAM, 0o660)
-        loop.add(self._listener.fileno(), select.EPOLLIN, self._accept)
+        self._listener = UnixListener(loop, path, socket.SOCK_STREAM, self._accepted)
 
     def on_time(self, now: float) -> None:
         """Drops who has been silent for too long; call about once a second."""
@@ -101,20 +48,12 @@ class ControlSocket:
         """Drops everyone and removes the socket."""
         for client in list(self._clients):
             client.close()
-        self._loop.remove(self._listener.fileno())
         self._listener.close()
-        with suppress(FileNotFoundError):
-            self._path.unlink()
 
-    def _accept(self, _: int) -> None:
-        try:
-            connection, _address = self._listener.accept()
-        except OSError:
-            return
-        if len(self._clients) >= MAX_CLIENTS or not may_connect(connection):
+    def _accepted(self, connection: socket.socket, _: Peer) -> None:
+        if len(self._clients) >= MAX_CLIENTS:
             connection.close()
             return
-        connection.setblocking(False)
         self._clients.add(_Client(self._loop, connection, self._relay, self._left, self._tracing))
 
     def _left(self, client: "_Client") -> None:

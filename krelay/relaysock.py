@@ -6,15 +6,13 @@ answers is disconnected once its buffer is full: it will reconnect and resume.
 
 import select
 import socket
-import struct
-from contextlib import suppress
 from pathlib import Path
 
-from krelay.controlsock import listening_socket, may_connect
 from krelay.log import Log
 from krelay.loop import Loop
 from krelay.relay import Relays
 from krelay.relaymsg import MAX_MESSAGE, Answer, BadMessage, Refused, emit, parse_request
+from krelay.unixsock import Peer, UnixListener
 
 MAX_PER_TURN = 64
 SEND_BUFFER = 4 << 20
@@ -30,11 +28,9 @@ class RelaySocket:
 
     def __init__(self, loop: Loop, path: Path, relays: Relays) -> None:
         self._loop = loop
-        self._path = path
         self._relays = relays
         self._links: set[_Link] = set()
-        self._listener = listening_socket(path, socket.SOCK_SEQPACKET, 0o660)
-        loop.add(self._listener.fileno(), select.EPOLLIN, self._accept)
+        self._listener = UnixListener(loop, path, socket.SOCK_SEQPACKET, self._accepted)
 
     @property
     def pids(self) -> frozenset[int]:
@@ -45,39 +41,24 @@ class RelaySocket:
         """Ends all connections and removes the socket."""
         for link in list(self._links):
             link.close()
-        self._loop.remove(self._listener.fileno())
         self._listener.close()
-        with suppress(FileNotFoundError):
-            self._path.unlink()
 
-    def _accept(self, _: int) -> None:
-        try:
-            connection, _address = self._listener.accept()
-        except OSError:
-            return
-        if not may_connect(connection):
-            connection.close()
-            return
-        connection.setblocking(False)
-        link = _Link(self._loop, connection, self._relays, self._links)
-        _log.info("tcp-relay connected", pid=link.pid)
+    def _accepted(self, connection: socket.socket, peer: Peer) -> None:
+        self._links.add(_Link(self._loop, connection, peer.pid, self._relays, self._links))
+        _log.info("tcp-relay connected", pid=peer.pid)
 
 
 class _Link:
     def __init__(
-        self, loop: Loop, connection: socket.socket, relays: Relays, links: "set[_Link]"
+        self, loop: Loop, connection: socket.socket, pid: int, relays: Relays, links: "set[_Link]"
     ) -> None:
+        self.pid = pid
         self._loop = loop
         self._socket = connection
         self._relays = relays
         self._links = links
         self._send = self.send  # one object: rows are recognised by it
-        credentials = connection.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-        )
-        self.pid: int = struct.unpack("3i", credentials)[0]
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        links.add(self)
         loop.add(connection.fileno(), select.EPOLLIN, self._ready)
 
     def send(self, answer: Answer) -> None:

@@ -1,0 +1,118 @@
+"""Unix sockets that the daemon listens on: where they lie, who may connect, and who that is.
+
+The files' modes let in root and the group `krelay`; peers are asked for by SO_PEERCRED (unix(7)) as
+well, since a directory may be shared in ways that modes don't tell.
+"""
+
+import grp
+import os
+import pwd
+import select
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from krelay.loop import Loop
+
+GROUP = "krelay"
+"""Whose members may connect, where this group exists."""
+MODE = 0o660
+BACKLOG = 64
+
+
+class Peer(NamedTuple):
+    """The process at the other end, as it was when it connected."""
+
+    pid: int
+    uid: int
+    gid: int
+
+    @property
+    def may_connect(self) -> bool:
+        """Whether it is root, our own user, or of GROUP."""
+        group = _group()
+        if self.uid in (0, os.geteuid()) or (group is not None and self.gid == group):
+            return True
+        try:
+            name = pwd.getpwuid(self.uid).pw_name
+        except KeyError:
+            return False
+        return group is not None and group in os.getgrouplist(name, self.gid)
+
+
+class UnixListener:
+    """Listens at `path`, in place of a stale socket; `accepted` gets the connections.
+
+    They are non-blocking, and from peers that may connect; others are hung up on.  Raises OSError
+    if it can't listen.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        path: Path,
+        kind: socket.SocketKind,
+        accepted: Callable[[socket.socket, Peer], object],
+    ) -> None:
+        self._loop = loop
+        self._path = path
+        self._accepted = accepted
+        self._socket = _listening(path, kind)
+        loop.add(self._socket.fileno(), select.EPOLLIN, self._ready)
+
+    def close(self) -> None:
+        """Stops listening and removes the socket; connections stay."""
+        self._loop.remove(self._socket.fileno())
+        self._socket.close()
+        with suppress(FileNotFoundError):
+            self._path.unlink()
+
+    def _ready(self, _: int) -> None:
+        try:
+            connection, _address = self._socket.accept()
+        except OSError:
+            return  # gone again, or no descriptor left: it is asked again
+        peer = _peer(connection)
+        if peer.may_connect:
+            connection.setblocking(False)
+            self._accepted(connection, peer)
+        else:
+            connection.close()
+
+
+def _listening(path: Path, kind: socket.SocketKind) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
+    try:
+        with suppress(FileNotFoundError):
+            path.unlink()
+        before = os.umask(0o777)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        group = _group()
+        if group is not None:
+            os.chown(path, -1, group)
+        os.chmod(path, MODE if group is not None else MODE & 0o700)
+        listener.listen(BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _peer(connection: socket.socket) -> Peer:
+    layout = struct.Struct("3i")
+    return Peer(
+        *layout.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size))
+    )
+
+
+def _group() -> int | None:
+    try:
+        return grp.getgrnam(GROUP).gr_gid
+    except KeyError:
+        return None
