@@ -234,7 +234,7 @@ def _run(command: tuple[str, ...], text: str = "") -> str:
 
 
 def _complaint(stderr: str) -> str:
-    """The telling line of a tool's error output."""
+    """The telling line of a tool's error output: the first that is more than a hint."""
+    hints = ("#", "Try ", "Error occurred at line")
     lines = [line.strip() for line in stderr.splitlines() if line.strip(" ^~\t")]
-    errors = [line for line in lines if "rror" in line or "ailed" in line or "not " in line]
-    return (errors or lines or [""])[0][:200]
+    return ([line for line in lines if not line.startswith(hints)] or lines or [""])[0][:200]

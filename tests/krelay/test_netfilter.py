@@ -1,0 +1,184 @@
+"""Rules in a real kernel: in and out without a trace, and nobody else's touched."""
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+
+from krelay import netfilter, ruleset
+from krelay.netfilter import Backend, Iptables, Nft, RulesUnavailable, probe, same_rules
+from krelay.ruleset import RuleSpec
+from vm import Lab
+
+SPEC = RuleSpec(
+    name="krelay-test",
+    queue=77,
+    tcp=((80, 80), (8000, 8100)),
+    udp=((53, 53),),
+    gports=(16000, 17000),
+    servers=(IPv4Address("192.168.0.1"), IPv4Address("192.168.0.3")),
+    relay_clients=(IPv4Network("192.168.0.0/24"),),
+)
+FOREIGN = """*raw
+-A PREROUTING -s 203.0.113.0/24 -j DROP
+COMMIT
+*filter
+:docker-like - [0:0]
+-A FORWARD -j docker-like
+-A docker-like -p tcp --dport 22 -j ACCEPT
+COMMIT
+"""
+
+
+@pytest.fixture
+def relay() -> Iterator[Lab]:
+    """A lab in whose relay host this thread is."""
+    with Lab() as lab, lab.enter("relay"):
+        yield lab
+
+
+@pytest.fixture
+def backend(relay: Lab) -> Backend:
+    return probe()
+
+
+def rules() -> str:
+    """Everything that nft knows of, but for what counts by itself."""
+    done = subprocess.run(
+        ["nft", "--stateless", "list", "ruleset"], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def add(text: str) -> None:
+    subprocess.run(["iptables-restore", "--noflush"], input=text, text=True, check=True)
+
+
+@pytest.mark.net
+@pytest.mark.parametrize("foreign", ["", FOREIGN])
+def test_what_is_put_in_is_taken_out_without_a_trace(backend: Backend, foreign: str) -> None:
+    if foreign:
+        add(foreign)
+    before = rules()
+    backend.install(SPEC)
+    assert backend.present(SPEC.name)
+    assert rules() != before
+    backend.remove(SPEC.name)
+
+    assert rules() == before
+    assert not backend.present(SPEC.name)
+    backend.remove(SPEC.name)
+    assert rules() == before
+
+
+@pytest.mark.net
+def test_other_rules_of_that_name_are_replaced_and_never_doubled(backend: Backend) -> None:
+    other = replace(SPEC, gports=(18000,), tcp=((443, 443),))
+    backend.install(other)
+    once = rules()
+    backend.install(SPEC)
+    backend.install(SPEC)
+    assert rules().count("16000") == once.count("18000")
+    backend.install(other)
+
+    assert rules() == once
+
+
+@pytest.mark.net
+def test_two_names_side_by_side_do_not_disturb_each_other(backend: Backend) -> None:
+    backend.install(SPEC)
+    alone = rules()
+    backend.install(replace(SPEC, name="krelay-other", queue=78))
+    backend.remove("krelay-other")
+
+    assert rules() == alone
+
+
+@pytest.mark.net
+@pytest.mark.parametrize("table", ["raw", "mangle"])
+def test_what_somebody_has_half_removed_is_removed_and_can_be_put_in_again(
+    relay: Lab, table: str
+) -> None:
+    backend = Iptables("iptables")
+    backend.install(SPEC)
+    whole = rules()
+    subprocess.run(["iptables", "-t", table, "-F"], check=True)
+    backend.install(SPEC)
+    assert rules() == whole
+    subprocess.run(["iptables", "-t", table, "-F"], check=True)
+    backend.remove(SPEC.name)
+
+    assert rules() == ""
+
+
+@pytest.mark.net
+def test_looking_for_rules_makes_none(relay: Lab) -> None:
+    """The older iptables would make its tables for being asked."""
+    for backend in netfilter.CANDIDATES:
+        assert not backend.present(SPEC.name)
+        backend.remove(SPEC.name)
+
+    assert rules() == ""
+    legacy = subprocess.run(
+        ["cat", "/proc/thread-self/net/ip_tables_names"], capture_output=True, text=True
+    )
+    assert legacy.stdout == ""
+
+
+@pytest.mark.net
+def test_when_the_second_table_is_refused_the_first_is_taken_back(
+    relay: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install = ruleset.iptables_install
+
+    def broken(spec: RuleSpec, hung: frozenset[str]) -> str:
+        return install(spec, hung).replace("-m socket", "-m nosuchmatch")
+
+    monkeypatch.setattr(ruleset, "iptables_install", broken)
+    with pytest.raises(RulesUnavailable, match="nosuchmatch"):
+        Iptables("iptables").install(SPEC)
+
+    assert rules() == ""
+
+
+@pytest.mark.net
+def test_all_of_the_nft_rules_but_for_the_queue_are_taken_by_the_kernel(relay: Lab) -> None:
+    text = ruleset.nft_install(SPEC).replace("queue num 77", "counter")
+    for _ in range(2):  # the second replaces the first
+        subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
+        assert rules().count("table ip krelay-test") == 1
+    assert Nft().present(SPEC.name)
+    Nft().remove(SPEC.name)
+
+    assert rules() == ""
+
+
+def test_what_was_tried_is_told_where_nothing_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RulesUnavailable) as told:
+        probe()
+
+    assert "neither nft's queue nor the NFQUEUE target of iptables works" in str(told.value)
+    for backend in netfilter.CANDIDATES:
+        assert f"{backend.name}: " in str(told.value)
+    assert "nft is not installed" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("versions", "same"),
+    [
+        (("iptables v1.8.9 (nf_tables)", "iptables v1.8.9 (nf_tables)"), True),
+        (("iptables v1.8.7 (legacy)", "iptables v1.8.7 (nf_tables)"), False),
+    ],
+)
+def test_iptables_is_another_name_of_one_of_the_two(
+    monkeypatch: pytest.MonkeyPatch, versions: tuple[str, str], same: bool
+) -> None:
+    one, other = Iptables("iptables"), Iptables("iptables-nft")
+    told = dict(zip(("iptables", "iptables-nft"), versions, strict=True))
+    monkeypatch.setattr(netfilter, "_version", told.__getitem__)
+
+    assert same_rules(one, other) is same
+    assert not same_rules(one, Nft())
