@@ -102,6 +102,8 @@ def _set(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 0
+        except (client.Rejected, OSError) as error:
+            raise Failed(f"{args.key} is written, but krelay doesn't answer: {error}") from None
         shown = (FileTree(args.root).read(args.key) or "").strip()
         if in_force == text:
             return 0
@@ -140,7 +142,7 @@ def _show_values(args: argparse.Namespace, request: str) -> int:
     else:
         from krelay import terminal
 
-        terminal.console().print(terminal.listing(json.loads(answer)))
+        terminal.console().print(terminal.listing(json.loads(answer)), soft_wrap=True)
     return 0
 
 
@@ -157,7 +159,7 @@ def _nat(args: argparse.Namespace) -> int:
     console = terminal.console()
     table = terminal.nat_table(map(json.loads, _ask(args.root, request)))
     if not args.watch:
-        console.print(table)
+        terminal.show(console, table)
         return 0
     with Live(table, console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
@@ -176,6 +178,8 @@ def _trace(args: argparse.Namespace) -> int:
                 console.print(terminal.trace_line(line), soft_wrap=True)
             else:
                 print(line, flush=True)
+    except BrokenPipeError:
+        raise
     except (client.NoDaemon, client.Rejected, OSError) as error:
         raise Failed(error) from None
     raise Failed("krelay has ended")

@@ -19,7 +19,7 @@ class Rejected(Exception):
 
 
 def ask(root: Path, request: str) -> list[str]:
-    """The lines of the answer.  Raises NoDaemon, Rejected."""
+    """The lines of the answer.  Raises NoDaemon, Rejected; OSError if it isn't whole."""
     with _connect(root) as connection:
         connection.sendall(request.encode() + b"\n")
         lines = []
@@ -30,6 +30,8 @@ def ask(root: Path, request: str) -> list[str]:
                 if line.startswith("error: "):
                     raise Rejected(line.removeprefix("error: "))
                 lines.append(line)
+            else:
+                raise ConnectionResetError("it hung up before the end of its answer")
         return lines
 
 

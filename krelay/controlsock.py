@@ -107,6 +107,7 @@ class _Client:
             self._out += f"lost {self._lost} lines: the reader is too slow\n".encode()
             self._lost = 0
         if not self._out:
+            self._heard_at = self._loop.now  # from now on something waits for it
             self._loop.call_soon(self._flush)
         self._out += trace.line(rewrite, packet).encode() + b"\n"
 

@@ -168,7 +168,7 @@ def probe() -> Backend:
             return backend
     raise RulesUnavailable(
         "no way to queue packets: neither nft's queue nor the NFQUEUE target of iptables works "
-        f"here ({'; '.join(tried)})"
+        f"here ({'; '.join(tried)}); install nftables or iptables, and a kernel with one of them"
     )
 
 

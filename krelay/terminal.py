@@ -1,11 +1,10 @@
 """What people see: aligned columns, colour only on a terminal, and streams that may close early."""
 
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -38,31 +37,38 @@ _STYLES = {
 }
 
 
+MOST_WIDE = 1000
+
+
 def console() -> Console:
-    """Standard output; wide enough for a table's rows where it isn't a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    """Standard output."""
+    return Console(highlight=False)
+
+
+def show(console: Console, table: Table) -> None:
+    """Prints a table in its whole width: a terminal that is narrower breaks the lines."""
+    unlimited = console.options.update_width(MOST_WIDE)
+    console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
+    console.print(table, crop=False, soft_wrap=True)
 
 
 def nat_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """The NAT table, a row each."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in _COLUMNS:
         table.add_column(
             name, justify="right" if name in _NUMBERS else "left", overflow="fold", no_wrap=True
         )
     for row in rows:
-        table.add_row(*(_cell(name, row.get(name, "")) for name in _COLUMNS))
+        table.add_row(*(_cell(row.get(name, "")) for name in _COLUMNS))
     return table
 
 
-def listing(values: Mapping[str, Any]) -> Table:
-    """A name and a value a line."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
-    for name, value in values.items():
-        table.add_row(name, _cell(name, value))
-    return table
+def listing(values: Mapping[str, Any]) -> Text:
+    """A name and a value a line, the values aligned."""
+    width = max(map(len, values), default=0)
+    lines = (Text(f"{name:{width}}  ", "dim") + _cell(value) for name, value in values.items())
+    return Text("\n").join(lines)
 
 
 def trace_line(line: str) -> Text:
@@ -74,6 +80,6 @@ def trace_line(line: str) -> Text:
     return styled
 
 
-def _cell(name: str, value: Any) -> Text:
+def _cell(value: Any) -> Text:
     shown = "/".join(map(str, value)) if isinstance(value, list) else str(value)
     return Text(shown, style=_STYLES.get(shown, "red" if shown.startswith("failed") else ""))
