@@ -187,7 +187,8 @@ class Daemon:
     def _judged(self, outcome: Outcome) -> None:
         self._tree.write_back(outcome)
         self._take(outcome)
-        if outcome.changed and not self._leaving:
+        again = "start" in outcome.judged and self._relaying.failed  # written once more: try again
+        if (outcome.changed or again) and not self._leaving:
             self._relaying.settle(self._state.config, outcome.changed)
         self._publish()
 

@@ -7,6 +7,7 @@ import errno
 import socket
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 from typing import NamedTuple
 
 from pyroute2 import IPRoute
@@ -15,6 +16,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 _GROUPS = 0x1 | 0x10 | 0x40
 """RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE (linux/rtnetlink.h)."""
 _SCOPE_LINK = 253
+_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 _TABLE_LOCAL = 255
 
 
@@ -27,6 +29,8 @@ class HostView(NamedTuple):
     """Subnets on the link that leads to the server, if the server is in one of them."""
     towards: bytes | None
     """Its address towards the server; None if there is no route."""
+    forwards: bool
+    """Whether it passes on packets between its links (net.ipv4.ip_forward)."""
 
 
 def look(server: IPv4Address) -> HostView:
@@ -53,7 +57,8 @@ def look(server: IPv4Address) -> HostView:
             and route.get_attr("RTA_DST")
             and route.get_attr("RTA_OIF") == link
         )
-    return HostView(own, beside if any(server in net for net in beside) else (), towards)
+    forwards = _FORWARD.read_text().strip() != "0"
+    return HostView(own, beside if any(server in net for net in beside) else (), towards, forwards)
 
 
 class LinkWatcher:

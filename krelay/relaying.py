@@ -79,7 +79,7 @@ class Relaying:
         self._on_stopped: Callable[[], object] | None = None
         self._gport: int | None = None
         """The gateway port of new flows: the config's, as soon as it is listened on."""
-        self._view = HostView(frozenset(), (), None)
+        self._view = HostView(frozenset(), (), None, False)
         self._overflow_warning = Throttle()
         self._overflows_told = 0
         self._dropped_before = (0, 0)
@@ -90,6 +90,11 @@ class Relaying:
         if self._failure is not None:
             return f"failed: {self._failure}"
         return "running" if self.queue else "stopped"
+
+    @property
+    def failed(self) -> bool:
+        """Whether relaying was to begin, or to go on, and can't."""
+        return self._failure is not None
 
     @property
     def rules(self) -> str:
@@ -208,11 +213,23 @@ class Relaying:
             queue=self._queue_num,
             after="a killed krelay" if stale else None,
         )
+        self._warn_of_surroundings()
+
+    def _warn_of_surroundings(self) -> None:
+        """What would make relaying fail quietly, told before the first packet is lost."""
+        if not self._view.forwards:
+            _log.warning(
+                "this host doesn't forward: UDP won't pass, nor the clients' own connections",
+                mend="sysctl -w net.ipv4.ip_forward=1",
+            )
+        if self._view.towards is None:
+            _log.warning("there is no route to the server", real_ip=self._config.real_ip)
 
     def _adopt(self, changed: frozenset[str]) -> None:
         """Takes over changed values while running: new flows get them, the rows keep theirs."""
         if "real_ip" in changed:
             self._view = _look(self._config.real_ip)
+            self._warn_of_surroundings()
             for row in self.nat.unanswered():
                 if row.server.addr != self._config.real_ip.packed:
                     self.nat.end(row)  # the client's next packet makes it anew
