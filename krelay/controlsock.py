@@ -103,12 +103,12 @@ class _Client:
         if len(self._out) > TRACE_BUFFER:
             self._lost += 1
             return
-        if self._lost:
-            self._out += f"lost {self._lost} lines: the reader is too slow\n".encode()
-            self._lost = 0
         if not self._out:
             self._heard_at = self._loop.now  # from now on something waits for it
             self._loop.call_soon(self._flush)
+        if self._lost:
+            self._out += f"lost {self._lost} lines: the reader is too slow\n".encode()
+            self._lost = 0
         self._out += trace.line(rewrite, packet).encode() + b"\n"
 
     def on_time(self, now: float) -> None:

@@ -13,5 +13,5 @@ def ready() -> str | None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             sock.sendto(b"READY=1", address.replace("@", "\0", 1))
     except OSError as error:
-        return error.strerror
+        return error.strerror or str(error)
     return None

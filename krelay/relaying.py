@@ -130,7 +130,7 @@ class Relaying:
             self.nat.set_timeouts(timeouts)
         if config.start:
             if self._stopping:
-                self._finish_stopping()
+                self._end()  # and begin afresh: nobody is told of a state in between
             if self.queue is None:
                 self._start()
             else:
@@ -318,13 +318,16 @@ class Relaying:
         else:  # one turn more: the last resets are in the queue
             self._stopping = self._loop.call_at(now + 2 * _SOON, self._finish_stopping)
 
-    def _finish_stopping(self) -> None:
+    def _end(self) -> None:
         if self._stopping:
             self._stopping.cancel()
             self._stopping = None
         if self.queue is not None:
             self._abandon()
             _log.info("relaying stopped")
+
+    def _finish_stopping(self) -> None:
+        self._end()
         then, self._on_stopped = self._on_stopped, None
         self._on_change()
         if then is not None:

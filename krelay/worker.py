@@ -100,8 +100,6 @@ _MIN_TCP = ipv4.MIN_HEADER + tcp.HEADER
 _FLAGS = ipv4.MIN_HEADER + tcp.FLAGS
 _NOTEWORTHY = tcp.FIN | tcp.SYN | tcp.RST
 _MOST_ANSWERS = 256
-_ANSWER = slice(12, ipv4.MIN_HEADER + tcp.CHECK)
-"""Of an answer of ours, what tells it from other packets: all from the addresses to the window."""
 
 
 class Worker:
@@ -152,7 +150,7 @@ class Worker:
                     if rewrite is not None:
                         flags = packet[_FLAGS]
                         if flags & _NOTEWORTHY or rewrite.watched:
-                            if self._is_answer(packet):
+                            if self._is_answer(packet, ipv4.MIN_HEADER):
                                 return self._pass("own")
                             rewrite = self._tracked(rewrite, flags, now)
                             if rewrite is None:
@@ -257,7 +255,7 @@ class Worker:
             return self._stray(now)
         if src.addr in policy.own:
             if is_tcp and self._is_gateway(src.port):
-                return self._pass("own") if self._is_answer(packet) else self._drop("no_row")
+                return self._pass("own") if self._is_answer(packet, at) else self._drop("no_row")
             if not is_tcp and self._is_minded(proto, dst):
                 moved = self.nat.saw_direct(proto, src, dst, now, Hook.POSTROUTING)
                 return moved or self._pass("own")
@@ -304,17 +302,17 @@ class Worker:
         answer = tcp.reset_for(packet, header)
         if answer is not None:
             self.answers.append(answer)
-            self._answered[answer[_ANSWER]] = None
+            self._answered[_told_by(answer, ipv4.MIN_HEADER)] = None
             if len(self._answered) > _MOST_ANSWERS:
                 del self._answered[next(iter(self._answered))]
         return self._drop("gateway_port")
 
-    def _is_answer(self, packet: bytes) -> bool:
+    def _is_answer(self, packet: bytes, at: int) -> bool:
         """Whether this is what `_refuse_direct` has just sent, and not of a row between the ports.
 
         A client may have a relayed connection, and from the same port talk to the gateway port.
         """
-        return bool(self._answered) and self._answered.pop(packet[_ANSWER], self) is None
+        return bool(self._answered) and self._answered.pop(_told_by(packet, at), self) is None
 
     def _tracked(self, rewrite: Rewrite, flags: int, now: float) -> Rewrite | None:
         """Takes note of a packet's TCP flags.  The rewrite to use, or None to drop the packet.
@@ -363,6 +361,11 @@ class Worker:
     def _drop(self, reason: str) -> Verdict:
         self.counts.dropped[reason] += 1
         return Verdict.DROP
+
+
+def _told_by(packet: bytes, at: int) -> bytes:
+    """What tells a TCP packet from others: its addresses, and its header at `at` to the window."""
+    return packet[ipv4.ADDRESSES] + packet[at : at + tcp.CHECK]
 
 
 def flow_of(packet: bytes) -> Flow:

@@ -16,6 +16,7 @@ from scapy.layers.inet import ICMP, IP, UDP
 from krelay.flow import Flow, Proto, Source
 from krelay.nat import Limits, NatTable
 from krelay.row import Hook, Rewrite, Step, Timeouts
+from krelay.tracker import State
 from krelay.wire import BadPacket, ipv4
 from krelay.worker import Verdict, Worker, flow_of, readdressed
 from tests.tools.packets import (
@@ -156,8 +157,7 @@ def test_the_hosts_own_question_keeps_its_port_to_itself() -> None:
 def test_who_talks_to_the_gateway_port_itself_is_refused_and_never_relayed() -> None:
     host = play("""
     0     pre   C:40000 > K:16000 [S]         => drop gateway_port + K:16000 > C:40000 [R.]
-    0     post  K:16000 > C:40000 [R.]        => pass own         # the RST, once
-    0     post  K:16000 > C:40000 [R.]        => drop no_row
+    0     post  K:16000 > C:40000 [R.]        => drop no_row      # not the one that was sent
     0     pre   C:40000 > K:16000 [R]         => drop gateway_port
     0     post  K:16000 > C:40000 [R]         => drop no_row
     0     pre   C:40000 > K:16000 [.]         => drop gateway_port + K:16000 > C:40000 [R]
@@ -165,6 +165,34 @@ def test_who_talks_to_the_gateway_port_itself_is_refused_and_never_relayed() -> 
     """)
 
     assert len(host.nat) == 0
+
+
+def refused_directly(worker: Worker, client: str) -> bytes:
+    """The RST that answers a SYN of this client to the gateway port."""
+    syn = template(f"{client} > K:16000 [S]").build()
+    assert worker.handle(syn, Hook.PREROUTING, 0) is Verdict.DROP
+    return worker.answers.pop()
+
+
+def test_a_refusal_goes_out_once_as_it_is() -> None:
+    worker = Host(policy()).worker
+    answer = refused_directly(worker, "C:40000")
+
+    assert worker.handle(answer, Hook.POSTROUTING, 0) is Verdict.PASS
+    assert worker.handle(answer, Hook.POSTROUTING, 0) is Verdict.DROP
+
+
+def test_a_refusal_is_not_taken_for_a_packet_of_the_row_between_the_same_ports() -> None:
+    """A client talks to the gateway port from the port of its relayed connection."""
+    host = play(CONNECTED)
+    [row] = host.nat
+    answer = refused_directly(host.worker, "C:40000")
+
+    assert host.worker.handle(answer, Hook.POSTROUTING, 0) is Verdict.PASS
+    assert row.state is State.ESTABLISHED
+    ours = template("K:16000 > C:40000 [R.]").build()
+    assert host.worker.handle(ours, Hook.POSTROUTING, 0) not in list(Verdict)
+    assert row.state is State.CLOSING
 
 
 def test_the_gateway_port_is_refused_also_to_a_client_that_is_relayed() -> None:
@@ -950,12 +978,11 @@ def test_a_packet_is_told_before_it_is_rewritten_while_somebody_traces() -> None
 
 
 def test_the_refusals_of_the_gateway_port_are_remembered_in_bounded_room() -> None:
-    host = Host(policy())
-    for port in range(1000, 2000):
-        host.run(0, "pre", f"C:{port} > K:16000 [S]")
+    worker = Host(policy()).worker
+    answers = [refused_directly(worker, f"C:{port}") for port in range(1000, 2000)]
 
-    assert host.run(0, "post", "K:16000 > C:1999 [R.]") == "pass own"
-    assert host.run(0, "post", "K:16000 > C:1000 [R.]") == "drop no_row"
+    assert worker.handle(answers[-1], Hook.POSTROUTING, 0) is Verdict.PASS
+    assert worker.handle(answers[0], Hook.POSTROUTING, 0) is Verdict.DROP
 
 
 @pytest.mark.parametrize("text", ["C:4000 > K:53", "C:40000 > K:80 [P.]"])

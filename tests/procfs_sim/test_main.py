@@ -1,5 +1,6 @@
 """`python -m procfs_sim`."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_wrong_usage_is_exit_status_2_and_help_shows_an_example(
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     FileTree(tmp_path).create()
-    command = f"{sys.executable} -m procfs_sim --root {tmp_path} | true"
+    command = f"{shlex.quote(sys.executable)} -m procfs_sim --root {tmp_path} | true"
 
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=30)
 
