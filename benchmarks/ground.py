@@ -65,7 +65,7 @@ def machine() -> dict[str, str]:
         "processor": model,
         "load before": load,
         "busy before": f"{_busy(0.5):.0%}",
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "Python": platform.python_version(),
         "at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }

@@ -185,7 +185,7 @@ class _Client:
         line, newline, rest = self._in.partition(b"\n")
         if not newline and self._ended and self._in:
             newline = b"\n"  # the last line may lack its end
-        if len(line) > MAX_LINE or (not newline and len(self._in) > MAX_LINE):
+        if len(line) > MAX_LINE:  # whole or not
             self._in = b""
             self._ended = True
             self._out = f"error: a line has at most {MAX_LINE} bytes\n\n".encode()

@@ -17,29 +17,22 @@ import re
 import shutil
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 
 from krelay import client, demo_evidence
 from krelay.demo_evidence import Cast, Check, Seen, Step, Traced
+from krelay.demo_page import DemoFailed, Page, console, nat_table, step_table
 from vm import DEFAULT, Lab, LabError, LabTimeout, Program, draw, netns
 from vm.lab import listens
 
 TOOLS = ("dnsmasq", "nginx", "dig", "curl")
 NAME, ADDRESS = "www.demo.example", "192.0.2.80"
 """What the DNS server is asked for, and what it answers (RFC 2606, RFC 5737)."""
-WIDTH = 100
-"""Columns where the output isn't a terminal; a terminal has as many as it has, but no more."""
-ROOM_FOR_MORE = 90
-"""Columns from which on the table of steps shows what each is and the TCP flags."""
 LEGEND = "What no wire shows is between kernel and tcp-relay, inside the relay."
 LEGEND_OF_FLAGS = "Beside the counts TCP's flags: S SYN, . ACK, P PSH, F FIN, R RST."
 START_WITHIN = 20.0
@@ -51,10 +44,6 @@ _OWN_ERROR_LOG = (1, 19, 5)
 """Since then `nginx -e` keeps away from the compiled-in error log (nginx.org, CHANGES)."""
 
 
-class DemoFailed(Exception):
-    """The demo can't go on.  The text is the one line that says why."""
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs the demo; the exit status: 0 if every check held.
 
@@ -63,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         _look_for_tools()
-        return _run(_console(), keep=args.keep)
+        return _run(console(), keep=args.keep)
     except (DemoFailed, LabError, client.NoDaemon, client.Rejected) as error:
         print(f"krelay demo: {error}", file=sys.stderr)
     except OSError as error:
@@ -80,12 +69,6 @@ def _look_for_tools() -> None:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         raise DemoFailed(f"{', '.join(missing)} not installed; `make demo` installs what it needs")
-
-
-def _console() -> Console:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    console.width = min(console.width, WIDTH)
-    return console
 
 
 def _run(console: Console, *, keep: bool) -> int:
@@ -106,66 +89,6 @@ def _run(console: Console, *, keep: bool) -> int:
     left += [str(program) for program in lab.programs if program.poll() is None]
     page.check(Check("programs, namespaces and files of the demo are gone", not left, str(left)))
     return page.verdict()
-
-
-class Page:
-    """What the person reads, and the checks that were shown."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._began_at = time.monotonic()
-        self._checks: list[Check] = []
-        self._good, self._bad = ("ok", "NO") if console.options.ascii_only else ("✓", "✗")
-        self.wide = console.width >= ROOM_FOR_MORE
-
-    def title(self, text: str) -> None:
-        """A heading, with room above."""
-        self.text(f"\n{text}", "bold")
-
-    def text(self, text: str, style: str = "", *, indent: int = 0) -> None:
-        """Lines as they are: too long ones are left to the terminal, to be copied whole."""
-        for line in text.split("\n"):
-            self._console.print(Text((" " * indent + line).rstrip(), style), soft_wrap=True)
-
-    def command(self, prompt: str, command: str, printed: str = "") -> None:
-        """A command as it was typed, and what it printed."""
-        line = Text(f"          {prompt} ", "dim").append(command, "bold not dim")
-        self._console.print(line, soft_wrap=True)
-        if printed:
-            self.text(printed.rstrip("\n"), "green", indent=10)
-
-    def table(self, table: Table) -> None:
-        """A table, indented a little."""
-        self._console.print(Padding(table, (0, 0, 1, 2), expand=False))
-
-    def check(self, check: Check) -> None:
-        """A claim with its mark; below a failed one, what was found."""
-        self._checks.append(check)
-        mark, style = (self._good, "bold green") if check.held else (self._bad, "bold red")
-        self._console.print(Text(f"  {mark} ", style).append(check.claim, "not bold default"))
-        if not check.held:
-            self.text(check.found, "red", indent=4)
-
-    @contextmanager
-    def step(self, doing: str) -> Iterator[None]:
-        """Says what is going on, and when it was done, in seconds since the beginning."""
-        if self._console.is_terminal:
-            with self._console.status(doing, spinner="line"):
-                yield
-        else:
-            yield
-        seconds = time.monotonic() - self._began_at
-        self._console.print(Text(f"  {seconds:4.1f} s  ", "cyan").append(doing, "default"))
-
-    def verdict(self) -> int:
-        """The last line, and the exit status."""
-        seconds = time.monotonic() - self._began_at
-        failed = demo_evidence.failures(self._checks)
-        if failed:
-            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            raise DemoFailed(f"not so: {failed[0]}{more}")
-        self.text(f"\nAll {len(self._checks)} checks held, in {seconds:.1f} seconds.", "bold green")
-        return 0
 
 
 class Play:
@@ -256,7 +179,7 @@ class Play:
         if tcp_row and udp_row:
             self._show_steps(demo_evidence.steps(cast, tcp_row, udp_row))
         page.title("NAT table (as `krelay nat` shows it)")
-        page.table(_nat_table(rows))
+        page.table(nat_table(rows))
         for check in tabled:
             page.check(check)
         if tcp_row and udp_row:
@@ -267,7 +190,7 @@ class Play:
     def _show_steps(self, steps: Sequence[Step]) -> None:
         page, cast, wires, trace = self._page, self._cast, self._wires, self._trace()
         page.title("Each packet, before and after (=>), and where it was seen")
-        page.table(_step_table(steps, wires, wide=page.wide))
+        page.table(step_table(steps, wires, wide=page.wide))
         page.text(f"{LEGEND}\n{LEGEND_OF_FLAGS}\n" if page.wide else LEGEND + "\n", "dim", indent=2)
         for step in steps:
             page.check(demo_evidence.rewritten(step, trace, wires))
@@ -541,47 +464,3 @@ def _name(program: Program) -> str:
     """What to call a program: `krelay daemon` is a module of Python's."""
     argv = program.argv
     return Path(argv[0]).name if argv[1] != "-m" else argv[2].replace("_", "-")
-
-
-def _nat_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The NAT table lying on its side: it is wider than a page."""
-    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column(style="dim")
-    for _ in rows:
-        table.add_column()
-    for name in names:
-        table.add_row(name, *(_cell(row.get(name, "-")) for row in rows))
-    return table
-
-
-def _cell(value: Any) -> str:
-    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _step_table(steps: Sequence[Step], wires: demo_evidence.Wires, *, wide: bool) -> Table:
-    """Two lines a step, the packet before and after, and how often it was seen on which wire."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("step", no_wrap=True)
-    table.add_column("   packet", no_wrap=True)
-    for name in wires:
-        table.add_column(f"{name}'s wire", no_wrap=True)
-    for step in steps:
-        label = Text(step.label, "bold cyan")
-        for head, arrow, flow, style in (
-            (label, "   ", step.before, ""),
-            (Text(step.title if wide else "", "dim"), "=> ", step.after, "green"),
-        ):
-            packet = Text(arrow).append(f"{flow.src} > {flow.dst}", style)
-            cells = (
-                _on_wire(demo_evidence.on_wire(wire, flow), wide=wide) for wire in wires.values()
-            )
-            table.add_row(head, packet, *cells)
-    return table
-
-
-def _on_wire(packets: Sequence[Seen], *, wide: bool) -> Text:
-    if not packets:
-        return Text("-", "dim")
-    flags = " ".join(packet.flags for packet in packets) if wide else ""
-    return Text(f"{len(packets)}").append(f" {flags}", "dim")
