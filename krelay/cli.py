@@ -60,7 +60,7 @@ def _up(args: argparse.Namespace) -> int:
     options = ["--log-level", args.log_level, "--queue-num", str(args.queue_num)]
     try:
         return up.run(args.root, values, options)
-    except (up.UpFailed, client.NoDaemon, client.Rejected) as error:
+    except (up.UpFailed, client.NoDaemon, client.Rejected, OSError) as error:
         raise Failed(error) from None
 
 

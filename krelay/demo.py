@@ -337,7 +337,7 @@ class Play:
         self._lab.wait(holds, what, START_WITHIN)
 
     def _tcp_relay_is_connected(self) -> bool:
-        with suppress(client.NoDaemon):
+        with suppress(client.NoDaemon, OSError):
             return bool(client.ask_json(self._root, "show status json")[0]["tcp_relays"])
         return False
 

@@ -160,7 +160,8 @@ class NatTable:
         self._check_room(client)
         if inside is None:
             port = self._free_port(
-                client.port, lambda p: self._inside_is_free(Endpoint(client.addr, p), gport, now)
+                client.port,
+                lambda p: self._inside_is_free(Endpoint(client.addr, p), gport, service),
             )
             inside = Endpoint(client.addr, port)
         row = self._row(Proto.TCP, client, service, server, source, now)
@@ -444,9 +445,14 @@ class NatTable:
         at = key(outside, server)
         return at not in self._outside[proto] and (proto, at) not in self.direct
 
-    def _inside_is_free(self, inside: Endpoint, gport: int, now: float) -> bool:
+    def _inside_is_free(self, inside: Endpoint, gport: int, service: Endpoint) -> bool:
+        """Whether tcp-relay's host takes a new connection from there for a new one.
+
+        While it remembers a closed one between the same ports (TIME_WAIT), it does if the client's
+        numbers go on where they ended, which is so only towards the same service (RFC 6528).
+        """
         row = self._inside.get((inside, gport))
-        return row is None or row.closed_at is not None
+        return row is None or (row.closed_at is not None and row.service == service)
 
     def _free_port(self, wanted: int, is_free: Callable[[int], bool]) -> int:
         """The wanted port, or another of its class (below 1024 or not), if possible its parity.

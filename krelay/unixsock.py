@@ -4,6 +4,7 @@ The files' modes let in root and the group `krelay`; peers are asked for by SO_P
 well, since a directory may be shared in ways that modes don't tell.
 """
 
+import errno
 import grp
 import os
 import pwd
@@ -15,12 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from krelay.loop import Loop
+from krelay.loop import Loop, Timer
 
 GROUP = "krelay"
 """Whose members may connect, where this group exists."""
 MODE = 0o660
 BACKLOG = 64
+PAUSE = 1.0
+"""Seconds without accepting when there is no descriptor left."""
+
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Peer(NamedTuple):
@@ -61,10 +66,13 @@ class UnixListener:
         self._path = path
         self._accepted = accepted
         self._socket = _listening(path, kind)
+        self._resuming: Timer | None = None
         loop.add(self._socket.fileno(), select.EPOLLIN, self._ready)
 
     def close(self) -> None:
         """Stops listening and removes the socket; connections stay."""
+        if self._resuming is not None:
+            self._resuming.cancel()
         self._loop.remove(self._socket.fileno())
         self._socket.close()
         with suppress(FileNotFoundError):
@@ -73,14 +81,21 @@ class UnixListener:
     def _ready(self, _: int) -> None:
         try:
             connection, _address = self._socket.accept()
-        except OSError:
-            return  # gone again, or no descriptor left: it is asked again
+        except OSError as error:
+            if error.errno in _NO_ROOM:  # it would be ready, in vain, again and again
+                self._loop.modify(self._socket.fileno(), 0)
+                self._resuming = self._loop.call_at(self._loop.now + PAUSE, self._resume)
+            return
         peer = _peer(connection)
         if peer.may_connect:
             connection.setblocking(False)
             self._accepted(connection, peer)
         else:
             connection.close()
+
+    def _resume(self) -> None:
+        self._resuming = None
+        self._loop.modify(self._socket.fileno(), select.EPOLLIN)
 
 
 def _listening(path: Path, kind: socket.SocketKind) -> socket.socket:

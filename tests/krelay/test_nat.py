@@ -359,6 +359,16 @@ def test_a_refused_second_attach_leaves_the_server_leg() -> None:
     assert nat.of_relay_port(at("K:45678")) is row
 
 
+def test_a_port_used_again_towards_another_service_comes_in_from_another_port() -> None:
+    """Else the relay's host would take the SYN for a late one of the connection that has ended."""
+    nat = table()
+    first = open_tcp(nat, "C:40000", port=80)
+    nat.close(first, 1)
+
+    assert open_tcp(nat, "C:40000", 2, port=443).inside != first.inside
+    assert open_tcp(nat, "C:40000", 2, port=80).inside == first.inside
+
+
 def test_the_least_recently_seen_direct_conversation_makes_room() -> None:
     direct = DirectFlows(most=2)
     for number in (1, 2, 1, 3):

@@ -1,0 +1,394 @@
+"""The control socket between a loop and clients of every temper; the daemon is made up."""
+
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from stat import S_IMODE
+
+import pytest
+
+from krelay.control import HELP, MAX_LINE, Values
+from krelay.controlsock import CHUNK, IDLE, MAX_CLIENTS, TRACE_BUFFER, ControlSocket
+from krelay.flow import Source
+from krelay.loop import Loop
+from krelay.nat import NatTable
+from krelay.row import Row, Step
+from krelay.worker import Worker
+from tests.tools.packets import at, template
+
+ROWS = 20_000
+HELP_ANSWER = "".join(f"{line}\n" for line in (*HELP, "")).encode()
+TOO_LONG = f"error: a line has at most {MAX_LINE} bytes\n\n".encode()
+SYN = template("C:40000 > K:80 [S]").build()
+SYN_LINE = b"T1 10.0.0.1:40000 > 192.168.0.2:80 [S] => > 192.168.0.2:16000 flow 1\n"
+
+
+class ManyRows(NatTable):
+    """A table whose first row is there many times, and that tells how often it was looked at."""
+
+    times = 1
+    taken = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in super().__iter__():
+            for _ in range(self.times):
+                self.taken += 1
+                yield row
+
+
+@dataclass
+class FakeRelay:
+    """What the daemon is to the control socket."""
+
+    nat: NatTable
+
+    def status(self) -> Values:
+        return {"state": "running"}
+
+    def counters(self) -> Values:
+        return {"T1": 1}
+
+    def config_in_force(self) -> Values:
+        return {"start": "1"}
+
+    def kill(self, row: Row) -> None:
+        self.nat.end(row)
+
+
+class World:
+    """A control socket, its clients, and the turns of the loop between them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "control.sock"
+        self.loop = Loop()
+        self.nat = ManyRows(rng=Random(1))
+        self.relay = FakeRelay(self.nat)
+        self.worker = Worker(self.nat)
+        self.row = self.nat.open_tcp(
+            at("C:40000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, self.loop.now
+        )
+        self.control = ControlSocket(self.loop, self.path, self.relay, self.worker)
+        self.clients: list[socket.socket] = []
+
+    def close(self) -> None:
+        self.control.close()
+        self.loop.close()
+        for client in self.clients:
+            client.close()
+
+    def turn(self) -> None:
+        """One turn, with what is ready now."""
+        self.loop.call_soon(lambda: self.loop.call_soon(self.loop.stop))
+        self.loop.run()
+
+    def connect(self) -> socket.socket:
+        client = socket.socket(socket.AF_UNIX)
+        self.clients.append(client)
+        client.connect(str(self.path))
+        client.setblocking(False)
+        self.turn()
+        return client
+
+    def ask(self, request: bytes) -> socket.socket:
+        """A client that has said this, and been heard."""
+        client = self.connect()
+        client.sendall(request)
+        self.turn()
+        return client
+
+    def leave(self, client: socket.socket) -> None:
+        """It closes, and the loop has noticed."""
+        client.close()
+        self.turn()
+        self.turn()
+
+    def read(self, client: socket.socket) -> tuple[bytes, bool]:
+        """All that comes to it, and whether the other side has hung up."""
+        got = b""
+        for _ in range(10_000):
+            try:
+                data = client.recv(1 << 16)
+            except BlockingIOError:
+                self.turn()
+                try:
+                    data = client.recv(1 << 16)
+                except BlockingIOError:
+                    return got, False
+            except ConnectionResetError:
+                return got, True
+            if not data:
+                return got, True
+            got += data
+        raise AssertionError("it never ends")
+
+    def traced(self, times: int = 1) -> None:
+        """So many packets are rewritten."""
+        for _ in range(times):
+            assert self.worker.on_rewrite is not None
+            self.worker.on_rewrite(self.row.rewrites[Step.T1], SYN)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.close()
+
+
+def taken(client: socket.socket) -> bytes:
+    """What the kernel holds for this client, without giving the loop a turn."""
+    got = b""
+    while True:
+        try:
+            got += client.recv(1 << 20)
+        except BlockingIOError:
+            return got
+
+
+# requests and answers
+
+
+def test_several_requests_in_one_packet_are_answered_in_order(world: World) -> None:
+    client = world.ask(b"show status\nfly\nhelp\n")
+
+    assert world.read(client) == (
+        b"state=running\n\nerror: 'fly' is no command; try help\n\n" + HELP_ANSWER,
+        False,
+    )
+
+
+def test_a_request_in_two_packets_is_answered_when_it_is_whole(world: World) -> None:
+    client = world.ask(b"show ")
+    assert world.read(client) == (b"", False)
+    client.sendall(b"status\nhel")
+
+    assert world.read(client) == (b"state=running\n\n", False)
+
+
+def test_the_last_request_may_lack_its_newline_and_is_still_answered_after_a_half_close(
+    world: World,
+) -> None:
+    client = world.ask(b"show status\nshow counters")
+    client.shutdown(socket.SHUT_WR)
+
+    assert world.read(client) == (b"state=running\n\nT1=1\n\n", True)
+
+
+def test_a_half_close_without_a_request_is_a_goodbye(world: World) -> None:
+    client = world.ask(b"")
+    client.shutdown(socket.SHUT_WR)
+
+    assert world.read(client) == (b"", True)
+
+
+def test_an_answer_without_lines_is_the_empty_line(world: World) -> None:
+    assert world.read(world.ask(b"show nat proto=udp\n")) == (b"\n", False)
+
+
+@pytest.mark.parametrize("newline", [b"", b"\n"])
+def test_a_line_of_4097_bytes_is_an_error_and_the_end(world: World, newline: bytes) -> None:
+    client = world.ask(b"help\n" + b"x" * (MAX_LINE + 1) + newline + b"help\n" * bool(newline))
+
+    assert world.read(client) == (HELP_ANSWER + TOO_LONG, True)
+
+
+def test_a_line_of_4096_bytes_is_heard(world: World) -> None:
+    client = world.ask(b"help".ljust(MAX_LINE) + b"\n")
+
+    assert world.read(client) == (HELP_ANSWER, False)
+
+
+def test_20_000_rows_are_made_only_as_fast_as_they_are_read(world: World) -> None:
+    nat = world.nat
+    nat.times = ROWS
+    client = world.ask(b"show nat\n")
+    for _ in range(10):
+        world.turn()
+    made = nat.taken
+    first = taken(client)
+    line = len(first.partition(b"\n")[0]) + 1
+
+    assert made < ROWS
+    assert made * line <= len(first) + CHUNK + 2 * line
+    rest, ended = world.read(client)
+    lines = (first + rest).split(b"\n")
+    assert len(lines) == ROWS + 2
+    assert all(line.startswith(b"id=1 proto=tcp state=opening ") for line in lines[:-2])
+    assert lines[-2:] == [b"", b""]
+    assert not ended
+
+
+def test_a_client_that_reads_slowly_holds_up_no_other(world: World) -> None:
+    world.nat.times = ROWS
+    slow = world.ask(b"show nat\n")
+
+    assert world.read(world.ask(b"show status\n")) == (b"state=running\n\n", False)
+    slow.sendall(b"help\n")
+    assert world.read(slow)[0].endswith(b"\n\n" + HELP_ANSWER)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_answer_is_let_go(world: World) -> None:
+    world.nat.times = ROWS
+    world.ask(b"show nat\n").close()
+    world.turn()
+
+    assert world.read(world.ask(b"show status\n")) == (b"state=running\n\n", False)
+    assert world.nat.taken < ROWS
+
+
+# who may stay
+
+
+def test_who_says_nothing_is_dropped_after_a_minute_and_not_before(world: World) -> None:
+    client = world.connect()
+    began = world.loop.now
+    world.control.on_time(began + IDLE - 0.01)
+    assert world.read(client) == (b"", False)
+    world.control.on_time(began + IDLE + 0.01)
+
+    assert world.read(client) == (b"", True)
+
+
+def test_what_a_client_says_begins_its_minute_again(world: World) -> None:
+    client = world.connect()
+    began = world.loop.now
+    client.sendall(b"sho")
+    world.turn()
+    heard = world.loop.now
+    assert heard > began
+    world.control.on_time(heard + IDLE - 1e-6)
+    assert world.read(client) == (b"", False)
+    world.control.on_time(heard + IDLE + 1e-6)
+
+    assert world.read(client) == (b"", True)
+
+
+def test_who_does_not_read_its_answer_is_dropped_after_a_minute(world: World) -> None:
+    world.nat.times = ROWS
+    client = world.ask(b"show nat\n")
+    world.control.on_time(world.loop.now + IDLE + 0.01)
+
+    assert world.read(client)[1]
+    assert world.nat.taken < ROWS
+
+
+def test_who_traces_may_wait_for_hours_but_has_to_read(world: World) -> None:
+    client = world.ask(b"trace\n")
+    world.loop.now += 10 * IDLE
+    world.control.on_time(world.loop.now)
+    world.traced()
+    world.control.on_time(world.loop.now)  # in the same turn, before anything is sent
+    assert world.read(client) == (SYN_LINE, False)
+
+    world.traced(20_000)
+    world.turn()
+    world.control.on_time(world.loop.now + IDLE - 5)
+    assert world.worker.on_rewrite is not None
+    world.control.on_time(world.loop.now + IDLE + 0.01)
+    assert world.worker.on_rewrite is None
+    assert world.read(client)[1]
+
+
+def test_a_client_too_many_is_hung_up_on_until_another_has_left(world: World) -> None:
+    clients = [world.connect() for _ in range(MAX_CLIENTS)]
+    assert world.read(world.connect()) == (b"", True)
+    world.leave(clients[0])
+    again = world.ask(b"show status\n")
+
+    assert world.read(again) == (b"state=running\n\n", False)
+    clients[-1].sendall(b"show counters\n")
+    assert world.read(clients[-1]) == (b"T1=1\n\n", False)
+
+
+# traces
+
+
+def test_packets_are_looked_at_only_while_somebody_traces(world: World) -> None:
+    assert world.worker.on_rewrite is None
+    one, two = world.ask(b"trace\n"), world.ask(b"trace proto=tcp\n")
+    world.leave(one)
+    assert world.worker.on_rewrite is not None
+    world.traced()
+    assert world.read(two) == (SYN_LINE, False)
+    world.leave(two)
+
+    assert world.worker.on_rewrite is None
+
+
+def test_a_trace_shows_the_rows_of_its_filter_alone(world: World) -> None:
+    tcp, udp = world.ask(b"trace service=tcp/80\n"), world.ask(b"trace proto=udp\n")
+    world.traced()
+
+    assert world.read(tcp) == (SYN_LINE, False)
+    assert world.read(udp) == (b"", False)
+
+
+def test_who_traces_has_nothing_more_to_ask(world: World) -> None:
+    client = world.ask(b"trace\nhelp\n")
+    client.sendall(b"help\n" * 3000)
+    world.traced()
+
+    assert world.read(client) == (SYN_LINE, False)
+
+
+def test_a_trace_goes_on_after_a_half_close(world: World) -> None:
+    client = world.ask(b"trace")
+    client.shutdown(socket.SHUT_WR)
+    world.turn()
+    world.traced()
+
+    assert world.read(client) == (SYN_LINE, False)
+
+
+def test_a_trace_that_is_not_read_is_bounded_and_its_loss_is_told(world: World) -> None:
+    client = world.ask(b"trace\n")
+    times = 3 * TRACE_BUFFER // len(SYN_LINE)
+    world.traced(times)
+    shown, ended = world.read(client)
+    lines = shown.count(b"\n")
+
+    assert shown == SYN_LINE * lines
+    assert TRACE_BUFFER < len(shown) <= TRACE_BUFFER + len(SYN_LINE)
+    assert not ended
+    world.traced(2)
+    lost = f"lost {times - lines} lines: the reader is too slow\n".encode()
+    assert world.read(client) == (lost + SYN_LINE * 2, False)
+
+
+def test_a_tracer_that_leaves_while_a_packet_is_told_disturbs_nothing(world: World) -> None:
+    client = world.ask(b"trace\n")
+    client.close()
+    world.traced()
+    world.turn()
+
+    assert world.worker.on_rewrite is None
+    assert world.read(world.ask(b"show status\n")) == (b"state=running\n\n", False)
+
+
+# the file
+
+
+def test_the_socket_is_for_root_and_the_group_alone_and_goes_with_its_owner(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert S_IMODE(os.stat(world.path).st_mode) & 0o117 == 0
+    client = world.connect()
+    world.control.close()
+
+    assert not world.path.exists()
+    assert world.read(client) == (b"", True)
+    monkeypatch.setattr("krelay.unixsock.GROUP", "no-such-group")
+    world.control = ControlSocket(world.loop, world.path, world.relay, world.worker)
+    assert S_IMODE(os.stat(world.path).st_mode) == 0o600
+
+
+def test_closing_with_a_tracer_takes_the_trace_off(world: World) -> None:
+    client = world.ask(b"trace\n")
+    world.control.close()
+
+    assert world.worker.on_rewrite is None
+    assert world.read(client) == (b"", True)
+    world.control = ControlSocket(world.loop, world.path, world.relay, world.worker)

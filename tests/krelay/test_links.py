@@ -1,0 +1,129 @@
+"""What a host is on its network, looked at in a lab; and that changes there are noticed.
+
+client 10.0.0.1 ---- 10.0.0.254 relay 192.168.0.2 ---- 192.168.0.1 server
+"""
+
+import select
+from collections.abc import Iterator
+from contextlib import closing
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+
+from krelay.links import HostView, LinkWatcher, look
+from vm import Lab
+
+pytestmark = pytest.mark.net
+
+SERVER = IPv4Address("192.168.0.1")
+RELAY = (IPv4Address("10.0.0.254").packed, IPv4Address("192.168.0.2").packed)
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[Lab]:
+    """For tests that change nothing."""
+    with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture
+def watcher(lab: Lab) -> Iterator[LinkWatcher]:
+    with lab.enter("relay"):
+        watcher = LinkWatcher()
+    with closing(watcher):
+        yield watcher
+
+
+def seen(lab: Lab, host: str, server: IPv4Address = SERVER) -> HostView:
+    with lab.enter(host):
+        return look(server)
+
+
+def test_a_server_on_the_link_has_neighbours(quiet: Lab) -> None:
+    view = seen(quiet, "relay")
+
+    assert view.own == set(RELAY)
+    assert view.beside == (IPv4Network("192.168.0.0/24"),)
+    assert view.towards == RELAY[1]
+
+
+def test_a_server_behind_a_gateway_has_none(quiet: Lab) -> None:
+    view = seen(quiet, "client")
+    own = IPv4Address("10.0.0.1").packed
+
+    assert view == view._replace(own=frozenset({own}), beside=(), towards=own)
+
+
+def test_without_a_route_there_is_no_address_towards_the_server(quiet: Lab) -> None:
+    view = seen(quiet, "relay", IPv4Address("203.0.113.1"))
+
+    assert view == view._replace(own=frozenset(RELAY), beside=(), towards=None)
+
+
+def test_loopback_is_no_address_of_ours_to_speak_of(lab: Lab) -> None:
+    lab.run("relay", "ip", "addr", "add", "127.0.0.5/32", "dev", "lo")
+    lab.run("relay", "ip", "addr", "add", "203.0.113.7/32", "dev", "lo")
+
+    assert seen(lab, "relay").own == {*RELAY, IPv4Address("203.0.113.7").packed}
+
+
+def test_another_subnet_on_the_servers_link_lies_beside_it_and_one_elsewhere_does_not(
+    lab: Lab,
+) -> None:
+    lab.run("relay", "ip", "addr", "add", "172.16.5.1/28", "dev", "eth1")
+    lab.run("relay", "ip", "addr", "add", "172.16.6.1/24", "dev", "eth0")
+    lab.run("relay", "ip", "route", "add", "172.16.7.0/24", "via", str(SERVER))
+    view = seen(lab, "relay")
+
+    assert set(view.beside) == {IPv4Network("192.168.0.0/24"), IPv4Network("172.16.5.0/28")}
+    assert view.towards == RELAY[1]
+
+
+def test_the_preferred_source_of_the_route_is_the_address_towards_the_server(lab: Lab) -> None:
+    lab.run("relay", "ip", "addr", "add", "192.168.0.77/32", "dev", "eth1")
+    lab.run("relay", "ip", "route", "replace", f"{SERVER}/32", "dev", "eth1", "src", "192.168.0.77")
+
+    assert seen(lab, "relay").towards == IPv4Address("192.168.0.77").packed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("addr", "add", "172.16.5.1/28", "dev", "eth1"),
+        ("route", "add", "203.0.113.0/24", "via", "192.168.0.1"),
+        ("link", "set", "eth1", "down"),
+    ],
+)
+def test_a_change_makes_the_watcher_readable_until_it_is_drained(
+    lab: Lab, watcher: LinkWatcher, change: tuple[str, ...]
+) -> None:
+    readable = select.poll()
+    readable.register(watcher.fileno(), select.POLLIN)
+    assert readable.poll(0) == []
+    lab.run("relay", "ip", *change)
+
+    assert readable.poll(5000) != []
+    watcher.drain()
+    assert readable.poll(0) == []
+    watcher.drain()
+
+
+def test_a_watcher_that_missed_something_is_drained_all_the_same(
+    lab: Lab, watcher: LinkWatcher
+) -> None:
+    script = (
+        "for i in $(seq 1500); do echo route add 203.0.$((i / 250)).$((i % 250)) dev eth1; done"
+    )
+    lab.run("relay", "sh", "-c", f"{script} | ip -batch -", timeout=20)
+    readable = select.poll()
+    readable.register(watcher.fileno(), select.POLLIN)
+
+    assert readable.poll(5000)[0][1] & select.POLLERR  # ENOBUFS: its buffer was full
+    watcher.drain()
+    assert readable.poll(0) == []

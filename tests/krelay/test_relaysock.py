@@ -1,0 +1,235 @@
+"""The relay socket between a loop and tcp-relays that behave, leave, babble or don't read."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from krelay.flow import Source
+from krelay.loop import Loop
+from krelay.nat import Limits, NatTable
+from krelay.relay import Relays, Send
+from krelay.relaymsg import (
+    MAX_MESSAGE,
+    Abort,
+    Close,
+    Open,
+    Opened,
+    Refused,
+    Request,
+    emit,
+    parse_answer,
+)
+from krelay.relaysock import RelaySocket
+from krelay.row import Row
+from tests.tools.packets import at
+
+RELAY_PORT = 10_000
+"""By so much the relay's port is less than the client's."""
+UNKNOWN = Open(7, at("D:9"), 16000, at("K:45000"))
+NO_ROW = emit(Refused(7, "no row for this client"))
+
+
+class ToldRelays(Relays):
+    """Relays that remember which connections they were told to be lost."""
+
+    def __init__(self, nat: NatTable) -> None:
+        super().__init__(nat, lambda _: Source.CLIENT)
+        self.losses: list[tuple[Send, float]] = []
+
+    def lost(self, send: Send, now: float) -> None:
+        self.losses.append((send, now))
+        super().lost(send, now)
+
+
+class World:
+    """A relay socket, its tcp-relays, and the turns of the loop between them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "relay.sock"
+        self.loop = Loop()
+        self.nat = NatTable(Limits(flows_per_client=20_000), rng=Random(1))
+        self.relays = ToldRelays(self.nat)
+        self.socket = RelaySocket(self.loop, self.path, self.relays)
+        self.links: list[socket.socket] = []
+
+    def close(self) -> None:
+        self.socket.close()
+        self.loop.close()
+        for link in self.links:
+            link.close()
+
+    def turn(self) -> None:
+        """One turn, with what is ready now."""
+        self.loop.call_soon(lambda: self.loop.call_soon(self.loop.stop))
+        self.loop.run()
+
+    def connect(self) -> socket.socket:
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.links.append(link)
+        link.connect(str(self.path))
+        link.setblocking(False)
+        self.turn()
+        return link
+
+    def say(self, link: socket.socket, *messages: Request | bytes) -> None:
+        for message in messages:
+            link.send(message if isinstance(message, bytes) else emit(message))
+        self.turn()
+
+    def row(self, number: int) -> tuple[Row, Open]:
+        """A client's row, and the question of the tcp-relay that has accepted it."""
+        client, relay = at(f"C:{number}"), at(f"K:{number - RELAY_PORT}")
+        row = self.nat.open_tcp(client, at("K:80"), at("S:80"), Source.CLIENT, 16000, self.loop.now)
+        return row, Open(number, client, 16000, relay)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.close()
+
+
+def heard(link: socket.socket) -> list[bytes]:
+    """All that has come, a packet each; an empty one at the end if the other side hung up."""
+    packets = []
+    while True:
+        try:
+            packets.append(link.recv(MAX_MESSAGE))
+        except BlockingIOError:
+            return packets
+        except ConnectionResetError:
+            continue  # it was hung up on with something unread; what it had said still comes
+        if not packets[-1]:
+            return packets
+
+
+def test_each_request_has_its_answer_and_close_has_none(world: World) -> None:
+    link = world.connect()
+    row, request = world.row(40000)
+    world.say(link, request, Close(at("K:30001")), UNKNOWN)
+
+    assert [*map(parse_answer, heard(link))] == [
+        Opened(40000, at("S:80"), Source.CLIENT),
+        Refused(7, "no row for this client"),
+    ]
+    assert row.relay == at("K:30000")
+
+
+def test_who_is_connected_is_known_by_its_process(world: World) -> None:
+    assert world.socket.pids == frozenset()
+    link = world.connect()
+    assert world.socket.pids == {os.getpid()}
+    link.close()
+    world.turn()
+
+    assert world.socket.pids == frozenset()
+
+
+@pytest.mark.parametrize(
+    "message", [b"garbage", b'{"op":"steal"}', emit(UNKNOWN).ljust(MAX_MESSAGE + 1)]
+)
+def test_a_malformed_message_is_refused_and_ends_that_connection_alone(
+    world: World, message: bytes
+) -> None:
+    other, link = world.connect(), world.connect()
+    world.say(link, message, UNKNOWN)
+    error, end = heard(link)
+
+    refused = parse_answer(error)
+    assert isinstance(refused, Refused)
+    assert refused.id is None
+    assert end == b""
+    assert len(world.relays.losses) == 1
+    world.say(other, UNKNOWN)
+    assert heard(other) == [NO_ROW]
+
+
+def test_a_lost_connection_is_told_once_and_its_rows_become_orphans(world: World) -> None:
+    link = world.connect()
+    row, request = world.row(40000)
+    world.say(link, request)
+    link.close()
+    world.turn()
+    world.turn()
+
+    assert len(world.relays.losses) == 1
+    world.relays.on_time(world.loop.now + 60)
+    assert row.closed_at is not None
+    world.socket.close()
+    assert len(world.relays.losses) == 1
+    world.socket = RelaySocket(world.loop, world.path, world.relays)
+
+
+def test_an_abort_goes_to_the_connection_that_opened_the_row(world: World) -> None:
+    one, two = world.connect(), world.connect()
+    first, asked_first = world.row(40000)
+    second, asked_second = world.row(40001)
+    world.say(one, asked_first)
+    world.say(two, asked_second)
+    for link in (one, two):
+        assert len(heard(link)) == 1
+    world.relays.abort(second, world.loop.now)
+    assert (heard(one), [*map(parse_answer, heard(two))]) == ([], [Abort(at("K:30001"))])
+    world.relays.abort(first, world.loop.now)
+
+    assert ([*map(parse_answer, heard(one))], heard(two)) == ([Abort(at("K:30000"))], [])
+
+
+def test_who_does_not_read_its_answers_is_disconnected_once_they_fill_the_socket(
+    world: World,
+) -> None:
+    link = world.connect()
+    for _ in range(200_000):
+        try:
+            link.send(emit(UNKNOWN))
+        except BlockingIOError:
+            world.turn()
+        except (BrokenPipeError, ConnectionResetError):
+            break
+    else:
+        raise AssertionError("still connected after 200,000 requests")
+
+    assert len(world.relays.losses) == 1
+    assert world.socket.pids == frozenset()
+    answers = heard(link)
+    assert set(answers[:-1]) == {NO_ROW}
+    assert answers[-1] == b""
+
+
+def test_aborts_that_fill_the_socket_close_it_after_the_caller_is_through(world: World) -> None:
+    link = world.connect()
+    rows = []
+    for number in range(20_000, 40_000):
+        row, request = world.row(number)
+        rows.append(row)
+        world.relays.handle(request, _send_of(world), world.loop.now)
+    for row in rows:
+        world.relays.abort(row, world.loop.now)
+        assert world.relays.losses == []
+    world.turn()
+
+    assert len(world.relays.losses) == 1
+    *aborts, end = heard(link)
+    assert 0 < len(aborts) < len(rows)
+    assert parse_answer(aborts[0]) == Abort(at("K:10000"))
+    assert end == b""
+
+
+def _send_of(world: World) -> Send:
+    (link,) = world.socket._links
+    return link._send
+
+
+def test_closing_ends_all_connections_and_removes_the_socket(world: World) -> None:
+    one, two = world.connect(), world.connect()
+    world.socket.close()
+
+    assert (heard(one), heard(two)) == ([b""], [b""])
+    assert len({send for send, _ in world.relays.losses}) == 2
+    assert not world.path.exists()
+    world.socket = RelaySocket(world.loop, world.path, world.relays)
