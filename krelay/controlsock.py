@@ -86,7 +86,7 @@ class _Client:
         self._left = left
         self._tracing_changed = tracing_changed
         self._in = b""
-        self._out = b""
+        self._out = bytearray()
         self._answer: Iterator[str] | None = None
         self._ended = False
         self._closed = False
@@ -156,7 +156,7 @@ class _Client:
                 except OSError:
                     self.close()
                     return
-                self._out = self._out[sent:]
+                del self._out[:sent]
                 self._heard_at = self._loop.now
                 continue
             if self._answer is not None:
@@ -178,7 +178,7 @@ class _Client:
         else:
             self._answer = None
             made.append("")
-        self._out = ("\n".join(made) + "\n").encode()
+        self._out += ("\n".join(made) + "\n").encode()
 
     def _next_request(self) -> bool:
         """Takes the next whole line; False if there is none yet."""
@@ -188,7 +188,7 @@ class _Client:
         if len(line) > MAX_LINE:  # whole or not
             self._in = b""
             self._ended = True
-            self._out = f"error: a line has at most {MAX_LINE} bytes\n\n".encode()
+            self._out += f"error: a line has at most {MAX_LINE} bytes\n\n".encode()
             return True
         if not newline:
             if self._ended and self.tracing is None:
@@ -198,7 +198,7 @@ class _Client:
         try:
             found = control.answer(line.decode(errors="replace"), self._relay, self._loop.now)
         except BadRequest as error:
-            self._out = f"error: {error}\n\n".encode()
+            self._out += f"error: {error}\n\n".encode()
             return True
         if isinstance(found, Trace):
             self.tracing = found.filter
