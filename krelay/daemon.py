@@ -206,18 +206,23 @@ class Daemon:
         refused = {}
         if "real_ip" in changed and new.real_ip.packed in look(new.real_ip).own:
             refused["real_ip"] = f"{new.real_ip} is an address of this host"
-        if "gport" in changed and self._is_foreign(new.gport):
-            who = listeners.holder(listeners.listening(new.gport))
+        if "gport" in changed and (who := self._who_else_listens(new.gport)):
             refused["gport"] = f"port {new.gport} is in use by {who}"
         return refused
 
-    def _is_foreign(self, port: int) -> bool:
-        """Whether a program that isn't tcp-relay listens there; no, before relays can connect."""
+    def _who_else_listens(self, port: int) -> str | None:
+        """The program that listens there, unless it is a tcp-relay: those follow gport faster."""
         inodes = listeners.listening(port)
         if not inodes or self._relay_socket is None:
-            return False
-        pids = self._relay_socket.pids
-        return not any(listeners.holds_any(pid, inodes) in (True, None) for pid in pids)
+            return None
+        if any(listeners.holds_any(pid, inodes) in (True, None) for pid in self._relay_socket.pids):
+            return None
+        who = listeners.holder(inodes)
+        if who is not None and who.is_tcp_relay(
+            self._root
+        ):  # about to connect, or to connect again
+            return None
+        return str(who or "another program")
 
     def _restore_tree(self) -> None:
         """Somebody removed or replaced our directories: everything in force is shown again."""

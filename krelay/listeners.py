@@ -3,7 +3,9 @@
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 _LISTEN = "0A"
 _TABLES = ("/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6")
@@ -39,11 +41,33 @@ def holds_any(pid: int, inodes: Iterable[int]) -> bool | None:
     return False
 
 
-def holder(inodes: Iterable[int]) -> str:
-    """`NAME (pid N)` of a process that has one of these sockets open, or `another program`."""
+class Holder(NamedTuple):
+    """A process that has a socket open."""
+
+    pid: int
+    name: str
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid})"
+
+    def is_tcp_relay(self, root: Path) -> bool:
+        """Whether it was started as tcp-relay, by name or as a module, and for no other tree."""
+        names = {argument.rpartition("/")[2] for argument in self.arguments[:4]}
+        if not names & {"tcp-relay", "tcp_relay"}:
+            return False
+        words = " ".join(self.arguments).replace("--root=", "--root ").split(" ")
+        trees = [value for word, value in pairwise(words) if word == "--root"]
+        return all(Path(tree) == root for tree in trees)
+
+
+def holder(inodes: Iterable[int]) -> Holder | None:
+    """A process that has one of these sockets open; None if none can be seen."""
     wanted = frozenset(inodes)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and holds_any(int(entry.name), wanted):
             with suppress(OSError):
-                return f"{(entry / 'comm').read_text().strip()} (pid {entry.name})"
-    return "another program"
+                name = (entry / "comm").read_text().strip()
+                arguments = (entry / "cmdline").read_text(errors="replace").split("\0")
+                return Holder(int(entry.name), name, tuple(arguments))
+    return None
