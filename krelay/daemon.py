@@ -218,10 +218,8 @@ class Daemon:
         if any(listeners.holds_any(pid, inodes) in (True, None) for pid in self._relay_socket.pids):
             return None
         who = listeners.holder(inodes)
-        if who is not None and who.is_tcp_relay(
-            self._root
-        ):  # about to connect, or to connect again
-            return None
+        if who is not None and who.is_tcp_relay(self._root):
+            return None  # about to connect, or to connect again
         return str(who or "another program")
 
     def _restore_tree(self) -> None:
