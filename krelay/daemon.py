@@ -19,7 +19,7 @@ from krelay.controlsock import ControlSocket
 from krelay.flow import Proto
 from krelay.links import LinkWatcher, look
 from krelay.log import Log
-from krelay.loop import Loop
+from krelay.loop import Loop, Timer
 from krelay.nat import NatTable
 from krelay.nfqueue import figures
 from krelay.rawsend import RawSender
@@ -32,6 +32,8 @@ from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import DEFAULT_ROOT, SETTINGS, Config, in_force
 
 TICK = 1.0
+LOOK_AFTER = 0.1
+"""Seconds between a change of links, addresses or routes and the look at all that have changed."""
 
 _log = Log("daemon")
 
@@ -58,6 +60,7 @@ class Daemon:
         self._lock = self._take_tree()
         self._state = TreeState(host_check=self._host_check)
         self._published: dict[str, str] = {}
+        self._looking: Timer | None = None
         self.nat = NatTable(rng=SystemRandom())
         self._worker = Worker(self.nat)
         name = ruleset.instance_name(str(root.absolute()), DEFAULT_ROOT)
@@ -268,7 +271,9 @@ class Daemon:
 
     def _links_changed(self, _: int) -> None:
         self._links.drain()
-        self._relaying.links_changed()
+        if self._looking is None or not self._looking.pending:  # routes may change all the time
+            when = self._loop.now + LOOK_AFTER
+            self._looking = self._loop.call_at(when, self._relaying.links_changed)
 
     def _tick(self) -> None:
         now = self._loop.now

@@ -1,6 +1,8 @@
 """What this host is on the network: its addresses, and what lies beside the server.
 
 Read through the kernel's routing socket when something has changed there, not when a packet comes.
+One route is asked for, never the whole table, which on a router would take seconds: what is on a
+link is told by the addresses that this host has there.
 """
 
 import errno
@@ -15,9 +17,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 _GROUPS = 0x1 | 0x10 | 0x40
 """RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE (linux/rtnetlink.h)."""
-_SCOPE_LINK = 253
 _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
-_TABLE_LOCAL = 255
 
 
 class HostView(NamedTuple):
@@ -36,27 +36,24 @@ class HostView(NamedTuple):
 def look(server: IPv4Address) -> HostView:
     """How things are now."""
     with IPRoute() as ip:
-        own = frozenset(
-            IPv4Address(address).packed
-            for message in ip.get_addr(family=socket.AF_INET)
-            if (address := message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
-            and not IPv4Address(address).is_loopback
-        )
+        addresses = list(ip.get_addr(family=socket.AF_INET))
         towards, link = None, None
         with suppress(NetlinkError):
             for route in ip.route("get", dst=str(server)):
                 link = route.get_attr("RTA_OIF")
                 if source := route.get_attr("RTA_PREFSRC"):
                     towards = IPv4Address(source).packed
-        beside = tuple(
-            IPv4Network(f"{route.get_attr('RTA_DST')}/{route['dst_len']}")
-            for route in ip.get_routes(family=socket.AF_INET, oif=link)
-            if link
-            and route["scope"] == _SCOPE_LINK
-            and route.get_attr("RTA_TABLE") != _TABLE_LOCAL
-            and route.get_attr("RTA_DST")
-            and route.get_attr("RTA_OIF") == link
-        )
+    own = frozenset(
+        IPv4Address(address).packed
+        for message in addresses
+        if (address := message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
+        and not IPv4Address(address).is_loopback
+    )
+    beside = tuple(
+        IPv4Network(f"{message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}", strict=False)
+        for message in addresses
+        if message["index"] == link
+    )
     forwards = _FORWARD.read_text().strip() != "0"
     return HostView(own, beside if any(server in net for net in beside) else (), towards, forwards)
 

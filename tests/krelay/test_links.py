@@ -127,3 +127,20 @@ def test_a_watcher_that_missed_something_is_drained_all_the_same(
     assert readable.poll(5000)[0][1] & select.POLLERR  # ENOBUFS: its buffer was full
     watcher.drain()
     assert readable.poll(0) == []
+
+
+def test_the_table_of_routes_is_never_read_as_a_whole(
+    quiet: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a router it takes seconds, and no packet is relayed meanwhile."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("all routes were asked for")
+
+    monkeypatch.setattr("pyroute2.IPRoute.get_routes", refuse)
+    assert seen(quiet, "relay").beside == (IPv4Network("192.168.0.0/24"),)
+
+
+def test_whether_a_host_forwards_is_told(quiet: Lab) -> None:
+    assert seen(quiet, "relay").forwards
+    assert not seen(quiet, "client").forwards
