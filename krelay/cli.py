@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from krelay import log
@@ -75,15 +75,13 @@ def _stop(args: argparse.Namespace) -> int:
 def _switch(root: Path, flag: str, state: str) -> int:
     _ask(root, "show status json")
     _put(root, "start", flag)
-    deadline = time.monotonic() + IN_FORCE_WITHIN
-    while time.monotonic() < deadline:
+    for _ in _tries():
         status = json.loads(_ask(root, "show status json")[0])["state"]
         in_force = json.loads(_ask(root, "show config json")[0])["start"] == flag
         if in_force and status == state:
             return 0
         if in_force and status.startswith("failed: ") and flag == "1":
             raise Failed(status.removeprefix("failed: "))
-        time.sleep(_PAUSE)
     raise Failed(f"not {state} after {IN_FORCE_WITHIN:.0f} seconds; see the daemon's log")
 
 
@@ -92,8 +90,7 @@ def _set(args: argparse.Namespace) -> int:
 
     text = _checked(args.key, args.value)
     _put(args.root, args.key, text)
-    deadline = time.monotonic() + IN_FORCE_WITHIN
-    while time.monotonic() < deadline:
+    for _ in _tries():
         try:
             in_force = client.ask_json(args.root, "show config json")[0][args.key]
         except client.NoDaemon:
@@ -112,7 +109,6 @@ def _set(args: argparse.Namespace) -> int:
             ours = [line for line in errors if line.startswith(f"{args.key}: ")]
             if ours:
                 raise Failed(ours[0])
-        time.sleep(_PAUSE)
     raise Failed(f"{args.key} isn't in force after {IN_FORCE_WITHIN:.0f} seconds")
 
 
@@ -205,6 +201,14 @@ def _demo(args: argparse.Namespace) -> int:
     from krelay import demo
 
     return demo.run(args)
+
+
+def _tries() -> Iterator[None]:
+    """Goes on for IN_FORCE_WITHIN, with pauses."""
+    deadline = time.monotonic() + IN_FORCE_WITHIN
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(_PAUSE)
 
 
 def _checked(name: str, text: str) -> str:

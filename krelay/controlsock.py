@@ -12,7 +12,6 @@ from pathlib import Path
 
 from krelay import control, trace
 from krelay.control import MAX_LINE, BadRequest, Relay, Trace
-from krelay.log import Log
 from krelay.loop import Loop
 from krelay.row import Rewrite
 from krelay.unixsock import Peer, UnixListener
@@ -25,8 +24,6 @@ CHUNK = 32 * 1024
 """Bytes of an answer made at a time."""
 TRACE_BUFFER = 256 * 1024
 """Bytes of trace lines that wait for a slow reader."""
-
-_log = Log("control")
 
 
 class ControlSocket:

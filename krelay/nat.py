@@ -137,7 +137,7 @@ class NatTable:
         self._due.clear()
         for row in self._rows.values():
             row.due = -1
-            self._schedule(row)
+            self.schedule(row)
 
     # Making rows
 
@@ -302,11 +302,15 @@ class NatTable:
             row.tracker.closed = True
             self._closed[row.id] = row
             self._count_client(row, -1)
-            self._schedule(row)
+            self.schedule(row)
 
-    def reschedule(self, row: Row) -> None:
-        """The row's state changed, and with it its timeout."""
-        self._schedule(row)
+    def schedule(self, row: Row) -> None:
+        """The row is looked at when its time is over; call this when its state has changed."""
+        at = int(row.expires_at(self._timeouts)) + 1
+        at = min(max(at, self._looked_until), self._looked_until + HORIZON)
+        if row.due != at:
+            row.due = at
+            self._due.setdefault(at, []).append(row.id)
 
     def end(self, row: Row) -> None:
         """Takes the row out at once.  Harmless if it is out already."""
@@ -360,7 +364,7 @@ class NatTable:
                     self.end(row)
                     ended.append(row)
                 else:
-                    self._schedule(row)
+                    self.schedule(row)
         self.direct.expire(Proto.TCP, now - self._timeouts.tcp_established)
         self.direct.expire(Proto.UDP, now - self._timeouts.udp)
         return ended
@@ -396,7 +400,7 @@ class NatTable:
     def _enter(self, row: Row) -> Row:
         self._rows[row.id] = row
         self._count_client(row, +1)
-        self._schedule(row)
+        self.schedule(row)
         if row.footprint:
             new = not self.footprints[row.footprint]
             self.footprints[row.footprint] += 1
@@ -469,10 +473,3 @@ class NatTable:
                 if port % 2 == parity and is_free(port):
                     return port
         raise Refusal("no_port")
-
-    def _schedule(self, row: Row) -> None:
-        at = int(row.expires_at(self._timeouts)) + 1
-        at = min(max(at, self._looked_until), self._looked_until + HORIZON)
-        if row.due != at:
-            row.due = at
-            self._due.setdefault(at, []).append(row.id)

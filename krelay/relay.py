@@ -82,8 +82,9 @@ class Relays:
                 row = self._nat.get(row_id)
                 if row is not None and row_id not in self._owner:
                     self._nat.close(row, now)
-        for row_id in [i for i in self._owner if self._nat.get(i) is None]:
-            del self._owner[row_id]
+        if len(self._owner) > len(self._nat):  # some have ended; not looked for every second
+            for row_id in [i for i in self._owner if self._nat.get(i) is None]:
+                del self._owner[row_id]
 
     def _open(self, request: Open, send: Send, now: float) -> Answer:
         row = self._nat.accepted(request.client, request.gport)
@@ -128,7 +129,7 @@ class Relays:
         row.tracker.resumed()
         for step in (Step.T1, Step.T2, Step.T3, Step.T4):
             row.rewrites[step].watched = False
-        self._nat.reschedule(row)
+        self._nat.schedule(row)
         self._owner[row.id] = send
         return Resumed(request.id)
 

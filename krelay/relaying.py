@@ -185,11 +185,11 @@ class Relaying:
     def _start(self) -> None:
         config = self._config
         self._failure = None
+        backend = self._backend or self._probe()
+        if backend is None:
+            return
         try:
-            backend = self._backend or self._probe()
-            stale = backend.present(self._name) if backend else False
-            if backend is None:
-                return
+            stale = backend.present(self._name)
             self.queue = Queue(self._queue_num, self._worker, self._sender.send)
             self._dropped_before, self._overflows_told = (0, 0), 0
             self._loop.add(self.queue.fileno(), select.EPOLLIN, self._serve_queue)

@@ -8,7 +8,7 @@ import select
 import socket
 from pathlib import Path
 
-from krelay.log import Log
+from krelay.log import Log, Throttle
 from krelay.loop import Loop
 from krelay.relay import Relays
 from krelay.relaymsg import MAX_MESSAGE, Answer, BadMessage, Refused, emit, parse_request
@@ -18,6 +18,7 @@ MAX_PER_TURN = 64
 SEND_BUFFER = 4 << 20
 
 _log = Log("relays")
+_malformed = Throttle()
 
 
 class RelaySocket:
@@ -96,7 +97,13 @@ class _Link:
             try:
                 request = parse_request(packet)
             except BadMessage as error:
-                _log.warning("malformed message from tcp-relay", pid=self.pid, error=error)
+                if (held_back := _malformed.admit(self._loop.now)) is not None:
+                    _log.warning(
+                        "malformed message from tcp-relay",
+                        pid=self.pid,
+                        error=error,
+                        suppressed=held_back or None,
+                    )
                 self.send(Refused(None, str(error)))
                 self.close()
                 return

@@ -130,7 +130,7 @@ class Worker:
         """What the packet becomes: other bytes, or a verdict.  Never raises for any bytes."""
         size = len(packet)
         if size >= _MIN_UDP:
-            first, total, fragment, proto, check, length, field = _PLAIN(packet)
+            first, total, fragment, proto, check, length, l4_check = _PLAIN(packet)
             if first == 0x45 and total == size and not fragment & 0x3FFF:
                 if proto == 17:
                     rewrite = self._udp[hook].get(packet[12:24])
@@ -141,10 +141,10 @@ class Worker:
                         self.counts.steps[rewrite.step] += 1
                         if self.on_rewrite is not None:
                             self.on_rewrite(rewrite, packet)
-                        if field:
-                            field = 0xFFFF - (rewrite.l4_delta - field) % 0xFFFF
+                        if l4_check:
+                            l4_check = 0xFFFF - (rewrite.l4_delta - l4_check) % 0xFFFF
                         check = 0xFFFF - ((rewrite.ip_delta - check) % 0xFFFF or 0xFFFF)
-                        return _UDP_HEAD(packet, check, rewrite.new, length, field) + packet[28:]
+                        return _UDP_HEAD(packet, check, rewrite.new, length, l4_check) + packet[28:]
                 elif proto == 6 and size >= _MIN_TCP:
                     rewrite = self._tcp[hook].get(packet[12:24])
                     if rewrite is not None:
@@ -162,11 +162,11 @@ class Worker:
                         self.counts.steps[rewrite.step] += 1
                         if self.on_rewrite is not None:
                             self.on_rewrite(rewrite, packet)
-                        field = packet[36] << 8 | packet[37]
-                        field = 0xFFFF - ((rewrite.l4_delta - field) % 0xFFFF or 0xFFFF)
+                        l4_check = packet[36] << 8 | packet[37]
+                        l4_check = 0xFFFF - ((rewrite.l4_delta - l4_check) % 0xFFFF or 0xFFFF)
                         check = 0xFFFF - ((rewrite.ip_delta - check) % 0xFFFF or 0xFFFF)
                         return (
-                            _TCP_HEAD(packet, check, rewrite.new, packet[24:36], field)
+                            _TCP_HEAD(packet, check, rewrite.new, packet[24:36], l4_check)
                             + packet[38:]
                         )
         return self._general(packet, hook, now)
@@ -345,7 +345,7 @@ class Worker:
         if after is not before:
             for each in row.rewrites.values():
                 each.watched = after is State.OPENING
-            self.nat.reschedule(row)
+            self.nat.schedule(row)
         return rewrite
 
     def _stray(self, now: float) -> Verdict:

@@ -116,7 +116,7 @@ def test_rows_that_end_early_leave_nothing_once_the_horizon_is_over() -> None:
     for now in range(100):
         row = open_tcp(nat, now=now)
         row.tracker.resumed()
-        nat.reschedule(row)
+        nat.schedule(row)
         nat.close(row, now)
         nat.end(row)
         nat.expire(now)
@@ -241,7 +241,7 @@ def _packet(nat: NatTable, known: Known, who: str, flags: int, now: float) -> No
         before = row.tracker.state
         row.tracker.saw(side, flags)
         if row.tracker.state is not before:
-            nat.reschedule(row)
+            nat.schedule(row)
         if flags & RST:
             known.reset = True
         elif side is Side.CLIENT:
@@ -278,7 +278,7 @@ def test_the_default_timeouts_are_those_of_the_contract(opened: Any, timeout: in
 def _established(nat: NatTable) -> Row:
     row = open_tcp(nat)
     row.tracker.resumed()
-    nat.reschedule(row)
+    nat.schedule(row)
     return row
 
 

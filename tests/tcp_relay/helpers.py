@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from krelay.flow import Endpoint
+from krelay.loop import Loop
 from procfs_sim import FileTree
 
 LOCALHOST = "127.0.0.1"
@@ -186,3 +187,18 @@ def reset(sock: socket.socket) -> None:
 def is_quiet(sock: socket.socket, seconds: float = 0.1) -> bool:
     """Whether nothing arrives for that long."""
     return not select.select([sock], [], [], seconds)[0]
+
+
+def run_until(loop: Loop, condition: Callable[[], bool]) -> None:
+    """Runs the loop until the condition holds."""
+    deadline = loop.now + BOUND
+
+    def look() -> None:
+        assert loop.now < deadline
+        if condition():
+            loop.stop()
+        else:
+            loop.call_at(loop.now + 0.001, look)
+
+    look()
+    loop.run()

@@ -9,7 +9,7 @@ import pytest
 from krelay.loop import Loop
 from procfs_sim import Config, FileTree
 from tcp_relay.gport import TreeFollower
-from tests.tcp_relay.helpers import BOUND
+from tests.tcp_relay.helpers import run_until
 
 
 class Rig:
@@ -24,17 +24,7 @@ class Rig:
         return [config.gport for config in self.told]
 
     def run_until(self, condition: Callable[[], bool]) -> None:
-        deadline = self.loop.now + BOUND
-
-        def look() -> None:
-            assert self.loop.now < deadline
-            if condition():
-                self.loop.stop()
-            else:
-                self.loop.call_at(self.loop.now + 0.001, look)
-
-        look()
-        self.loop.run()
+        run_until(self.loop, condition)
 
 
 @pytest.fixture

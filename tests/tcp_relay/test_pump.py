@@ -11,7 +11,7 @@ from krelay.loop import Loop
 from tcp_relay.half import LIMIT
 from tcp_relay.listener import server_socket, set_options
 from tcp_relay.pump import Pump
-from tests.tcp_relay.helpers import BOUND, LOCALHOST, free_port, was_reset
+from tests.tcp_relay.helpers import BOUND, LOCALHOST, free_port, run_until, was_reset
 
 
 class Owner:
@@ -47,17 +47,7 @@ class Rig:
         self.server.settimeout(BOUND)
 
     def run_until(self, condition: Callable[[], bool]) -> None:
-        deadline = self.loop.now + BOUND
-
-        def look() -> None:
-            assert self.loop.now < deadline
-            if condition():
-                self.loop.stop()
-            else:
-                self.loop.call_at(self.loop.now + 0.001, look)
-
-        look()
-        self.loop.run()
+        run_until(self.loop, condition)
 
 
 @pytest.fixture
