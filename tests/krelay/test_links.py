@@ -9,6 +9,7 @@ from contextlib import closing
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
+from pyroute2 import IPRoute
 
 from krelay.links import HostView, LinkWatcher, look
 from vm import Lab
@@ -137,7 +138,8 @@ def test_the_table_of_routes_is_never_read_as_a_whole(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("all routes were asked for")
 
-    monkeypatch.setattr("pyroute2.IPRoute.get_routes", refuse)
+    asking = type("Asking", (IPRoute,), {"get_routes": refuse})
+    monkeypatch.setattr("krelay.links.IPRoute", asking)
     assert seen(quiet, "relay").beside == (IPv4Network("192.168.0.0/24"),)
 
 
