@@ -116,35 +116,23 @@ def nft_install(spec: RuleSpec) -> str:
     servers = "{ " + ", ".join(map(str, spec.servers)) + " }"
     gports = _nft_ports(tuple((p, p) for p in spec.gports))
     queue = f"queue num {spec.queue}"
-    pre = [
-        'iifname "lo" return',
-        f"tcp dport {gports} fib daddr type local {queue}",
-        *(
-            [
-                f"tcp dport {tcp} fib daddr type local {queue}",
-                f"ip saddr {servers} tcp sport {tcp} {queue}",
-                f"ip daddr {servers} tcp dport {tcp} {queue}",
-            ]
-            if tcp
-            else []
-        ),
-        *(
-            [
-                f"udp dport {udp} fib daddr type local {queue}",
-                f"ip daddr {servers} udp dport {udp} {queue}",
-                f"ip saddr {servers} udp sport {udp} fib daddr type local {queue}",
-            ]
-            if udp
-            else []
-        ),
-        f"ip daddr {NEVER} udp dport 0 tproxy to :9",
-    ]
-    post = [
-        'oifname "lo" return',
-        f"tcp sport {gports} fib saddr type local {queue}",
-        *([f"ip daddr {servers} tcp dport {tcp} fib saddr type local {queue}"] if tcp else []),
-        *([f"ip saddr {servers} udp sport {udp} {queue}"] if udp else []),
-    ]
+    pre = ['iifname "lo" return', f"tcp dport {gports} fib daddr type local {queue}"]
+    post = ['oifname "lo" return', f"tcp sport {gports} fib saddr type local {queue}"]
+    if tcp:
+        pre += [
+            f"tcp dport {tcp} fib daddr type local {queue}",
+            f"ip saddr {servers} tcp sport {tcp} {queue}",
+            f"ip daddr {servers} tcp dport {tcp} {queue}",
+        ]
+        post.append(f"ip daddr {servers} tcp dport {tcp} fib saddr type local {queue}")
+    if udp:
+        pre += [
+            f"udp dport {udp} fib daddr type local {queue}",
+            f"ip daddr {servers} udp dport {udp} {queue}",
+            f"ip saddr {servers} udp sport {udp} fib daddr type local {queue}",
+        ]
+        post.append(f"ip saddr {servers} udp sport {udp} {queue}")
+    pre.append(f"ip daddr {NEVER} udp dport 0 tproxy to :9")
     if udp and spec.relay_clients:
         clients = "{ " + ", ".join(map(str, spec.relay_clients)) + " }"
         post.append(f"ip daddr {servers} udp dport {udp} fib saddr type local {queue}")
