@@ -47,6 +47,9 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a process that is asked to end."""
 
 ETH_P_ALL = 3  # linux/if_ether.h
+_UNLESS_ORPHANED = ("sh", "-c", '[ $PPID = "$1" ] && shift && exec "$@"', "sh")
+"""Who is killed before PR_SET_PDEATHSIG is set leaves a child that nothing will end (prctl(2))."""
+
 LISTENING = {"tcp": "0A", "udp": "07"}
 """TCP_LISTEN; and TCP_CLOSE, which a bound UDP socket shows (include/net/tcp_states.h)."""
 
@@ -266,8 +269,8 @@ class Lab:
     def _command(self, host: str, argv: tuple[str, ...]) -> tuple[str, ...]:
         if not argv:
             raise LabError("no command given")
-        mortal = ("setpriv", "--pdeathsig", "KILL", "--", *argv)
-        return netns.command(self.namespace(host), *mortal)
+        mortal = ("setpriv", "--pdeathsig", "KILL", "--", *_UNLESS_ORPHANED, str(os.getpid()))
+        return netns.command(self.namespace(host), *mortal, *argv)
 
     def wait(self, condition: Callable[[], T | None], what: str, timeout: float = 10.0) -> T:
         """Asks until the condition returns something true, and returns that.
