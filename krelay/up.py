@@ -5,7 +5,6 @@ this one dies in whatever way.  tcp-relay needs no privilege: where a user `krel
 as that.  What wasn't there before is gone afterwards, the file tree included.
 """
 
-import ctypes
 import os
 import pwd
 import signal
@@ -14,10 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from krelay import client, listeners, treelock
+from krelay import client, listeners, mortal, treelock
 from krelay.clean import remove_tree
 from procfs_sim.ondisk import FileTree
 
@@ -25,7 +25,6 @@ USER = "krelay"
 START_WITHIN = 20.0
 """Seconds; a slow machine probes the kernel in one or two."""
 STOP_WITHIN = 5.0
-_PR_SET_PDEATHSIG = 1
 _PAUSE = 0.02
 _WATCH = 0.1
 
@@ -148,19 +147,11 @@ def _status(root: Path) -> dict[str, Any]:
 
 
 def _child(name: str, module: str, arguments: list[str], user: str | None = None) -> Child:
-    libc = ctypes.CDLL(None)
-    parent = os.getpid()
-
-    def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is ours to pass on, in order
-        preexec_fn=die_with_parent,
+        preexec_fn=partial(mortal.die_with, os.getpid()),
         user=user,
         group=pwd.getpwnam(user).pw_gid if user else None,
     )
