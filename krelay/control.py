@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from krelay.flow import Endpoint, Proto
 from krelay.nat import NatTable
+from krelay.relaymsg import GAUGES
 from krelay.row import Row, Step
 from krelay.trace import Filter
 from krelay.tracker import Side, State
@@ -170,6 +171,16 @@ def counter_values(
     values["socket_overflow"] = socket_dropped
     values["overflow_notices"] = overflows
     return values
+
+
+def tcp_status_values(totals: Mapping[str, int]) -> dict[str, Value]:
+    """What tcp-relays have now, of their totals (Relays.totals): connections open, bytes held."""
+    return {f"tcp_{name}": count for name, count in totals.items() if name in GAUGES}
+
+
+def tcp_counter_values(totals: Mapping[str, int]) -> dict[str, Value]:
+    """What tcp-relays have counted, of their totals (Relays.totals)."""
+    return {f"tcp_{name}": count for name, count in totals.items() if name not in GAUGES}
 
 
 def text(values: Values) -> str:

@@ -117,6 +117,7 @@ class Daemon:
             "flows_tcp": tcp,
             "flows_udp": len(self.nat) - tcp,
             "tcp_relays": len(self._relay_socket.pids) if self._relay_socket else 0,
+            **control.tcp_status_values(self._relaying.relays.totals),
             "rules": self._relaying.rules,
             "queue": self._queue_num,
             "queue_waiting": served.waiting if served else 0,
@@ -125,7 +126,10 @@ class Daemon:
         }
 
     def counters(self) -> Values:
-        """All counters since the daemon began; the kernel's, since relaying started."""
+        """All counters since the daemon began; the kernel's, since relaying started.
+
+        A tcp-relay's are since it began itself, which may be longer ago.
+        """
         queue = self._relaying.queue
         queue_dropped, socket_dropped = self._relaying.dropped()
         return control.counter_values(
@@ -134,7 +138,7 @@ class Daemon:
             overflows=queue.overflows if queue else 0,
             queue_dropped=queue_dropped,
             socket_dropped=socket_dropped,
-        )
+        ) | control.tcp_counter_values(self._relaying.relays.totals)
 
     def config_in_force(self) -> Values:
         """The generation and each setting's text."""

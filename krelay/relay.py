@@ -4,13 +4,22 @@ A row belongs to the connection of the relay socket on which it was opened or re
 connection is lost, tcp-relay has died (then the kernel resets the legs of its connections, and
 these resets still pass through the rows) or it will be back and resume them.  After ORPHAN_GRACE,
 rows that nobody has resumed are closed.
+
+What tcp-relays report is summed up over all that there have been: who is gone has still counted, so
+that totals never go backwards, but has nothing open.  A worker that comes back repeats what it has
+told before, so the gone are remembered one by one; only of the oldest, which won't come back, no
+more than their sum is kept.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 from krelay.flow import Endpoint, Source
 from krelay.nat import NatTable, Refusal
 from krelay.relaymsg import (
+    COUNTERS,
+    GAUGES,
+    MAX_COUNTS,
     PORT_TAKEN,
     Abort,
     Answer,
@@ -18,6 +27,7 @@ from krelay.relaymsg import (
     Open,
     Opened,
     Refused,
+    Report,
     Request,
     Resume,
     Resumed,
@@ -27,6 +37,9 @@ from krelay.wire import ipv4
 
 ORPHAN_GRACE = 5.0
 """Seconds."""
+
+GONE_KEPT = 256
+"""Workers that are remembered after they have gone; more than are ever connected at once."""
 
 Send = Callable[[Answer], object]
 """Sends to one tcp-relay; also its identity."""
@@ -40,6 +53,12 @@ class Relays:
         self._source_for = source_for
         self._owner: dict[int, Send] = {}
         self._orphans: list[tuple[float, list[int]]] = []
+        self._reports = Reports()
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """As Reports.totals."""
+        return self._reports.totals()
 
     def handle(self, request: Request, send: Send, now: float) -> Answer | None:
         """The answer to a request that came from there."""
@@ -55,9 +74,13 @@ class Relays:
                     self._owner.pop(row.id, None)
                     self._nat.close(row, now)
                 return None
+            case Report():
+                self._reports.told(request, send)
+                return None
 
     def lost(self, send: Send, now: float) -> None:
         """That connection is gone."""
+        self._reports.lost(send)
         rows = [row_id for row_id, owner in self._owner.items() if owner is send]
         for row_id in rows:
             del self._owner[row_id]
@@ -132,6 +155,52 @@ class Relays:
         self._nat.schedule(row)
         self._owner[row.id] = send
         return Resumed(request.id)
+
+
+class Reports:
+    """The last report of each worker, and what they come to together."""
+
+    def __init__(self) -> None:
+        self._here: dict[str, tuple[Send, Mapping[str, int]]] = {}
+        self._gone: dict[str, Mapping[str, int]] = {}  # in the order they went; without gauges
+        self._forgotten: Counter[str] = Counter()
+
+    def told(self, report: Report, send: Send) -> None:
+        """Takes the place of what this worker, or another over this connection, told before.
+
+        A worker may be back before its old connection is known to be lost.
+        """
+        self._part(send)
+        self._gone.pop(report.worker, None)
+        self._here[report.worker] = (send, report.counts)
+        self._forget_oldest()
+
+    def lost(self, send: Send) -> None:
+        """That connection is gone: its worker has nothing open, what it counted stays."""
+        self._part(send)
+        self._forget_oldest()
+
+    def totals(self) -> dict[str, int]:
+        """The sum of all by name: GAUGES and COUNTERS, 0 if never told, then other names sorted."""
+        total = self._forgotten.copy()
+        for counts in self._gone.values():
+            total.update(counts)
+        for _, counts in self._here.values():
+            total.update(counts)
+        known = (*GAUGES, *COUNTERS)
+        return {name: total[name] for name in (*known, *sorted(total.keys() - {*known}))}
+
+    def _part(self, send: Send) -> None:
+        for worker in [worker for worker, (owner, _) in self._here.items() if owner is send]:
+            _, counts = self._here.pop(worker)
+            self._gone[worker] = {name: n for name, n in counts.items() if name not in GAUGES}
+
+    def _forget_oldest(self) -> None:
+        while len(self._gone) > GONE_KEPT:
+            counts = self._gone.pop(next(iter(self._gone)))
+            for name, number in counts.items():
+                if name in self._forgotten or len(self._forgotten) < MAX_COUNTS:
+                    self._forgotten[name] += number
 
 
 def _is_ipv4(request: Open | Resume) -> bool:

@@ -10,12 +10,20 @@ and that are left out where there is nothing to tell.  `service`: the address an
 asked for.  `source`: whose address the server sees.  `origin`: the client's own port, where the
 connection came to tcp-relay under another (NatTable: the inside port).
 
+By `report`, which has no answer, tcp-relay tells its figures: `GAUGES` are how things are now,
+everything else counts since that process began.  `worker` is a token that a process draws when it
+begins.  It tells a process that has reconnected, and repeats its counts, from another one that adds
+its own: krelay keeps the last report of each worker, not of each connection.  A report names all
+there is, and is told anew on every connection, as krelay may know nothing of those before.
+
     >>> emit(Close(Endpoint.parse("192.168.0.2:45678")))
     b'{"op":"close","relay":["192.168.0.2",45678]}'
 """
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from krelay.flow import Endpoint, Source
@@ -25,6 +33,26 @@ MAX_MESSAGE = 4096
 
 PORT_TAKEN = "relay port is taken"
 """The one refusal after which tcp-relay tries again, with another relay port."""
+
+GAUGES = ("open", "held")
+"""Figures of a report that go up and down: connections open, bytes held."""
+
+COUNTERS = (
+    *("accepted", "opened"),
+    *("closed", "reset", "stalled", "forgotten"),
+    *("connect_failed", "refused", "drained", "killed"),
+    *("from_client", "from_server"),
+)
+"""Figures of a report that only grow: connections begun, connections ended by reason, bytes.
+
+They are shown in this order, and after them what else a tcp-relay may count.
+"""
+
+MAX_COUNTS = 32
+"""Names in a report."""
+
+_COUNT_NAME = re.compile(r"[a-z_]{1,32}")
+_WORKER = re.compile(r"[0-9a-f]{8}")
 
 
 class BadMessage(ValueError):
@@ -64,6 +92,18 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class Report:
+    """What `worker` counts: names `[a-z_]{1,32}`, at most MAX_COUNTS, values below 2**63.
+
+    Equal are reports of the same worker with the same counts in any order; the hash is the
+    worker's alone, since a mapping has none.
+    """
+
+    worker: str
+    counts: Mapping[str, int] = field(hash=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """Answer to Open: connect to `server`; it will see the address of `source`.
 
@@ -98,7 +138,7 @@ class Abort:
     relay: Endpoint
 
 
-Request = Open | Resume | Close
+Request = Open | Resume | Close | Report
 Answer = Opened | Resumed | Refused | Abort
 
 
@@ -116,6 +156,8 @@ def emit(message: Request | Answer) -> bytes:
             fields |= {"origin": _pair(message.origin)} if message.origin else {}
         case Close(relay=relay):
             fields = {"op": "close", "relay": _pair(relay)}
+        case Report(worker=worker, counts=counts):
+            fields = {"op": "report", "worker": worker, "counts": dict(counts)}
         case Opened(id=i, server=server, source=source):
             fields = {"id": i, "server": _pair(server), "source": source}
             fields |= {"origin": _pair(message.origin)} if message.origin else {}
@@ -153,8 +195,10 @@ def parse_request(packet: bytes) -> Request:
             )
         case "close":
             return Close(_endpoint(fields, "relay"))
+        case "report":
+            return Report(_worker(fields), _counts(fields))
         case op:
-            raise BadMessage(f"op {op!r} is none of open, resume, close")
+            raise BadMessage(f"op {repr(op)[:40]} is none of open, resume, close, report")
 
 
 def parse_answer(packet: bytes) -> Answer:
@@ -223,3 +267,19 @@ def _source(fields: dict[str, Any]) -> Source:
         return Source(fields.get("source", ""))
     except ValueError:
         raise BadMessage("source is none of client, relay") from None
+
+
+def _worker(fields: dict[str, Any]) -> str:
+    match fields.get("worker"):
+        case str(worker) if _WORKER.fullmatch(worker):
+            return worker
+    raise BadMessage("worker is not eight hexadecimal digits")
+
+
+def _counts(fields: dict[str, Any]) -> dict[str, int]:
+    counts = fields.get("counts")
+    if not isinstance(counts, dict) or len(counts) > MAX_COUNTS:
+        raise BadMessage(f"counts is not an object of at most {MAX_COUNTS} names")
+    if not all(map(_COUNT_NAME.fullmatch, counts)):
+        raise BadMessage("counts has a name that is not [a-z_]{1,32}")
+    return {name: _integer(counts, name, 0, 2**63 - 1) for name in counts}

@@ -233,6 +233,19 @@ def test_figures_are_shown_for_people_or_as_they_came(
     assert asked == ["show counters json"] * 2 + ["show status json"]
 
 
+def test_what_tcp_relays_count_is_shown_in_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(
+        monkeypatch, '{"tcp_relays": 2, "tcp_open": 3, "tcp_from_client": 18446744073709551614}'
+    )
+
+    for command in ("status", "counters"):
+        assert run(command) == (
+            0,
+            "tcp_relays       2\ntcp_open         3\ntcp_from_client  18446744073709551614\n",
+            "",
+        )
+
+
 def test_filters_go_to_the_daemon_and_rows_come_back(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from krelay.control import HELP, BadRequest, Trace, Values, answer, counter_values, parse_filter
+from krelay.control import (
+    HELP,
+    BadRequest,
+    Trace,
+    Values,
+    answer,
+    counter_values,
+    parse_filter,
+    tcp_counter_values,
+    tcp_status_values,
+)
 from krelay.flow import Proto, Source
 from krelay.nat import NatTable
 from krelay.row import Row, Step
@@ -320,4 +330,15 @@ def test_counters_are_named_by_step_and_reason() -> None:
         ("queue_overflow", 3),
         ("socket_overflow", 4),
         ("overflow_notices", 2),
+    ]
+
+
+def test_of_tcp_relays_totals_what_is_now_is_status_and_all_else_counters() -> None:
+    totals = {"open": 3, "held": 0, "accepted": 10, "from_client": 2**64, "zebra": 1}
+
+    assert list(tcp_status_values(totals).items()) == [("tcp_open", 3), ("tcp_held", 0)]
+    assert list(tcp_counter_values(totals).items()) == [
+        ("tcp_accepted", 10),
+        ("tcp_from_client", 2**64),
+        ("tcp_zebra", 1),
     ]

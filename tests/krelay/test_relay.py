@@ -7,8 +7,11 @@ import pytest
 
 from krelay.flow import Endpoint, Source
 from krelay.nat import Limits, NatTable
-from krelay.relay import ORPHAN_GRACE, Relays
+from krelay.relay import GONE_KEPT, ORPHAN_GRACE, Relays
 from krelay.relaymsg import (
+    COUNTERS,
+    GAUGES,
+    MAX_COUNTS,
     PORT_TAKEN,
     Abort,
     Answer,
@@ -16,6 +19,7 @@ from krelay.relaymsg import (
     Open,
     Opened,
     Refused,
+    Report,
     Resume,
     Resumed,
 )
@@ -359,3 +363,129 @@ def test_addresses_of_another_family_are_refused(world: World, request_: Open | 
 
     assert answer == Refused(1, "only IPv4 addresses are relayed")
     assert len(world.nat) == 1
+
+
+# reports
+
+
+A, B = "aaaaaaaa", "bbbbbbbb"
+
+
+def tell(world: World, who: TcpRelay, worker: str, **counts: int) -> None:
+    assert world.relays.handle(Report(worker, counts), who, 0) is None
+
+
+def shown(world: World) -> dict[str, int]:
+    """The totals that aren't zero."""
+    return {name: count for name, count in world.relays.totals.items() if count}
+
+
+def test_before_any_report_all_known_figures_are_there_and_zero(world: World) -> None:
+    assert world.relays.totals == dict.fromkeys([*GAUGES, *COUNTERS], 0)
+
+
+def test_a_report_takes_the_place_of_the_one_before(world: World) -> None:
+    tell(world, world.one, A, open=3, accepted=10, held=500)
+    tell(world, world.one, A, open=1, accepted=12)
+
+    assert shown(world) == {"open": 1, "accepted": 12}
+
+
+def test_the_workers_that_are_connected_are_summed_up_by_name(world: World) -> None:
+    tell(world, world.one, A, open=3, accepted=10, from_client=2**63 - 1)
+    tell(world, world.two, B, open=2, refused=1, from_client=2**63 - 1)
+
+    assert shown(world) == {"open": 5, "accepted": 10, "refused": 1, "from_client": 2**64 - 2}
+
+
+def test_totals_have_the_same_order_whoever_tells_what_first(world: World) -> None:
+    tell(world, world.one, A, f=1, d=1, b=1, from_server=1, held=1)
+    tell(world, world.two, B, e=1, c=1, a=1, accepted=1, open=1)
+
+    assert list(world.relays.totals) == [*GAUGES, *COUNTERS, *"abcdef"]
+
+
+def test_who_is_gone_has_nothing_open_but_has_counted(world: World) -> None:
+    tell(world, world.one, A, open=3, held=77, accepted=10, zebra=2)
+    tell(world, world.two, B, open=1, held=1, accepted=1)
+
+    world.relays.lost(world.one, 1)
+
+    assert shown(world) == {"open": 1, "held": 1, "accepted": 11, "zebra": 2}
+
+
+def test_a_worker_that_reconnects_is_not_counted_twice(world: World) -> None:
+    tell(world, world.one, A, open=3, accepted=10)
+    world.relays.lost(world.one, 1)
+
+    tell(world, world.two, A, open=4, accepted=11)
+
+    assert shown(world) == {"open": 4, "accepted": 11}
+    world.relays.lost(world.two, 2)
+    assert shown(world) == {"accepted": 11}
+
+
+def test_a_worker_may_be_back_before_its_old_connection_is_known_to_be_lost(world: World) -> None:
+    tell(world, world.one, A, open=3, accepted=10)
+    tell(world, world.two, A, open=4, accepted=11)
+    assert shown(world) == {"open": 4, "accepted": 11}
+
+    world.relays.lost(world.one, 1)
+
+    assert shown(world) == {"open": 4, "accepted": 11}
+
+
+def test_another_process_adds_to_what_the_one_before_it_counted(world: World) -> None:
+    tell(world, world.one, A, open=3, accepted=10)
+    world.relays.lost(world.one, 1)
+    tell(world, world.two, B, open=1, accepted=1)
+
+    assert shown(world) == {"open": 1, "accepted": 11}
+
+
+def test_a_connection_speaks_for_one_worker_at_a_time(world: World) -> None:
+    tell(world, world.one, A, open=3, accepted=10)
+    tell(world, world.one, B, open=1, accepted=1)
+
+    assert shown(world) == {"open": 1, "accepted": 11}
+
+
+def test_totals_stay_when_the_oldest_of_many_that_are_gone_are_forgotten(world: World) -> None:
+    for number in range(GONE_KEPT + 20):
+        tell(world, world.one, f"{number:08x}", open=1, accepted=1)
+        world.relays.lost(world.one, 0)
+
+    assert shown(world) == {"accepted": GONE_KEPT + 20}
+    assert len(world.relays._reports._gone) == GONE_KEPT
+    tell(world, world.one, f"{GONE_KEPT + 19:08x}", accepted=2)
+    assert shown(world) == {"accepted": GONE_KEPT + 21}, "the latest is still known"
+
+
+def test_a_worker_that_goes_on_reporting_makes_nobody_forgotten(world: World) -> None:
+    for number in range(GONE_KEPT):
+        tell(world, world.two, f"{number:08x}", accepted=1)
+    world.relays.lost(world.two, 1)
+    for _ in range(3):
+        tell(world, world.one, A)
+
+    for number in range(GONE_KEPT):
+        tell(world, TcpRelay(), f"{number:08x}", accepted=1)
+
+    assert shown(world) == {"accepted": GONE_KEPT}
+
+
+def test_a_tcp_relay_that_makes_up_workers_and_names_fills_no_memory(world: World) -> None:
+    for number in range(2 * GONE_KEPT):
+        name = "".join(chr(ord("a") + int(digit)) for digit in str(number))
+        tell(world, world.one, f"{number:08x}", **{f"{name}_{i}": 1 for i in "abc"})
+
+    assert len(world.relays._reports._gone) == GONE_KEPT
+    assert len(world.relays._reports._forgotten) == MAX_COUNTS
+    assert len(world.relays._reports._here) == 1
+
+
+def test_what_is_kept_of_the_gone_holds_no_connection(world: World) -> None:
+    tell(world, world.one, A, open=3, accepted=10)
+    world.relays.lost(world.one, 1)
+
+    assert world.relays._reports._here == {}

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from krelay.flow import Endpoint, Source
 from krelay.relaymsg import (
+    COUNTERS,
+    GAUGES,
+    MAX_COUNTS,
     MAX_MESSAGE,
     Abort,
     Answer,
@@ -17,6 +20,7 @@ from krelay.relaymsg import (
     Open,
     Opened,
     Refused,
+    Report,
     Request,
     Resume,
     Resumed,
@@ -34,6 +38,7 @@ ids = st.integers(0, 2**63 - 1)
 ports = st.integers(1, 0xFFFF)
 endpoints = st.builds(Endpoint, st.binary(min_size=4, max_size=4), ports)
 sources = st.sampled_from(Source)
+count_names = st.sampled_from([*GAUGES, *COUNTERS]) | st.from_regex(r"[a-z_]{1,32}", fullmatch=True)
 requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(Open, ids, endpoints, ports, endpoints, st.none() | endpoints),
     st.builds(
@@ -41,6 +46,11 @@ requests: st.SearchStrategy[Request] = st.one_of(
         st.none() | endpoints, st.none() | sources,
     ),
     st.builds(Close, endpoints),
+    st.builds(
+        Report,
+        st.from_regex(r"[0-9a-f]{8}", fullmatch=True),
+        st.dictionaries(count_names, ids, max_size=MAX_COUNTS),
+    ),
 )  # fmt: skip
 answers: st.SearchStrategy[Answer] = st.one_of(
     st.builds(Opened, ids, endpoints, sources),
@@ -68,6 +78,10 @@ REQUESTS: list[tuple[str, Request]] = [
         Resume(2, C, 16000, Y, S, K, Source.CLIENT),
     ),
     ('{"op":"close","relay":["192.168.0.2",45678]}', Close(Y)),
+    (
+        '{"op":"report","worker":"0a1b2c3d","counts":{"open":3,"accepted":10,"held":0}}',
+        Report("0a1b2c3d", {"open": 3, "accepted": 10, "held": 0}),
+    ),
 ]
 ANSWERS: list[tuple[str, Answer]] = [
     ('{"id":1,"server":["192.168.0.1",80],"source":"client"}', Opened(1, S, Source.CLIENT)),
@@ -110,7 +124,9 @@ json_values = st.recursive(
 near_misses = st.builds(
     lambda message, name, value: json.dumps({**json.loads(emit(message)), name: value}).encode(),
     st.one_of(requests, answers),
-    st.sampled_from(["op", "id", "client", "gport", "relay", "server", "service", "source"]),
+    st.sampled_from(
+        ["op", "id", "client", "gport", "relay", "server", "service", "source", "worker", "counts"]
+    ),
     json_values,
 )
 
@@ -132,13 +148,52 @@ def test_a_wrong_field_makes_a_bad_message_and_no_other_error(packet: bytes) -> 
         assert parse(emit(message)) == message
 
 
+def report(counts: object = None, worker: object = "0a1b2c3d") -> bytes:
+    """A report that need not be right."""
+    fields = {"op": "report", "worker": worker, "counts": {} if counts is None else counts}
+    return json.dumps(fields).encode()
+
+
+def names(number: int) -> dict[str, int]:
+    """So many counts, each as long as can be."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return {f"{letters[i // 26]}{letters[i % 26]}" * 16: 2**63 - 1 for i in range(number)}
+
+
+def test_the_longest_report_is_a_message() -> None:
+    longest = Report("0a1b2c3d", names(MAX_COUNTS))
+
+    assert len(emit(longest)) <= MAX_MESSAGE
+    assert parse_request(emit(longest)) == longest
+
+
+def test_reports_are_equal_by_what_they_say_and_can_be_kept_in_a_set() -> None:
+    one = Report("0a1b2c3d", {"open": 1, "held": 2})
+
+    assert one == Report("0a1b2c3d", {"held": 2, "open": 1})
+    assert one != Report("0a1b2c3d", {"open": 1})
+    assert one != Report("ffffffff", one.counts)
+    assert len({one, Report("0a1b2c3d", {"held": 2, "open": 1})}) == 1
+
+
+def test_a_refusal_of_the_most_wordy_nonsense_is_still_a_message() -> None:
+    for packet in (
+        json.dumps({"op": "\x00" * 600}),
+        json.dumps({"op": "\U0001f600" * 900}, ensure_ascii=False),
+        json.dumps({"op": "report", "worker": "0a1b2c3d", "counts": {"\x00" * 600: 1}}),
+    ):
+        with pytest.raises(BadMessage) as refusal:
+            parse_request(packet.encode())
+        assert len(emit(Refused(None, str(refusal.value)))) <= MAX_MESSAGE
+
+
 @pytest.mark.parametrize(
     ("packet", "words"),
     [
         (b"", "not a JSON object"),
         (b"[" * MAX_MESSAGE, "not a JSON object"),
         (b" " * MAX_MESSAGE + b"{}", "longer than 4096 bytes"),
-        (b'{"op":"steal"}', "op 'steal' is none of open, resume, close"),
+        (b'{"op":"steal"}', "op 'steal' is none of open, resume, close, report"),
         (b'{"op":"close","relay":["192.168.0.2",0]}', "relay is not [ADDRESS, PORT]"),
         (b'{"op":"close","relay":["192.168.0.2",true]}', "relay is not [ADDRESS, PORT]"),
         (b'{"op":"close","relay":["localhost",1]}', "relay is not [ADDRESS, PORT]"),
@@ -148,6 +203,23 @@ def test_a_wrong_field_makes_a_bad_message_and_no_other_error(packet: bytes) -> 
             b'{"op":"open","id":1,"client":["10.0.0.1",1],"gport":70000}',
             "gport is not a number from 1 to 65535",
         ),
+        (b'{"op":"report","counts":{}}', "worker is not eight hexadecimal digits"),
+        (report(worker=12345678), "worker is not eight hexadecimal digits"),
+        (report(worker="0A1B2C3D"), "worker is not eight hexadecimal digits"),
+        (report(worker="0a1b2c3"), "worker is not eight hexadecimal digits"),
+        (report(worker="0a1b2c3d\n"), "worker is not eight hexadecimal digits"),
+        (b'{"op":"report","worker":"0a1b2c3d"}', "counts is not an object of at most 32 names"),
+        (report([["open", 1]]), "counts is not an object of at most 32 names"),
+        (report(names(MAX_COUNTS + 1)), "counts is not an object of at most 32 names"),
+        (report({"": 1}), "counts has a name that is not [a-z_]{1,32}"),
+        (report({"a" * 33: 1}), "counts has a name that is not [a-z_]{1,32}"),
+        (report({"Open": 1}), "counts has a name that is not [a-z_]{1,32}"),
+        (report({"open\n": 1}), "counts has a name that is not [a-z_]{1,32}"),
+        (report({"open": -1}), "open is not a number from 0 to 9223372036854775807"),
+        (report({"open": 2**63}), "open is not a number from 0 to 9223372036854775807"),
+        (report({"open": 1.0}), "open is not a number"),
+        (report({"open": True}), "open is not a number"),
+        (report({"open": None}), "open is not a number"),
     ],
 )
 def test_a_bad_request_says_what_is_wrong(packet: bytes, words: str) -> None:

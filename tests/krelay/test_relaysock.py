@@ -19,6 +19,7 @@ from krelay.relaymsg import (
     Open,
     Opened,
     Refused,
+    Report,
     Request,
     emit,
     parse_answer,
@@ -120,6 +121,20 @@ def test_each_request_has_its_answer_and_close_has_none(world: World) -> None:
     assert row.relay == at("K:30000")
 
 
+def test_a_report_has_no_answer_and_counts_while_its_connection_lives(world: World) -> None:
+    one, two = world.connect(), world.connect()
+    world.say(one, Report("aaaaaaaa", {"open": 2, "accepted": 5}), UNKNOWN)
+    world.say(two, Report("bbbbbbbb", {"open": 1, "accepted": 1}))
+
+    assert (heard(one), heard(two)) == ([NO_ROW], [])
+    assert (world.relays.totals["open"], world.relays.totals["accepted"]) == (3, 6)
+    one.close()
+    world.turn()
+    assert (world.relays.totals["open"], world.relays.totals["accepted"]) == (1, 6)
+    world.say(world.connect(), Report("aaaaaaaa", {"open": 2, "accepted": 7}))
+    assert (world.relays.totals["open"], world.relays.totals["accepted"]) == (3, 8)
+
+
 def test_who_is_connected_is_known_by_its_process(world: World) -> None:
     assert world.socket.pids == frozenset()
     link = world.connect()
@@ -131,7 +146,13 @@ def test_who_is_connected_is_known_by_its_process(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [b"garbage", b'{"op":"steal"}', emit(UNKNOWN).ljust(MAX_MESSAGE + 1)]
+    "message",
+    [
+        b"garbage",
+        b'{"op":"steal"}',
+        b'{"op":"report","worker":"aaaaaaaa","counts":{"open":-1}}',
+        emit(UNKNOWN).ljust(MAX_MESSAGE + 1),
+    ],
 )
 def test_a_malformed_message_is_refused_and_ends_that_connection_alone(
     world: World, message: bytes

@@ -14,6 +14,7 @@ from krelay.relaymsg import (
     Open,
     Opened,
     Refused,
+    Report,
     Request,
     Resume,
     Resumed,
@@ -29,6 +30,8 @@ class FakeKrelay:
 
     def __init__(self, root: Path, server: Endpoint) -> None:
         self.requests: list[Request] = []
+        self.reports: list[Report] = []
+        """Told once a second, between the requests: kept apart from them."""
         self.reply: Callable[[Request], Reply] = lambda request: opened_to(server, request)
         self._path = root / "relay.sock"
         self._listening: socket.socket | None = None
@@ -107,6 +110,9 @@ class FakeKrelay:
                 if not packet:
                     return
                 request = parse_request(packet)
+                if isinstance(request, Report):
+                    self.reports.append(request)
+                    continue
                 self.requests.append(request)
                 if (reply := self.reply(request)) is not None:
                     self.say(reply)
@@ -121,7 +127,7 @@ def opened_to(server: Endpoint, request: Request) -> Reply:
             return Opened(number, server, Source.CLIENT)
         case Resume(id=number):
             return Resumed(number)
-        case Close():
+        case Close() | Report():
             return None
 
 
