@@ -7,7 +7,7 @@ Some facts about epoll, and what they mean here:
 - It watches open file descriptions, not descriptors.  Closing a descriptor takes its registration
   away only if nothing else (a dup, a child) holds the description open; otherwise events go on
   arriving under a number that may by then belong to someone else.  So: `remove(fd)` first, close
-  second, both in the object that owns the descriptor.
+  second, both in the object that owns the descriptor; `closing(fd)` where that alone holds it open.
 - A number is reused at once.  One wake-up brings a batch of events; a handler may close 7 and
   accept a new 7 while an event for the old 7 is still in the batch.  What was removed during a
   batch gets nothing more from that batch; what the new 7 has to say comes with the next wake-up,
@@ -121,6 +121,14 @@ class Loop:
         del self._handlers[fd]
         self._removed.add(fd)
         self._epoll.unregister(fd)
+
+    def closing(self, fd: int) -> None:
+        """Forgets `fd`, which the caller closes next, and which nothing else holds open.
+
+        What `remove` does, but for the system call: the last close takes the registration away.
+        """
+        del self._handlers[fd]
+        self._removed.add(fd)
 
     def call_at(self, when: float, fn: Callable[[], object]) -> Timer:
         """Calls `fn` at `when` (seconds, on the clock of `now`) or some milliseconds later."""

@@ -8,14 +8,17 @@ from pathlib import Path
 
 from krelay import log
 from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE
+from tcp_relay import options, workers
 from tcp_relay.daemon import serve
+from tcp_relay.service import GRACE, raise_descriptor_limit
 
 EXAMPLE = """\
 example:
   tcp-relay --root /run/krelay --log-level debug
 
 It listens on the port in the file `gport`, asks krelay over `relay.sock` which server each client
-wants, and needs no privilege.  Ctrl-C or SIGTERM ends it and resets the running connections.
+wants, and needs no privilege.  SIGTERM lets running connections finish, Ctrl-C resets them; SIGUSR1
+prints a table of them.
 """
 
 
@@ -34,16 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help=f"the file tree (default: ${ROOT_VARIABLE}, or {DEFAULT_ROOT})",
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (only 1)")
+    options.add_options(parser)
     log.add_options(parser)
-    options = parser.parse_args(arguments)
-    if options.workers < 1:
-        parser.error(f"--workers {options.workers}: there must be one at least")
-    if options.workers > 1:
-        parser.error("several workers are not supported yet; leave --workers out")
-    log.set_up(options.log_level, as_json=options.log_json)
+    asked = parser.parse_args(arguments)
+    log.set_up(asked.log_level, as_json=asked.log_json)
+    limits = options.limits(asked)
     try:
-        return serve(options.root)
+        raise_descriptor_limit()
+        return workers.run(
+            asked.workers,
+            lambda index, ready: serve(asked.root, limits, ready, index, asked.workers),
+            grace=limits.drain + GRACE,
+        )
     except KeyboardInterrupt:  # before the loop took the signals over
         return 130
     except OSError as error:

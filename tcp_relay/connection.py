@@ -12,31 +12,28 @@ whether the four addresses together are free, and says so in `connect`.
 import errno
 import os
 import socket
+from collections.abc import Mapping
 from typing import Protocol
 
 from krelay.flow import Endpoint, Source
-from krelay.log import Log
-from krelay.loop import Loop, Timer
 from krelay.relaymsg import PORT_TAKEN, Opened, Refused
-from tcp_relay.listener import server_socket
+from tcp_relay.engine import Engine
+from tcp_relay.pair import End
 from tcp_relay.pump import Pump
-
-ASK_TIMEOUT = 5.0
-"""Seconds that a client waits for krelay, which may be restarting."""
-
-CONNECT_TIMEOUT = 10.0
-"""Seconds for the server to accept: four SYNs, at 0, 1, 3 and 7 s."""
+from tcp_relay.sockets import Socket, server_socket
+from tcp_relay.waiting import Waiting
 
 PORT_TRIES = 8
 """Relay ports tried for one connection."""
 
 _TRY_ANOTHER_PORT = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
 
-log = Log("connection")
-
 
 class Desk(Protocol):
     """What a connection asks of those who keep all of them."""
+
+    asked: Waiting[Pump]
+    """Where those wait who have asked krelay."""
 
     def own_address(self, connection: "Connection") -> str:
         """The local address for its server leg."""
@@ -50,9 +47,6 @@ class Desk(Protocol):
     def unregister(self, connection: "Connection", tell: bool) -> None:
         """Its relay port is given up; `tell` krelay."""
 
-    def ended(self, connection: "Connection") -> None:
-        """Both its sockets are closed."""
-
 
 class Connection:
     """A client's connection.  Owns both sockets through its pump."""
@@ -60,12 +54,8 @@ class Connection:
     __slots__ = (
         "__weakref__",
         "_desk",
-        "_is_over",
-        "_loop",
         "_may_have_row",
         "_pump",
-        "_since",
-        "_timer",
         "_tries",
         "client",
         "gateway",
@@ -76,9 +66,7 @@ class Connection:
         "source",
     )
 
-    def __init__(
-        self, loop: Loop, desk: Desk, client: socket.socket, peer: tuple[str, int]
-    ) -> None:
+    def __init__(self, engine: Engine, desk: Desk, client: Socket, peer: tuple[str, int]) -> None:
         self.client = Endpoint.of(*peer)
         self.gateway = Endpoint.of(*client.getsockname())
         """The relay's address and gateway port that the client's packets were delivered to."""
@@ -90,21 +78,17 @@ class Connection:
         """The client as its own packets read, where that is another port than `client` has."""
         self.message_id = -1
         """Of the last message about it."""
-        self._loop = loop
         self._desk = desk
-        self._since = loop.now
         self._tries = 0
-        self._is_over = False
         self._may_have_row = False
-        self._pump = Pump(loop, self, client)
-        self._timer: Timer | None = None
+        self._pump = Pump(engine, self, client)
 
     @property
     def service(self) -> Endpoint | None:
         """What the client asked for, once it is known: the server's port at the relay's address."""
         return self.server and Endpoint(self.gateway.addr, self.server.port)
 
-    def begin(self, server: socket.socket) -> None:
+    def begin(self, server: Socket) -> None:
         """Binds `server`, which is taken over, and has krelay asked."""
         self._tries += 1
         self._pump.use_server(server)
@@ -115,7 +99,7 @@ class Connection:
             self._refuse(f"no relay port: {_words(error)}")
             return
         self._may_have_row = True
-        self._wait(ASK_TIMEOUT, "krelay doesn't answer")
+        self._pump.wait(self._desk.asked)
         if not self._desk.register(self):
             self.relay = None
             self._another_port()
@@ -123,11 +107,7 @@ class Connection:
     def opened(self, answer: Opened) -> None:
         """krelay has a row: connect."""
         self.server, self.source, self.origin = answer.server, answer.source, answer.origin
-        self._wait(CONNECT_TIMEOUT, f"the server doesn't answer within {CONNECT_TIMEOUT:g} s")
-        try:
-            self._pump.connect((answer.server.host, answer.server.port))
-        except OSError as error:
-            self.connect_failed(error.errno or 0)
+        self._pump.connect((answer.server.host, answer.server.port))
 
     def refused(self, answer: Refused) -> None:
         """krelay has no row, or has it no more."""
@@ -137,54 +117,40 @@ class Connection:
         else:
             self._refuse(f"krelay: {answer.error}")
 
-    def abort(self, reason: str, tell: bool = True) -> None:
+    def abort(self, end: End, detail: str, tell: bool = True) -> None:
         """Resets both sides; `tell` krelay."""
         self._may_have_row &= tell
-        self._refuse(reason)
+        self._pump.end(end, detail)
 
     def connected(self) -> None:
         """From the pump."""
-        self._wait(None, "")
-        log.info(
-            "connection opened",
-            client=self.origin or self.client,
-            service=self.service,
-            gport=self.gateway.port,
-            relay=self.relay,
-            server=self.server,
-            source=self.source,
-        )
 
     def connect_failed(self, error: int) -> None:
         """From the pump."""
         if error in _TRY_ANOTHER_PORT:
             self._another_port()
         else:
-            self._refuse(f"server: {os.strerror(error).lower()}")
+            self._pump.end(End.CONNECT_FAILED, f"server: {os.strerror(error).lower()}")
 
-    def ended(self, reason: str) -> None:
+    def ended(self) -> None:
         """From the pump."""
-        if self._is_over:
-            return
-        self._is_over = True
-        self._wait(None, "")
-        pair = self._pump.pair
-        log.info(
-            "connection ended" if self._pump.is_connected else "connection refused",
-            client=self.origin or self.client,
-            relay=self.relay,
-            server=self.server,
-            reason=reason,
-            seconds=round(self._loop.now - self._since, 3),
-            from_client=pair.up.moved,
-            from_server=pair.down.moved,
-        )
         del self._pump  # which refers to this connection: without a collector a circle is for ever
         self._desk.unregister(self, self._may_have_row)
-        self._desk.ended(self)
 
-    def _bind(self, server: socket.socket) -> None:
+    def names(self) -> Mapping[str, object]:
+        """Who is connected."""
+        return {
+            "client": self.origin or self.client,
+            "service": self.service,
+            "gport": self.gateway.port,
+            "relay": self.relay,
+            "server": self.server,
+            "source": self.source,
+        }
+
+    def _bind(self, server: Socket) -> None:
         address = self._desk.own_address(self)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         for _ in range(PORT_TRIES):
             try:
                 server.bind((address, self._desk.next_port()))
@@ -209,17 +175,8 @@ class Connection:
             return
         self.begin(server)
 
-    def _refuse(self, reason: str) -> None:
-        if not self._is_over:
-            self._pump.abort()
-            self.ended(reason)
-
-    def _wait(self, seconds: float | None, reason: str) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if seconds is not None:
-            self._timer = self._loop.call_at(self._loop.now + seconds, lambda: self._refuse(reason))
+    def _refuse(self, detail: str) -> None:
+        self._pump.end(End.KILLED if self._pump.is_connected else End.REFUSED, detail)
 
 
 def _words(error: OSError) -> str:

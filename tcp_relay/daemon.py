@@ -1,91 +1,80 @@
-"""The wiring of the daemon: file tree -> gateway -> relay <-> krelay, on one loop.
+"""tcp-relay: file tree -> gateway -> relay <-> krelay, on one loop.
 
 It has no start and stop of its own: it listens where `gport` says, and whoever krelay sends there
 is served.  Fallen silent are only those that krelay knows nothing of.
 
-The cyclic collector is off.  It walks all objects there are, tens of thousands of sockets and
-pairs, for circles that this program doesn't leave behind: who ends a connection cuts the one circle
-it has (and a test counts).
+Of several workers each follows the tree, listens and talks to krelay by itself.
 """
 
-import gc
-import resource
-import signal
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from krelay import notify
-from krelay.log import Log
 from krelay.loop import Loop
+from krelay.relaymsg import Report
 from procfs_sim import Config
+from tcp_relay.engine import Engine
 from tcp_relay.gateway import Gateway
 from tcp_relay.gport import TreeFollower
+from tcp_relay.limits import Limits
 from tcp_relay.relay import Relay
+from tcp_relay.service import Service
 
-log = Log("daemon")
-
-INTERRUPTED = 128 + signal.SIGINT
+REPORT = 1.0
+"""Seconds between looks at whether krelay is to be told new counters."""
 
 
 class Daemon:
-    """tcp-relay on the tree at `root`."""
+    """One worker on the tree at `root`, the `index`th `of` so many."""
 
-    def __init__(self, loop: Loop, root: Path) -> None:
+    def __init__(
+        self, loop: Loop, root: Path, limits: Limits, ready: Callable[[], None], index: int, of: int
+    ) -> None:
         self._loop = loop
-        self._exit_status = 0
+        self._tell_ready = ready
         self._is_ready = False
-        self._relay = Relay(loop, root / "relay.sock", self._on_room)
-        self._gateway = Gateway(loop, self._relay.accepted)
+        self._reported: Mapping[str, int] = {}
+        self._worker = secrets.token_hex(4)
+        self._engine = Engine(loop, limits, self._on_room)
+        self._relay = Relay(self._engine, root / "relay.sock", (index, of))
+        self._gateway = Gateway(loop, self._relay.accepted, shared=of > 1)
         self._follower = TreeFollower(loop, root, self._configured)
-        loop.on_signal(signal.SIGTERM, self._stop)
-        loop.on_signal(signal.SIGINT, self._interrupted)
-        loop.on_signal(signal.SIGHUP, _ignored)
+        self._service = Service(loop, self._engine, self._stop_accepting)
+        self._report()
 
     def run(self) -> int:
         """Serves until a signal ends it; the exit status."""
         try:
-            self._loop.run()
+            return self._service.run()
         finally:
-            self._follower.close()
-            self._gateway.close()
-            self._relay.close("tcp-relay stops")
-        log.info("stopped")
-        return self._exit_status
+            self._relay.close()
 
     def _configured(self, config: Config) -> None:
         self._relay.real_ip = str(config.real_ip)
         self._gateway.listen_on(config.gport)
         if self._gateway.port is not None and not self._is_ready:
             self._is_ready = True
-            if (problem := notify.ready()) is not None:
-                log.warning("the service manager can't be told", error=problem)
+            self._tell_ready()
+
+    def _stop_accepting(self) -> None:
+        self._follower.close()
+        self._gateway.close()
 
     def _on_room(self) -> None:
         self._gateway.resume()
+        self._service.on_room()
 
-    def _stop(self) -> None:
-        self._loop.stop()
+    def _report(self) -> None:
+        counts = self._engine.report()
+        if counts != self._reported:
+            self._reported = counts
+            self._relay.report(Report(self._worker, counts))
+        self._loop.call_at(self._loop.now + REPORT, self._report)
 
-    def _interrupted(self) -> None:
-        self._exit_status = INTERRUPTED
-        self._loop.stop()
 
-
-def serve(root: Path) -> int:
-    """Runs the daemon in the foreground."""
-    raise_descriptor_limit()
+def serve(
+    root: Path, limits: Limits, ready: Callable[[], None], index: int = 0, of: int = 1
+) -> int:
+    """Runs one worker until a signal ends it; the exit status."""
     with Loop() as loop:
-        daemon = Daemon(loop, root)
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-        return daemon.run()
-
-
-def raise_descriptor_limit() -> None:
-    """A connection takes two descriptors: as many as this user may have."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _ignored() -> None:
-    """The file tree is followed as it changes: there is nothing to read again."""
+        return Daemon(loop, root, limits, ready, index, of).run()

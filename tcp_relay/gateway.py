@@ -25,10 +25,14 @@ log = Log("gateway")
 
 
 class Gateway:
-    """Listens on one gateway port; `accepted` gets the clients."""
+    """Listens on one gateway port; `accepted` gets the clients.
 
-    def __init__(self, loop: Loop, accepted: Accepted) -> None:
+    `shared`: other processes listen there as well.
+    """
+
+    def __init__(self, loop: Loop, accepted: Accepted, shared: bool = False) -> None:
         self._loop = loop
+        self._shared = shared
         self._accepted = accepted
         self._current: Listener | None = None
         self._lingering: dict[Listener, Timer] = {}
@@ -52,7 +56,7 @@ class Gateway:
         if self.port == port:
             return
         try:
-            new = self._lingering_on(port) or Listener(self._loop, port, self._accepted)
+            new = self._lingering_on(port) or self._listener(port)
         except OSError as error:
             self._complain(port, error)
             self._retry = self._loop.call_at(self._loop.now + RETRY, lambda: self.listen_on(port))
@@ -72,16 +76,19 @@ class Gateway:
             listener.resume()
 
     def close(self) -> None:
-        """Stops accepting at once."""
+        """Accepts who is in the queue still, then listens no more."""
         if self._retry is not None:
             self._retry.cancel()
         for listener, timer in self._lingering.items():
             timer.cancel()
-            listener.abandon()
+            listener.close()
         self._lingering.clear()
         if self._current is not None:
-            self._current.abandon()
+            self._current.close()
             self._current = None
+
+    def _listener(self, port: int) -> Listener:
+        return Listener(self._loop, port, self._accepted, shared=self._shared)
 
     def _lingering_on(self, port: int) -> Listener | None:
         for listener, timer in self._lingering.items():

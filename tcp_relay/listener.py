@@ -8,31 +8,27 @@ Out of descriptors (or of kernel memory), a level-triggered listener would be re
 ever, to no avail.  So it is taken out of the loop, and put back when a connection ends (`resume`)
 or after a second, whichever is first.
 
-What a client's socket needs is set on the listening one: accepted sockets inherit NODELAY,
-KEEPALIVE, OOBINLINE and LINGER from it.
+What a client's socket needs is set on the listening one, from which accepted sockets inherit it.
 """
 
 import errno
 import select
 import socket
-import struct
 from collections.abc import Callable
+from typing import Any
 
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
+from tcp_relay.sockets import Socket, accept, server_socket, set_options
 
 BACKLOG = 4096
 PER_TURN = 64
 """Accepts per turn; more connections wait for the next one."""
 
-RESETTING = struct.pack("ii", 1, 0)  # struct linger: on, for 0 seconds
-IN_ORDER = struct.pack("ii", 0, 0)
-"""SO_LINGER of a socket whose closing doesn't reset: FIN, and the kernel delivers what it has."""
-
 PAUSE = 1.0
 """Seconds without accepting, unless a connection ends before."""
 
-Accepted = Callable[[socket.socket, socket.socket, tuple[str, int]], None]
+Accepted = Callable[[Socket, Socket, tuple[Any, ...]], None]
 """The client's socket, an unused one for the server, the client's address.
 
 Both sockets are the callee's from then on.
@@ -48,45 +44,31 @@ log = Log("listener")
 _complaints = Throttle()
 
 
-def set_options(sock: socket.socket) -> None:
-    """What both legs have.
-
-    Small writes go at once, a dead peer is noticed, urgent bytes stay in the stream (RFC 6093), and
-    closing resets, unless IN_ORDER is set before.
-    """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESETTING)
-
-
-def server_socket() -> socket.socket:
-    """A socket for a server leg.
-
-    SO_REUSEADDR: ports in TIME_WAIT may be bound; `connect` tells if one may not be used.
-    """
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    set_options(sock)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    return sock
-
-
 class Listener:
-    """A listening socket on `port` of all addresses.  Raises OSError if that can't be had."""
+    """A listening socket on `port` of `address`, by default of all IPv4 addresses.
 
-    def __init__(self, loop: Loop, port: int, accepted: Accepted) -> None:
+    `shared`: other processes of this user may listen there as well (SO_REUSEPORT).  `spare` makes
+    the unused sockets.  Raises OSError if the port can't be had.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        port: int,
+        accepted: Accepted,
+        *,
+        address: str = "0.0.0.0",
+        shared: bool = False,
+        spare: Callable[[], Socket] = server_socket,
+    ) -> None:
         self.port = port
         self._loop = loop
         self._accepted = accepted
-        self._spare: socket.socket | None = None
+        self._make_spare = spare
+        self._spare: Socket | None = None
         self._resuming: Timer | None = None
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._socket = _listening(address, port, shared)
         try:
-            set_options(self._socket)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.setblocking(False)
-            self._socket.bind(("0.0.0.0", port))
-            self._socket.listen(BACKLOG)
             loop.add(self._socket.fileno(), select.EPOLLIN, self._ready)
         except BaseException:
             self._socket.close()
@@ -128,13 +110,13 @@ class Listener:
 
     def _accept(self) -> bool:
         """Whether there may be more."""
-        accept, accepted = self._socket.accept, self._accepted
+        listening, family = self._socket, int(self._socket.family)
         try:
             for _ in range(PER_TURN):
-                server = self._spare or server_socket()
+                server = self._spare or self._make_spare()
                 self._spare = server
                 try:
-                    client, peer = accept()
+                    client, peer = accept(listening, family)
                 except BlockingIOError:
                     return False
                 except OSError as error:
@@ -142,7 +124,7 @@ class Listener:
                         continue
                     raise
                 self._spare = None
-                accepted(client, server, peer)
+                self._accepted(client, server, peer)
         except OSError as error:
             self._pause(error)
             return False
@@ -161,3 +143,21 @@ class Listener:
                 else None,
                 suppressed=suppressed or None,
             )
+
+
+def _listening(address: str, port: int, shared: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        set_options(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:  # "::" is all addresses, those of IPv4 as well
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind((address, port))
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -5,215 +5,475 @@ event says goes into the pair as a fact, and what is to be done follows from the
 turn moves a bounded number of bytes; what is left to do then waits for the next turn of the loop,
 behind everybody else, so that one fast connection can't starve a thousand slow ones.
 
-recv and send, not splice: for messages below some tens of kilobytes one copy each way is cheaper
-than two pipes per connection and twice the system calls.
+Most events say "there are bytes" about a pair that holds none, and mean a few hundred.  For these
+there is a short cut: one read, one write, two numbers; it leaves the facts as the long way would.
 
-How a pair ends: sockets come with SO_LINGER on for 0 seconds (listener.py), so closing one resets
-its connection, also when it is the kernel that closes because this process was killed: nobody must
-take half a file for the whole.  Only when both ends of file were passed on is that switched off;
-both are closed in order and the kernel delivers what it still has.  When one side fails (reset,
-timed out), the other is reset, because that is what its peer would have seen without a relay; bytes
-that were read by then are lost, as those in flight would be.  An error doesn't hide bytes that came
-before it: tcp_recvmsg gives those first, so a turn is run before the error is asked for.
+How a pair ends.  When both ends of file were passed on, in order: the kernel delivers what it still
+has.  When a write fails, at once, both sides reset.  When a read fails (reset, timed out), the
+source is gone but not what it said before: the sink gets that, and then the reset, as it would
+without a relay.  A reset throws away what the sender's kernel still has to send; so before it, that
+is waited for, by asking, because no event tells it.  An error never hides bytes that came before
+it: tcp_recvmsg gives those first.
 """
 
 import errno
 import os
 import select
 import socket
-from typing import Protocol
+from collections.abc import Mapping
+from logging import INFO
+from typing import Any, Protocol
 
-from krelay.loop import Loop
-from tcp_relay.half import CHUNK, LIMIT, Half, Todo
-from tcp_relay.listener import IN_ORDER
-from tcp_relay.pair import Pair, Side
+from krelay.log import Log
+from krelay.loop import Timer
+from tcp_relay.counts import Row, state_of
+from tcp_relay.engine import Engine
+from tcp_relay.half import READ, RESET, SHUT, WAIT, WRITE, Half
+from tcp_relay.pair import CLIENT, SERVER, End, Pair, Side
+from tcp_relay.sockets import Socket, close_in_order, undelivered
+from tcp_relay.waiting import Waiting
 
-STEPS = 2 * LIMIT // CHUNK
-"""Calls per direction and turn: as many bytes as a half may hold, read and written."""
+STEPS = 4
+"""Reads, writes and ends per direction and turn."""
 
-_MASK = select.EPOLLIN | select.EPOLLPRI | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
-_READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
-_HINT = _READ & ~select.EPOLLIN
-_FAILED = select.EPOLLERR | select.EPOLLHUP
+SHORT = 16 * 1024
+"""Bytes read by the short cut: a new string of that size is cheaper than a part of the buffer."""
+
+FLUSH = 0.001
+"""Seconds until it is asked again whether the kernel has delivered all; doubles up to FLUSH_MAX."""
+FLUSH_MAX = 0.1
+
+_IN, _OUT, _HANGUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLRDHUP
+_IN_OUT = _IN | _OUT
+_MASK = _IN_OUT | select.EPOLLPRI | _HANGUP | select.EPOLLET
+_ERROR = select.EPOLLERR
+_FAILED = _ERROR | select.EPOLLHUP
+_HINT = _FAILED | _HANGUP | select.EPOLLPRI
+_READ = _HINT | _IN
+_WRITE = _FAILED | _OUT
+
+log = Log("connection")
 
 
 class Owner(Protocol):
-    """Whoever wants to know how a pump fares.  `ended` is the last call."""
+    """Whoever finds the server for a client.  `ended` is the last call."""
 
     def connected(self) -> None:
         """The server has accepted; bytes move from now on."""
 
     def connect_failed(self, error: int) -> None:
-        """The server can't be reached (an errno).
+        """The server can't be reached (an errno): connect another, or end the pump."""
 
-        The client's socket is still there: connect another, or abort.
-        """
-
-    def ended(self, reason: str) -> None:
+    def ended(self) -> None:
         """Both sockets are closed."""
+
+    def names(self) -> Mapping[str, object]:
+        """Who is connected, for the log and for tables: `client` and `server` at least."""
 
 
 class Pump:
     """Owns a client's socket and, from `use_server` on, a server's; closes both together.
 
-    Both have the options of listener.set_options.
+    Both have the options of sockets.set_options, and don't block.
     """
 
     __slots__ = (
         "_client",
-        "_loop",
+        "_engine",
+        "_is_queued",
+        "_is_registered",
+        "_is_smooth",
         "_owner",
-        "_queued",
-        "_registered",
         "_server",
+        "_since",
+        "_timer",
+        "_waiting",
+        "_why",
         "alive",
         "is_connected",
         "pair",
     )
 
-    def __init__(self, loop: Loop, owner: Owner, client: socket.socket) -> None:
-        client.setblocking(False)
+    def __init__(self, engine: Engine, owner: Owner, client: Socket) -> None:
         self.pair = Pair()
         self.alive = True
         self.is_connected = False
-        self._loop = loop
+        self._engine = engine
         self._owner = owner
         self._client = client
-        self._server: socket.socket | None = None
-        self._registered = False  # the server's socket, in the loop
-        self._queued = False
-        loop.add(client.fileno(), _MASK, self._on_client)
+        self._server: Socket | None = None
+        self._since = engine.loop.now
+        self._waiting: Waiting[Any] | None = None  # where this pump is, if it waits for anything;
+        self._timer: Timer | None = None  # or this, if it is to look at a certain time
+        self._why = ""  # one side was lost
+        self._is_registered = False  # the server's socket, in the loop
+        self._is_queued = False
+        self._is_smooth = False  # connected, and the pair is: the short cut may be taken
+        engine.loop.add(client.fileno(), _MASK, self._on_client)
+        engine.born(self)
 
-    def use_server(self, server: socket.socket) -> None:
+    def use_server(self, server: Socket) -> None:
         """Takes over a socket that isn't connected yet; one taken before is closed."""
         self.drop_server()
-        server.setblocking(False)
         self._server = server
 
     def drop_server(self) -> None:
         """Closes the server's socket, which isn't connected (any more)."""
         if self._server is not None:
-            if self._registered:
-                self._loop.remove(self._server.fileno())
-            self._server.close()
-            self._server, self._registered = None, False
+            self._close_server()
+            self._server = None
 
-    def connect(self, address: tuple[str, int]) -> None:
-        """Begins to connect the server's socket.  Raises OSError where that fails at once."""
+    def connect(self, address: tuple[Any, ...]) -> None:
+        """Begins to connect the server's socket; the owner hears how that ends."""
         server = self._server
         assert server is not None
         error = server.connect_ex(address)
         if error not in _UNDER_WAY:
-            raise OSError(error, os.strerror(error))
+            self._owner.connect_failed(error)
+            return
         # Not before: an unconnected socket reports HUP.
-        self._loop.add(server.fileno(), _MASK, self._on_server)
-        self._registered = True
+        self._engine.loop.add(server.fileno(), _MASK, self._on_server)
+        self._is_registered = True
+        self.wait(self._engine.connecting)
 
-    def abort(self) -> None:
-        """Resets both sides.  The owner isn't told: it knows."""
-        if self.alive:
-            self._close()
+    def wait(self, waiting: Waiting[Any]) -> None:
+        """Waits there, and nowhere else any more."""
+        self._stop_waiting()
+        self._waiting = waiting
+        waiting.add(self)
 
-    def _on_client(self, events: int) -> None:
-        self.pair.ready(
-            Side.CLIENT, events & _READ != 0, events & select.EPOLLOUT != 0, events & _HINT != 0
-        )
-        if self.is_connected:
-            if not self._queued:
-                self._turn()
-            if events & select.EPOLLERR and self.alive:
-                self._failed(Side.CLIENT, _error_of(self._client))
-        elif events & _FAILED:
-            self._failed(Side.CLIENT, _error_of(self._client))
-
-    def _on_server(self, events: int) -> None:
-        server = self._server
-        assert server is not None
-        if not self.is_connected:
-            if error := _error_of(server):
-                self._owner.connect_failed(error)
-                return
-            if not events & select.EPOLLOUT:
-                return
-            self.is_connected = True
-            self._owner.connected()
-        self.pair.ready(
-            Side.SERVER, events & _READ != 0, events & select.EPOLLOUT != 0, events & _HINT != 0
-        )
-        if not self._queued:
-            self._turn()
-        if events & select.EPOLLERR and self.alive:
-            self._failed(Side.SERVER, _error_of(server))
-
-    def _turn(self) -> None:
-        up, down = self.pair.up, self.pair.down
-        client, server = self._client, self._server
-        assert server is not None
-        more = up.todo() is not Todo.WAIT and self._move(up, client, server, Side.CLIENT)
-        if self.alive and down.todo() is not Todo.WAIT:
-            more |= self._move(down, server, client, Side.SERVER)
+    def end(self, end: End, detail: str = "") -> None:
+        """Ends it now: in order if CLOSED, else both sides are reset.  Harmless if repeated."""
         if not self.alive:
             return
-        if up.sent_eof and down.sent_eof:
-            for sock in (client, server):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, IN_ORDER)
-            self._close()
-            self._owner.ended("closed")
-        elif more:
-            self._queued = True
-            self._loop.call_soon(self._queued_turn)
+        self.alive = self._is_smooth = False
+        self._stop_waiting()
+        engine = self._engine
+        engine.loop.closing(self._client.fileno())
+        if end is _CLOSED:
+            close_in_order(self._client)
+        else:
+            self._client.close()
+        self._close_server(in_order=end is _CLOSED)
+        if log.enabled(INFO):
+            log.info(
+                "connection ended" if self.is_connected else "connection refused",
+                **self._owner.names(),
+                reason=end,
+                detail=detail or None,
+                seconds=round(engine.loop.now - self._since, 3),
+                from_client=self.pair.up.moved,
+                from_server=self.pair.down.moved,
+            )
+        self._owner.ended()
+        del self._owner  # which refers to this pump: without a collector a circle is for ever
+        engine.died(self, end)
+
+    def look(self) -> None:
+        """Nothing may have moved for long: ends it if that is too long, or looks again later."""
+        self._waiting = self._timer = None
+        pair, engine = self.pair, self._engine
+        end = pair.overdue(engine.loop.now, engine.limits)
+        if end is not None:
+            self.end(end, self._overdue_in_words(end))
+        elif pair.is_resetting:
+            self._turn(CLIENT)
+        elif (due := pair.deadline(engine.limits)) is not None:
+            self._look_at(due)
+
+    def row(self) -> Row:
+        """As people see it."""
+        pair, now = self.pair, self._engine.loop.now
+        names = self._owner.names()
+        return Row(
+            client=str(names["client"]),
+            server=str(names["server"] or "-"),
+            state=state_of(pair, self.is_connected),
+            age=now - self._since,
+            idle=now - max(self._since, pair.at),
+            from_client=pair.up.moved,
+            from_server=pair.down.moved,
+            held=f"{len(pair.up.held)}/{len(pair.down.held)}",
+        )
+
+    def _on_client(self, events: int) -> None:
+        if events == _IN_OUT and self._is_smooth:
+            assert self._server is not None
+            self._short_cut(self.pair.up, CLIENT, self._client, self._server)
+            return
+        self._note(CLIENT, events)
+        if self.is_connected:
+            self._turn(CLIENT)
+            if events & _ERROR:
+                self._failed(CLIENT, self._client)
+        elif events & _FAILED:
+            self.end(End.RESET, _words(CLIENT, _error_of(self._client)))
+
+    def _on_server(self, events: int) -> None:
+        if events == _IN_OUT and self._is_smooth:
+            assert self._server is not None
+            self._short_cut(self.pair.down, SERVER, self._server, self._client)
+            return
+        if self.is_connected or self._has_connected(events):
+            self._note(SERVER, events)
+            self._turn(SERVER)
+            if events & _ERROR and self._server is not None:
+                self._failed(SERVER, self._server)
+
+    def _has_connected(self, events: int) -> bool:
+        if events & _FAILED:
+            error = self._peek_at_server()
+            if error and error != errno.ECONNRESET:
+                self._stop_waiting()
+                self._owner.connect_failed(error)
+                return False
+            if error:  # it had accepted
+                self._lost(SERVER, error)
+        elif not events & _OUT:
+            return False
+        self._stop_waiting()
+        self.is_connected = True
+        self._engine.counts.opened += 1
+        self._owner.connected()
+        if log.enabled(INFO):
+            log.info("connection opened", **self._owner.names())
+        return True
+
+    def _peek_at_server(self) -> int:
+        """The error that a read would meet; SO_ERROR would hide it from the read itself."""
+        assert self._server is not None
+        try:
+            self._server.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            return error.errno or 0
+        return 0
+
+    def _note(self, side: Side, events: int) -> None:
+        """What an event says, as facts."""
+        if events & _READ:
+            half = self.pair.fed_by(side)
+            half.readable = True
+            if events & _HINT:
+                half.hinted = True
+                half.ending = events & _FAILED == 0 and events & _HANGUP != 0
+        if events & _WRITE:
+            self.pair.drained_by(side).writable = True
+
+    def _short_cut(self, half: Half, side: Side, source: Socket, sink: Socket) -> None:
+        try:
+            data = source.recv(SHORT)
+        except OSError as error:
+            self._not_read(half, side, error)
+            self._turn(side)
+            return
+        try:
+            sent = sink.send(data)
+        except OSError as error:
+            sent = self._not_sent(side, error)
+        if 0 < sent == len(data) < SHORT:
+            engine = self._engine
+            engine.counts.moved[side] += sent
+            half.moved += sent
+            half.at = engine.loop.now
+        elif self.alive:
+            half.readable = True
+            self._passed(half, side, data, sent, SHORT)
+            self._turn(side)
+
+    def _turn(self, first: Side) -> None:
+        """Moves what can be moved, beginning with what comes from `first`."""
+        if self._is_queued or not self.alive:
+            return
+        pair = self.pair
+        more = False
+        for side in (first, _OTHER[first]):
+            half = pair.fed_by(side)
+            if half.todo() is not WAIT:
+                more |= self._move(half, side)
+                if not self.alive:
+                    return
+        if pair.ended:
+            self.end(_CLOSED)
+            return
+        self._is_smooth = pair.is_smooth
+        if more:
+            self._is_queued = True
+            self._engine.loop.call_soon(self._queued_turn)
+        if not self._is_smooth:
+            self._guard()
 
     def _queued_turn(self) -> None:
-        self._queued = False
-        if self.alive:
-            self._turn()
+        self._is_queued = False
+        self._turn(CLIENT)
 
-    def _move(self, half: Half, source: socket.socket, sink: socket.socket, side: Side) -> bool:
+    def _move(self, half: Half, side: Side) -> bool:
         """Whether there is more to do, after as much as one turn may."""
-        todo = half.todo
-        at = side
+        assert self._server is not None
+        ends = (self._client, self._server)
+        source, sink = ends[side], ends[_OTHER[side]]
+        for _ in range(STEPS):
+            step = half.todo()
+            if step is READ:
+                self._pass(half, side, source, sink)
+            elif step is WAIT:
+                return False
+            elif step is WRITE:
+                self._write(half, side, sink)
+            elif step is SHUT:
+                self._shut(half, side, sink)
+            elif step is RESET:
+                self._reset(half, sink)
+                return False
+            if not self.alive:
+                return False
+        return half.todo() is not WAIT
+
+    def _pass(self, half: Half, side: Side, source: Socket, sink: Socket) -> None:
+        """From one socket into the other; what that doesn't take is held."""
+        view = self._engine.view
         try:
-            for _ in range(STEPS):
-                step = todo()
-                if step is Todo.READ:
-                    at, room = side, half.room
-                    try:
-                        half.got(source.recv(room), room)
-                    except BlockingIOError:
-                        half.empty()
-                elif step is Todo.WRITE:
-                    at = _OTHER[side]
-                    try:
-                        half.sent(sink.send(half.held))
-                    except BlockingIOError:
-                        half.full()
-                elif step is Todo.SHUT:
-                    at = _OTHER[side]
-                    sink.shutdown(socket.SHUT_WR)
-                    half.shut()
-                else:
-                    return False
+            count = source.recv_into(view)
         except OSError as error:
-            self._failed(at, error.errno or 0)
-            return False
-        return todo() is not Todo.WAIT
+            self._not_read(half, side, error)
+            return
+        sent = 0
+        if count:
+            # Before an end of file the kernel is told to wait for it: one segment instead of two.
+            flags = socket.MSG_MORE if half.ending and count < len(view) else 0
+            try:
+                sent = sink.send(view[:count], flags)
+            except OSError as error:
+                sent = self._not_sent(side, error)
+        if self.alive:
+            self._passed(half, side, view[:count], sent, len(view))
 
-    def _failed(self, side: Side, error: int) -> None:
-        """One side failed with that errno; 0 is a stale word of something dealt with already."""
-        if error:
-            self.abort()
-            self._owner.ended(f"{side}: {os.strerror(error).lower()}")
+    def _passed(
+        self, half: Half, side: Side, data: bytes | memoryview, sent: int, asked: int
+    ) -> None:
+        now = self._engine.loop.now
+        half.got(len(data), asked, now)
+        if sent:
+            half.sent(sent, now)
+            self._engine.counts.moved[side] += sent
+        if sent < len(data):
+            half.hold(bytes(data[sent:]))
 
-    def _close(self) -> None:
-        self.alive = False
-        self._loop.remove(self._client.fileno())
-        self._client.close()
-        self.drop_server()
+    def _write(self, half: Half, side: Side, sink: Socket) -> None:
+        try:
+            sent = sink.send(half.held)
+        except OSError as error:
+            if not self._not_sent(side, error):
+                half.full()
+            return
+        half.sent(sent, self._engine.loop.now)
+        self._engine.counts.moved[side] += sent
+
+    def _shut(self, half: Half, side: Side, sink: Socket) -> None:
+        # The second end of file needs no call of its own: closing sends it.
+        if not self.pair.fed_by(_OTHER[side]).sent_eof:
+            try:
+                sink.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                self._not_sent(side, error)
+                return
+        half.shut(self._engine.loop.now)
+
+    def _reset(self, half: Half, sink: Socket) -> None:
+        """Passes a reset on, as soon as nothing would be lost by it."""
+        if not undelivered(sink):
+            self.end(End.RESET, self._why)
+        else:
+            now = self._engine.loop.now
+            self._look_at(now + min(max(now - half.at, FLUSH), FLUSH_MAX))
+
+    def _not_read(self, half: Half, side: Side, error: OSError) -> None:
+        if isinstance(error, BlockingIOError):
+            half.empty()
+        else:
+            self._lost(side, error.errno or 0)
+
+    def _failed(self, side: Side, sock: Socket) -> None:
+        """A socket has an error that no read will meet: its end of file was read before."""
+        half = self.pair.fed_by(side)
+        if self.alive and half.got_eof and not half.got_reset and (error := _error_of(sock)):
+            self._lost(side, error)
+            self._turn(side)
+
+    def _lost(self, side: Side, error: int) -> None:
+        if self.pair.is_resetting:  # the other side was lost before
+            self.end(End.RESET, self._why)
+            return
+        self._why = _words(side, error)
+        self._is_smooth = False
+        self.pair.lost(side, self._engine.loop.now)
+
+    def _not_sent(self, side: Side, error: OSError) -> int:
+        """0: the sink is full; else it is gone, and with it this pump."""
+        if isinstance(error, BlockingIOError):
+            return 0
+        self.end(End.RESET, _words(_OTHER[side], error.errno or 0))
+        return -1
+
+    def _guard(self) -> None:
+        """Sees to it that somebody looks when the pair may be overdue."""
+        engine = self._engine
+        if self.pair.may_stall:
+            waiting = engine.stalled
+        elif self.pair.is_half_closed:
+            waiting = engine.half_closed
+        else:
+            return
+        timer = self._timer
+        if self._waiting is not waiting and not (
+            timer is not None and timer.when <= engine.loop.now + waiting.seconds
+        ):
+            self.wait(waiting)
+
+    def _look_at(self, when: float) -> None:
+        self._stop_waiting()
+        self._timer = self._engine.loop.call_at(when, self.look)
+
+    def _overdue_in_words(self, end: End) -> str:
+        limits, pair = self._engine.limits, self.pair
+        if end is End.STALLED:
+            half, sink = (pair.up, SERVER) if pair.up.held else (pair.down, CLIENT)
+            return f"the {sink} took none of {len(half.held)} bytes for {limits.stall:g} s"
+        if end is End.FORGOTTEN:
+            side = CLIENT if pair.up.sent_eof else SERVER
+            return f"the {side} has finished, and nothing came for {limits.half_close:g} s"
+        return self._why
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.discard(self)
+            self._waiting = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _close_server(self, in_order: bool = False) -> None:
+        server = self._server
+        if server is None:
+            return
+        if self._is_registered:
+            self._engine.loop.closing(server.fileno())
+            self._is_registered = False
+        if in_order:
+            close_in_order(server)
+        else:
+            server.close()
 
 
-def _error_of(sock: socket.socket) -> int:
+def _error_of(sock: Socket) -> int:
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
-_OTHER = (Side.SERVER, Side.CLIENT)
+def _words(side: Side, error: int) -> str:
+    return f"{side}: {os.strerror(error).lower()}"
+
+
+_OTHER = (SERVER, CLIENT)
+_CLOSED = End.CLOSED
 _UNDER_WAY = (0, errno.EINPROGRESS)

@@ -15,15 +15,33 @@ algorithm 5): the same one comes again as late as can be, without being foreseea
 import itertools
 import random
 import socket
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from krelay.flow import Endpoint
 from krelay.log import Log, Throttle
-from krelay.loop import Loop
-from krelay.relaymsg import Abort, Answer, BadMessage, Close, Open, Opened, Refused, Resume, Resumed
+from krelay.relaymsg import (
+    Abort,
+    Answer,
+    BadMessage,
+    Close,
+    Open,
+    Opened,
+    Refused,
+    Report,
+    Resume,
+    Resumed,
+)
 from tcp_relay.connection import Connection
+from tcp_relay.engine import Engine
 from tcp_relay.link import Link
+from tcp_relay.pair import End
+from tcp_relay.pump import Pump
+from tcp_relay.sockets import Socket
+from tcp_relay.waiting import Waiting
+
+ASK_TIMEOUT = 5.0
+"""Seconds that a client waits for krelay, which may be restarting."""
 
 ROUTE_AGE = 1.0
 """Seconds that the own address is remembered: routes change rarely, unlike connections."""
@@ -35,40 +53,49 @@ log = Log("relay")
 
 
 class Relay:
-    """Opens and keeps connections; `on_room` is called whenever one has ended."""
+    """Opens connections and keeps those that have a relay port.
 
-    def __init__(self, loop: Loop, relay_socket: Path, on_room: Callable[[], None]) -> None:
+    `share`: which part of the relay ports is used here, as (index, of how many), so that several
+    processes don't try the same ones.
+    """
+
+    def __init__(self, engine: Engine, relay_socket: Path, share: tuple[int, int] = (0, 1)) -> None:
         self.real_ip: str | None = None
         """Towards which the own address is chosen."""
-        self._loop = loop
-        self._on_room = on_room
+        self._engine = engine
+        self._loop = loop = engine.loop
+        self.asked: Waiting[Pump] = Waiting(loop, ASK_TIMEOUT, _not_answered)
         self._by_relay: dict[Endpoint, Connection] = {}
         self._by_id: dict[int, Connection] = {}
         self._ids = itertools.count(1)
         self._route: tuple[str | None, float, str | None] = (None, 0.0, None)
         self._complaints = Throttle()
         self._random = random.Random()
-        self._ports = _own_ports()
+        self._ports = _own_ports(*share)
         self._last_port = self._random.choice(self._ports)
+        self._last_report: Report | None = None
         self._link = Link(loop, relay_socket, self)
 
     def __len__(self) -> int:
         return len(self._by_relay)
 
-    def accepted(self, client: socket.socket, server: socket.socket, peer: tuple[str, int]) -> None:
+    def accepted(self, client: Socket, server: Socket, peer: tuple[Any, ...]) -> None:
         """A client is there, and an unused socket for its server leg.  Takes over both."""
         try:
-            connection = Connection(self._loop, self, client, peer)
+            connection = Connection(self._engine, self, client, peer)
         except OSError:  # reset while it was waiting
             client.close()
             server.close()
             return
         connection.begin(server)
 
-    def close(self, reason: str) -> None:
-        """Resets all connections and hangs up."""
-        for connection in list(self._by_relay.values()):
-            connection.abort(reason)
+    def report(self, report: Report) -> None:
+        """Tells krelay the counters, now and whenever it is there again."""
+        self._last_report = report
+        self._link.send(report)
+
+    def close(self) -> None:
+        """Hangs up."""
         self._link.close()
 
     # What connections ask.
@@ -110,16 +137,14 @@ class Relay:
             if tell:
                 self._link.send(Close(relay))
 
-    def ended(self, connection: Connection) -> None:
-        """There is room for another one."""
-        self._on_room()
-
     # What the link tells.
 
     def link_up(self) -> None:
         """Says of each connection where it stands."""
         for connection in list(self._by_relay.values()):
             self._ask(connection)
+        if self._last_report is not None:
+            self._link.send(self._last_report)
 
     def link_down(self) -> None:
         """No question will be answered any more."""
@@ -130,7 +155,7 @@ class Relay:
         match answer:
             case Abort(relay=relay):
                 if connection := self._by_relay.get(relay):
-                    connection.abort("krelay ended it")
+                    connection.abort(End.KILLED, "krelay ended it")
             case Refused(id=None, error=error):
                 if (suppressed := self._complaints.admit(self._loop.now)) is not None:
                     log.error(
@@ -170,6 +195,10 @@ class Relay:
             )
 
 
+def _not_answered(pump: Pump) -> None:
+    pump.end(End.REFUSED, "krelay doesn't answer")
+
+
 def _own_address(real_ip: str) -> str | None:
     """Connecting a datagram socket sends nothing, but makes the kernel choose."""
     try:
@@ -181,10 +210,14 @@ def _own_address(real_ip: str) -> str | None:
         return None
 
 
-def _own_ports() -> range:
-    """The ports that this host uses for connections of its own (ip(7), ip_local_port_range)."""
+def _own_ports(index: int, of: int) -> range:
+    """A share of the ports that this host uses for connections of its own.
+
+    ip(7), ip_local_port_range.
+    """
     try:
         low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     except (OSError, ValueError):
         low, high = 32768, 60999
-    return range(low, high + 1)
+    count = high + 1 - low
+    return range(low + index * count // of, low + (index + 1) * count // of) or range(low, high + 1)

@@ -1,0 +1,86 @@
+"""What all pairs of a process share: the loop, the limits, one buffer, the counters; and who lives.
+
+One buffer serves every read.  The loop is one thread, and what a read brought has left the buffer
+before the next one: into the other socket, or, as far as that is full, into the pair's own memory.
+So ten thousand idle connections hold no buffer, and no memory is allocated for what goes straight
+through.  It is also why there are no pipes here (splice): one buffer of half a megabyte moves bulk
+as fast as they do, and pipes are scarce (pipe(7), pipe-user-pages-soft).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from krelay.loop import Loop
+from tcp_relay.counts import Counts, Row, table
+from tcp_relay.limits import Limits
+from tcp_relay.pair import End, Pair
+from tcp_relay.waiting import Waiting
+
+
+class Live(Protocol):
+    """A connection that has not ended."""
+
+    pair: Pair
+
+    def end(self, end: End, detail: str = "") -> None:
+        """Resets both sides, unless `end` is CLOSED."""
+
+    def look(self) -> None:
+        """Nothing may have moved for long: ends it if that is too long, or waits again."""
+
+    def row(self) -> Row:
+        """As people see it."""
+
+
+class Engine:
+    """`on_room` is called whenever a connection has ended."""
+
+    def __init__(
+        self, loop: Loop, limits: Limits, on_room: Callable[[], None] = lambda: None
+    ) -> None:
+        self.loop = loop
+        self.limits = limits
+        self.counts = Counts()
+        self.view = memoryview(bytearray(limits.hold))
+        self.on_room = on_room
+        self.connecting: Waiting[Live] = Waiting(loop, limits.connect, self._not_connected)
+        self.stalled: Waiting[Live] = Waiting(loop, limits.stall, _look)
+        self.half_closed: Waiting[Live] = Waiting(loop, limits.half_close, _look)
+        self._live: dict[Live, None] = {}  # in the order they came
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def born(self, connection: Live) -> None:
+        """A client was accepted."""
+        self.counts.accepted += 1
+        self._live[connection] = None
+
+    def died(self, connection: Live, end: End) -> None:
+        """It has ended, and both its descriptors are free."""
+        del self._live[connection]
+        self.counts.ended(end)
+        self.on_room()
+
+    def end_all(self, end: End, detail: str) -> None:
+        """Ends every connection."""
+        for connection in list(self._live):
+            connection.end(end, detail)
+
+    def report(self) -> dict[str, int]:
+        """The counters, how many connections are open, and the bytes held."""
+        held = sum(connection.pair.held for connection in self._live)
+        return {"open": len(self), "held": held, **self.counts.as_dict()}
+
+    def _not_connected(self, connection: Live) -> None:
+        seconds = self.limits.connect
+        connection.end(End.CONNECT_FAILED, f"the server doesn't answer within {seconds:g} s")
+
+    def table(self) -> str:
+        """The live connections, for people."""
+        rows: Iterable[Row] = (connection.row() for connection in self._live)
+        return table(rows, self.counts)
+
+
+def _look(connection: Live) -> None:
+    connection.look()

@@ -1,0 +1,89 @@
+"""The options that tcp-relay and tcpproxy share: limits and workers.
+
+>>> size("512K"), size("1M"), size("4096")
+(524288, 1048576, 4096)
+"""
+
+import argparse
+from functools import partial
+
+from tcp_relay.limits import MAX_HOLD, Limits
+
+_SUFFIXES = {"K": 1 << 10, "M": 1 << 20}
+_DAY = 86400.0
+MAX_WORKERS = 256
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds them; `limits` reads the limits back, `workers` is a number."""
+    default = Limits()
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--buffer",
+        type=size,
+        default=default.hold,
+        metavar="SIZE",
+        help=f"bytes held per direction at most, K or M for more ({default.hold >> 10}K)",
+    )
+    for name, least, value, text in (
+        (
+            "--stall",
+            0.01,
+            default.stall,
+            "held bytes that can't be written reset both sides",
+        ),
+        ("--half-close", 0.01, default.half_close, "silence after one side has finished ends it"),
+        ("--connect-timeout", 0.01, default.connect, "for the server to accept"),
+        ("--drain", 0.0, default.drain, "for running connections to end after SIGTERM"),
+    ):
+        group.add_argument(
+            name,
+            type=partial(seconds, least=least),
+            default=value,
+            metavar="SECONDS",
+            help=f"{text} ({value:g})",
+        )
+    parser.add_argument(
+        "--workers", type=workers, default=1, metavar="N", help="processes that share the port (1)"
+    )
+
+
+def limits(options: argparse.Namespace) -> Limits:
+    """What was asked for."""
+    return Limits(
+        hold=options.buffer,
+        stall=options.stall,
+        half_close=options.half_close,
+        connect=options.connect_timeout,
+        drain=options.drain,
+    )
+
+
+def size(text: str) -> int:
+    """Bytes; raises ArgumentTypeError."""
+    number, factor = text, 1
+    if text and text[-1].upper() in _SUFFIXES:
+        number, factor = text[:-1], _SUFFIXES[text[-1].upper()]
+    if not (number.isascii() and number.isdigit()) or not 1 <= int(number) * factor <= MAX_HOLD:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size from 1 to {MAX_HOLD >> 20}M (512K, 1M, 65536)"
+        )
+    return int(number) * factor
+
+
+def seconds(text: str, least: float = 0.0) -> float:
+    """From `least` to 30 days; raises ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not least <= value <= 30 * _DAY:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {least:g} up")
+    return value
+
+
+def workers(text: str) -> int:
+    """Raises ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_WORKERS}")
+    return int(text)

@@ -1,0 +1,97 @@
+"""How a relay daemon lives and ends; tcp-relay and tcpproxy do it alike.
+
+SIGTERM drains: nobody is accepted any more, who is there has some time to finish.  A second one, or
+Ctrl-C, ends at once.  SIGHUP loses nothing, and SIGUSR1 shows who is connected.
+
+The cyclic collector is off.  It walks all objects there are, tens of thousands of sockets and
+pairs, for circles that these programs don't leave behind: who ends a connection cuts the one circle
+it has (and a test counts).
+"""
+
+import gc
+import resource
+import signal
+import sys
+from collections.abc import Callable
+
+from krelay.log import Log
+from krelay.loop import Loop, Timer
+from tcp_relay.engine import Engine
+from tcp_relay.pair import End
+
+INTERRUPTED = 128 + signal.SIGINT
+
+GRACE = 5.0
+"""Seconds that a worker may take beyond the drain, before it is killed."""
+
+log = Log("service")
+
+
+class Service:
+    """Runs `loop` until a signal ends it; `stop_accepting` is called once, when that begins."""
+
+    def __init__(self, loop: Loop, engine: Engine, stop_accepting: Callable[[], None]) -> None:
+        self._loop = loop
+        self._engine = engine
+        self._stop_accepting = stop_accepting
+        self._draining: Timer | None = None
+        self._exit_status = 0
+        loop.on_signal(signal.SIGTERM, self._drain)
+        loop.on_signal(signal.SIGINT, self._interrupt)
+        loop.on_signal(signal.SIGHUP, _ignore)
+        loop.on_signal(signal.SIGUSR1, self._show)
+
+    def run(self) -> int:
+        """Returns the exit status, when all connections have ended."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            self._loop.run()
+        finally:
+            if self._draining is None:
+                self._stop_accepting()
+            self._engine.end_all(End.KILLED, "the relay stops")
+        log.info(
+            "stopped", **{name: count for name, count in self._engine.report().items() if count}
+        )
+        return self._exit_status
+
+    def on_room(self) -> None:
+        """A connection has ended."""
+        if self._draining is not None and not self._engine:
+            self._loop.stop()
+
+    def _drain(self) -> None:
+        if self._draining is not None:
+            self._loop.stop()
+            return
+        seconds = self._engine.limits.drain
+        self._draining = self._loop.call_at(self._loop.now + seconds, self._too_late)
+        self._stop_accepting()
+        if self._engine:
+            log.info("draining", connections=len(self._engine), at_most=f"{seconds:g} s")
+        self.on_room()
+
+    def _too_late(self) -> None:
+        seconds = self._engine.limits.drain
+        self._engine.end_all(End.DRAINED, f"it outlived the drain of {seconds:g} s")
+        self._loop.stop()
+
+    def _interrupt(self) -> None:
+        self._exit_status = INTERRUPTED
+        self._loop.stop()
+
+    def _show(self) -> None:
+        sys.stderr.write(self._engine.table())
+        sys.stderr.flush()
+
+
+def raise_descriptor_limit() -> None:
+    """A connection takes two descriptors: as many as this user may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _ignore() -> None:
+    """There is nothing to read again: what can change is followed as it does."""

@@ -1,0 +1,134 @@
+"""tcpproxy: the plain proxy.  No privilege, no netfilter, no krelay."""
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from krelay import log
+from krelay.loop import Loop
+from tcp_relay import options, workers
+from tcp_relay.engine import Engine
+from tcp_relay.limits import Limits
+from tcp_relay.listener import Accepted, Listener
+from tcp_relay.proxy import Proxy
+from tcp_relay.resolver import Resolver, service_port
+from tcp_relay.service import GRACE, Service, raise_descriptor_limit
+from tcp_relay.sockets import Socket, server_socket
+
+EXAMPLE = """\
+example:
+  tcpproxy 192.168.0.1 80 8080        who connects to port 8080 here talks to port 80 there
+
+Names are looked up again for later connections, and each address is tried in turn.  The server
+sees this host's address; krelay is for keeping the client's.  SIGTERM lets running connections
+finish, Ctrl-C resets them; SIGUSR1 prints a table of them.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs tcpproxy; the exit status (0, 1, 2 for wrong usage, 130 after Ctrl-C)."""
+    parser = argparse.ArgumentParser(
+        prog="tcpproxy",
+        description="A plain TCP proxy that survives hung peers.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("host", metavar="DESTINATION-HOST", help="name or address, IPv4 or IPv6")
+    parser.add_argument("port", metavar="DESTINATION-PORT", type=service_port, help="or its name")
+    parser.add_argument("listen_port", metavar="LISTEN-PORT", type=service_port)
+    parser.add_argument(
+        "--listen", metavar="ADDRESS", help="accept at this address only (all, IPv4 and IPv6)"
+    )
+    options.add_options(parser)
+    log.add_options(parser)
+    asked = parser.parse_args(arguments)
+    log.set_up(asked.log_level, as_json=asked.log_json)
+    limits = options.limits(asked)
+    try:
+        raise_descriptor_limit()
+        if asked.workers > 1:
+            _refuse_to_share(asked)
+        return workers.run(
+            asked.workers,
+            lambda _, ready: _serve(asked, limits, ready),
+            grace=limits.drain + GRACE,
+        )
+    except KeyboardInterrupt:  # before the loop took the signals over
+        return 130
+    except OSError as error:
+        print(f"tcpproxy: {_sentence(asked, error)}", file=sys.stderr)
+        return 1
+
+
+def _serve(asked: argparse.Namespace, limits: Limits, ready: Callable[[], None]) -> int:
+    with Loop() as loop:
+        resolver = Resolver(loop, asked.host, asked.port)
+        engine = Engine(loop, limits)
+        proxy = Proxy(engine, resolver)
+        listener = _listener(loop, asked, proxy.accepted, proxy.spare)
+        service = Service(loop, engine, listener.close)
+
+        def on_room() -> None:
+            listener.resume()
+            service.on_room()
+
+        engine.on_room = on_room
+        log.Log("proxy").info(
+            "listening",
+            address=asked.listen or "all",
+            port=asked.listen_port,
+            destination=f"{asked.host}:{asked.port}",
+        )
+        ready()
+        try:
+            return service.run()
+        finally:
+            resolver.close()
+
+
+def _listener(
+    loop: Loop,
+    asked: argparse.Namespace,
+    accepted: Accepted,
+    spare: Callable[[], Socket] = server_socket,
+    shared: bool | None = None,
+) -> Listener:
+    """Raises OSError."""
+    if shared is None:
+        shared = asked.workers > 1
+    make = partial(Listener, loop, asked.listen_port, accepted, shared=shared, spare=spare)
+    if asked.listen is not None:
+        return make(address=asked.listen)
+    try:
+        return make(address="::")
+    except OSError as error:
+        if error.errno not in _NO_IPV6:
+            raise
+        return make(address="0.0.0.0")
+
+
+def _refuse_to_share(asked: argparse.Namespace) -> None:
+    """Raises OSError if somebody listens there: SO_REUSEPORT would let the workers in beside."""
+    with Loop() as loop:
+        _listener(loop, asked, lambda *_: None, shared=False).abandon()
+
+
+def _sentence(asked: argparse.Namespace, error: OSError) -> str:
+    where = f"port {asked.listen_port}" + (f" of {asked.listen}" if asked.listen else "")
+    mend = _MEND.get(error.errno or 0)
+    return f"can't listen on {where}: {(error.strerror or str(error)).lower()}" + (
+        f"; {mend}" if mend else ""
+    )
+
+
+_NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+_MEND = {
+    errno.EADDRINUSE: "end the program that listens there, or take another port",
+    errno.EACCES: "take a port from 1024 up, or grant CAP_NET_BIND_SERVICE",
+    errno.EADDRNOTAVAIL: "this host has no such address (ip address)",
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
