@@ -5,10 +5,14 @@
     ground        what every measurement stands on: a krelay in a lab, a sender, counters, progress
     udp           packets/s: forwarding, conntrack DNAT, krelay's queue path, scapy
     rows          the cost of a packet with 10 and with 50,000 live rows
-    web           requests/s, connections/s and MB/s: direct, krelay, nginx transparent
+    proxies       TCP by way of a relay: bulk, connections, requests, and their cost
+    idle          memory of an idle connection, and what thousands of them cost the others
+    peers         HAProxy, nginx, socat and ours, as both have them measured
+    web           nginx, wrk and curl around them
+    processes     processor time and memory of programs
     micro         Worker.handle by itself: needs no root
     plots         the same as pictures
-    sender, scapy_worker   programs of their own, run in a host of the lab
+    sender, scapy_worker, bulk, echo   programs of their own, run in a host of the lab
 
 Machines are shared and noisy, so no absolute figure means much.  What is compared is therefore
 measured by turns (A B C, A B C, A B C), and the median of each is taken.

@@ -12,8 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import micro, rows, udp, web
-from benchmarks.figures import Goal, Group, Series, as_json, from_json, goal_line, markdown, number
+from benchmarks import idle, micro, proxies, rows, udp
+from benchmarks.figures import (
+    Goal,
+    Group,
+    Series,
+    as_json,
+    by_quantity,
+    from_json,
+    goal_line,
+    markdown,
+    number,
+)
 from benchmarks.ground import CannotMeasure, Measurement, Progress, Wish, machine
 
 RESULTS = Path(__file__).with_name("results")
@@ -31,7 +41,8 @@ class Part(NamedTuple):
 
 PARTS = {
     "udp": Part(udp.TITLE, udp.measure, udp.about(), udp.GOALS),
-    "http": Part(web.TITLE, web.measure, web.about(), web.GOALS),
+    "proxies": Part(proxies.TITLE, proxies.measure, proxies.about(), proxies.GOALS),
+    "idle": Part(idle.TITLE, idle.measure, idle.about(), idle.GOALS),
     "rows": Part(rows.TITLE, rows.measure, rows.about(), rows.GOALS),
     "micro": Part(micro.TITLE, micro.measure, micro.about(), micro.GOALS, needs_root=False),
 }
@@ -88,8 +99,9 @@ def _show(group: Group) -> None:
     print(f"\n{group.title}")
     print("  " + ", ".join(f"{key} {value}" for key, value in group.machine.items()))
     width = max((len(series.name) for series in group.series), default=0)
-    for series in group.series:
-        print(f"  {series.name:{width}}  {number(series.median):>10} {series.unit}")
+    for comparable in by_quantity(group.series).values():
+        for series in comparable:
+            print(f"  {series.name:{width}}  {number(series.median):>10} {series.unit}")
     for goal in group.goals:
         print(f"  {goal_line(goal, group.series)}")
     for reason in group.left_out:

@@ -29,33 +29,51 @@ class Series:
         """The middle one."""
         return median(self.values)
 
+    @property
+    def subject(self) -> str:
+        """What was measured: `nginx`, if the name is `nginx: download`; else the name."""
+        return self.name.partition(": ")[0]
+
+    @property
+    def quantity(self) -> str:
+        """What was measured of it: `download, MB/s`; else just the unit."""
+        quantity = self.name.partition(": ")[2]
+        return f"{quantity}, {self.unit}" if quantity else self.unit
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A bound on the ratio of two series; without a bound the ratio is information."""
+    """A bound on the ratio of two series; without a bound the ratio is information.
+
+    If `below` names several series, that of them counts which has the greatest median, or in a
+    round the greatest reading: the best of those that were measured, where more is better.
+    """
 
     text: str
     above: str
-    below: str
+    below: str | tuple[str, ...]
     at_least: float | None = None
     at_most: float | None = None
 
     def ratio(self, series: Iterable[Series]) -> float | None:
         """`above` to `below`, by their medians; None if either wasn't measured, or is zero."""
-        by_name = {each.name: each for each in series}
-        above, below = by_name.get(self.above), by_name.get(self.below)
-        if above is None or below is None or not below.median:
-            return None
-        return above.median / below.median
+        above, below = self._compared(series)
+        best = max((each.median for each in below), default=0.0)
+        return above.median / best if above and best else None
 
     def spread(self, series: Iterable[Series]) -> tuple[float, float] | None:
         """The least and the greatest ratio of any one round."""
-        by_name = {each.name: each for each in series}
-        above, below = by_name.get(self.above), by_name.get(self.below)
-        if above is None or below is None:
+        above, below = self._compared(series)
+        if above is None:
             return None
-        ratios = [a / b for a, b in zip(above.values, below.values, strict=False) if b]
+        rounds = zip(above.values, *(each.values for each in below), strict=False)
+        ratios = [first / max(others) for first, *others in rounds if any(others)]
         return (min(ratios), max(ratios)) if ratios else None
+
+    def _compared(self, series: Iterable[Series]) -> tuple[Series | None, list[Series]]:
+        by_name = {each.name: each for each in series}
+        below = (self.below,) if isinstance(self.below, str) else self.below
+        return by_name.get(self.above), [by_name[name] for name in below if name in by_name]
 
     def bound(self) -> str:
         """The bound as text; empty if there is none."""
@@ -85,6 +103,14 @@ class Group:
     goals: tuple[Goal, ...]
     left_out: tuple[str, ...]
     machine: Mapping[str, str]
+
+
+def by_quantity(series: Iterable[Series]) -> dict[str, list[Series]]:
+    """What can be compared, together; all in the order in which they came."""
+    together: dict[str, list[Series]] = {}
+    for each in series:
+        together.setdefault(each.quantity, []).append(each)
+    return together
 
 
 def number(value: float) -> str:
@@ -130,7 +156,8 @@ def _table(series: Sequence[Series]) -> list[str]:
     rows = [
         f"| {each.name} | {number(each.median)} | {each.unit} "
         f"| {', '.join(number(value) for value in each.values)} |"
-        for each in series
+        for comparable in by_quantity(series).values()
+        for each in comparable
     ]
     return ["| | median | unit | rounds |", "|---|---:|---|---|", *rows]
 
@@ -154,9 +181,13 @@ def from_json(plain: Mapping[str, Any]) -> Group:
         about=tuple(plain["about"]),
         series=tuple(Series(s["name"], s["unit"], tuple(s["values"])) for s in plain["series"]),
         goals=tuple(
-            Goal(g["text"], g["above"], g["below"], g["at_least"], g["at_most"])
+            Goal(g["text"], g["above"], _names(g["below"]), g["at_least"], g["at_most"])
             for g in plain["goals"]
         ),
         left_out=tuple(plain["left_out"]),
         machine=dict(plain["machine"]),
     )
+
+
+def _names(plain: str | list[str]) -> str | tuple[str, ...]:
+    return plain if isinstance(plain, str) else tuple(plain)

@@ -10,15 +10,17 @@ No path is measured before a datagram has come through it, with the client's add
 
 import os
 import platform
+import resource
 import select
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from shutil import which
 
 from benchmarks import sender
 from krelay import client, nfqueue
@@ -105,6 +107,26 @@ class Progress:
         """Something can't be measured here."""
         self.left_out.append(reason)
         self.say(f"left out: {reason}")
+
+
+def missing(needs: Iterable[str]) -> str:
+    """The first of these programs, or files by their path, that isn't there; empty if all are."""
+
+    def is_there(need: str) -> bool:
+        return Path(need).exists() if need.startswith("/") else which(need) is not None
+
+    return next((need for need in needs if not is_there(need)), "")
+
+
+def open_files(wanted: int) -> int:
+    """Lets this process, and what it starts, have so many files open; or how many there may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(hard, wanted)))
+        except ValueError:  # more than the hard limit needs CAP_SYS_RESOURCE
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def pinned(core: int) -> tuple[str, ...]:

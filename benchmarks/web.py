@@ -1,181 +1,167 @@
-"""TCP by way of the relay, the client's address kept: requests, new connections, bulk.
+"""What is asked of a way from client to server, and who answers.
 
-Three labs at once, measured by turns: no relay, krelay with tcp-relay, and the peer that most
-people would take, nginx's stream module with `proxy_bind $remote_addr transparent`.  All answers
-come from an nginx in the server host, which says whose address it saw: no path is measured that
-hides the client's.
+The server host has nginx on one port, which answers every request with the address that it saw and
+has a big file, and on another port the sink of bulk.py.  In the client host run wrk, curl and the
+sender of bulk.py.
 """
 
 import re
-import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import ground
-from benchmarks.figures import Goal
-from benchmarks.ground import CannotMeasure, Progress, Wish
+from benchmarks import bulk, ground
+from benchmarks.ground import CannotMeasure
 from vm import Lab
 
-TITLE = "HTTP, the client's address kept"
-DIRECT, KRELAY, NGINX = "direct", "krelay and tcp-relay", "nginx transparent"
-REQUESTS, CONNECTIONS, BULK = "{}: requests", "{}: new connections", "{}: download"
-GOALS = (
-    Goal(
-        "keep-alive requests/s, krelay to nginx",
-        REQUESTS.format(KRELAY),
-        REQUESTS.format(NGINX),
-        at_least=0.1,
-    ),
-    Goal(
-        "new connections/s, krelay to nginx", CONNECTIONS.format(KRELAY), CONNECTIONS.format(NGINX)
-    ),
-    Goal("download, krelay to nginx", BULK.format(KRELAY), BULK.format(NGINX)),
-)
-STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+HTTP, SINK = 80, 81
+PORTS = (HTTP, SINK)
 CLIENTS = 32
-BULK_BYTES = 200_000_000
-BULK_SECONDS = 5
-"""A slower download is measured by as much as has come by then."""
-_PER_SECOND = re.compile(r"^Requests/sec:\s+([\d.]+)", re.MULTILINE)
+NEEDS = ("nginx", "curl")
+BULK_BYTES = 1_000_000_000
+_CHECK_SECONDS = 0.01
+_ERRORS_ALLOWED = 0.01
 
 _SERVER = """\
-daemon off; user root; worker_processes 1; pid {dir}/server.pid; error_log {dir}/server.err;
+daemon off; user root; worker_processes 1; pid {directory}/server.pid;
+error_log {directory}/server.err;
 events {{ worker_connections 8192; }}
 http {{
     access_log off; sendfile on; keepalive_requests 1000000000;
     server {{
-        listen 80 backlog=4096;
+        listen {port} backlog=4096;
         location = / {{ default_type text/plain; return 200 "$remote_addr\\n"; }}
-        location = /bulk {{ root {dir}; }}
+        location = /bulk {{ alias {bulk}; }}
     }}
 }}
 """
-_PEER = """\
-load_module {module};
-daemon off; user root; worker_processes 1; pid {dir}/peer.pid; error_log {dir}/peer.err;
-events {{ worker_connections 8192; }}
-stream {{
-    server {{
-        listen 80 backlog=4096;
-        proxy_pass {server}:80;
-        proxy_bind $remote_addr transparent;
-    }}
-}}
-"""
-# What the server sends back to a socket of nginx's goes to the client's address: the kernel must be
-# told to deliver it here all the same.
-_PEER_ROUTING = """\
-iptables -t mangle -A PREROUTING -p tcp -m socket --transparent -j MARK --set-mark 1
-ip rule add fwmark 1 lookup 100
-ip route add local 0.0.0.0/0 dev lo table 100
-"""
+_IN_MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}
+_LATENCY = re.compile(r"^\s+(50|99)%\s+([\d.]+)(us|ms|s|m)$", re.MULTILINE)
+_REQUESTS = re.compile(r"^\s+(\d+) requests in [\d.]+(?:us|ms|s|m),", re.MULTILINE)
+_PER_SECOND = re.compile(r"^Requests/sec:\s+([\d.]+)$", re.MULTILINE)
+_ERRORS = re.compile(
+    r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)"
+    r"|Non-2xx or 3xx responses: (\d+)"
+)
 
 
-def about() -> tuple[str, ...]:
-    """How it was measured."""
-    return (
-        f"Server: nginx, one worker. Requests and connections: `wrk -t1 -c{CLIENTS}`, the latter "
-        f"with `Connection: close`. Download: {BULK_BYTES // 1_000_000} MB by curl, cut after "
-        f"{BULK_SECONDS} s. The peer is nginx's stream module with "
-        "`proxy_bind $remote_addr transparent`, one worker. All share the same cores.",
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What wrk tells of a run; latencies are in milliseconds."""
+
+    requests: int
+    per_second: float
+    p50: float
+    p99: float
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What came, and how long it took."""
+
+    bytes: float
+    seconds: float
+
+    @property
+    def megabytes_per_second(self) -> float:
+        """10**6 bytes each."""
+        return self.bytes / 1e6 / self.seconds
+
+
+def make_bulk(path: Path) -> None:
+    """A file of zeros that takes no room on the disk; the kernel has its pages at hand then."""
+    with path.open("wb") as file:
+        file.truncate(BULK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 20):
+            pass
+
+
+def serve(lab: Lab, big: Path) -> None:
+    """Starts both servers."""
+    config, errors = lab.directory / "server.conf", lab.directory / "server.err"
+    config.write_text(_SERVER.format(directory=lab.directory, port=HTTP, bulk=big))
+    lab.start("server", "nginx", "-c", str(config), "-e", str(errors))
+    lab.start("server", *ground.PYTHON, bulk.__file__, "sink", str(SINK))
+    for port in PORTS:
+        lab.wait_listening("server", "tcp", port)
+
+
+def check(lab: Lab, name: str, address: str, expected: str, big: Path) -> None:
+    """Both servers must be reached and see the address `expected`.  Raises CannotMeasure.
+
+    tcp-relay may still be on its way to krelay: the first answer is waited for.
+    """
+
+    def answer() -> str:
+        command = ("curl", "-s", "-m", "3", f"http://{address}:{HTTP}/")
+        return lab.run("client", *command, check=False).stdout.strip()
+
+    seen = {lab.wait(answer, f"an answer through {name}")}
+    seen.add(_send(lab, address, _CHECK_SECONDS, big)[0])
+    if seen != {expected}:
+        raise CannotMeasure(f"{name}: the server saw {' and '.join(seen)}, not {expected}")
+
+
+def keep_alive(lab: Lab, address: str, seconds: float) -> Load:
+    """Requests, one after the other on each of wrk's connections."""
+    return _wrk(lab, address, seconds)
+
+
+def new_connections(lab: Lab, address: str, seconds: float) -> Load:
+    """Requests, each on a connection of its own."""
+    return _wrk(lab, address, seconds, "-H", "Connection: close")
+
+
+def _wrk(lab: Lab, address: str, seconds: float, *more: str) -> Load:
+    whole = max(1, round(seconds))
+    command = ("wrk", "-t1", f"-c{CLIENTS}", f"-d{whole}s", "--latency", *more)
+    text = lab.run("client", *command, f"http://{address}:{HTTP}/", timeout=whole + 20).stdout
+    load = parse_wrk(text)
+    if load.errors > load.requests * _ERRORS_ALLOWED:
+        raise CannotMeasure(f"{load.errors} errors and {load.requests} answers: {text.strip()}")
+    return load
+
+
+def parse_wrk(text: str) -> Load:
+    """Reads what wrk prints with --latency.  Raises CannotMeasure."""
+    requests, per_second = _REQUESTS.search(text), _PER_SECOND.search(text)
+    latency = {
+        percent: float(value) * _IN_MILLISECONDS[unit]
+        for percent, value, unit in _LATENCY.findall(text)
+    }
+    if requests is None or per_second is None or latency.keys() != {"50", "99"}:
+        raise CannotMeasure(f"wrk doesn't tell what it measured: {text.strip()[-300:]}")
+    counts = [each.groups() for each in _ERRORS.finditer(text)]
+    return Load(
+        requests=int(requests[1]),
+        per_second=float(per_second[1]),
+        p50=latency["50"],
+        p99=latency["99"],
+        errors=sum(int(count) for groups in counts for count in groups if count),
     )
 
 
-def measure(wish: Wish, progress: Progress) -> None:
-    """Takes the readings."""
-    for program in ("nginx", "curl"):
-        if shutil.which(program) is None:
-            progress.leave_out(f"{TITLE}: {program} isn't installed")
-            return
-    has_wrk = shutil.which("wrk") is not None
-    if not has_wrk:
-        progress.leave_out("requests/s and new connections/s: wrk isn't installed")
-    with ground.told_plainly(), ExitStack() as stack:
-        paths: list[tuple[str, Lab, str]] = []
-        for name, prepare in PATHS.items():
-            if name == NGINX and not STREAM_MODULE.exists():
-                progress.leave_out(f"{NGINX}: {STREAM_MODULE} isn't there (libnginx-mod-stream)")
-                continue
-            progress.say(f"setting up {name}")
-            lab = stack.enter_context(Lab())
-            _serve(lab)
-            url = f"http://{prepare(lab)}/"
-            _check(lab, name, url)
-            paths.append((name, lab, url))
-        for turn in range(wish.rounds):
-            for name, lab, url in paths if has_wrk else ():
-                value = _wrk(lab, url, wish.seconds)
-                progress.take(turn, wish.rounds, REQUESTS.format(name), "requests/s", value)
-            for name, lab, url in paths if has_wrk else ():
-                value = _wrk(lab, url, wish.seconds, "-H", "Connection: close")
-                progress.take(turn, wish.rounds, CONNECTIONS.format(name), "connections/s", value)
-            for name, lab, url in paths:
-                value = _download(lab, url + "bulk")
-                progress.take(turn, wish.rounds, BULK.format(name), "MB/s", value)
+def download(lab: Lab, address: str, seconds: float) -> Transfer:
+    """The big file by curl: all of it, or what has come after so many seconds."""
+    say = "%{size_download} %{time_total}"
+    command = ("curl", "-s", "-m", f"{seconds:g}", "-o", "/dev/null", "-w", say)
+    url = f"http://{address}:{HTTP}/bulk"
+    result = lab.run("client", *command, url, timeout=seconds + 10, check=False)
+    size, took = map(float, result.stdout.split())
+    if not size:
+        raise CannotMeasure(f"curl got nothing from {url}, status {result.status}")
+    return Transfer(size, took)
 
 
-def _direct(lab: Lab) -> str:
-    return lab.address("server")
+def upload(lab: Lab, address: str, seconds: float, big: Path) -> Transfer:
+    """As much as goes into the sink in so many seconds."""
+    return _send(lab, address, seconds, big)[1]
 
 
-def _krelay(lab: Lab) -> str:
-    root = ground.start_krelay(lab, {"services": "tcp/80", "gport": "16000"})
-    command = ("-m", "tcp_relay", "--root", str(root), "--log-level", "warning")
-    lab.start("relay", *ground.PYTHON, *command)
-    lab.wait_listening("relay", "tcp", 16000)
-    return lab.address("relay", "client")
-
-
-def _nginx(lab: Lab) -> str:
-    for line in _PEER_ROUTING.splitlines():
-        lab.run("relay", *line.split())
-    text = _PEER.format(dir=lab.directory, module=STREAM_MODULE, server=lab.address("server"))
-    _start_nginx(lab, "relay", text)
-    return lab.address("relay", "client")
-
-
-PATHS: dict[str, Callable[[Lab], str]] = {DIRECT: _direct, KRELAY: _krelay, NGINX: _nginx}
-"""Each prepares its lab and returns the address that the client asks."""
-
-
-def _serve(lab: Lab) -> None:
-    bulk = lab.directory / "bulk"
-    with bulk.open("wb") as file:
-        file.truncate(BULK_BYTES)
-    bulk.read_bytes()  # so that the first download doesn't wait for the pages
-    _start_nginx(lab, "server", _SERVER.format(dir=lab.directory))
-
-
-def _start_nginx(lab: Lab, host: str, config: str) -> None:
-    path = lab.directory / f"nginx-{host}.conf"
-    path.write_text(config)
-    lab.start(host, "nginx", "-c", str(path), "-e", str(lab.directory / f"nginx-{host}.err"))
-    lab.wait_listening(host, "tcp", 80)
-
-
-def _check(lab: Lab, name: str, url: str) -> None:
-    """The server must see the client's address.  tcp-relay may still be on its way to krelay."""
-
-    def answer() -> str:
-        return lab.run("client", "curl", "-s", "-m", "3", url, check=False).stdout.strip()
-
-    seen = lab.wait(answer, f"an answer through {name}")
-    if seen != lab.address("client"):
-        raise CannotMeasure(f"{name}: the server saw {seen}, not {lab.address('client')}")
-
-
-def _wrk(lab: Lab, url: str, seconds: float, *more: str) -> float:
-    whole = max(1, round(seconds))
-    command = ("wrk", "-t1", f"-c{CLIENTS}", f"-d{whole}s", *more, url)
-    text = lab.run("client", *command, timeout=whole + 20).stdout
-    found = _PER_SECOND.search(text)
-    if found is None:
-        raise CannotMeasure(f"wrk said nothing of requests: {text.strip()[-300:]}")
-    return float(found[1])
-
-
-def _download(lab: Lab, url: str) -> float:
-    command = ("curl", "-s", "-m", str(BULK_SECONDS), "-o", "/dev/null", "-w", "%{speed_download}")
-    result = lab.run("client", *command, url, timeout=BULK_SECONDS + 10, check=False)
-    return float(result.stdout or 0) / 1e6
+def _send(lab: Lab, address: str, seconds: float, big: Path) -> tuple[str, Transfer]:
+    """The client's address as the sink saw it, and what came."""
+    command = (bulk.__file__, "send", address, str(SINK), str(seconds), str(big))
+    result = lab.run("client", *ground.PYTHON, *command, timeout=seconds + 40)
+    seen, came, took = result.stdout.split()
+    return seen, Transfer(float(came), float(took))
