@@ -177,6 +177,7 @@ class NatTable:
     def attach(self, row: Row, relay: Endpoint, now: float) -> None:
         """tcp-relay will connect to the row's server from `relay`: steps T3 and T4.
 
+        Takes the place of a port that it had before, from which it couldn't connect.
         Raises Refusal (`port_taken`) when the server may know that port already: the client's own
         connection, another row's, or the client's port itself.
         """
@@ -190,8 +191,7 @@ class NatTable:
         taken = holder is not None and holder is not row
         if taken or (Proto.TCP, at) in self.direct or outside == row.client:
             raise Refusal("port_taken")
-        if row.relay is not None:
-            self._forget_server_leg(row)
+        self.detach(row)
         row.relay = relay
         self._by_relay[relay] = row
         self._reserve(row, outside)
@@ -430,8 +430,10 @@ class NatTable:
         self._outside[row.proto][at] = row
         row.reserved.append(at)
 
-    def _forget_server_leg(self, row: Row) -> None:
-        assert row.relay is not None
+    def detach(self, row: Row) -> None:
+        """tcp-relay won't use its port towards the server, if it has one."""
+        if row.relay is None:
+            return
         if self._by_relay.get(row.relay) is row:
             del self._by_relay[row.relay]
         for step in (Step.T3, Step.T4):

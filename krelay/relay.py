@@ -119,6 +119,7 @@ class Relays:
         try:
             self._nat.attach(row, request.relay, now)
         except Refusal:
+            self._nat.detach(row)  # it may have had another port before
             return Refused(request.id, PORT_TAKEN)
         self._owner[row.id] = send
         origin = row.client if row.client != request.client else None

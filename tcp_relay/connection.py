@@ -18,13 +18,14 @@ from typing import Protocol
 from krelay.flow import Endpoint, Source
 from krelay.relaymsg import PORT_TAKEN, Opened, Refused
 from tcp_relay.engine import Engine
+from tcp_relay.line import Line
 from tcp_relay.pair import End
 from tcp_relay.pump import Pump
 from tcp_relay.sockets import Socket, server_socket
 from tcp_relay.waiting import Waiting
 
 PORT_TRIES = 8
-"""Relay ports tried for one connection."""
+"""Relay ports tried for one connection, before it waits in line."""
 
 _TRY_ANOTHER_PORT = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
 
@@ -34,6 +35,8 @@ class Desk(Protocol):
 
     asked: Waiting[Pump]
     """Where those wait who have asked krelay."""
+    line: Line
+    """Where those wait who found no relay port."""
 
     def own_address(self, connection: "Connection") -> str:
         """The local address for its server leg."""
@@ -59,6 +62,7 @@ class Connection:
         "_tries",
         "client",
         "gateway",
+        "is_in_line",
         "message_id",
         "origin",
         "relay",
@@ -78,6 +82,8 @@ class Connection:
         """The client as its own packets read, where that is another port than `client` has."""
         self.message_id = -1
         """Of the last message about it."""
+        self.is_in_line = False
+        """It has no socket for the server leg now, and so nothing to ask krelay."""
         self._desk = desk
         self._tries = 0
         self._may_have_row = False
@@ -91,13 +97,16 @@ class Connection:
     def begin(self, server: Socket) -> None:
         """Binds `server`, which is taken over, and has krelay asked."""
         self._tries += 1
+        self.is_in_line = False
         self._pump.use_server(server)
         try:
             self._bind(server)
-            self.relay = Endpoint.of(*server.getsockname())
+            relay = Endpoint.of(*server.getsockname())
         except OSError as error:
             self._refuse(f"no relay port: {_words(error)}")
             return
+        self._desk.unregister(self, tell=False)  # krelay will hear of the new port instead
+        self.relay = relay
         self._may_have_row = True
         self._pump.wait(self._desk.asked)
         if not self._desk.register(self):
@@ -134,7 +143,6 @@ class Connection:
 
     def ended(self) -> None:
         """From the pump."""
-        del self._pump  # which refers to this connection: without a collector a circle is for ever
         self._desk.unregister(self, self._may_have_row)
 
     def names(self) -> Mapping[str, object]:
@@ -162,12 +170,18 @@ class Connection:
         server.bind((address, 0))
 
     def _another_port(self) -> None:
-        self._desk.unregister(self, self._may_have_row)
-        self.relay = self.server = self.source = None
-        if self._tries >= PORT_TRIES:
-            self._refuse(f"{PORT_TRIES} relay ports were taken")
+        # The former port stays registered until then, in case this ends before.
+        self.server = self.source = None
+        self._pump.drop_server()
+        if self._tries % PORT_TRIES:
+            self._begin_again()
+        else:
+            self.is_in_line = True
+            self._pump.wait_in(self._desk.line, self._begin_again)
+
+    def _begin_again(self) -> None:
+        if not self._pump.alive:
             return
-        self._pump.drop_server()  # first: its descriptor may be the last one
         try:
             server = server_socket()
         except OSError as error:

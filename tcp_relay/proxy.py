@@ -1,32 +1,23 @@
 """Where a plain proxy's connections go: one destination, by name, at each of its addresses in turn.
 
-The kernel chooses the local port, when it connects.  It may run out of them: each connection that
-this side has closed first keeps its port in TIME_WAIT for a minute.  The client can't help it, and
-it passes; so nobody is refused for that.  Who finds no port waits in line, and the first of the
-line tries again now and then: one of them, because a search in vain is long.
+The kernel chooses the local port, when it connects.
 """
 
 import errno
 import os
 import socket
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from krelay.log import Log, Throttle
 from tcp_relay.engine import Engine
+from tcp_relay.line import Line
 from tcp_relay.pair import End
 from tcp_relay.pump import Pump
 from tcp_relay.resolver import Address, Resolver
 from tcp_relay.sockets import Socket, server_socket
 from tcp_relay.waiting import Waiting
 
-PORT_RETRY = 0.05
-"""Seconds between looks for a free local port."""
-
 _NO_PORT = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
-
-log = Log("proxy")
 
 
 class Proxy:
@@ -43,8 +34,7 @@ class Proxy:
             limit,
             lambda pump: pump.end(End.CONNECT_FAILED, f"no answer to the name within {limit:g} s"),
         )
-        self._in_line: deque[Attempt] = deque()
-        self._complaints = Throttle()
+        self.line = Line(engine.loop)
 
     def spare(self) -> Socket:
         """An unused socket, most likely of the right family."""
@@ -53,31 +43,6 @@ class Proxy:
     def accepted(self, client: Socket, server: Socket, peer: tuple[Any, ...]) -> None:
         """A client is there, and an unused socket for its server leg.  Takes over both."""
         Attempt(self, client, server, peer).begin()
-
-    def line_up(self, attempt: "Attempt") -> None:
-        """It found no local port: it will try again."""
-        loop = self.engine.loop
-        if not self._in_line:
-            loop.call_at(loop.now + PORT_RETRY, self._try_again)
-        self._in_line.append(attempt)
-        if (suppressed := self._complaints.admit(loop.now)) is not None:
-            log.warning(
-                "no local port is free",
-                waiting=len(self._in_line),
-                mend="sysctl net.ipv4.tcp_tw_reuse=1, or widen net.ipv4.ip_local_port_range",
-                suppressed=suppressed or None,
-            )
-
-    def has_line(self) -> bool:
-        """Somebody waits for a port already."""
-        return bool(self._in_line)
-
-    def _try_again(self) -> None:
-        line, self._in_line = self._in_line, deque()
-        while line and not self._in_line:
-            line.popleft().connect()
-        if line:  # the last one found none
-            self._in_line.extend(line)
 
 
 class Attempt:
@@ -127,8 +92,8 @@ class Attempt:
     def connect_failed(self, error: int) -> None:
         """From the pump."""
         assert self._address is not None
-        if error in _NO_PORT:
-            self._proxy.line_up(self)
+        if error in _NO_PORT and _is_routed(self._address):
+            self._wait_in_line()
             return
         self._last_error = f"{_name(self._address[1])}: {_words(error)}"
         self._next()
@@ -161,10 +126,24 @@ class Attempt:
             self._pump.end(End.CONNECT_FAILED, self._last_error)
             return
         self._address = self._left.pop(0)
-        if self._proxy.has_line():
-            self._proxy.line_up(self)
+        if self._proxy.line:
+            self._wait_in_line()
         else:
             self.connect()
+
+    def _wait_in_line(self) -> None:
+        assert self._pump is not None
+        self._pump.wait_in(self._proxy.line, self.connect)
+
+
+def _is_routed(address: Address) -> bool:
+    """Whether this host has an address to connect from; EADDRNOTAVAIL may say it hasn't."""
+    try:
+        with socket.socket(address.family, socket.SOCK_DGRAM) as sock:
+            sock.connect(address.sockaddr)  # which sends nothing
+    except OSError:
+        return False
+    return True
 
 
 def _name(sockaddr: tuple[Any, ...]) -> str:

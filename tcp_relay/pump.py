@@ -20,7 +20,7 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from logging import INFO
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from krelay.loop import Timer
 from tcp_relay.counts import Row, state_of
 from tcp_relay.engine import Engine
 from tcp_relay.half import READ, RESET, SHUT, WAIT, WRITE, Half
+from tcp_relay.line import Line
 from tcp_relay.pair import CLIENT, SERVER, End, Pair, Side
 from tcp_relay.sockets import Socket, close_in_order, undelivered
 from tcp_relay.waiting import Waiting
@@ -85,13 +86,13 @@ class Pump:
         "_is_smooth",
         "_owner",
         "_server",
-        "_since",
         "_timer",
         "_waiting",
         "_why",
         "alive",
         "is_connected",
         "pair",
+        "since",
     )
 
     def __init__(self, engine: Engine, owner: Owner, client: Socket) -> None:
@@ -102,7 +103,7 @@ class Pump:
         self._owner = owner
         self._client = client
         self._server: Socket | None = None
-        self._since = engine.loop.now
+        self.since = engine.loop.now
         self._waiting: Waiting[Any] | None = None  # where this pump is, if it waits for anything;
         self._timer: Timer | None = None  # or this, if it is to look at a certain time
         self._why = ""  # one side was lost
@@ -161,13 +162,25 @@ class Pump:
                 **self._owner.names(),
                 reason=end,
                 detail=detail or None,
-                seconds=round(engine.loop.now - self._since, 3),
+                seconds=round(engine.loop.now - self.since, 3),
                 from_client=self.pair.up.moved,
                 from_server=self.pair.down.moved,
             )
         self._owner.ended()
         del self._owner  # which refers to this pump: without a collector a circle is for ever
         engine.died(self, end)
+
+    def wait_in(self, line: Line, retry: Callable[[], None]) -> None:
+        """There is no local port for the server leg now: has `retry` called when there may be.
+
+        Nobody stands in line for longer than a server may take to accept.
+        """
+        self._stop_waiting()
+        limit = self._engine.limits.connect
+        if self._engine.loop.now - self.since < limit:
+            line.join(retry)
+        else:
+            self.end(End.CONNECT_FAILED, f"no local port was free for {limit:g} s")
 
     def look(self) -> None:
         """Nothing may have moved for long: ends it if that is too long, or looks again later."""
@@ -189,8 +202,8 @@ class Pump:
             client=str(names["client"]),
             server=str(names["server"] or "-"),
             state=state_of(pair, self.is_connected),
-            age=now - self._since,
-            idle=now - max(self._since, pair.at),
+            age=now - self.since,
+            idle=now - max(self.since, pair.at),
             from_client=pair.up.moved,
             from_server=pair.down.moved,
             held=f"{len(pair.up.held)}/{len(pair.down.held)}",

@@ -5,16 +5,20 @@ is asked by the number of the message.  A krelay that was restarted, or is a new
 its rows and our questions: after a reconnect each connection says where it stands, those with a
 server by `resume`, the others by asking again.
 
-Relay ports are chosen here and not by the kernel.  `bind` to port 0 passes over ports in TIME_WAIT
-even with SO_REUSEADDR (inet_csk_find_open_port), and as those become many it searches for
-milliseconds.  Bound by its number such a port may be had, and is good unless it was last used
-towards the same server.  Ports are taken in ascending order with small random gaps (RFC 6056,
-algorithm 5): the same one comes again as late as can be, without being foreseeable.
+Relay ports are chosen here and not by the kernel, and bound by their number with SO_REUSEADDR.  So
+krelay knows the port before the SYN leaves; ports may be shared by connections to several servers;
+and one in TIME_WAIT serves again.  `bind` to port 0 passes over these even so
+(inet_csk_find_open_port), and searches for milliseconds as they become many.  `connect` then tells
+whether the four addresses together are free: in TIME_WAIT they are if timestamps tell old segments
+from new (RFC 6191; tcp_twsk_unique, for a port that was bound, whatever tcp_tw_reuse says).  All of
+them are taken in turn, in an order drawn by lot at the start: the same one comes again as late as
+can be, and who hasn't seen the order can't foresee it (RFC 6056).
 """
 
 import itertools
 import random
 import socket
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ from krelay.relaymsg import (
 )
 from tcp_relay.connection import Connection
 from tcp_relay.engine import Engine
+from tcp_relay.line import Line
 from tcp_relay.link import Link
 from tcp_relay.pair import End
 from tcp_relay.pump import Pump
@@ -45,9 +50,6 @@ ASK_TIMEOUT = 5.0
 
 ROUTE_AGE = 1.0
 """Seconds that the own address is remembered: routes change rarely, unlike connections."""
-
-PORT_GAP = 4
-"""The next relay port is up to that far above the last one."""
 
 log = Log("relay")
 
@@ -65,14 +67,14 @@ class Relay:
         self._engine = engine
         self._loop = loop = engine.loop
         self.asked: Waiting[Pump] = Waiting(loop, ASK_TIMEOUT, _not_answered)
+        self.line = Line(loop)
         self._by_relay: dict[Endpoint, Connection] = {}
         self._by_id: dict[int, Connection] = {}
         self._ids = itertools.count(1)
         self._route: tuple[str | None, float, str | None] = (None, 0.0, None)
         self._complaints = Throttle()
-        self._random = random.Random()
-        self._ports = _own_ports(*share)
-        self._last_port = self._random.choice(self._ports)
+        self._ports = _shuffled(_own_ports(*share))
+        self._next_port = 0
         self._last_report: Report | None = None
         self._link = Link(loop, relay_socket, self)
 
@@ -113,10 +115,8 @@ class Relay:
 
     def next_port(self) -> int:
         """A relay port to try."""
-        low, high = self._ports[0], self._ports[-1]
-        port = self._last_port + self._random.randint(1, PORT_GAP)
-        self._last_port = port if port <= high else low + port - high - 1
-        return self._last_port
+        self._next_port = (self._next_port + 1) % len(self._ports)
+        return self._ports[self._next_port]
 
     def register(self, connection: Connection) -> bool:
         """Asks krelay; False if the port is registered already."""
@@ -142,7 +142,8 @@ class Relay:
     def link_up(self) -> None:
         """Says of each connection where it stands."""
         for connection in list(self._by_relay.values()):
-            self._ask(connection)
+            if not connection.is_in_line:
+                self._ask(connection)
         if self._last_report is not None:
             self._link.send(self._last_report)
 
@@ -208,6 +209,11 @@ def _own_address(real_ip: str) -> str | None:
             return host
     except OSError:
         return None
+
+
+def _shuffled(ports: range) -> "array[int]":
+    """By lot; two bytes each."""
+    return array("H", random.SystemRandom().sample(ports, len(ports)))
 
 
 def _own_ports(index: int, of: int) -> range:
