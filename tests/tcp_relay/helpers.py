@@ -1,6 +1,7 @@
-"""tcp-relay as a process, servers to relay to, and waiting for what must come."""
+"""tcp-relay and tcpproxy as processes, servers behind them, and waiting for what must come."""
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -9,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -93,20 +94,13 @@ def until_closed(sock: socket.socket) -> None:
         pass
 
 
-class TcpRelay:
-    """The daemon on a file tree at `root`, which is made with a gateway port that is free."""
+class Program:
+    """A relay program that runs, with `log` as its stderr."""
 
-    def __init__(self, root: Path, *arguments: str, make_tree: bool = True) -> None:
-        self.root = root
-        self.gport = free_port()
-        self._log = root.parent / f"{root.name}.log"
-        if make_tree:
-            self.make_tree()
-        with self._log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tcp_relay", "--root", str(root), *arguments],
-                stderr=stderr,
-            )
+    def __init__(self, log: Path, *command: str) -> None:
+        self._log = log
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen([sys.executable, "-m", *command], stderr=stderr)
 
     def __enter__(self) -> Self:
         return self
@@ -117,11 +111,6 @@ class TcpRelay:
         self.process.wait(BOUND)
         assert "Traceback" not in self.log, self.log
 
-    def make_tree(self) -> None:
-        """What krelay would have made."""
-        FileTree(self.root).create()
-        (self.root / "gport").write_text(f"{self.gport}\n")
-
     @property
     def log(self) -> str:
         """All it has said."""
@@ -129,16 +118,26 @@ class TcpRelay:
 
     def wait_for_log(self, text: str, times: int = 1) -> None:
         """Until it has said that."""
-        wait_for(lambda: self.log.count(text) >= times, f"{text!r} in the log:\n{self.log}")
+        wait_for(lambda: self._says(text) >= times, f"{text!r} in the log:\n{self.log}")
 
-    def ready(self) -> Self:
-        """Waits until it listens and talks to krelay."""
-        self.wait_for_log(f"listening gport={self.gport}")
-        return self
+    def _says(self, text: str) -> int:
+        count = self.log.count(text)
+        assert count or self.process.poll() is None, f"ended without {text!r}:\n{self.log}"
+        return count
 
-    def dial(self, port: int | None = None) -> socket.socket:
-        """A client."""
-        return socket.create_connection((LOCALHOST, port or self.gport), timeout=BOUND)
+    def wait_until_still(self) -> None:
+        """Until it sleeps."""
+        wait_for(self._stands_still, "the program to sleep")
+
+    def _stands_still(self) -> bool:
+        before = self.wake_ups()
+        threading.Event().wait(0.05)
+        return self.wake_ups() == before
+
+    def limit_descriptors(self, more: int) -> None:
+        """It can't have more than so many beside those it has."""
+        limit = self.descriptors() + more
+        resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
 
     def end(self, signum: int = signal.SIGTERM) -> int:
         """Its exit status."""
@@ -158,6 +157,50 @@ class TcpRelay:
         """How often it has gone to sleep so far."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+class TcpRelay(Program):
+    """tcp-relay on a file tree at `root`, which is made with a gateway port that is free."""
+
+    def __init__(self, root: Path, *arguments: str, make_tree: bool = True) -> None:
+        self.root = root
+        self.gport = free_port()
+        if make_tree:
+            self.make_tree()
+        log = root.parent / f"{root.name}.log"
+        super().__init__(log, "tcp_relay", "--root", str(root), *arguments)
+
+    def make_tree(self) -> None:
+        """What krelay would have made."""
+        FileTree(self.root).create()
+        (self.root / "gport").write_text(f"{self.gport}\n")
+
+    def ready(self) -> Self:
+        """Waits until it listens and talks to krelay."""
+        self.wait_for_log(f"listening gport={self.gport}")
+        return self
+
+    def dial(self, port: int | None = None) -> socket.socket:
+        """A client."""
+        return socket.create_connection((LOCALHOST, port or self.gport), timeout=BOUND)
+
+
+class TcpProxy(Program):
+    """tcpproxy to `host` and `port`, on a port that is free; its log is in the folder `at`."""
+
+    def __init__(self, at: Path, host: str, port: int, *arguments: str) -> None:
+        self.port = free_port()
+        command = (host, str(port), str(self.port), *arguments)
+        super().__init__(at / f"tcpproxy-{self.port}.log", "tcp_relay.tcpproxy", *command)
+
+    def ready(self) -> Self:
+        """Waits until it listens; of several workers, the first."""
+        self.wait_for_log("listening ")
+        return self
+
+    def dial(self, host: str = LOCALHOST) -> socket.socket:
+        """A client."""
+        return socket.create_connection((host, self.port), timeout=BOUND)
 
 
 def everything(sock: socket.socket) -> bytes:
@@ -187,6 +230,58 @@ def reset(sock: socket.socket) -> None:
 def is_quiet(sock: socket.socket, seconds: float = 0.1) -> bool:
     """Whether nothing arrives for that long."""
     return not select.select([sock], [], [], seconds)[0]
+
+
+def exactly(sock: socket.socket, count: int) -> bytes:
+    """So many bytes, or fewer if the end comes before."""
+    data = b""
+    while len(data) < count and (more := sock.recv(count - len(data))):
+        data += more
+    return data
+
+
+def fill(sock: socket.socket) -> int:
+    """Writes until nothing more goes in; how much that was.  Afterwards it doesn't block."""
+    sock.setblocking(False)
+    sent = 0
+    with suppress(BlockingIOError):
+        while True:
+            sent += sock.send(bytes(65536))
+    return sent
+
+
+def drain(sock: socket.socket) -> tuple[int, bool]:
+    """Reads what is there: how much, and whether the end of file was behind it."""
+    sock.setblocking(False)
+    count = 0
+    with suppress(BlockingIOError):
+        while data := sock.recv(65536):
+            count += len(data)
+        return count, True
+    return count, False
+
+
+@contextmanager
+def full_server() -> Iterator[tuple[str, int]]:
+    """The address of a server that doesn't answer a SYN: its queue is full."""
+    with socket.socket() as full, socket.socket() as first:
+        full.bind((LOCALHOST, 0))
+        full.listen(0)
+        first.connect(full.getsockname())  # the one that fits
+        yield full.getsockname()
+
+
+def turns(loop: Loop, count: int = 1) -> None:
+    """So many turns of the loop that don't wait."""
+    for _ in range(count):
+        loop.call_soon(lambda: loop.call_soon(loop.stop))
+        loop.run()
+
+
+def run_for(loop: Loop, seconds: float) -> None:
+    """Runs the loop for that long."""
+    loop.call_at(time.monotonic() + seconds, loop.stop)
+    loop.run()
 
 
 def run_until(loop: Loop, condition: Callable[[], bool]) -> None:

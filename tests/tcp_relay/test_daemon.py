@@ -1,6 +1,5 @@
 """The daemon as its users meet it: a process, a file tree, clients, servers, and a krelay."""
 
-import resource
 import signal
 import socket
 import threading
@@ -20,6 +19,7 @@ from tests.tcp_relay.helpers import (
     TcpRelay,
     echo,
     everything,
+    exactly,
     free_port,
     is_quiet,
     reset,
@@ -129,15 +129,9 @@ def test_much_goes_both_ways_at_once_past_a_slow_reader(
         stack.callback(sender.join, BOUND)
         wait_for(lambda: is_quiet(client) is False, "the first byte back")
         # Nothing is read until all buffers on the way are full and the sender stands still.
-        wait_for(lambda: _stands_still(relay), "the relay to be full")
+        relay.wait_until_still()
         assert sender.is_alive()
         assert everything(client) == data
-
-
-def _stands_still(relay: TcpRelay) -> bool:
-    before = relay.wake_ups()
-    threading.Event().wait(0.05)
-    return relay.wake_ups() == before
 
 
 def test_urgent_data_doesnt_hold_up_what_follows(relay: TcpRelay, krelay: FakeKrelay) -> None:
@@ -145,20 +139,13 @@ def test_urgent_data_doesnt_hold_up_what_follows(relay: TcpRelay, krelay: FakeKr
         for _ in range(20):
             client.send(b"before!", socket.MSG_OOB)
             client.sendall(b"after")
-            assert _exactly(client, 12) == b"before!after"
-
-
-def _exactly(sock: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        data += sock.recv(count - len(data))
-    return data
+            assert exactly(client, 12) == b"before!after"
 
 
 def test_a_client_whom_krelay_refuses_is_reset(relay: TcpRelay, krelay: FakeKrelay) -> None:
     krelay.reply = refusing("no row for this client", 1, lambda request: None)
     assert _is_reset(relay)
-    relay.wait_for_log('reason="krelay: no row for this client"')
+    relay.wait_for_log('reason=refused detail="krelay: no row for this client"')
     with relay.dial():  # the refused one had no row to close
         wait_for(lambda: len(krelay.opens()) == 2, "the next open")
         assert not krelay.closes()
@@ -176,7 +163,7 @@ def test_a_client_whose_server_refuses_is_reset(relay: TcpRelay, krelay: FakeKre
     nobody = Endpoint.of(LOCALHOST, free_port())
     krelay.reply = lambda request: opened_to(nobody, request)
     assert _is_reset(relay)
-    relay.wait_for_log('reason="server: connection refused"')
+    relay.wait_for_log('reason=connect_failed detail="server: connection refused"')
     wait_for(krelay.closes, "a close message")
 
 
@@ -189,7 +176,7 @@ def test_a_reset_is_passed_on_to_the_server(relay: TcpRelay, krelay: FakeKrelay)
         reset(client)
         wait_for(lambda: ends, "the end at the server")
     assert ends == [True]
-    relay.wait_for_log('reason="client: connection reset by peer"')
+    relay.wait_for_log('reason=reset detail="client: connection reset by peer"')
 
 
 def test_a_reset_is_passed_on_to_the_client_behind_what_was_sent(
@@ -226,7 +213,7 @@ def test_a_client_that_goes_while_krelay_is_asked_is_forgotten(
 def _echoes(relay: TcpRelay, port: int | None = None) -> bool:
     with relay.dial(port) as client:
         client.sendall(b"still there?")
-        return _exactly(client, 12) == b"still there?"
+        return exactly(client, 12) == b"still there?"
 
 
 def test_another_relay_port_is_tried_when_one_is_taken(
@@ -251,7 +238,7 @@ def test_an_abort_resets_both_sides(relay: TcpRelay, krelay: FakeKrelay) -> None
     ends: list[bool] = []
     with Server(lambda sock: ends.append(was_reset(sock))) as server, relay.dial() as bystander:
         bystander.sendall(b"me first")
-        assert _exactly(bystander, 8) == b"me first"
+        assert exactly(bystander, 8) == b"me first"
         krelay.reply = lambda request: opened_to(server.endpoint, request)
         with relay.dial() as client:
             wait_for(lambda: server.peers, "the server leg")
@@ -260,7 +247,7 @@ def test_an_abort_resets_both_sides(relay: TcpRelay, krelay: FakeKrelay) -> None
             assert was_reset(client)
         wait_for(lambda: ends, "the end at the server")
         bystander.sendall(b"unharmed")
-        assert _exactly(bystander, 8) == b"unharmed"
+        assert exactly(bystander, 8) == b"unharmed"
     assert ends == [True]
     wait_for(krelay.closes, "a close message")
     assert krelay.closes()[0] == krelay.opens()[1].relay
@@ -284,10 +271,10 @@ def test_running_connections_outlive_krelay_and_are_resumed(
 ) -> None:
     with relay.dial() as client:
         client.sendall(b"one")
-        assert _exactly(client, 3) == b"one"
+        assert exactly(client, 3) == b"one"
         krelay.stop()
         client.sendall(b"two")
-        assert _exactly(client, 3) == b"two"
+        assert exactly(client, 3) == b"two"
         krelay.start()
         wait_for(krelay.resumes, "a resume message")
         [opened], [resumed] = krelay.opens(), krelay.resumes()
@@ -302,7 +289,7 @@ def test_running_connections_outlive_krelay_and_are_resumed(
         )
         assert resumed.id != opened.id
         client.sendall(b"three")
-        assert _exactly(client, 5) == b"three"
+        assert exactly(client, 5) == b"three"
     wait_for(krelay.closes, "a close message")
 
 
@@ -311,7 +298,7 @@ def test_a_resume_that_is_refused_ends_the_connection(
 ) -> None:
     with relay.dial() as client:
         client.sendall(b"one")
-        assert _exactly(client, 3) == b"one"
+        assert exactly(client, 3) == b"one"
         krelay.stop()
         krelay.reply = lambda r: Refused(r.id, "no") if isinstance(r, Resume) else None
         krelay.start()
@@ -327,7 +314,7 @@ def test_a_client_that_came_while_krelay_was_away_is_served_when_it_is_back(
         client.sendall(b"patient")
         assert is_quiet(client)
         krelay.start()
-        assert _exactly(client, 7) == b"patient"
+        assert exactly(client, 7) == b"patient"
 
 
 @pytest.mark.parametrize(
@@ -357,7 +344,7 @@ def test_a_new_gateway_port_is_served_and_running_connections_stay(
 ) -> None:
     with relay.dial() as client:
         client.sendall(b"one")
-        assert _exactly(client, 3) == b"one"
+        assert exactly(client, 3) == b"one"
         new = free_port()
         (relay.root / "gport").write_text(f"{new}\n")
         relay.wait_for_log(f"listening gport={new} before={relay.gport}")
@@ -365,7 +352,7 @@ def test_a_new_gateway_port_is_served_and_running_connections_stay(
         assert krelay.opens()[-1].gport == new
         assert _echoes(relay)  # the old one lingers
         client.sendall(b"two")
-        assert _exactly(client, 3) == b"two"
+        assert exactly(client, 3) == b"two"
         krelay.stop()
         krelay.start()
         wait_for(krelay.resumes, "a resume")
@@ -408,8 +395,7 @@ def test_running_out_of_descriptors_pauses_accepting_and_no_client_is_lost(
 ) -> None:
     assert _echoes(relay)
     relay.wait_for_log("connection ended")
-    limit = relay.descriptors() + 7
-    resource.prlimit(relay.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+    relay.limit_descriptors(7)
     with ExitStack() as stack:
         clients = [stack.enter_context(relay.dial()) for _ in range(12)]
         for client in clients:
@@ -437,7 +423,7 @@ def test_five_hundred_connections_leave_nothing_behind(relay: TcpRelay, krelay: 
             for number, client in enumerate(clients):
                 client.sendall(b"%03d" % number)
             for number, client in enumerate(clients):
-                assert _exactly(client, 3) == b"%03d" % number
+                assert exactly(client, 3) == b"%03d" % number
             assert relay.descriptors() >= before + 200
     wait_for(lambda: len(krelay.closes()) == 501, "all close messages")
     wait_for(lambda: relay.descriptors() == before, "the descriptors to be closed")
@@ -451,7 +437,7 @@ def test_idle_connections_cost_no_time(relay: TcpRelay, krelay: FakeKrelay) -> N
         for client in clients[:100]:  # half of them idle with an end of file passed on
             client.sendall(b"x")
         relay.wait_for_log("connection opened", times=200)
-        wait_for(lambda: _stands_still(relay), "silence")
+        relay.wait_until_still()
         woken, used = relay.wake_ups(), relay.cpu()
         threading.Event().wait(0.4)
         assert relay.wake_ups() - woken <= 2
@@ -472,25 +458,81 @@ def test_silence_after_one_side_finished_costs_no_time(relay: TcpRelay, krelay: 
             with relay.dial() as other:
                 assert everything(other) == b""
                 other.sendall(b"unread")
-                wait_for(lambda: _stands_still(relay), "silence")
+                relay.wait_until_still()
                 used = relay.cpu()
                 threading.Event().wait(0.2)
                 assert relay.cpu() - used <= 0.02
             krelay_server_done.set()
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_it_with_all_connections_and_rows(
-    relay: TcpRelay, krelay: FakeKrelay, signum: int, status: int
-) -> None:
+def test_ctrl_c_ends_it_with_all_connections_and_rows(relay: TcpRelay, krelay: FakeKrelay) -> None:
     with relay.dial() as client:
         client.sendall(b"one")
-        assert _exactly(client, 3) == b"one"
+        assert exactly(client, 3) == b"one"
         relay.process.send_signal(signal.SIGHUP)  # means nothing
-        assert relay.end(signum) == status
+        assert relay.end(signal.SIGINT) == 130
         assert was_reset(client)
     wait_for(krelay.closes, "a close message")
     assert krelay.closes() == [krelay.opens()[0].relay]
+
+
+def test_after_sigterm_running_connections_go_on_and_their_rows_are_closed_as_they_end(
+    relay: TcpRelay, krelay: FakeKrelay, server: Server
+) -> None:
+    krelay.reply = lambda request: None
+    with relay.dial() as asking:  # krelay hasn't answered yet
+        wait_for(krelay.opens, "an open")
+        krelay.reply = lambda request: opened_to(server.endpoint, request)
+        with relay.dial() as client:
+            client.sendall(b"one")
+            assert exactly(client, 3) == b"one"
+            relay.process.send_signal(signal.SIGTERM)
+            relay.wait_for_log("draining connections=2")
+            with pytest.raises(ConnectionRefusedError):
+                relay.dial()
+            client.sendall(b"two")
+            assert exactly(client, 3) == b"two"
+            krelay.say(Opened(krelay.opens()[0].id, server.endpoint, Source.CLIENT))
+            asking.sendall(b"three")
+            assert exactly(asking, 5) == b"three"
+        wait_for(krelay.closes, "a close message")
+        asking.sendall(b"four")
+        assert exactly(asking, 4) == b"four"
+    assert relay.process.wait(BOUND) == 0
+    wait_for(lambda: len(krelay.closes()) == 2, "the other close message")
+    assert krelay.closes() == [request.relay for request in reversed(krelay.opens())]
+
+
+def test_a_drain_ends_with_all_connections_and_rows(tmp_path: Path, server: Server) -> None:
+    with (
+        TcpRelay(tmp_path / "tree", "--drain", "0.2") as relay,
+        FakeKrelay(relay.ready().root, server.endpoint) as krelay,
+        relay.dial() as client,
+    ):
+        client.sendall(b"one")
+        assert exactly(client, 3) == b"one"
+        assert relay.end(signal.SIGTERM) == 0
+        assert was_reset(client)
+        wait_for(krelay.closes, "a close message")
+        assert krelay.closes() == [krelay.opens()[0].relay]
+        assert "reason=drained" in relay.log
+
+
+def test_krelay_is_told_the_counters(relay: TcpRelay, krelay: FakeKrelay) -> None:
+    def told(**counts: int) -> bool:
+        return bool(krelay.reports) and counts.items() <= krelay.reports[-1].counts.items()
+
+    with relay.dial() as client:
+        client.sendall(b"hello")
+        assert exactly(client, 5) == b"hello"
+        wait_for(lambda: told(open=1, held=0, accepted=1, opened=1), "a report")
+    wait_for(lambda: told(open=0, closed=1, from_client=5, from_server=5), "the last report")
+    last = krelay.reports[-1]
+    krelay.stop()
+    krelay.reports.clear()
+    krelay.start()
+    wait_for(lambda: krelay.reports, "a report after the reconnect")
+    assert krelay.reports[0] == last
 
 
 def test_the_service_manager_is_told_when_it_listens(

@@ -1,9 +1,10 @@
 """A half against its model: two byte strings, and any schedule of partial reads and writes."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcp_relay.half import CHUNK, Half, Todo
+from tcp_relay.half import NOTHING, Half, Todo
 
 steps = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(1, 12)), max_size=200)
 
@@ -11,47 +12,61 @@ steps = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(1, 12)), ma
 class Ends:
     """A source that gives pieces and a sink that takes pieces, as the kernel would."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, limit: int) -> None:
+        self.limit = limit
         self.arrived = b""
         self.coming = data
         self.fin_arrived = False
         self.taken = b""
         self.space = 0
         self.fins = 0
+        self.resets = 0
 
     def step(self, half: Half) -> bool:
         """Does what the half says; False if it waits."""
         match half.todo():
             case Todo.READ:
-                room = half.room
-                assert 0 < room <= CHUNK
-                data, self.arrived = self.arrived[:room], self.arrived[room:]
+                assert not half.held
+                data, self.arrived = self.arrived[: self.limit], self.arrived[self.limit :]
                 if data or (self.fin_arrived and not self.coming):
-                    half.got(data, room)
+                    self._pass(half, data)
                 else:
                     half.empty()
             case Todo.WRITE:
-                assert half.held
-                count = min(self.space, len(half.held))
-                if count:
-                    self.taken += half.held[:count]
-                    self.space -= count
-                    half.sent(count)
+                if count := self._take(bytes(half.held)):
+                    half.sent(count, now=0.0)
                 else:
                     half.full()
             case Todo.SHUT:
                 self.fins += 1
-                half.shut()
+                half.shut(now=0.0)
+            case Todo.RESET:
+                self.resets += 1
+                return False
             case Todo.WAIT:
                 return False
         return True
 
+    def _pass(self, half: Half, data: bytes) -> None:
+        sent = self._take(data)
+        half.got(len(data), self.limit, now=0.0)
+        if sent:
+            half.sent(sent, now=0.0)
+        if sent < len(data):
+            half.hold(data[sent:])
 
-@given(data=st.binary(max_size=300), limit=st.integers(1, 40), script=steps)
+    def _take(self, data: bytes) -> int:
+        count = min(self.space, len(data))
+        self.taken += data[:count]
+        self.space -= count
+        return count
+
+
+@given(data=st.binary(max_size=300), limit=st.integers(1, 40), script=steps, is_reset=st.booleans())
 def test_any_schedule_passes_the_same_bytes_and_then_the_end(
-    data: bytes, limit: int, script: list[tuple[bool, bool, int]]
+    data: bytes, limit: int, script: list[tuple[bool, bool, int]], is_reset: bool
 ) -> None:
-    half, ends = Half(limit=limit), Ends(data)
+    half, ends = Half(), Ends(data, limit)
     for arrives, drains, count in script:
         if arrives:
             ends.arrived += ends.coming[:count]
@@ -65,80 +80,121 @@ def test_any_schedule_passes_the_same_bytes_and_then_the_end(
         assert len(half.held) <= limit
         assert data.startswith(ends.taken)
         assert half.moved == len(ends.taken)
-        assert ends.fins == 0
-    ends.arrived, ends.coming = ends.arrived + ends.coming, b""
-    ends.fin_arrived, ends.space = True, 10**6
-    half.readable = half.writable = half.hinted = True
+        assert ends.fins == ends.resets == 0
+    if is_reset:  # what wasn't read is lost with the source; what is held is not
+        expected = ends.taken + bytes(half.held)
+        half.got_eof = half.got_reset = True
+    else:
+        expected = data
+        ends.arrived, ends.coming = ends.arrived + ends.coming, b""
+        ends.fin_arrived = True
+        half.readable = half.hinted = True
+    ends.space = 10**6
+    half.writable = True
     for _ in range(10_000):
         if not ends.step(half):
             break
-    assert ends.taken == data
-    assert ends.fins == 1
-    assert half.ended
-    assert half.held == b""
+    assert ends.taken == expected
+    assert (ends.fins, ends.resets) == ((0, 1) if is_reset else (1, 0))
+    assert half.sent_eof is not is_reset
+    assert half.held is NOTHING
 
 
-def test_what_is_held_bounds_what_is_read() -> None:
-    half = Half(limit=10, readable=True)
-    assert half.room == 10
-    half.got(b"12345678", asked=8)
-    assert half.room == 2
-    half.got(b"90", asked=2)
-    assert half.todo() is Todo.WAIT
-    half.writable = True
-    half.sent(1)
-    assert half.todo() is Todo.READ
-    assert half.room == 1
+@pytest.mark.parametrize(
+    ("half", "todo"),
+    [
+        (Half(), Todo.WAIT),
+        (Half(readable=True), Todo.WAIT),
+        (Half(writable=True), Todo.WAIT),
+        (Half(readable=True, writable=True), Todo.READ),
+        (Half(readable=True, writable=True, held=memoryview(b"x")), Todo.WRITE),
+        (Half(readable=True, held=memoryview(b"x")), Todo.WAIT),
+        (Half(got_eof=True), Todo.SHUT),
+        (Half(got_eof=True, held=memoryview(b"x")), Todo.WAIT),
+        (Half(got_eof=True, held=memoryview(b"x"), writable=True), Todo.WRITE),
+        (Half(got_eof=True, sent_eof=True, readable=True, writable=True), Todo.WAIT),
+        (Half(got_eof=True, got_reset=True), Todo.RESET),
+        (Half(got_eof=True, got_reset=True, held=memoryview(b"x")), Todo.WAIT),
+        (Half(got_eof=True, sent_eof=True, got_reset=True), Todo.RESET),
+    ],
+    ids=str,
+)
+def test_what_is_to_be_done_follows_from_the_facts(half: Half, todo: Todo) -> None:
+    assert half.todo() is todo
 
 
-def test_a_short_read_empties_the_socket_unless_something_was_announced() -> None:
-    for hinted in (False, True):
-        half = Half(readable=True, hinted=hinted)
-        half.got(b"x", asked=100)
-        assert half.may_read is hinted
-        half.empty()
-        assert not half.may_read
-        assert not half.hinted
+@pytest.mark.parametrize(
+    ("half", "is_smooth"),
+    [
+        (Half(), False),
+        (Half(writable=True), True),
+        (Half(writable=True, readable=True), True),
+        (Half(writable=True, held=memoryview(b"x")), False),
+        (Half(writable=True, got_eof=True), False),
+        (Half(writable=True, hinted=True), False),
+    ],
+    ids=str,
+)
+def test_it_is_smooth_while_whatever_comes_may_go_through(half: Half, is_smooth: bool) -> None:
+    assert half.is_smooth is is_smooth
+
+
+@pytest.mark.parametrize("hinted", [False, True])
+def test_a_short_read_empties_the_socket_unless_something_was_announced(hinted: bool) -> None:
+    half = Half(readable=True, hinted=hinted)
+    half.got(1, asked=100, now=0.0)
+    assert half.readable is hinted
+    half.empty()
+    assert not half.readable
+    assert not half.hinted
 
 
 def test_a_full_read_leaves_the_socket_readable() -> None:
     half = Half(readable=True)
-    half.got(b"x" * 100, asked=100)
-    assert half.may_read
+    half.got(100, asked=100, now=0.0)
+    assert half.readable
 
 
-def test_the_end_waits_for_the_bytes_before_it_and_goes_once() -> None:
-    half = Half(readable=True)
-    half.got(b"last", asked=100)
-    half.got(b"", asked=100)
-    assert half.todo() is Todo.WAIT
-    assert not half.must_shut
-    half.writable = True
-    assert half.todo() is Todo.WRITE
-    half.sent(4)
-    assert half.todo() is Todo.SHUT
-    assert not half.ended
-    half.shut()
-    half.readable = True
-    assert half.todo() is Todo.WAIT
-    assert half.ended
-
-
-def test_nothing_is_written_to_a_full_sink() -> None:
+def test_a_full_sink_is_written_to_when_it_says_so() -> None:
     half = Half(readable=True, writable=True)
-    half.got(b"abc", asked=3)
-    half.sent(1)
+    half.hold(b"abc")
+    assert not half.writable
+    half.writable = True
+    half.sent(1, now=0.0)
     assert bytes(half.held) == b"bc"
-    assert not half.may_write
+    assert not half.writable
     half.writable = True
     half.full()
-    assert not half.may_write
+    assert half.todo() is Todo.WAIT
 
 
 def test_an_idle_half_holds_no_buffer() -> None:
     half = Half(readable=True, writable=True)
-    half.got(b"abc", asked=3)
-    half.sent(1)
-    half.sent(2)
-    assert half.held == b""
-    assert isinstance(half.held, bytes)
+    half.hold(b"abc")
+    half.writable = True
+    half.sent(3, now=0.0)
+    assert half.held is NOTHING
+    assert half.writable
+
+
+def test_what_moves_is_noted_with_its_time() -> None:
+    half = Half(at=1.0)
+    half.got(1, asked=100, now=2.0)
+    assert half.at == 2.0
+    half.sent(1, now=3.0)
+    assert (half.at, half.moved) == (3.0, 1)
+    half.shut(now=4.0)
+    assert half.at == 4.0
+    half.empty()
+    half.full()
+    half.hold(b"x")
+    assert (half.at, half.moved) == (4.0, 1)
+
+
+def test_nothing_is_owed_to_a_sink_that_is_gone() -> None:
+    half = Half(readable=True, writable=True)
+    half.hold(b"abc")
+    half.cut()
+    assert half.held is NOTHING
+    assert half.todo() is Todo.WAIT
+    assert half.sent_eof
