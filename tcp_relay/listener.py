@@ -45,7 +45,7 @@ _complaints = Throttle()
 
 
 class Listener:
-    """A listening socket on `port` of `address`, by default of all IPv4 addresses.
+    """A listening socket on `port` of `address`; `::` is all addresses of IPv6, and no others.
 
     `shared`: other processes of this user may listen there as well (SO_REUSEPORT).  `spare` makes
     the unused sockets.  Raises OSError if the port can't be had.
@@ -153,8 +153,8 @@ def _listening(address: str, port: int, shared: bool) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:  # "::" is all addresses, those of IPv4 as well
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if family == socket.AF_INET6:  # one for both is slower for IPv4
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((address, port))
         sock.listen(BACKLOG)
     except BaseException:

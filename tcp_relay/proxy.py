@@ -147,7 +147,7 @@ def _is_routed(address: Address) -> bool:
 
 
 def _name(sockaddr: tuple[Any, ...]) -> str:
-    host, port = str(sockaddr[0]).removeprefix("::ffff:"), sockaddr[1]
+    host, port = str(sockaddr[0]), sockaddr[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -67,13 +67,18 @@ def _serve(asked: argparse.Namespace, limits: Limits, ready: Callable[[], None])
         resolver = Resolver(loop, asked.host, asked.port)
         engine = Engine(loop, limits)
         proxy = Proxy(engine, resolver)
-        listener = _listener(loop, asked, proxy.accepted, proxy.spare)
-        service = Service(loop, engine, listener.close)
+        listeners = _listeners(loop, asked, asked.workers > 1, proxy.accepted, proxy.spare)
+
+        def stop_accepting() -> None:
+            for listener in listeners:
+                listener.close()
 
         def on_room() -> None:
-            listener.resume()
+            for listener in listeners:
+                listener.resume()
             service.on_room()
 
+        service = Service(loop, engine, stop_accepting)
         engine.on_room = on_room
         log.Log("proxy").info(
             "listening",
@@ -88,31 +93,32 @@ def _serve(asked: argparse.Namespace, limits: Limits, ready: Callable[[], None])
             resolver.close()
 
 
-def _listener(
+def _listeners(
     loop: Loop,
     asked: argparse.Namespace,
+    shared: bool,
     accepted: Accepted,
     spare: Callable[[], Socket] = server_socket,
-    shared: bool | None = None,
-) -> Listener:
-    """Raises OSError."""
-    if shared is None:
-        shared = asked.workers > 1
+) -> list[Listener]:
+    """At the address asked for, or at all of IPv4 and of IPv6.  Raises OSError."""
     make = partial(Listener, loop, asked.listen_port, accepted, shared=shared, spare=spare)
     if asked.listen is not None:
-        return make(address=asked.listen)
+        return [make(address=asked.listen)]
+    listeners = [make(address="0.0.0.0")]
     try:
-        return make(address="::")
+        listeners.append(make(address="::"))
     except OSError as error:
         if error.errno not in _NO_IPV6:
+            listeners[0].abandon()
             raise
-        return make(address="0.0.0.0")
+    return listeners
 
 
 def _refuse_to_share(asked: argparse.Namespace) -> None:
     """Raises OSError if somebody listens there: SO_REUSEPORT would let the workers in beside."""
     with Loop() as loop:
-        _listener(loop, asked, lambda *_: None, shared=False).abandon()
+        for listener in _listeners(loop, asked, shared=False, accepted=lambda *_: None):
+            listener.abandon()
 
 
 def _sentence(asked: argparse.Namespace, error: OSError) -> str:
