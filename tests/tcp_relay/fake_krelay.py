@@ -2,7 +2,9 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -61,15 +63,18 @@ class FakeKrelay:
         self._path.unlink(missing_ok=True)
         listening, self._listening = self._listening, None
         listening.shutdown(socket.SHUT_RDWR)
-        self.hang_up()
-        self._thread.join(5)
-        assert not self._thread.is_alive()
+        give_up = time.monotonic() + 5
+        while self._thread.is_alive():
+            assert time.monotonic() < give_up
+            self.hang_up()  # again: it may just be accepting
+            self._thread.join(0.05)
         listening.close()
 
     def hang_up(self) -> None:
         """Ends the connection and takes the next."""
-        if self._peer is not None:
-            self._peer.shutdown(socket.SHUT_RDWR)
+        if (peer := self._peer) is not None:
+            with suppress(OSError):  # it has just hung up by itself
+                peer.shutdown(socket.SHUT_RDWR)
 
     def say(self, reply: Answer | bytes) -> None:
         """Speaks without being asked."""

@@ -286,14 +286,8 @@ def run_for(loop: Loop, seconds: float) -> None:
 
 def run_until(loop: Loop, condition: Callable[[], bool]) -> None:
     """Runs the loop until the condition holds."""
-    deadline = loop.now + BOUND
-
-    def look() -> None:
-        assert loop.now < deadline
-        if condition():
-            loop.stop()
-        else:
-            loop.call_at(loop.now + 0.001, look)
-
-    look()
-    loop.run()
+    deadline = time.monotonic() + BOUND
+    while not condition():
+        assert time.monotonic() < deadline
+        loop.call_at(loop.now + 0.001, loop.stop)
+        loop.run()

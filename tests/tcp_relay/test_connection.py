@@ -11,19 +11,38 @@ import pytest
 from krelay.flow import Endpoint, Source
 from krelay.loop import Loop
 from krelay.relaymsg import PORT_TAKEN, Opened, Refused
-from tcp_relay import connection as module
 from tcp_relay.connection import PORT_TRIES, Connection
-from tcp_relay.listener import server_socket, set_options
-from tests.tcp_relay.helpers import BOUND, LOCALHOST, free_port, was_reset
+from tcp_relay.engine import Engine
+from tcp_relay.limits import Limits
+from tcp_relay.line import Line
+from tcp_relay.pair import End
+from tcp_relay.pump import Pump
+from tcp_relay.sockets import server_socket, set_options
+from tcp_relay.waiting import Waiting
+from tests.tcp_relay.helpers import (
+    BOUND,
+    LOCALHOST,
+    free_port,
+    full_server,
+    reset,
+    run_until,
+    was_reset,
+)
+
+ASK_TIMEOUT = 0.1
+LIMITS = Limits(connect=0.1)
 
 
 class Desk:
     """Keeps what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self.asked: Waiting[Pump] = Waiting(
+            engine.loop, ASK_TIMEOUT, lambda pump: pump.end(End.REFUSED, "no answer")
+        )
+        self.line = Line(engine.loop)
         self.registered: list[Endpoint] = []
-        self.unregistered: list[tuple[Endpoint | None, bool]] = []
-        self.over = 0
+        self.given_up: list[tuple[Endpoint, bool]] = []
         self.ports: list[int] = []
         self.taken = 0  # registrations still to be refused
 
@@ -42,10 +61,8 @@ class Desk:
         return True
 
     def unregister(self, connection: Connection, tell: bool) -> None:
-        self.unregistered.append((connection.relay, tell))
-
-    def ended(self, connection: Connection) -> None:
-        self.over += 1
+        if connection.relay is not None:
+            self.given_up.append((connection.relay, tell))
 
 
 class Rig:
@@ -53,17 +70,18 @@ class Rig:
 
     def __init__(self) -> None:
         self.loop = Loop()
-        self.desk = Desk()
+        self.engine = Engine(self.loop, LIMITS)
+        self.desk = Desk(self.engine)
         with socket.create_server((LOCALHOST, 0)) as listening:
             set_options(listening)
             self.client = socket.create_connection(listening.getsockname(), timeout=BOUND)
             accepted, peer = listening.accept()
+            accepted.setblocking(False)
             self.gateway = Endpoint.of(*listening.getsockname())
-        self.connection = Connection(self.loop, self.desk, accepted, peer)
+        self.connection = Connection(self.engine, self.desk, accepted, peer)
 
-    def run(self, seconds: float = 0.01) -> None:
-        self.loop.call_at(self.loop.now + seconds, self.loop.stop)
-        self.loop.run()
+    def ended(self) -> list[End]:
+        return [end for end, count in self.engine.counts.ends.items() for _ in range(count)]
 
 
 @pytest.fixture
@@ -71,30 +89,20 @@ def rig() -> Iterator[Rig]:
     rig = Rig()
     with rig.loop, rig.client:
         yield rig
-        rig.connection.abort("the test is over")
+        rig.connection.abort(End.KILLED, "the test is over")
 
 
-@pytest.mark.parametrize(
-    ("constant", "answers"),
-    [("ASK_TIMEOUT", False), ("CONNECT_TIMEOUT", True)],
-)
-def test_each_wait_ends(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, constant: str, answers: bool
-) -> None:
-    monkeypatch.setattr(module, constant, 0.05)
+@pytest.mark.parametrize(("answers", "end"), [(False, End.REFUSED), (True, End.CONNECT_FAILED)])
+def test_each_wait_ends(rig: Rig, answers: bool, end: End) -> None:
     rig.connection.begin(server_socket())
-    with socket.socket() as full, socket.socket() as first:
-        full.bind((LOCALHOST, 0))
-        full.listen(0)
-        first.connect(full.getsockname())  # the one that fits: the next SYN is dropped
+    with full_server() as address:
+        begun = rig.loop.now
         if answers:
-            server = Endpoint.of(*full.getsockname())
-            rig.connection.opened(Opened(1, server, Source.CLIENT))
-        rig.run(0.03)
-        assert rig.desk.over == 0
-        rig.run(0.05)
-    assert rig.desk.over == 1
-    assert rig.desk.unregistered == [(rig.desk.registered[0], True)]
+            rig.connection.opened(Opened(1, Endpoint.of(*address), Source.CLIENT))
+        run_until(rig.loop, lambda: bool(rig.ended()))
+        assert rig.loop.now - begun >= 0.1
+    assert rig.ended() == [end]
+    assert rig.desk.given_up == [(rig.desk.registered[0], True)]
     assert was_reset(rig.client)
 
 
@@ -117,22 +125,45 @@ def test_a_port_of_another_connection_is_not_asked_for(rig: Rig) -> None:
     rig.desk.taken = 3
     rig.connection.begin(server_socket())
     assert len(rig.desk.registered) == 1
-    assert rig.desk.unregistered == [(None, True)] * 3
+    assert rig.desk.taken == 0
+    assert not rig.desk.given_up
+
+
+def test_who_finds_no_port_waits_in_line_and_is_served_when_there_is_one(rig: Rig) -> None:
+    rig.desk.taken = PORT_TRIES
+    rig.connection.begin(server_socket())
+    assert rig.desk.taken == 0  # so many tries, and no more
+    assert rig.connection.is_in_line
+    assert len(rig.desk.line) == 1
+    run_until(rig.loop, lambda: bool(rig.desk.registered))
+    assert not rig.connection.is_in_line
+    assert not rig.ended()
 
 
 def test_the_search_for_a_port_ends(rig: Rig) -> None:
-    rig.desk.taken = 100
+    rig.desk.taken = 10_000
     rig.connection.begin(server_socket())
-    assert rig.desk.taken == 100 - PORT_TRIES
-    assert rig.desk.over == 1
+    run_until(rig.loop, lambda: bool(rig.ended()))
+    assert rig.ended() == [End.CONNECT_FAILED]
     assert was_reset(rig.client)
+    assert (10_000 - rig.desk.taken) % PORT_TRIES == 0
 
 
-def test_a_port_that_cant_be_connected_from_is_told_and_replaced(rig: Rig) -> None:
+def test_one_in_line_who_goes_is_not_tried_for_any_more(rig: Rig) -> None:
+    rig.desk.taken = PORT_TRIES
+    rig.connection.begin(server_socket())
+    reset(rig.client)
+    run_until(rig.loop, lambda: bool(rig.ended()))
+    run_until(rig.loop, lambda: not rig.desk.line)
+    assert not rig.desk.registered
+
+
+def test_a_port_that_cant_be_connected_from_is_replaced_by_telling_the_new_one(rig: Rig) -> None:
+    """A close first would end the very connection."""
     rig.connection.begin(server_socket())
     [first] = rig.desk.registered
     rig.connection.connect_failed(errno.EADDRNOTAVAIL)
-    assert rig.desk.unregistered == [(first, True)]
+    assert rig.desk.given_up == [(first, False)]
     assert len(rig.desk.registered) == 2
     assert rig.connection.server is None
 
@@ -140,7 +171,7 @@ def test_a_port_that_cant_be_connected_from_is_told_and_replaced(rig: Rig) -> No
 def test_a_refused_port_is_replaced_without_a_close(rig: Rig) -> None:
     rig.connection.begin(server_socket())
     rig.connection.refused(Refused(1, PORT_TAKEN))
-    assert [tell for _, tell in rig.desk.unregistered] == [False]
+    assert [tell for _, tell in rig.desk.given_up] == [False]
     assert len(rig.desk.registered) == 2
 
 
@@ -157,8 +188,12 @@ def test_the_service_is_the_servers_port_at_the_relays_address(rig: Rig) -> None
         assert Endpoint.of(*address) == rig.desk.registered[0]
 
 
+def _pumps() -> int:
+    return sum(isinstance(thing, Pump) for thing in gc.get_objects())
+
+
 endings: list[Callable[[Connection], None]] = [
-    lambda connection: connection.abort("no reason"),
+    lambda connection: connection.abort(End.KILLED, "no reason"),
     lambda connection: connection.refused(Refused(1, "no row")),
     lambda connection: connection.connect_failed(errno.ECONNREFUSED),
 ]
@@ -169,17 +204,21 @@ def test_nothing_of_an_ended_connection_waits_for_the_collector(
     end: Callable[[Connection], None],
 ) -> None:
     rig = Rig()
+    gc.collect()  # what other tests left
     gc.disable()
     try:
         with rig.loop, rig.client:
             connection = rig.connection
+            pumps = _pumps()
+            assert pumps
             del rig.connection
             connection.begin(server_socket())
             end(connection)
             end(connection)  # once more does nothing
-            assert rig.desk.over == 1
+            assert len(rig.ended()) == 1
             held = weakref.ref(connection)
             del connection
             assert held() is None
+            assert _pumps() < pumps
     finally:
         gc.enable()

@@ -11,6 +11,7 @@ import pytest
 
 from krelay.flow import Endpoint, Source
 from krelay.relaymsg import PORT_TAKEN, Abort, Open, Opened, Refused, Request, Resume, Resumed
+from tcp_relay.connection import PORT_TRIES
 from tests.tcp_relay.fake_krelay import FakeKrelay, Reply, opened_to, refusing
 from tests.tcp_relay.helpers import (
     BOUND,
@@ -227,11 +228,25 @@ def test_another_relay_port_is_tried_when_one_is_taken(
     assert krelay.closes() == ports[-1:]
 
 
-def test_the_search_for_a_relay_port_ends(relay: TcpRelay, krelay: FakeKrelay) -> None:
-    krelay.reply = refusing(PORT_TAKEN, 1000, lambda request: None)
-    assert _is_reset(relay)
-    assert len(krelay.opens()) == 8
-    assert not krelay.closes()
+def test_who_finds_no_relay_port_waits_in_line(
+    relay: TcpRelay, krelay: FakeKrelay, server: Server
+) -> None:
+    krelay.reply = refusing(PORT_TAKEN, 20, lambda r: opened_to(server.endpoint, r))
+    assert _echoes(relay)
+    assert len(krelay.opens()) == 21
+    assert relay.log.count("no local port is free") == 1
+
+
+def test_the_search_for_a_relay_port_ends(tmp_path: Path, server: Server) -> None:
+    with (
+        TcpRelay(tmp_path / "tree", "--connect-timeout", "0.3") as relay,
+        FakeKrelay(relay.ready().root, server.endpoint) as krelay,
+    ):
+        krelay.reply = refusing(PORT_TAKEN, 1000, lambda request: None)
+        assert _is_reset(relay)
+        assert len(krelay.opens()) % PORT_TRIES == 0
+        assert not krelay.closes()
+        relay.wait_for_log('reason=connect_failed detail="no local port was free for 0.3 s"')
 
 
 def test_an_abort_resets_both_sides(relay: TcpRelay, krelay: FakeKrelay) -> None:

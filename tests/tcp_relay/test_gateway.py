@@ -2,13 +2,15 @@
 
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from krelay.loop import Loop
 from tcp_relay import gateway as module
 from tcp_relay.gateway import Gateway
-from tests.tcp_relay.helpers import LOCALHOST, free_port
+from tcp_relay.sockets import Socket
+from tests.tcp_relay.helpers import LOCALHOST, free_port, turns
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def gateway(loop: Loop, accepted: list[int], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "LISTENER_LINGER", 0.05)
     monkeypatch.setattr(module, "RETRY", 0.01)
 
-    def take(client: socket.socket, server: socket.socket, _: tuple[str, int]) -> None:
+    def take(client: Socket, server: Socket, _: tuple[Any, ...]) -> None:
         accepted.append(client.getsockname()[1])
         client.close()
         server.close()
@@ -112,21 +114,44 @@ def test_a_taken_port_is_tried_again_until_another_is_asked_for(
 def test_what_a_client_needs_is_inherited_from_the_listener(loop: Loop) -> None:
     options: list[tuple[int, ...]] = []
 
-    def take(client: socket.socket, server: socket.socket, _: tuple[str, int]) -> None:
+    def take(client: Socket, server: Socket, _: tuple[Any, ...]) -> None:
         for sock in (client, server):
-            with sock:
-                options.append(
-                    (
-                        sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY),
-                        sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
-                        sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE),
-                    )
+            options.append(
+                (
+                    sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY),
+                    sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                    sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE),
+                    sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER),
                 )
+            )
+            sock.close()
 
     gateway = Gateway(loop, take)
     port = free_port()
     gateway.listen_on(port)
     assert knock(port)
-    run(loop, 0.01)
+    turns(loop)
     gateway.close()
-    assert options == [(1, 1, 1)] * 2
+    assert options == [(1, 1, 1, 1)] * 2
+
+
+def test_a_gateway_that_is_closed_stays_closed_whoever_makes_room(
+    loop: Loop, gateway: Gateway
+) -> None:
+    port = free_port()
+    gateway.listen_on(port)
+    gateway.close()
+    gateway.resume()
+    assert not knock(port)
+    assert gateway.port is None
+    assert loop is not None
+
+
+def test_several_processes_may_listen_on_a_shared_gateway_port(loop: Loop) -> None:
+    port = free_port()
+    gateways = [Gateway(loop, lambda *_: None, shared=True) for _ in range(2)]
+    for gateway in gateways:
+        gateway.listen_on(port)
+        assert gateway.port == port
+    for gateway in gateways:
+        gateway.close()

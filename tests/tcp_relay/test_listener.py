@@ -1,35 +1,41 @@
 """Accepting: bounded per turn, and paused while descriptors are out."""
 
 import errno
+import logging
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from krelay.log import Throttle
 from krelay.loop import Loop
 from tcp_relay import listener as module
 from tcp_relay.listener import PER_TURN, Listener
-from tests.tcp_relay.helpers import LOCALHOST, free_port
+from tcp_relay.sockets import Socket, accept, server_socket
+from tests.tcp_relay.helpers import LOCALHOST, free_port, run_until, turns
 
 
 class Rig:
     def __init__(self) -> None:
         self.loop = Loop()
         self.count = 0
-        self.listener = Listener(self.loop, free_port(), self.take)
+        self.has_descriptors = True
+        self.listener = Listener(self.loop, free_port(), self.take, spare=self.spare)
 
-    def take(self, client: socket.socket, server: socket.socket, _: tuple[str, int]) -> None:
+    def take(self, client: Socket, server: Socket, _: tuple[Any, ...]) -> None:
         self.count += 1
         client.close()
         server.close()
 
+    def spare(self) -> Socket:
+        if not self.has_descriptors:
+            raise OSError(errno.EMFILE, "too many open files")
+        return server_socket()
+
     def knock(self, times: int) -> None:
         for _ in range(times):
             socket.create_connection((LOCALHOST, self.listener.port)).close()
-
-    def turn(self) -> None:
-        self.loop.call_soon(lambda: self.loop.call_soon(self.loop.stop))
-        self.loop.run()
 
 
 @pytest.fixture
@@ -42,50 +48,116 @@ def rig() -> Iterator[Rig]:
 
 def test_a_turn_accepts_so_many_and_the_next_one_the_rest(rig: Rig) -> None:
     rig.knock(PER_TURN + 5)
-    rig.turn()
+    turns(rig.loop)
     assert rig.count == PER_TURN
-    rig.turn()
+    turns(rig.loop)
     assert rig.count == PER_TURN + 5
 
 
 def test_without_descriptors_it_pauses_until_told_or_until_a_while_has_passed(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PAUSE", 0.02)
-
-    def none_left() -> socket.socket:
-        raise OSError(errno.EMFILE, "too many open files")
-
-    real = module.server_socket
-    monkeypatch.setattr(module, "server_socket", none_left)
+    monkeypatch.setattr(module, "PAUSE", 0.05)
+    rig.has_descriptors = False
     rig.knock(1)
-    rig.turn()
+    turns(rig.loop)
     assert rig.listener.paused
     assert rig.loop._epoll.poll(0) == []  # nothing to spin on
     rig.listener.resume()
     assert not rig.listener.paused
-    rig.turn()
+    turns(rig.loop)
     assert rig.listener.paused
-    monkeypatch.setattr(module, "server_socket", real)
-    rig.loop.call_at(rig.loop.now + 0.05, rig.loop.stop)
-    rig.loop.run()
+    rig.has_descriptors = True
+    run_until(rig.loop, lambda: rig.count == 1)
     assert not rig.listener.paused
-    assert rig.count == 1
 
 
-def test_a_client_that_went_while_waiting_is_passed_over(rig: Rig) -> None:
-    sock = rig.listener._socket
-    real, gone = sock.accept, [True]
-
-    class Flaky:
-        def accept(self) -> tuple[socket.socket, tuple[str, int]]:
-            if gone and gone.pop():
-                raise ConnectionAbortedError(errno.ECONNABORTED, "aborted")
-            return real()
-
+def test_many_pauses_are_one_warning(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_complaints", Throttle())
+    logger = logging.getLogger("krelay.listener")
+    logger.addHandler(caplog.handler)
+    rig.has_descriptors = False
     rig.knock(1)
-    rig.listener._socket = Flaky()  # type: ignore[assignment]
-    rig.turn()
-    rig.listener._socket = sock
+    for _ in range(5):
+        rig.listener.resume()
+        turns(rig.loop)
+        assert rig.listener.paused
+    logger.removeHandler(caplog.handler)
+    told = {id(record): record.getMessage() for record in caplog.records}
+    assert list(told.values()) == ["accepting paused"]
+
+
+def test_a_client_that_went_while_waiting_is_passed_over(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = [True]
+
+    def flaky(listening: Socket, family: int) -> tuple[Socket, tuple[Any, ...]]:
+        if gone and gone.pop():
+            raise ConnectionAbortedError(errno.ECONNABORTED, "aborted")
+        return accept(listening, family)
+
+    monkeypatch.setattr(module, "accept", flaky)
+    rig.knock(1)
+    turns(rig.loop)
     assert rig.count == 1
     assert not rig.listener.paused
+
+
+@pytest.mark.parametrize("has_descriptors", [True, False])
+def test_a_listener_that_is_closed_stays_closed_whoever_makes_room(has_descriptors: bool) -> None:
+    """Connections go on ending after it, and each end says that there is room (on_room)."""
+    rig = Rig()
+    with rig.loop:
+        rig.has_descriptors = has_descriptors
+        rig.knock(1)
+        turns(rig.loop)
+        rig.listener.close()
+        rig.listener.resume()
+        turns(rig.loop)
+        with pytest.raises(ConnectionRefusedError):
+            rig.knock(1)
+
+
+def test_closing_accepts_who_was_waiting(rig: Rig) -> None:
+    rig.knock(PER_TURN + 5)
+    other = Rig()
+    with other.loop:
+        other.knock(PER_TURN + 5)
+        other.listener.close()
+        assert other.count == PER_TURN + 5
+
+
+def test_a_port_is_shared_only_if_all_say_so() -> None:
+    def nobody(*_: object) -> None:
+        raise AssertionError
+
+    with Loop() as loop:
+        port = free_port()
+        one = Listener(loop, port, nobody, shared=True)
+        with pytest.raises(OSError, match="Address already in use"):
+            Listener(loop, port, nobody)
+        two = Listener(loop, port, nobody, shared=True)
+        one.abandon()
+        two.abandon()
+
+
+def test_all_addresses_of_ipv6_leave_the_port_to_ipv4() -> None:
+    peers: list[str] = []
+
+    def take(client: Socket, server: Socket, peer: tuple[Any, ...]) -> None:
+        peers.append(peer[0])
+        client.close()
+        server.close()
+
+    with Loop() as loop:
+        port = free_port()
+        listeners = [Listener(loop, port, take, address=host) for host in ("::", "0.0.0.0")]
+        for host in ("::1", LOCALHOST):
+            socket.create_connection((host, port)).close()
+        turns(loop, 2)
+        for listener in listeners:
+            listener.abandon()
+    assert sorted(peers) == [LOCALHOST, "::1"]

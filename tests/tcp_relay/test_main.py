@@ -8,9 +8,9 @@ from tcp_relay.__main__ import main
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--workers", "2"], "several workers are not supported yet"),
-        (["--workers", "0"], "there must be one at least"),
-        (["--workers", "many"], "invalid int value"),
+        (["--workers", "0"], "'0' is not a number from 1 to 256"),
+        (["--buffer", "1G"], "'1G' is not a size from 1 to 64M"),
+        (["--stall", "-1"], "'-1' is not a number of seconds"),
         (["--log-level", "loud"], "invalid choice"),
         (["16000"], "unrecognized arguments"),
     ],

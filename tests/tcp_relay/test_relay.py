@@ -3,32 +3,44 @@
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from krelay.flow import Endpoint, Source
 from krelay.loop import Loop
 from krelay.relaymsg import Abort, Answer, Opened, Refused, Resumed
-from tcp_relay.relay import PORT_GAP, Relay
+from tcp_relay.connection import Connection
+from tcp_relay.engine import Engine
+from tcp_relay.limits import Limits
+from tcp_relay.relay import Relay, _own_ports, _shuffled
 
 
 @pytest.fixture
 def relay(tmp_path: Path) -> Iterator[Relay]:
     with Loop() as loop:
-        relay = Relay(loop, tmp_path / "relay.sock", lambda: None)
+        relay = Relay(Engine(loop, Limits()), tmp_path / "relay.sock")
         yield relay
-        relay.close("the test is over")
+        relay.close()
 
 
-def test_relay_ports_go_round_the_hosts_own_range_and_come_again_late(relay: Relay) -> None:
-    low, high = relay._ports[0], relay._ports[-1]
-    size = high - low + 1
-    ports = [relay.next_port() for _ in range(2 * size)]
-    assert all(low <= port <= high for port in ports)
-    gaps = {(after - before) % size for before, after in pairwise(ports)}
-    assert gaps == set(range(1, PORT_GAP + 1))
-    lap = size // PORT_GAP
-    assert len(set(ports[:lap])) == lap
+def test_relay_ports_go_round_the_hosts_own_range_and_come_again_as_late_as_can_be(
+    relay: Relay,
+) -> None:
+    own = _own_ports(0, 1)
+    laps = [[relay.next_port() for _ in own] for _ in range(2)]
+    assert laps[0] == laps[1]
+    assert sorted(laps[0]) == list(own)
+
+
+def test_the_order_of_relay_ports_is_drawn_by_lot() -> None:
+    ports = range(1024, 65536)
+    orders = [list(_shuffled(ports)) for _ in range(2)]
+    assert orders[0] != orders[1]
+    for order in orders:
+        followed = sum(after == before + 1 for before, after in pairwise(order))
+        assert followed < 50  # one is to be expected
 
 
 @pytest.mark.parametrize(
@@ -44,3 +56,28 @@ def test_relay_ports_go_round_the_hosts_own_range_and_come_again_late(relay: Rel
 def test_an_answer_about_nobody_is_ignored(relay: Relay, answer: Answer) -> None:
     relay.answered(answer)
     assert len(relay) == 0
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_workers_share_the_relay_ports_without_one_being_two_s(of: int) -> None:
+    shares = [_own_ports(index, of) for index in range(of)]
+    ports = [port for share in shares for port in share]
+    assert ports == list(_own_ports(0, 1))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_more_workers_than_ports_use_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _: "40000\t40001\n")
+    assert [list(_own_ports(index, 4)) for index in range(4)] == [
+        [40000, 40001],
+        [40000],
+        [40000, 40001],
+        [40001],
+    ]
+
+
+def test_its_own_address_is_the_one_towards_the_server(relay: Relay) -> None:
+    connection = cast(Connection, SimpleNamespace(gateway=Endpoint.parse("10.9.9.9:80")))
+    assert relay.own_address(connection) == "10.9.9.9"  # nothing is known yet
+    relay.real_ip = "127.0.0.1"
+    assert relay.own_address(connection) == "127.0.0.1"

@@ -369,6 +369,25 @@ sys.exit(workers.run(2, falling, 10))
     assert program.field("worker ended", "status") == ["1", "1"]
 
 
+def test_a_workers_last_word_counts_even_if_its_death_is_seen_first(start: Start) -> None:
+    program = start("""
+class Deaf(Loop):
+    def add(self, fd, mask, handler):
+        if getattr(handler, "__name__", "") != "_hear":
+            super().add(fd, mask, handler)
+
+def falling(index, ready):
+    if life(index) > 1:
+        return serve(index, ready)
+    ready()
+    return 1
+
+workers.Loop = Deaf
+sys.exit(workers.run(2, falling, 10))
+""").ready(2)
+    assert program.field("worker ended", "again_in") == ["0.0", "0.0"]
+
+
 def test_sigterm_is_passed_on_once_and_nobody_comes_back(start: Start) -> None:
     program = start(PLAIN).ready(3)
     program.send(signal.SIGTERM)
@@ -424,16 +443,14 @@ def deaf(index, ready):
 
 sys.exit(workers.run(2, deaf, 10))
 """).ready(2)
-    worker = program.pids(0)[0]
-    program.send(signal.SIGSTOP)
-    os.kill(worker, signal.SIGINT)
-    wait_for(lambda: not program.is_alive(worker), "its end")
+    for index in range(2):
+        os.kill(program.pids(index)[0], signal.SIGINT)
     program.send(signal.SIGINT)
-    program.send(signal.SIGCONT)
     assert program.wait() == 130
-    assert not program.logged("Traceback")
-    assert not any("KeyboardInterrupt" in line for line in program.log)
-    assert program.field("worker ended", "signal") == ["SIGINT", "SIGINT"]
+    assert not any("Traceback" in line or "KeyboardInterrupt" in line for line in program.log)
+    # One that the parent has started again before it was told has had a signal as well.
+    assert set(program.field("worker ended", "signal")) == {"SIGINT"}
+    assert not program.field("worker ended", "status")
 
 
 def test_sighup_is_nothing_and_sigusr1_is_passed_on(start: Start) -> None:
@@ -533,11 +550,15 @@ def test_a_signal_to_a_new_worker_is_not_taken_for_one_to_the_parent(start: Star
     program = start("""
 def die_with(parent, die_with=mortal.die_with):
     die_with(parent)
-    if life("any") == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-        sum(range(100_000))  # the interpreter would handle it
+    try:
+        os.mkdir(Path(sys.argv[1], "the-first"))  # one of them
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGTERM)
+    sum(range(100_000))  # the interpreter would handle it
 
 mortal.die_with = die_with
+workers.START_PAUSE = 0.05
 sys.exit(workers.run(2, serve, 10))
 """).ready(2)
     assert program.field("worker ended", "signal") == ["SIGTERM"]

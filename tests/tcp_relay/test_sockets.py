@@ -1,0 +1,113 @@
+"""How sockets are made, accepted and closed, as their peers see it."""
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from tcp_relay.sockets import (
+    Socket,
+    accept,
+    close_in_order,
+    server_socket,
+    set_options,
+    undelivered,
+)
+from tests.tcp_relay.helpers import BOUND, LOCALHOST, everything, fill, wait_for, was_reset
+
+
+class Both(NamedTuple):
+    ours: Socket
+    peer: socket.socket
+
+
+@pytest.fixture
+def both() -> Iterator[Both]:
+    """A socket of ours, as accepted, and its peer's."""
+    with socket.create_server((LOCALHOST, 0)) as listening:
+        set_options(listening)
+        peer = socket.create_connection(listening.getsockname(), timeout=BOUND)
+        ours, _ = accept(listening, socket.AF_INET)
+    with peer:
+        yield Both(ours, peer)
+        ours.close()
+
+
+def options(sock: Socket) -> tuple[int, int, int, bytes]:
+    return (
+        sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY),
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE),
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8),
+    )
+
+
+ALL = (1, 1, 1, b"\1\0\0\0\0\0\0\0")
+
+
+def test_an_accepted_socket_has_what_the_listening_one_was_given(both: Both) -> None:
+    assert options(both.ours) == ALL
+    assert both.ours.gettimeout() == 0.0
+    assert both.ours.getsockname() == both.peer.getpeername()
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_server_socket_has_it_too(family: socket.AddressFamily) -> None:
+    sock = server_socket(family)
+    assert options(sock) == ALL
+    assert sock.gettimeout() == 0.0
+    assert sock.family == family
+    assert os.get_inheritable(sock.fileno()) is False
+    sock.close()
+
+
+def test_an_accepted_socket_is_not_inherited_by_children(both: Both) -> None:
+    assert os.get_inheritable(both.ours.fileno()) is False
+
+
+@pytest.mark.parametrize(
+    ("family", "host"), [(socket.AF_INET, LOCALHOST), (socket.AF_INET6, "::1")]
+)
+def test_accept_tells_the_peer_and_that_nobody_waits(
+    family: socket.AddressFamily, host: str
+) -> None:
+    with socket.create_server((host, 0), family=family) as listening:
+        listening.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            accept(listening, family)
+        with socket.create_connection((host, listening.getsockname()[1])) as peer:
+            ours, address = accept(listening, family)
+            assert address == peer.getsockname()
+            assert ours.family == family
+            ours.close()
+
+
+def test_closing_resets(both: Both) -> None:
+    both.ours.close()
+    assert was_reset(both.peer)
+
+
+def test_closing_in_order_delivers_all_and_then_the_end(both: Both) -> None:
+    sent = fill(both.ours)  # type: ignore[arg-type]
+    close_in_order(both.ours)
+    assert len(everything(both.peer)) == sent
+
+
+def test_what_the_peer_hasnt_got_is_undelivered(both: Both) -> None:
+    assert undelivered(both.ours) == 0
+    both.ours.send(b"taken by its kernel")
+    wait_for(lambda: undelivered(both.ours) == 0, "the acknowledgement")
+    sent = fill(both.ours)  # type: ignore[arg-type]
+    assert 0 < undelivered(both.ours) <= sent
+    both.peer.setblocking(False)
+
+    def all_read() -> bool:
+        try:
+            both.peer.recv(1 << 20)
+        except BlockingIOError:
+            return undelivered(both.ours) == 0
+        return False
+
+    wait_for(all_read, "all to be read")
