@@ -25,6 +25,9 @@ class Live(Protocol):
     def end(self, end: End, detail: str = "") -> None:
         """Resets both sides, unless `end` is CLOSED."""
 
+    def not_connected(self) -> None:
+        """The server has not accepted in time."""
+
     def look(self) -> None:
         """Nothing may have moved for long: ends it if that is too long, or waits again."""
 
@@ -43,7 +46,7 @@ class Engine:
         self.counts = Counts()
         self.view = memoryview(bytearray(limits.hold))
         self.on_room = on_room
-        self.connecting: Waiting[Live] = Waiting(loop, limits.connect, self._not_connected)
+        self.connecting: Waiting[Live] = Waiting(loop, limits.connect, _not_connected)
         self.stalled: Waiting[Live] = Waiting(loop, limits.stall, _look)
         self.half_closed: Waiting[Live] = Waiting(loop, limits.half_close, _look)
         self._live: dict[Live, None] = {}  # in the order they came
@@ -72,14 +75,14 @@ class Engine:
         held = sum(connection.pair.held for connection in self._live)
         return {"open": len(self), "held": held, **self.counts.as_dict()}
 
-    def _not_connected(self, connection: Live) -> None:
-        seconds = self.limits.connect
-        connection.end(End.CONNECT_FAILED, f"the server doesn't answer within {seconds:g} s")
-
     def table(self) -> str:
         """The live connections, for people."""
         rows: Iterable[Row] = (connection.row() for connection in self._live)
         return table(rows, self.counts)
+
+
+def _not_connected(connection: Live) -> None:
+    connection.not_connected()
 
 
 def _look(connection: Live) -> None:

@@ -49,11 +49,14 @@ class Half:
     got_eof: bool = False
     got_reset: bool = False  # instead of an end of file, or after it
     sent_eof: bool = False
+    sink_gone: bool = False  # what is read is thrown away
     moved: int = 0  # bytes that the sink took
     at: float = 0.0  # when bytes, or the end of file, last moved in or out
 
     def todo(self) -> Todo:
         """The next step."""
+        if self.sink_gone:
+            return READ if self.readable and not self.got_eof else WAIT
         if self.held:
             return WRITE if self.writable else WAIT
         if self.got_reset:
@@ -65,7 +68,7 @@ class Half:
     @property
     def is_smooth(self) -> bool:
         """Whatever comes may go straight through."""
-        return self.writable and not (self.held or self.got_eof or self.hinted)
+        return self.writable and not (self.held or self.got_eof or self.hinted or self.sink_gone)
 
     def got(self, count: int, asked: int, now: float) -> None:
         """A read of up to `asked` bytes gave `count`; 0 is the end of file.
@@ -108,6 +111,10 @@ class Half:
         self.at = now
 
     def cut(self) -> None:
-        """The sink is gone: nothing is owed to it any more."""
+        """The sink is gone, and nothing is owed to it any more.
+
+        The source is still read: its side may be unable to take anything until it got rid of what
+        it says (an echo), and there may be something for it.
+        """
         self.held = NOTHING
-        self.got_eof = self.sent_eof = True
+        self.sink_gone = self.sent_eof = True

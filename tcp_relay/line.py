@@ -15,16 +15,15 @@ from krelay.loop import Loop
 RETRY = 0.05
 """Seconds between looks for a free port."""
 
-MEND = "sysctl net.ipv4.tcp_tw_reuse=1, or widen net.ipv4.ip_local_port_range"
-
 log = Log("line")
 
 
 class Line:
-    """In the order they came; the length is how many wait."""
+    """In the order they came; the length is how many wait.  `mend` tells people what would help."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, mend: str) -> None:
         self._loop = loop
+        self._mend = mend
         self._waiting: deque[Callable[[], None]] = deque()
         self._complaints = Throttle()
         self._has_timer = False
@@ -40,7 +39,7 @@ class Line:
             log.warning(
                 "no local port is free",
                 waiting=len(self._waiting),
-                mend=MEND,
+                mend=self._mend,
                 suppressed=suppressed or None,
             )
 

@@ -100,6 +100,7 @@ class Listener:
             self._loop.remove(self._socket.fileno())
         else:
             self._resuming.cancel()
+            self._resuming = None
         self._socket.close()
         if self._spare is not None:
             self._spare.close()
@@ -136,7 +137,7 @@ class Listener:
         if (suppressed := _complaints.admit(self._loop.now)) is not None:
             log.warning(
                 "accepting paused",
-                gport=self.port,
+                port=self.port,
                 error=error.strerror,
                 mend="raise the limit of open files (ulimit -n, LimitNOFILE=)"
                 if error.errno == errno.EMFILE

@@ -110,18 +110,19 @@ class Pair:
 
     def deadline(self, limits: Limits) -> float | None:
         """When it will be overdue if nothing moves until then; None: never."""
-        due = self.at + limits.half_close if self.is_half_closed else None
-        for half in (self.up, self.down):
-            if half.held or half.got_reset:
-                stalled = half.at + limits.stall
-                due = stalled if due is None else min(due, stalled)
-        return due
+        due = (self._stalled_at(limits), self._forgotten_at(limits))
+        return min((at for at in due if at is not None), default=None)
 
     def overdue(self, now: float, limits: Limits) -> End | None:
         """Why it is to be ended now, if it is."""
-        due = self.deadline(limits)
-        if due is None or now < due:
-            return None
-        if self.is_resetting:
-            return End.RESET
-        return End.STALLED if self.held else End.FORGOTTEN
+        stalled, forgotten = self._stalled_at(limits), self._forgotten_at(limits)
+        if stalled is not None and now >= stalled:
+            return End.RESET if self.is_resetting else End.STALLED
+        return End.FORGOTTEN if forgotten is not None and now >= forgotten else None
+
+    def _stalled_at(self, limits: Limits) -> float | None:
+        waiting = [half.at for half in (self.up, self.down) if half.held or half.got_reset]
+        return min(waiting) + limits.stall if waiting else None
+
+    def _forgotten_at(self, limits: Limits) -> float | None:
+        return self.at + limits.half_close if self.is_half_closed else None

@@ -17,6 +17,9 @@ from tcp_relay.resolver import Address, Resolver
 from tcp_relay.sockets import Socket, server_socket
 from tcp_relay.waiting import Waiting
 
+MEND = "sysctl net.ipv4.tcp_tw_reuse=1, or widen net.ipv4.ip_local_port_range"
+"""Against a lack of local ports."""
+
 _NO_PORT = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
 
 
@@ -34,7 +37,7 @@ class Proxy:
             limit,
             lambda pump: pump.end(End.CONNECT_FAILED, f"no answer to the name within {limit:g} s"),
         )
-        self.line = Line(engine.loop)
+        self.line = Line(engine.loop, MEND)
 
     def spare(self) -> Socket:
         """An unused socket, most likely of the right family."""

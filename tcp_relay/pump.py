@@ -182,6 +182,11 @@ class Pump:
         else:
             self.end(End.CONNECT_FAILED, f"no local port was free for {limit:g} s")
 
+    def not_connected(self) -> None:
+        """The server has not accepted in time."""
+        self._waiting = None
+        self._owner.connect_failed(errno.ETIMEDOUT)
+
     def look(self) -> None:
         """Nothing may have moved for long: ends it if that is too long, or looks again later."""
         self._waiting = self._timer = None
@@ -350,6 +355,9 @@ class Pump:
             count = source.recv_into(view)
         except OSError as error:
             self._not_read(half, side, error)
+            return
+        if half.sink_gone:
+            half.got(count, len(view), self._engine.loop.now)
             return
         sent = 0
         if count:

@@ -51,6 +51,9 @@ ASK_TIMEOUT = 5.0
 ROUTE_AGE = 1.0
 """Seconds that the own address is remembered: routes change rarely, unlike connections."""
 
+MEND = "net.ipv4.tcp_timestamps=1, here and at the server; or widen net.ipv4.ip_local_port_range"
+"""Against a lack of relay ports."""
+
 log = Log("relay")
 
 
@@ -67,7 +70,7 @@ class Relay:
         self._engine = engine
         self._loop = loop = engine.loop
         self.asked: Waiting[Pump] = Waiting(loop, ASK_TIMEOUT, _not_answered)
-        self.line = Line(loop)
+        self.line = Line(loop, MEND)
         self._by_relay: dict[Endpoint, Connection] = {}
         self._by_id: dict[int, Connection] = {}
         self._ids = itertools.count(1)

@@ -67,8 +67,8 @@ class Service:
             self._loop.stop()
             return
         seconds = self._engine.limits.drain
+        self._stop_accepting()  # first: of those who are still accepted the first may end at once
         self._draining = self._loop.call_at(self._loop.now + seconds, self._too_late)
-        self._stop_accepting()
         if self._engine:
             log.info("draining", connections=len(self._engine), at_most=f"{seconds:g} s")
         self.on_room()

@@ -109,7 +109,6 @@ class _Worker:
     """It has died while no worker had been ready yet."""
     pause: float | None = None
     """Before the last start; None if that was the first, or the one after a long life."""
-    restart: Timer | None = None
     complaints: Throttle = field(default_factory=lambda: Throttle(COMPLAINT))
     is_told: bool = True
     """Whether the log has the last death, and so is to have the start that follows."""
@@ -196,7 +195,7 @@ class _Parent:
             log.error("no worker came up", workers=len(self._workers))
             self._end(signal.SIGTERM, 1)
         else:
-            worker.restart = self._loop.call_at(now + pause, partial(self._start, worker))
+            self._loop.call_at(now + pause, partial(self._start, worker))
 
     def _hear(self, _: int = 0) -> None:
         """Who is ready."""
@@ -217,9 +216,6 @@ class _Parent:
         self._exit_status = self._exit_status or exit_status
         if self._patience is None:
             self._patience = self._loop.call_at(self._loop.now + self._grace, self._kill)
-        for worker in self._workers:
-            if worker.restart is not None:
-                worker.restart.cancel()
         self._pass_on(signum)
         self._stop_if_alone()
 

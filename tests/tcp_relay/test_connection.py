@@ -40,7 +40,7 @@ class Desk:
         self.asked: Waiting[Pump] = Waiting(
             engine.loop, ASK_TIMEOUT, lambda pump: pump.end(End.REFUSED, "no answer")
         )
-        self.line = Line(engine.loop)
+        self.line = Line(engine.loop, "more ports")
         self.registered: list[Endpoint] = []
         self.given_up: list[tuple[Endpoint, bool]] = []
         self.ports: list[int] = []

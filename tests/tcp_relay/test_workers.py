@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,9 @@ log.set_up(journal=False)
 """
 
 
+UNBUFFERED = "PYTHONUNBUFFERED"  # would hide what a buffer writes twice, or never
+
+
 class Program:
     """A program that ends with `sys.exit(workers.run(...))`, its output and its workers."""
 
@@ -66,6 +70,7 @@ class Program:
                 stdout=out,
                 stderr=err,
                 cwd=Path(__file__).parents[2],
+                env={name: text for name, text in os.environ.items() if name != UNBUFFERED},
                 start_new_session=True,
             )
         self._arguments = Path(f"/proc/{self.process.pid}/cmdline")
@@ -98,6 +103,9 @@ class Program:
             for began, number, pid in (w for w in words if w[0] == "began")
             if int(number) == index
         ]
+
+    def has_lived(self, index: int, times: int) -> bool:
+        return len(self.pids(index)) == times
 
     def ready(self, count: int) -> "Program":
         """Waits until so many workers have begun."""
@@ -223,11 +231,37 @@ sys.exit(workers.run(3, late, 10))
     assert len(program.logged("all workers are ready workers=3")) == 1
 
 
+def test_one_that_was_ready_and_is_no_more_is_waited_for(
+    start: Start, manager: socket.socket, tmp_path: Path
+) -> None:
+    program = start("""
+def late(index, ready):
+    if index == 1 or life(index) == 2:
+        say("waits", index)
+        while not Path(sys.argv[1], f"go-{index}").exists():
+            time.sleep(0.01)
+    return serve(index, ready)
+
+sys.exit(workers.run(2, late, 10))
+""")
+    wait_for(lambda: program.pids(0), "the first")
+    os.kill(program.pids(0)[0], signal.SIGKILL)
+    wait_for(lambda: "waits 0" in program.out, "its next life")
+    (tmp_path / "go-1").touch()
+    wait_for(lambda: program.pids(1), "the second")
+    program.send(signal.SIGUSR1)
+    wait_for(lambda: "SIGUSR1 1" in program.out, "a turn of the parent's loop")
+    assert is_silent(manager)
+    (tmp_path / "go-0").touch()
+    assert manager.recv(100) == b"READY=1"
+
+
 def test_a_dead_worker_is_started_again_under_its_number(start: Start) -> None:
     program = start(PLAIN).ready(3)
     first = program.pids(1)[0]
     os.kill(first, signal.SIGKILL)
     wait_for(lambda: len(program.pids(1)) == 2, "its next life")
+    wait_for(lambda: len(program.logged("worker started")) == 4, "the log line")
     assert len(program.pids(0)) == len(program.pids(2)) == 1
     [death] = program.logged("worker ended")
     assert death.startswith(f"warning worker ended worker=1 pid={first} signal=SIGKILL lived=")
@@ -433,6 +467,22 @@ def test_sigint_after_sigterm_ends_with_status_130(start: Start) -> None:
     assert program.wait() == 130
 
 
+def test_sigterm_after_sigint_leaves_the_status_130(start: Start) -> None:
+    program = start("""
+def stubborn(index, ready):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ready()
+    say("began", index, os.getpid())
+    time.sleep(60)
+
+sys.exit(workers.run(2, stubborn, 10))
+""").ready(2)
+    program.send(signal.SIGINT)
+    program.send(signal.SIGTERM)
+    assert program.wait() == 130
+    assert program.field("worker ended", "signal") == ["SIGTERM", "SIGTERM"]
+
+
 def test_a_worker_may_get_sigint_twice_and_before_it_listens(start: Start) -> None:
     program = start("""
 def deaf(index, ready):
@@ -459,7 +509,9 @@ def test_sighup_is_nothing_and_sigusr1_is_passed_on(start: Start) -> None:
     program.send(signal.SIGUSR1)
     wait_for(lambda: len(program.out) == 6, "a signal to each")
     assert sorted(program.out[3:]) == ["SIGUSR1 0", "SIGUSR1 1", "SIGUSR1 2"]
-    assert len(program.logged("worker")) == 4  # started, and ready
+    wait_for(lambda: program.logged("all workers are ready"), "the log line")
+    assert len(program.logged("worker started")) == 3
+    assert not program.logged("worker ended")
     program.send(signal.SIGTERM)
     assert program.wait() == 0
 
@@ -494,6 +546,21 @@ sys.exit(workers.run(2, stubborn, 0.3))
     ]
     assert program.log[-1] == f"info worker ended worker=1 pid={pid} signal=SIGKILL"
     assert not program.is_alive(pid)
+
+
+def test_a_start_that_was_due_is_not_made_while_others_end(start: Start) -> None:
+    program = start("""
+workers.FIRST_PAUSE = 1.0
+sys.exit(workers.run(2, partial(serve, terms=2), 1.5))
+""").ready(2)
+    for lives in (1, 2):
+        wait_for(partial(program.has_lived, 1, lives), "a life")
+        os.kill(program.pids(1)[-1], signal.SIGKILL)
+    wait_for(lambda: program.logged("again_in=1.0"), "the pause")
+    program.send(signal.SIGTERM)  # worker 0 holds out until it is killed, longer than the pause
+    assert program.wait() == 0
+    assert program.logged("worker killed worker=0")
+    assert len(program.logged("worker started worker=1")) == len(program.pids(1)) == 2
 
 
 def test_nobody_is_waited_for_who_is_not_there(start: Start) -> None:
