@@ -13,7 +13,7 @@ from tcp_relay.engine import Engine
 from tcp_relay.limits import Limits
 from tcp_relay.listener import Accepted, Listener
 from tcp_relay.proxy import Proxy
-from tcp_relay.resolver import Resolver, service_port
+from tcp_relay.resolver import Resolver, host_name, service_port
 from tcp_relay.service import GRACE, Service, raise_descriptor_limit
 from tcp_relay.sockets import Socket, server_socket
 
@@ -35,7 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("host", metavar="DESTINATION-HOST", help="name or address, IPv4 or IPv6")
+    parser.add_argument(
+        "host",
+        metavar="DESTINATION-HOST",
+        type=host_name,
+        help="name or address, IPv4 or IPv6",
+    )
     parser.add_argument("port", metavar="DESTINATION-PORT", type=service_port, help="or its name")
     parser.add_argument("listen_port", metavar="LISTEN-PORT", type=service_port)
     parser.add_argument(

@@ -253,11 +253,16 @@ def test_a_udp_client_of_a_server_that_is_down_gets_its_error(world: World) -> N
         sock.recv(1)  # ICMP 3/3 from the address and port that were asked, or it isn't for us
 
 
-def test_tcp_relay_asked_to_end_resets_its_connections(world: World) -> None:
+def test_tcp_relay_asked_to_end_drains_and_asked_again_resets_its_connections(
+    world: World,
+) -> None:
     world.serve("server", "tcp/80")
     world.begin()
     idle = world.connect("client", 80)
     greet(idle)
+    world.tcp_relay_process.terminate()
+    world.lab.wait(lambda: "draining" in world.tcp_relay_process.output, "draining")
+    greet(idle)  # it goes on
     world.tcp_relay_process.terminate()
 
     assert world.tcp_relay_process.wait() == 0

@@ -191,10 +191,15 @@ def test_what_moves_is_noted_with_its_time() -> None:
     assert (half.at, half.moved) == (4.0, 1)
 
 
-def test_nothing_is_owed_to_a_sink_that_is_gone() -> None:
+def test_nothing_is_owed_to_a_sink_that_is_gone_but_its_source_is_read_on() -> None:
     half = Half(readable=True, writable=True)
     half.hold(b"abc")
     half.cut()
     assert half.held is NOTHING
-    assert half.todo() is Todo.WAIT
     assert half.sent_eof
+    assert half.todo() is Todo.READ
+    half.empty()
+    assert half.todo() is Todo.WAIT
+    half.readable = True
+    half.got(0, 100, now=1.0)
+    assert half.todo() is Todo.WAIT

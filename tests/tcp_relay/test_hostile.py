@@ -473,7 +473,7 @@ def test_an_idle_tcp_relay_only_looks_up_once_a_second(
         wait_for(lambda: is_listening(relay.gport), "tcp-relay")
         with FakeKrelay(relay.root, endpoint) as krelay, crowd(relay.gport, HOSTILE):
             wait_for(
-                lambda: krelay.reports and krelay.reports[-1].counts["open"] == HOSTILE,
+                lambda: krelay.reports and krelay.reports[-1].counts["opened"] == HOSTILE,
                 "the report of all of them",
             )
             calls = system_calls(strace, relay.process.pid, tmp_path)

@@ -470,7 +470,7 @@ def test_sigint_after_sigterm_ends_with_status_130(start: Start) -> None:
 def test_sigterm_after_sigint_leaves_the_status_130(start: Start) -> None:
     program = start("""
 def stubborn(index, ready):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda *_: say("SIGINT", index))
     ready()
     say("began", index, os.getpid())
     time.sleep(60)
@@ -478,6 +478,7 @@ def stubborn(index, ready):
 sys.exit(workers.run(2, stubborn, 10))
 """).ready(2)
     program.send(signal.SIGINT)
+    wait_for(lambda: {"SIGINT 0", "SIGINT 1"} <= set(program.out), "the first")
     program.send(signal.SIGTERM)
     assert program.wait() == 130
     assert program.field("worker ended", "signal") == ["SIGTERM", "SIGTERM"]
