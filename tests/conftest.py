@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from vm import registry
+from vm import kernels, registry
 
 # A shared machine may be slow at any moment, so no example has a deadline (pytest-timeout holds the
 # whole test); and a run of CI that is repeated does the same again.
@@ -83,15 +83,17 @@ def why_no_net() -> str | None:
 @functools.cache
 def why_no_vm() -> str | None:
     """The reason why this machine can't run `vm` tests, or None if it can."""
-    if os.geteuid() != 0:
-        return "needs root"
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return "/dev/kvm is not there or not ours to open"
-    return None
+    return why_no_net() or kernels.why_not("uml")
+
+
+@functools.cache
+def why_no_qemu() -> str | None:
+    """The reason why this machine can't run `qemu` tests, or None if it can."""
+    return why_no_net() or kernels.why_not("qemu")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for mark, why_not in (("net", why_no_net), ("vm", why_no_vm)):
+    for mark, why_not in (("net", why_no_net), ("vm", why_no_vm), ("qemu", why_no_qemu)):
         if item.get_closest_marker(mark) and (reason := why_not()):
             pytest.skip(reason)
 
@@ -154,7 +156,8 @@ def _is_ours(pid: int) -> bool:
 @pytest.fixture(scope="session", autouse=True)
 def host_network_stays_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails the run, after its last test, if `net` tests left a trace on the host's own network."""
-    needs_net = any(item.get_closest_marker("net") for item in request.session.items)
+    marks = ("net", "vm", "qemu")
+    needs_net = any(item.get_closest_marker(m) for item in request.session.items for m in marks)
     if not needs_net or why_no_net():
         yield
         return

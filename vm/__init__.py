@@ -1,8 +1,13 @@
 """vm: virtual hosts for demos and tests.
 
     topology  a network as data, everything derived from hosts and links   (pure)
+    guest     what a virtual machine is told, as text                      (pure)
+    kmod      kernel modules in the order to insert them                   (pure)
+    cpio      the archive that a kernel's first file system comes in       (pure)
     ------------------------------------------------------------------------------
-    netns     hosts as network namespaces of this kernel
+    netns     hosts as network namespaces of this kernel, and the cabling of machines
+    kernels   what there is to boot on this machine, or why there is nothing
+    machine   hosts as virtual machines, each with a kernel of its own
     registry  which labs are on this machine
     lab       a network while a `with` block runs, and the programs in it
     __main__  the same for people: python -m vm
@@ -14,7 +19,8 @@ Nothing of a lab touches the root namespace: no device, no address, no rule.
     '192.168.0.2'
 """
 
-from vm.lab import Lab, LabError, LabTimeout, Program, Result
+from vm.errors import LabError, LabTimeout
+from vm.lab import Lab, Program, Result
 from vm.topology import (
     DEFAULT,
     Host,

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vm import netns, registry
-from vm.lab import Lab, LabError, build, remove
+from vm.errors import LabError
+from vm.lab import Lab, build, remove
 from vm.registry import Record
 from vm.topology import DEFAULT, TopologyError, draw, parse
 
@@ -47,7 +48,7 @@ def _up(name: str | None, file: Path | None) -> None:
         topology = parse(file.read_text()) if file else DEFAULT
     except (UnicodeDecodeError, TopologyError) as error:
         raise LabError(f"{file}: {error}") from None
-    record = build(topology, name, owner=None)
+    record = build(topology, name, None, {})
     print(f"{draw(topology)}\n\nlab {record.name} is up", flush=True)
     for host in record.hosts[:1]:
         print(f"run a command in it:  python -m vm exec --name {record.name} {host} ip addr")

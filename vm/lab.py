@@ -14,6 +14,10 @@ Programs run in sessions of their own: a Ctrl-C at the terminal reaches only us,
 together with its children.  They are started by nsenter and setpriv, which exec, so that their pid
 is the program's: no code runs between fork and exec, which with threads about would be unsafe.
 They write to a file, not to a pipe: nobody has to read along.
+
+A host may also be a virtual machine (`vm.machine`), `Lab(backends={"client": "uml"})`: the same
+calls run, start and end what is in it.  It has its host's name and addresses, its wires and their
+captures are as they would be, and it ends with the lab like a program.  Only `enter` can't be had.
 """
 
 import os
@@ -26,14 +30,16 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
-from vm import netns, registry
+from vm import guest, kernels, netns, registry
+from vm.errors import LabError, LabTimeout
+from vm.machine import Job, Machine
 from vm.registry import Owner, Record
 from vm.topology import DEFAULT, Topology
 
@@ -54,14 +60,6 @@ LISTENING = {"tcp": "0A", "udp": "07"}
 """TCP_LISTEN; and TCP_CLOSE, which a bound UDP socket shows (include/net/tcp_states.h)."""
 
 
-class LabError(Exception):
-    """Something in the lab can't be done or has failed.  The text says what."""
-
-
-class LabTimeout(LabError):
-    """Something didn't happen in time.  The text says what was waited for."""
-
-
 @dataclass(frozen=True, slots=True)
 class Result:
     """What became of a command; a negative `status` is the signal that ended it."""
@@ -72,12 +70,37 @@ class Result:
     seconds: float
 
 
+class Process(Protocol):
+    """What runs a program: a process of ours, or a job of a machine."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float) -> int: ...
+
+    def signal(self, number: int) -> None: ...
+
+
+class _Local:
+    """A process that leads a session of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.pid = process.pid
+        self.poll = process.poll
+        self.wait = process.wait
+
+    def signal(self, number: int) -> None:
+        # It is unreaped as long as poll() says None, so nobody else can have its pid.
+        if self.poll() is None:
+            os.killpg(self.pid, number)
+
+
 class Program:
     """A program that runs in a host.  Its standard output and error go to the file `log`."""
 
-    def __init__(
-        self, host: str, argv: tuple[str, ...], log: Path, process: subprocess.Popen[bytes]
-    ) -> None:
+    def __init__(self, host: str, argv: tuple[str, ...], log: Path, process: Process) -> None:
         self.host = host
         self.argv = argv
         self.log = log
@@ -105,9 +128,7 @@ class Program:
 
     def signal(self, number: int) -> None:
         """Sends a signal to it and to the children in its process group, unless it has ended."""
-        # It is unreaped as long as poll() says None, so nobody else can have its pid.
-        if self.poll() is None:
-            os.killpg(self.pid, number)
+        self._process.signal(number)
 
     def terminate(self) -> None:
         """Sends SIGTERM."""
@@ -122,13 +143,22 @@ class Lab:
     """A network of virtual hosts, for the duration of a `with` block.  Needs root.
 
     `name` (small letters, digits, hyphens) begins the names of its namespaces, `NAME-HOST`; by
-    default it is made up, so that labs work side by side.  Entering raises LabError if the lab
-    can't be built.
+    default it is made up, so that labs work side by side.  `backends` says what hosts are on:
+    `netns`, `uml` or `qemu`, one for all or by host, those not named on `netns`.  Entering raises
+    LabError if the lab can't be built.
     """
 
-    def __init__(self, topology: Topology = DEFAULT, name: str | None = None) -> None:
+    def __init__(
+        self,
+        topology: Topology = DEFAULT,
+        name: str | None = None,
+        backends: str | Mapping[str, str] = "netns",
+    ) -> None:
         self.topology = topology
+        self.backends = machines(topology, backends)
+        """The backends of those hosts that are virtual machines."""
         self.programs: list[Program] = []
+        self._machines: dict[str, Machine] = {}
         self._wanted_name = name
         self._record: Record | None = None
         self._signals = ExitStack()
@@ -137,7 +167,8 @@ class Lab:
         try:
             self._signals.enter_context(_ended_by_signals())
             with _uninterrupted():
-                self._record = build(self.topology, self._wanted_name, Owner.me())
+                self._record = build(self.topology, self._wanted_name, Owner.me(), self.backends)
+            self.boot(*self.backends)
         except BaseException:
             self.close()
             raise
@@ -155,6 +186,8 @@ class Lab:
         """Ends the programs and removes the lab, undisturbed by signals.  Harmless if repeated."""
         with self._signals, _uninterrupted():
             try:
+                for machine in self._machines.values():
+                    machine.kill()
                 self._end_programs()
             finally:
                 record, self._record = self._record, None
@@ -211,8 +244,25 @@ class Lab:
         `env` is added to the environment.  Raises LabTimeout after `timeout` seconds, the command
         being killed, and, if `check`, LabError for an exit status other than 0.
         """
-        began = time.monotonic()
         text = input.encode() if isinstance(input, str) else input
+        if self._is_machine(host):
+            result = run_job(self._machine(host), argv, text, timeout, env)
+        else:
+            result = self._run_here(host, argv, text, timeout, env)
+        if check and result.status != 0:
+            ended = f"{host}: {' '.join(argv)} ended with status {result.status}"
+            raise LabError(ended + _tail(result.stderr or result.stdout))
+        return result
+
+    def _run_here(
+        self,
+        host: str,
+        argv: tuple[str, ...],
+        text: bytes | None,
+        timeout: float,
+        env: Mapping[str, str] | None,
+    ) -> Result:
+        began = time.monotonic()
         with subprocess.Popen(
             self._command(host, argv),
             stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
@@ -231,12 +281,7 @@ class Lab:
                     raise
                 took = f"{host}: {' '.join(argv)} took longer than {timeout:g} s"
                 raise LabTimeout(took + _tail(_text(error.output) + _text(error.stderr))) from None
-        status = process.returncode
-        result = Result(status, _text(out), _text(err), time.monotonic() - began)
-        if check and status != 0:
-            ended = f"{host}: {' '.join(argv)} ended with status {status}"
-            raise LabError(ended + _tail(result.stderr or result.stdout))
-        return result
+        return Result(process.returncode, _text(out), _text(err), time.monotonic() - began)
 
     def start(
         self,
@@ -248,29 +293,91 @@ class Lab:
         """Starts a program in the host; it ends with the lab or with the thread that started it.
 
         Its output is appended to `log`, by default a file in the lab's directory.  `env` is added
-        to the environment.
+        to the environment.  In a virtual machine `log` must lie in the lab's directory.
         """
-        command = self._command(host, argv)
+        if not argv:
+            raise LabError("no command given")
         if log is None:
             log = self.directory / f"{host}-{len(self.programs)}-{Path(argv[0]).name}.log"
+        started = (
+            self._start_there(host, argv, log, env)
+            if self._is_machine(host)
+            else self._start_here(host, argv, log, env)
+        )
+        program = Program(host, argv, log, started)
+        self.programs.append(program)
+        return program
+
+    def _start_there(
+        self, host: str, argv: tuple[str, ...], log: Path, env: Mapping[str, str] | None
+    ) -> Process:
+        if not log.resolve().is_relative_to(self.directory):
+            raise LabError(f"{host}, a virtual machine, can't write {log}: not in {self.directory}")
+        log.touch()
+        return self._machine(host).submit(argv, log=log, env=env)
+
+    def _start_here(
+        self, host: str, argv: tuple[str, ...], log: Path, env: Mapping[str, str] | None
+    ) -> Process:
         with log.open("ab") as output:
             process = subprocess.Popen(
-                command,
+                self._command(host, argv),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 env=_environment(env),
                 start_new_session=True,
             )
-        program = Program(host, argv, log, process)
-        self.programs.append(program)
-        return program
+        return _Local(process)
 
     def _command(self, host: str, argv: tuple[str, ...]) -> tuple[str, ...]:
         if not argv:
             raise LabError("no command given")
-        mortal = ("setpriv", "--pdeathsig", "KILL", "--", *_UNLESS_ORPHANED, str(os.getpid()))
-        return netns.command(self.namespace(host), *mortal, *argv)
+        return netns.command(self.namespace(host), *mortal(argv))
+
+    def _is_machine(self, host: str) -> bool:
+        return self.topology.host(host).name in self.backends
+
+    def _machine(self, host: str) -> Machine:
+        if not self._is_machine(host):
+            raise LabError(f"{host} is a namespace, not a virtual machine")
+        if host not in self._machines:
+            self._machines[host] = Machine(host, self.directory)
+        return self._machines[host]
+
+    def boot(self, *hosts: str) -> None:
+        """Starts these virtual machines, all at once, and waits until they take commands.
+
+        They end with the lab, or with the thread that calls this.  Raises LabError.
+        """
+        for host in hosts:
+            if self._machine(host).alive:
+                raise LabError(f"{host} runs already")
+        for host in hosts:
+            self._machines[host].kill()  # it has ended: nothing stays of its process
+            machine = self._machines[host] = Machine(host, self.directory)
+            machine.boot(self.topology, self.backends[host], self.namespace(host), mortal)
+        for host in hosts:
+            self._machines[host].wait_up()
+
+    def kill(self, host: str) -> None:
+        """Cuts a virtual machine's power; its programs have then been killed."""
+        self._machine(host).kill()
+
+    def link_down(self, host: str, interface: str = "eth0") -> None:
+        """Pulls the cable of that interface."""
+        self._set_link(host, interface, up=False)
+
+    def link_up(self, host: str, interface: str = "eth0") -> None:
+        """Puts it in again."""
+        self._set_link(host, interface, up=True)
+
+    def _set_link(self, host: str, interface: str, *, up: bool) -> None:
+        self.namespace(host)
+        try:
+            netns.set_link(self.topology, self.name, host, interface, up=up)
+        except OSError as error:
+            raise LabError(f"{host} {interface}: {error.strerror}") from None
 
     def wait(self, condition: Callable[[], T | None], what: str, timeout: float = 10.0) -> T:
         """Asks until the condition returns something true, and returns that.
@@ -303,18 +410,26 @@ class Lab:
         )
 
     def _is_listening(self, host: str, proto: str, port: int) -> bool:
+        if self._is_machine(host):
+            tables = [f"/proc/net/{proto}{v}" for v in ("", "6")]
+            shown = self.run(host, guest.BUSYBOX, "cat", *tables, check=False).stdout
+            return listens(shown, proto, port)
         with self.enter(host):
-            tables = [Path(f"/proc/thread-self/net/{proto}{v}") for v in ("", "6")]
-            return any(
-                listens(table.read_text(), proto, port) for table in tables if table.exists()
-            )
+            files = [Path(f"/proc/thread-self/net/{proto}{v}") for v in ("", "6")]
+            return any(listens(file.read_text(), proto, port) for file in files if file.exists())
 
     @contextmanager
     def enter(self, host: str) -> Iterator[None]:
         """The calling thread is inside the host's network; sockets opened here belong to that.
 
-        Close them before the lab ends: a socket keeps its network alive, nameless.
+        Close them before the lab ends: a socket keeps its network alive, nameless.  Raises LabError
+        for a virtual machine.
         """
+        if self._is_machine(host):
+            raise LabError(
+                f"{host} can't be entered: it is a virtual machine ({self.backends[host]}), whose "
+                "network is its own kernel's; use run or start"
+            )
         with netns.inside(self.namespace(host)):
             yield
 
@@ -323,7 +438,7 @@ class Lab:
 
         `recvfrom` tells the direction: PACKET_OUTGOING at index 2 of the address.
         """
-        with self.enter(host):
+        with netns.inside(self.namespace(host)):
             # Protocol 0 receives nothing: no frame of another interface gets in before the bind.
             packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
             try:
@@ -347,19 +462,84 @@ class Lab:
         return [record.name for record in stale]
 
 
-def build(topology: Topology, name: str | None, owner: Owner | None) -> Record:
-    """Builds a lab, which stays if it has no owner.  Raises LabError, and leaves nothing then."""
+def machines(topology: Topology, backends: str | Mapping[str, str]) -> dict[str, str]:
+    """The hosts that are virtual machines, each with its backend.  Raises LabError."""
+    chosen = dict.fromkeys(topology.names, backends) if isinstance(backends, str) else backends
+    for host, backend in chosen.items():
+        topology.host(host)
+        if backend not in guest.BACKENDS:
+            raise LabError(f"no backend {backend!r}; there are {', '.join(guest.BACKENDS)}")
+    return {host: backend for host, backend in chosen.items() if backend != guest.BACKENDS[0]}
+
+
+def mortal(argv: Sequence[str]) -> tuple[str, ...]:
+    """The command line that runs `argv`, as the same process, for as long as this thread lives."""
+    owner = str(os.getpid())
+    return ("setpriv", "--pdeathsig", "KILL", "--", *_UNLESS_ORPHANED, owner, *argv)
+
+
+def run_job(
+    machine: Machine,
+    argv: Sequence[str],
+    input: bytes | None,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+) -> Result:
+    """Runs a command in a machine and waits for its end.  Raises LabError if the machine ends."""
+    if not argv:
+        raise LabError("no command given")
+    began = time.monotonic()
+    job = machine.submit(argv, input, env=env)
+    try:
+        status = job.wait(timeout)
+    except subprocess.TimeoutExpired:
+        took = f"{machine.host}: {' '.join(argv)} took longer than {timeout:g} s"
+        raise LabTimeout(took + _tail(_said(job)) + machine.last_lines()) from None
+    finally:
+        job.signal(signal.SIGKILL)
+    out, err = ((job.folder / name) for name in ("out", "err"))
+    if status < 0 and not machine.alive:
+        raise LabError(f"the machine {machine.host} has ended{machine.last_lines()}")
+    result = Result(status, _text(_bytes(out)), _text(_bytes(err)), time.monotonic() - began)
+    job.remove()
+    return result
+
+
+def _said(job: Job) -> str:
+    return "".join(_text(_bytes(job.folder / name)) for name in ("out", "err"))
+
+
+def _bytes(path: Path) -> bytes:
+    """What is in a file that may not be there."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def build(
+    topology: Topology,
+    name: str | None,
+    owner: Owner | None,
+    backends: Mapping[str, str],
+) -> Record:
+    """Builds a lab, which stays if it has no owner; its machines are off.
+
+    Raises LabError, and leaves nothing then.
+    """
     if os.geteuid() != 0:
         raise LabError("needs root (network namespaces); try with sudo")
     if name is not None and not LAB_NAME.fullmatch(name):
         raise LabError(f"{name!r} is not a lab's name: a-z, then up to 31 of a-z, 0-9 and hyphen")
+    for backend in set(backends.values()):
+        kernels.kernel(backend)
     with registry.locked():
-        record = _claim(topology, name, owner)
+        record = _claim(topology, name, owner, backends)
         try:
             directory = Path(record.directory)
             directory.mkdir()
             directory.chmod(0o755)
-            netns.build(topology, record.name)
+            netns.build(topology, record.name, backends)
         except OSError as error:
             _discard(record)
             raise LabError(f"lab {record.name}: {error.strerror}") from error
@@ -369,7 +549,9 @@ def build(topology: Topology, name: str | None, owner: Owner | None) -> Record:
     return record
 
 
-def _claim(topology: Topology, name: str | None, owner: Owner | None) -> Record:
+def _claim(
+    topology: Topology, name: str | None, owner: Owner | None, backends: Mapping[str, str]
+) -> Record:
     for _ in range(100):
         chosen = name or f"krelay-{secrets.token_hex(2)}"
         record = Record(
@@ -378,6 +560,7 @@ def _claim(topology: Topology, name: str | None, owner: Owner | None) -> Record:
             namespaces=tuple(f"{chosen}-{host}" for host in netns.namespaces(topology)),
             directory=f"{tempfile.gettempdir()}/{chosen}",
             owner=owner,
+            machines=tuple(backends.items()),
         )
         taken = [n for n in record.namespaces if (netns.RUN / n).exists()]
         if not taken and not Path(record.directory).exists() and registry.claim(record):

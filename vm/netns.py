@@ -4,7 +4,13 @@ A namespace belongs to a *thread*.  So the network is built by one short-lived t
 a namespace after the other, pins each to a name, and opens a netlink socket in each: no helper
 processes, and the callers' own thread never moves.  Veth pairs are made inside one end's namespace
 with the other end born in its own (IFLA_NET_NS_FD of the peer), bridges in a namespace of their
-own.  Nothing ever shows up in the root namespace, not even for a moment: a network manager there
+own.
+
+The namespace of a virtual machine is its cabling.  The wire ends there as it does in any host; a
+bridge joins that end to a tap device, which is the machine's.  The machine has the addresses, so
+these devices have none, and what crosses the bridge meets no rules.
+
+Nothing ever shows up in the root namespace, not even for a moment: a network manager there
 would seize it, and two labs would have to agree on names.
 
 pyroute2's NetNS and pushns are not used: the first starts a process for each namespace, the second
@@ -13,8 +19,11 @@ asks /proc/self, which is the main thread's namespace whoever calls.
 
 import ctypes
 import errno
+import fcntl
 import os
 import signal
+import socket
+import struct
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +34,18 @@ from typing import Any
 from pyroute2 import IPRoute, NetlinkError
 from pyroute2 import netns as pyroute2_netns
 
+from vm import guest
 from vm.topology import SWITCH, Interface, Topology
 
 RUN = Path("/run/netns")
 """Where names of namespaces live (ip-netns(8))."""
 
+BRIDGE_NETFILTER = Path("/proc/sys/net/bridge")
+"""The reader's own; there if the kernel can show bridged packets to iptables, and then it does."""
+
 CLONE_NEWNET = 0x40000000  # linux/sched.h
+TUNSETIFF, TUNSETPERSIST = 0x400454CA, 0x400454CB  # linux/if_tun.h
+IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
 IFA_F_NODAD = 0x02  # linux/if_addr.h: an IPv6 address is usable at once
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -42,14 +57,14 @@ def namespaces(topology: Topology) -> list[str]:
     return [*topology.names, *([SWITCH] if switched else [])]
 
 
-def build(topology: Topology, prefix: str) -> None:
-    """Makes the network, its namespaces called `PREFIX-HOST`.
+def build(topology: Topology, prefix: str, machines: Collection[str] = ()) -> None:
+    """Makes the network, its namespaces called `PREFIX-HOST`; those of `machines` are cabling.
 
     Raises OSError, and then leaves behind what it has made.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
         try:
-            thread.submit(_build, topology, prefix).result()
+            thread.submit(_build, topology, prefix, machines).result()
         except NetlinkError as error:
             raise OSError(error.code, f"netlink: {os.strerror(error.code)}") from error
 
@@ -121,7 +136,7 @@ def _is_in(pid: int, wanted: set[tuple[int, int]]) -> bool:
         return False
 
 
-def _build(topology: Topology, prefix: str) -> None:
+def _build(topology: Topology, prefix: str, machines: Collection[str]) -> None:
     """Runs in a thread of its own, which ends in the last namespace it has made."""
     with ExitStack() as stack:
         netlink: dict[str, Any] = {}
@@ -133,6 +148,9 @@ def _build(topology: Topology, prefix: str) -> None:
         enter = pyroute2_netns.setns
         for host in topology.names:
             enter(handles[host])
+            if host in machines:
+                _write_sysctls({"net.ipv6.conf.default.disable_ipv6": "1"})
+                continue
             names = [end.name for end in topology.interfaces(host)]
             settings = topology.sysctls(host).items()
             _write_sysctls({key: value for key, value in settings if not _about(key, names)})
@@ -142,7 +160,26 @@ def _build(topology: Topology, prefix: str) -> None:
         _make_wires(topology, netlink, handles)
         for host in topology.names:
             enter(handles[host])
-            _configure(topology, host, netlink[host])
+            if host in machines:
+                _cable(topology, host, netlink[host])
+            else:
+                _configure(topology, host, netlink[host])
+
+
+def set_link(topology: Topology, prefix: str, host: str, interface: str, *, up: bool) -> None:
+    """Cuts the wire at that end of it, or joins it again.  Raises OSError.
+
+    The routes that the kernel forgets with an interface that goes down come back with it.
+    """
+    with inside(f"{prefix}-{host}"), IPRoute() as netlink:
+        index = _index(netlink, interface)
+        try:
+            netlink.link("set", index=index, state="up" if up else "down")
+            if up and netlink.get_addr(index=index, family=socket.AF_INET):
+                for route in topology.routes(host):
+                    netlink.route("replace", dst=route.destination, gateway=route.via)
+        except NetlinkError as error:
+            raise OSError(error.code, f"netlink: {os.strerror(error.code)}") from error
 
 
 def _create(name: str) -> int:
@@ -177,6 +214,33 @@ def _make_pair(netlink: Any, name: str, mtu: int | None, far: int, far_name: str
     size = {} if mtu is None else {"mtu": mtu}
     peer = {"ifname": far_name, "net_ns_fd": far, **size}
     netlink.link("add", ifname=name, kind="veth", peer=peer, **size)
+
+
+def _cable(topology: Topology, host: str, netlink: Any) -> None:
+    """Joins each end of a wire to a tap device."""
+    netlink.link("set", index=_index(netlink, "lo"), state="up")
+    if (BRIDGE_NETFILTER / "bridge-nf-call-iptables").exists():
+        for family in ("iptables", "ip6tables", "arptables"):
+            (BRIDGE_NETFILTER / f"bridge-nf-call-{family}").write_text("0")
+    for end in topology.interfaces(host):
+        size = {} if end.mtu is None else {"mtu": end.mtu}
+        bridge = end.name.replace("eth", "br")
+        netlink.link("add", ifname=bridge, kind="bridge", br_mcast_snooping=0)
+        master = _index(netlink, bridge)
+        _make_tap(guest.tap(end))
+        for name in (guest.tap(end), end.name):
+            netlink.link("set", index=_index(netlink, name), master=master, state="up", **size)
+        netlink.link("set", index=master, state="up")
+
+
+def _make_tap(name: str) -> None:
+    """A tap device that stays, in this thread's namespace."""
+    tun = os.open("/dev/net/tun", os.O_RDWR)
+    try:
+        fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI))
+        fcntl.ioctl(tun, TUNSETPERSIST, 1)
+    finally:
+        os.close(tun)
 
 
 def _configure(topology: Topology, host: str, netlink: Any) -> None:

@@ -32,9 +32,15 @@ class Owner(NamedTuple):
     @classmethod
     def me(cls) -> "Owner":
         """This process."""
-        started = _started(os.getpid())
-        assert started is not None
-        return cls(os.getpid(), started)
+        owner = cls.of(os.getpid())
+        assert owner is not None
+        return owner
+
+    @classmethod
+    def of(cls, pid: int) -> "Owner | None":
+        """The process that has this pid now."""
+        started = _started(pid)
+        return None if started is None else cls(pid, started)
 
 
 class Record(NamedTuple):
@@ -45,6 +51,8 @@ class Record(NamedTuple):
     namespaces: tuple[str, ...]
     directory: str
     owner: Owner | None  # None: it stays until it is taken down
+    machines: tuple[tuple[str, str], ...] = ()
+    """The hosts that are virtual machines, each with its backend."""
 
     @property
     def stale(self) -> bool:
@@ -131,6 +139,7 @@ def _read(path: Path) -> Record | None:
             namespaces=tuple(map(str, tree["namespaces"])),
             directory=str(tree["directory"]),
             owner=Owner(*map(int, tree["owner"])) if tree["owner"] else None,
+            machines=tuple((str(host), str(backend)) for host, backend in tree.get("machines", ())),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
