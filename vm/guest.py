@@ -11,7 +11,8 @@ own path and can be written to: files go in and out as files.  The machine's par
     vm/HOST/init          its first program, which below is written from the topology
     vm/HOST/console.in    a pipe: the serial line into it, one request a line
     vm/HOST/console.log   the serial line out of it, for people and for error messages
-    vm/HOST/jobs/J/       a command: `run` says what to do, then `pid` and `status` come about
+    vm/HOST/jobs/J/       a command: `run` says what to do, then `pid` and `status` come about,
+                          each a number and a newline, without which it is not yet written
 
 The line carries names of jobs and nothing else, whatever a command reads and writes: no quoting, no
 escape, no limit of a terminal's, and commands run side by side.
@@ -147,15 +148,13 @@ _AGENT = """\
 $b stty raw -echo
 job() {
     $b setsid $b sh $jobs/$1/run &
-    echo $! >$jobs/$1/pid.new
-    $b mv $jobs/$1/pid.new $jobs/$1/pid
+    echo $! >$jobs/$1/pid
     wait $!
-    echo $? >$jobs/$1/status.new
-    $b mv $jobs/$1/status.new $jobs/$1/status
+    echo $? >$jobs/$1/status
 }
 signal() {
-    [ -e $jobs/$1/status ] || read -r pid <$jobs/$1/pid || return
-    $b kill -$2 -$pid || $b kill -$2 $pid
+    # Before it leads a group of its own, there is only itself.
+    [ -e $jobs/$1/status ] || kill -$2 -$3 2>/dev/null || kill -$2 $3
 }
 set +e
 echo 1 >$up
@@ -205,6 +204,11 @@ def init(
             lines.append(f"$b ip link set {end.name} mtu {end.mtu}")
         lines += [f"$b ip addr add {address} dev {end.name}" for address in end.addresses]
         lines.append(f"$b ip link set {end.name} up")
+        # What is sent before the kernel has noticed the carrier is lost.
+        lines.append(
+            f"n=0; while [ $n -lt 100 ] && read -r state </sys/class/net/{end.name}/operstate"
+            " && [ $state = down ]; do $b usleep 10000; n=$((n + 1)); done"
+        )
     for route in topology.routes(host):
         family = "-6 " if ":" in route.via else ""
         lines.append(f"$b ip {family}route add {route.destination} via {route.via}")

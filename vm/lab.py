@@ -590,7 +590,7 @@ def _discard(record: Record) -> None:
 
 def listens(table: str, proto: str, port: int) -> bool:
     """Whether /proc/net/{tcp,udp}[6] (proc(5)) shows a socket that waits at the port."""
-    rows = (line.split() for line in table.splitlines()[1:])
+    rows = (line.split() for line in table.splitlines() if ":" in line)
     return any(
         int(row[1].rpartition(":")[2], 16) == port and row[3] == LISTENING[proto] for row in rows
     )

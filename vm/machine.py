@@ -212,11 +212,15 @@ class Job:
     @property
     def pid(self) -> int:
         """Its process id, among those of the machine; waits until it has one."""
-        self._wait_begun()
-        return int((self.folder / "pid").read_text())
+        return self.machine.until(lambda: self._number("pid"), "the start of a command", BOOT)
 
-    def _wait_begun(self) -> None:
-        self.machine.until((self.folder / "pid").exists, "the start of a command", BOOT)
+    def _number(self, name: str) -> int | None:
+        """What the machine wrote into that file; None as long as it hasn't."""
+        try:
+            text = (self.folder / name).read_text()
+        except FileNotFoundError:
+            return None
+        return int(text) if text.endswith("\n") else None
 
     def poll(self) -> int | None:
         """Its exit status, a negative signal number, or None while it runs.
@@ -225,12 +229,11 @@ class Job:
         """
         if self._status is None:
             ended = self._identity is None or not self._identity.alive
-            try:
-                status = int((self.folder / "status").read_text())
+            status = self._number("status")
+            if status is not None:
                 self._status = 128 - status if 128 < status <= 128 + signal.SIGRTMAX else status
-            except FileNotFoundError:
-                if ended:
-                    self._status = -signal.SIGKILL
+            elif ended:
+                self._status = -signal.SIGKILL
         return self._status
 
     def wait(self, timeout: float) -> int:
@@ -248,8 +251,8 @@ class Job:
         """Sends a signal to it and to its process group, unless it or its machine has ended."""
         if self.poll() is None:
             with suppress(LabError):
-                self._wait_begun()
-                self.machine.request(f"signal {self.folder.name} {number}")
+                pid = self.pid  # it has begun: the machine knows whom to signal
+                self.machine.request(f"signal {self.folder.name} {number} {pid}")
 
     def remove(self) -> None:
         """Removes its files."""
