@@ -6,13 +6,16 @@ AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PYTHON := .venv/bin/python -B
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-pure lint bench clean
+.PHONY: help setup vm-setup demo test test-pure test-vm lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: ## install what is missing: system packages (through sudo), .venv
 	@tools/setup
+
+vm-setup: ## install what virtual machines need: User-Mode Linux, QEMU, Debian's kernel (in ~/.cache/krelay-vm)
+	@tools/setup --group vm
 
 demo: ## client, relay and server on this one machine: DNS and HTTP through the relay, step by step
 	@tools/setup --group run
@@ -25,6 +28,10 @@ test: ## all checks: ruff, mypy, the tests; those in network namespaces through 
 test-pure: ## the tests that need neither root nor namespaces
 	@tools/setup --group test
 	@tools/check --pure
+
+test-vm: ## the tests in virtual machines: User-Mode Linux and QEMU; through sudo
+	@tools/setup --group test,vm
+	@tools/check --vm
 
 lint: ## ruff, its format, mypy
 	@tools/setup --group test

@@ -11,6 +11,8 @@ own path and can be written to: files go in and out as files.  The machine's par
     vm/HOST/init          its first program, which below is written from the topology
     vm/HOST/console.in    a pipe: the serial line into it, one request a line
     vm/HOST/console.log   the serial line out of it, for people and for error messages
+    vm/HOST/shell.tty     where a person can log in: names a terminal, of a User-Mode Linux
+    vm/HOST/shell.sock    or is one end of it, of an emulated PC
     vm/HOST/jobs/J/       a command: `run` says what to do, then `pid` and `status` come about,
                           each a number and a newline, without which it is not yet written
 
@@ -34,6 +36,7 @@ BACKENDS = ("netns", "uml", "qemu")
 """Where a host can sit; the first is the default."""
 
 BUSYBOX = "/bin/busybox"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MEMORY = {"uml": 128, "qemu": 320}
 """Megabytes.  They are taken as they are used."""
 
@@ -57,8 +60,12 @@ def tap(interface: Interface) -> str:
     return interface.name.replace("eth", "tap")
 
 
-def uml_command(kernel: str, topology: Topology, host: str, folder: str) -> tuple[str, ...]:
+def uml_command(
+    kernel: str, topology: Topology, host: str, folder: str, shell: int
+) -> tuple[str, ...]:
     """The command line of a User-Mode Linux; `folder` is the machine's own, vm/HOST.
+
+    `shell` is an open descriptor, of a pseudo-terminal where a person can have a shell.
 
     Without `gro` the driver drops the large frames that its peers may send; `lpj` spares it the
     calibration of a delay loop.
@@ -74,6 +81,7 @@ def uml_command(kernel: str, topology: Topology, host: str, folder: str) -> tupl
         "loglevel=1",
         "con=null",
         "con0=fd:0,fd:1",
+        f"con1=fd:{shell}",
         "umid=uml",
         f"uml_dir={folder}/",
         "lpj=14000000",
@@ -109,6 +117,8 @@ def qemu_command(
         *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg,tb-size=64"),
         *("-m", str(MEMORY["qemu"]), "-nodefaults", "-no-user-config", "-display", "none"),
         *("-no-reboot", "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
+        *("-chardev", f"socket,id=shell,path={folder}/shell.sock,server=on,wait=off"),
+        *("-serial", "chardev:shell"),
         *("-kernel", kernel, "-initrd", initramfs),
         *("-append", f"{words} SHARE={share} FIRST={folder}/init"),
         *("-virtfs", f"{virtfs},path=/,mount_tag=root,readonly=on"),
@@ -145,6 +155,9 @@ echo 1 >/proc/sys/vm/dirty_writeback_centisecs
 """
 
 _AGENT = """\
+shell="$b sh"
+[ ! -x /bin/bash ] || shell="/bin/bash --norc"
+(while :; do $b setsid -c $shell; done <>$tty >&0 2>&1) &
 $b stty raw -echo
 job() {
     $b setsid $b sh $jobs/$1/run &
@@ -212,6 +225,8 @@ def init(
     for route in topology.routes(host):
         family = "-6 " if ":" in route.via else ""
         lines.append(f"$b ip {family}route add {route.destination} via {route.via}")
+    lines.append(f"tty=/dev/{'tty1' if uml else 'ttyS1'}")
+    lines.append(f"export PS1={shlex.quote(host + ':')}'\\w# ' PATH={PATH}")
     lines += [f"jobs={shlex.quote(folder)}/jobs up={shlex.quote(folder)}/up", _AGENT]
     return "\n".join(lines)
 

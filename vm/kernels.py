@@ -1,7 +1,7 @@
 """The kernels that this machine has for virtual machines, and why it has none.
 
 User-Mode Linux is a package.  So is Debian's kernel, but it is not installed, lest it become this
-machine's own: `tools/setup --group vm` unpacks it into a cache outside the repository.  What is
+machine's own: `make vm-setup` unpacks it into a cache outside the repository.  What is
 made of it there once, the bare kernel and an initramfs, is made beside and renamed: two that make
 it at once disturb nobody, and a half is never seen.  The packed kernel would boot as well, but
 unpacks itself under emulation, which takes six seconds.
@@ -46,16 +46,25 @@ def why_not(backend: str) -> str | None:
         return "needs root"
     if not os.access(TUN, os.R_OK | os.W_OK):
         return f"{TUN} is not there or not ours to open: its network interfaces can't be made"
-    if not _is_static(Path(guest.BUSYBOX)):
-        return f"no statically linked {guest.BUSYBOX}; run: tools/setup --group {backend}"
-    program = {"uml": "linux.uml", "qemu": "qemu-system-x86_64"}[backend]
-    if shutil.which(program) is None:
-        return f"{program} is not installed; run: tools/setup --group {backend}"
-    if backend == "uml" and not _newest(UML_MODULES):
-        return f"no kernel modules in {UML_MODULES}"
-    if backend == "qemu" and not _newest(cache_folder(), "linux-image-*"):
-        return f"no kernel in {cache_folder()}; run: tools/setup --group qemu"
+    if reason := _lacks_uml() if backend == "uml" else _lacks_qemu():
+        return f"{reason}; run: make vm-setup"
     return None
+
+
+def _lacks_uml() -> str | None:
+    if not os.access(guest.BUSYBOX, os.X_OK):
+        return f"no {guest.BUSYBOX}"
+    if shutil.which("linux.uml") is None:
+        return "User-Mode Linux (linux.uml) is not installed"
+    return None if _newest(UML_MODULES) else f"no kernel modules in {UML_MODULES}"
+
+
+def _lacks_qemu() -> str | None:
+    if not _is_static(Path(guest.BUSYBOX)):
+        return f"no statically linked {guest.BUSYBOX}"
+    if shutil.which("qemu-system-x86_64") is None:
+        return "QEMU (qemu-system-x86_64) is not installed"
+    return None if _newest(cache_folder(), "linux-image-*") else f"no kernel in {cache_folder()}"
 
 
 def kernel(backend: str) -> Kernel:
@@ -121,7 +130,7 @@ def _unpacked(image: bytes) -> bytes:
     """The kernel in a bzImage, which holds it packed with xz."""
     start = image.find(b"\xfd7zXZ\0")
     if start < 0:
-        raise LabError("the kernel is not packed with xz")
+        return image  # packed in another way: it can do it by itself
     return lzma.LZMADecompressor().decompress(image[start:])
 
 

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,32 +54,40 @@ class Machine:
     ) -> None:
         """Starts it, and doesn't wait.  `wrapped` may put a command in front of its own."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for stale in ("up", "uml", "pid"):
+        for stale in ("up", "uml", "pid", "shell.sock"):
             path = self.folder / stale
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         (self.folder / "jobs").mkdir(exist_ok=True)
         line = self.folder / "console.in"
         line.unlink(missing_ok=True)  # with what nobody read
         os.mkfifo(line, 0o600)
-        argv = self._prepared(topology, backend)
-        # Open for both: so there is always a writer, and the machine never reads an end.
-        console = os.open(line, os.O_RDWR)
-        try:
-            with (self.folder / "console.log").open("wb") as log:
-                self._process = subprocess.Popen(
-                    netns.command(namespace, *wrapped(argv)),
-                    stdin=console,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-        finally:
-            os.close(console)
+        with ExitStack() as held:
+            # Open for both: so there is always a writer, and the machine never reads an end.
+            console = os.open(line, os.O_RDWR)
+            held.callback(os.close, console)
+            terminal = os.openpty()
+            for end in terminal:
+                held.callback(os.close, end)
+            argv = self._prepared(topology, backend, terminal[0])
+            if backend == "uml":
+                (self.folder / "shell.tty").write_text(os.ttyname(terminal[1]))
+            log = held.enter_context((self.folder / "console.log").open("wb"))
+            # A kernel that panics would leave its memory in a file.
+            command = ("prlimit", "--core=0", "--", *argv)
+            self._process = subprocess.Popen(
+                netns.command(namespace, *wrapped(command)),
+                stdin=console,
+                stdout=log,
+                stderr=log,
+                # The slave as well: a terminal that nobody holds open has hung up.
+                pass_fds=terminal,
+                start_new_session=True,
+            )
         self._identity = Owner.of(self._process.pid)
         if self._identity:
             (self.folder / "pid").write_text(" ".join(map(str, self._identity)))
 
-    def _prepared(self, topology: Topology, backend: str) -> tuple[str, ...]:
+    def _prepared(self, topology: Topology, backend: str, shell: int) -> tuple[str, ...]:
         """Writes its first program; returns its command line."""
         kernel = kernels.kernel(backend)
         wanted = list(kmod.RELAY[backend]) if topology.host(self.host).forwards else []
@@ -94,7 +102,7 @@ class Machine:
         )
         first.chmod(0o755)
         if backend == "uml":
-            return guest.uml_command(kernel.image, topology, self.host, folder)
+            return guest.uml_command(kernel.image, topology, self.host, folder, shell)
         return guest.qemu_command(
             kernel.image, kernel.initramfs, topology, self.host, share, folder
         )

@@ -62,10 +62,11 @@ def test_interfaces_are_called_the_same_everywhere() -> None:
 
 
 def test_a_user_mode_linux_has_an_interface_for_each_end_of_a_wire() -> None:
-    command = guest.uml_command("linux.uml", ODD, "b", "/tmp/lab/vm/b")
+    command = guest.uml_command("linux.uml", ODD, "b", "/tmp/lab/vm/b", 7)
 
     assert command[0] == "linux.uml"
     assert "init=/tmp/lab/vm/b/init" in command
+    assert "con1=fd:7" in command
     assert command[-2:] == (
         "vec0:transport=tap,ifname=tap0,depth=64,gro=1,mac=02:76:6d:00:01:00,mtu=1400",
         "vec1:transport=tap,ifname=tap1,depth=64,gro=1,mac=02:76:6d:00:01:01",
