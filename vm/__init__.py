@@ -3,6 +3,7 @@
     topology  a network as data, everything derived from hosts and links   (pure)
     guest     what a virtual machine is told, as text                      (pure)
     kmod      kernel modules in the order to insert them                   (pure)
+    pcapng    a capture file                                               (pure)
     cpio      the archive that a kernel's first file system comes in       (pure)
     ------------------------------------------------------------------------------
     netns     hosts as network namespaces of this kernel, and the cabling of machines
@@ -10,6 +11,7 @@
     machine   hosts as virtual machines, each with a kernel of its own
     registry  which labs are on this machine
     lab       a network while a `with` block runs, and the programs in it
+    attended  what a person does with a lab at a terminal
     __main__  the same for people: python -m vm
 
 Nothing of a lab touches the root namespace: no device, no address, no rule.

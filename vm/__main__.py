@@ -1,5 +1,7 @@
 """python -m vm: labs for people.  Only `up` makes a lab that outlives its process.
 
+What can be done with a lab at a terminal is in `vm.attended`.
+
 Exit status: 0 done, 1 it failed (one line on stderr), 2 wrong usage, 130 Ctrl-C; `exec` ends as its
 command does.
 """
@@ -7,20 +9,22 @@ command does.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vm import netns, registry
+from vm import attended, guest, netns, registry
 from vm.errors import LabError
-from vm.lab import Lab, build, remove
+from vm.lab import Lab, boot_to_stay, build, machines, remove
 from vm.registry import Record
-from vm.topology import DEFAULT, TopologyError, draw, parse
+from vm.topology import DEFAULT, Topology, TopologyError, draw, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown and options.command != "up":
+        parser.error(f"unknown: {' '.join(unknown)}")
     if options.command == "exec" and not options.argv:
         parser.error("exec needs a COMMAND, as in: python -m vm exec client ip addr")
     try:
@@ -28,9 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise LabError("needs root (network namespaces); try with sudo")
         match options.command:
             case "up":
-                _up(options.name, options.topology)
+                topology = _topology(options.topology)
+                try:
+                    backends = _backends(topology, options.backend, options.host, unknown)
+                except ValueError as error:
+                    parser.error(str(error))
+                _up(options.name, topology, backends)
             case "exec":
-                _exec(options.name, options.host, options.argv)
+                return _exec(options.name, options.host, options.argv)
+            case "console":
+                record = _chosen(options.name)
+                return attended.console(record, _host(record, options.host))
+            case "capture":
+                count = attended.capture(_chosen(options.name), options.link, options.file)
+                print(f"{count} frames in {options.file}")
             case "list":
                 _list()
             case "down":
@@ -43,25 +58,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _up(name: str | None, file: Path | None) -> None:
+def _topology(file: Path | None) -> Topology:
     try:
-        topology = parse(file.read_text()) if file else DEFAULT
+        return parse(file.read_text()) if file else DEFAULT
     except (UnicodeDecodeError, TopologyError) as error:
         raise LabError(f"{file}: {error}") from None
-    record = build(topology, name, None, {})
+
+
+def _backends(
+    topology: Topology, all_hosts: str, pairs: Sequence[str], options: Sequence[str]
+) -> dict[str, str]:
+    """What each host sits on; `options` are those called after hosts.  Raises ValueError."""
+    chosen = dict.fromkeys(topology.names, all_hosts)
+    words = [word for option in options for word in option.split("=", 1)]
+    if len(words) % 2:
+        raise ValueError(f"{' '.join(options)}? A host is followed by its backend: --client uml")
+    named = [pair.partition("=") for pair in pairs]
+    named += [
+        (option, "=", backend) for option, backend in zip(words[::2], words[1::2], strict=False)
+    ]
+    for name, _, backend in named:
+        host = name.removeprefix("--")
+        if host not in chosen:
+            raise ValueError(f"{name}? There are the hosts {', '.join(chosen)}")
+        if backend not in guest.BACKENDS:
+            raise ValueError(f"{name} {backend}? There are {', '.join(guest.BACKENDS)}")
+        chosen[host] = backend
+    return chosen
+
+
+def _up(name: str | None, topology: Topology, backends: Mapping[str, str]) -> None:
+    record = build(topology, name, None, machines(topology, backends))
+    try:
+        attended.note_links(record, topology)
+        boot_to_stay(record, topology)
+    except BaseException:
+        remove(record)
+        raise
     print(f"{draw(topology)}\n\nlab {record.name} is up", flush=True)
     for host in record.hosts[:1]:
         print(f"run a command in it:  python -m vm exec --name {record.name} {host} ip addr")
-        print(f"enter a host:         ip netns exec {record.name}-{host} sh")
+        print(f"enter a host:         python -m vm console --name {record.name} {host}")
     print(f"remove it:            python -m vm down --name {record.name}")
 
 
-def _exec(name: str | None, host: str, argv: list[str]) -> None:
-    record = _chosen(name)
+def _host(record: Record, host: str) -> str:
     if host not in record.hosts:
         raise LabError(
             f"lab {record.name} has no host {host!r}; there are {', '.join(record.hosts)}"
         )
+    return host
+
+
+def _exec(name: str | None, host: str, argv: list[str]) -> int:
+    record = _chosen(name)
+    if _host(record, host) in dict(record.machines):
+        return attended.execute(record, host, argv)
     command = netns.command(f"{record.name}-{host}", *argv)
     os.execvp(command[0], command)
 
@@ -72,7 +124,9 @@ def _list() -> None:
             state = "stays"
         else:
             state = f"{'left by' if record.stale else 'belongs to'} process {record.owner.pid}"
-        print(f"{record.name}  {state}  {' '.join(record.hosts)}")
+        on = dict(record.machines)
+        hosts = (f"{host} ({on[host]})" if host in on else host for host in record.hosts)
+        print(f"{record.name}  {state}  {' '.join(hosts)}")
 
 
 def _down(name: str | None, *, everything: bool, stale: bool) -> None:
@@ -112,7 +166,8 @@ def _chosen(name: str | None) -> Record:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vm",
-        description="Virtual hosts in network namespaces, apart from this machine's own network.",
+        description="Virtual hosts, in network namespaces or as virtual machines, apart from this "
+        "machine's own network.",
         epilog="example: python -m vm up && python -m vm exec client ip route && python -m vm down",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -120,7 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     up = commands.add_parser(
         "up",
         help="build a lab that stays",
-        epilog="example: python -m vm up --topology office.toml",
+        epilog="example: python -m vm up --client uml --relay netns --server qemu",
+        allow_abbrev=False,
     )
     up.add_argument("--name", help="what to call it (default: made up)")
     up.add_argument(
@@ -128,6 +184,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         type=Path,
         help="TOML: hosts and links (default: client, relay, server)",
+    )
+
+    up.add_argument(
+        "--backend",
+        choices=guest.BACKENDS,
+        default=guest.BACKENDS[0],
+        help="what the hosts sit on: a network namespace (default), a User-Mode Linux, an "
+        "emulated PC",
+    )
+    up.add_argument(
+        "--host",
+        metavar="NAME=BACKEND",
+        action="append",
+        default=[],
+        help="what this host sits on; or --NAME BACKEND, as in --client uml --server qemu",
     )
 
     run = commands.add_parser(
@@ -139,6 +210,23 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--name", help="which lab (default: the only one that stays)")
     run.add_argument("host", metavar="HOST")
     run.add_argument("argv", metavar="COMMAND", nargs=argparse.REMAINDER)
+
+    shell = commands.add_parser(
+        "console",
+        help="a shell on a host",
+        epilog="example: python -m vm console server",
+    )
+    shell.add_argument("--name", help="which lab (default: the only one that stays)")
+    shell.add_argument("host", metavar="HOST")
+
+    capture = commands.add_parser(
+        "capture",
+        help="write what passes a link to a file, for Wireshark, until Ctrl-C",
+        epilog="example: python -m vm capture client-relay client.pcapng",
+    )
+    capture.add_argument("--name", help="which lab (default: the only one that stays)")
+    capture.add_argument("link", metavar="LINK", help="two hosts on it, client-relay")
+    capture.add_argument("file", metavar="FILE", type=Path)
 
     commands.add_parser(
         "list", help="show the labs on this machine", epilog="example: python -m vm list"

@@ -225,10 +225,15 @@ def init(
     for route in topology.routes(host):
         family = "-6 " if ":" in route.via else ""
         lines.append(f"$b ip {family}route add {route.destination} via {route.via}")
-    lines.append(f"tty=/dev/{'tty1' if uml else 'ttyS1'}")
+    lines.append(f"tty={shell_device(backend)}")
     lines.append(f"export PS1={shlex.quote(host + ':')}'\\w# ' PATH={PATH}")
     lines += [f"jobs={shlex.quote(folder)}/jobs up={shlex.quote(folder)}/up", _AGENT]
     return "\n".join(lines)
+
+
+def shell_device(backend: str) -> str:
+    """The terminal in a machine where a person has a shell."""
+    return "/dev/tty1" if backend == "uml" else "/dev/ttyS1"
 
 
 def _settings(topology: Topology, host: str) -> dict[str, str]:

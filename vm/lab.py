@@ -438,15 +438,10 @@ class Lab:
 
         `recvfrom` tells the direction: PACKET_OUTGOING at index 2 of the address.
         """
-        with netns.inside(self.namespace(host)):
-            # Protocol 0 receives nothing: no frame of another interface gets in before the bind.
-            packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-            try:
-                packets.bind((interface, ETH_P_ALL))
-            except OSError as error:
-                packets.close()
-                raise LabError(f"{host} {interface}: {error.strerror}") from None
-        return packets
+        try:
+            return listening_to(self.namespace(host), interface)
+        except OSError as error:
+            raise LabError(f"{host} {interface}: {error.strerror}") from None
 
     @staticmethod
     def leftovers() -> list[str]:
@@ -460,6 +455,19 @@ class Lab:
         for record in stale:
             remove(record)
         return [record.name for record in stale]
+
+
+def listening_to(namespace: str, interface: str) -> socket.socket:
+    """A packet socket that receives every frame of an interface.  Raises OSError."""
+    with netns.inside(namespace):
+        # Protocol 0 receives nothing: no frame of another interface gets in before the bind.
+        packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        try:
+            packets.bind((interface, ETH_P_ALL))
+        except OSError:
+            packets.close()
+            raise
+    return packets
 
 
 def machines(topology: Topology, backends: str | Mapping[str, str]) -> dict[str, str]:
@@ -568,6 +576,16 @@ def _claim(
         if name:
             break
     raise LabError(f"there is a lab {name} already, or something else of that name")
+
+
+def boot_to_stay(record: Record, topology: Topology) -> None:
+    """Starts the machines of a lab that stays; they outlive this process.  Raises LabError."""
+    directory = Path(record.directory)
+    booting = {host: Machine(host, directory) for host, _ in record.machines}
+    for host, backend in record.machines:
+        booting[host].boot(topology, backend, f"{record.name}-{host}", tuple)
+    for machine in booting.values():
+        machine.wait_up()
 
 
 def remove(record: Record) -> None:

@@ -11,6 +11,7 @@ _BYTE_ORDER = 0x1A2B3C4D
 _ETHERNET = 1  # LINKTYPE_ETHERNET
 _IF_NAME, _IF_TSRESOL, _EPB_FLAGS = 2, 9, 2
 _INBOUND, _OUTBOUND = 1, 2
+_END = b"\0\0\0\0"  # opt_endofopt
 
 
 def header(interface: str) -> bytes:
@@ -32,9 +33,6 @@ def frame(data: bytes, nanoseconds: int, *, outbound: bool) -> bytes:
 
 def _option(code: int, value: bytes) -> bytes:
     return struct.pack("<HH", code, len(value)) + _padded(value)
-
-
-_END = _option(0, b"")
 
 
 def _block(kind: int, body: bytes) -> bytes:

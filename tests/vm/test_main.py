@@ -1,13 +1,16 @@
 """python -m vm, as a person types it."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scapy.utils import PcapNgReader
 
+from tests.vm.test_lab import until
 from vm import Lab, netns, registry
 from vm.__main__ import main
 
@@ -35,7 +38,9 @@ def name() -> Iterator[str]:
     assert [entry for entry in os.listdir(netns.RUN) if entry.startswith(name)] == []
 
 
-@pytest.mark.parametrize("command", [(), ("up",), ("exec",), ("list",), ("down",)])
+@pytest.mark.parametrize(
+    "command", [(), *((name,) for name in ("up", "exec", "console", "capture", "list", "down"))]
+)
 def test_every_help_shows_an_example(
     command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,7 +52,19 @@ def test_every_help_shows_an_example(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["sideways"], ["exec"], ["exec", "client"], ["down", "--all", "--stale"]]
+    "arguments",
+    [
+        [],
+        ["sideways"],
+        ["exec"],
+        ["exec", "client"],
+        ["down", "--all", "--stale"],
+        ["up", "--client"],
+        ["up", "--client", "vax"],
+        ["up", "--nobody", "uml"],
+        ["up", "--host", "client"],
+        ["list", "--client", "uml"],
+    ],
 )
 def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -187,3 +204,74 @@ def test_down_stale_removes_what_a_killed_process_left() -> None:
     assert f"lab {left} removed\n" in vm("down", "--stale").stdout
     assert left not in [record.name for record in registry.records()]
     assert not [entry for entry in os.listdir(netns.RUN) if entry.startswith(left)]
+
+
+@pytest.mark.net
+def test_a_capture_at_a_link_is_a_file_for_wireshark(name: str, tmp_path: Path) -> None:
+    vm("up", "--name", name)
+    file = tmp_path / "link.pcapng"
+    send = "import socket; socket.socket(type=2).sendto(b'ping from here', ('10.0.0.254', 9))"
+    with subprocess.Popen(
+        [sys.executable, "-m", "vm", "capture", "--name", name, "client-relay", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as capturing:
+        assert capturing.stderr is not None
+        assert capturing.stderr.readline() == "capturing at client eth0; Ctrl-C ends it\n"
+        vm("exec", "--name", name, "client", "python3", "-c", send)
+        until(lambda: b"ping from here" in file.read_bytes())
+        capturing.send_signal(signal.SIGINT)
+        said, _ = capturing.communicate(timeout=10)
+
+    with PcapNgReader(str(file)) as reader:
+        frames = [(packet.direction, bytes(packet)) for packet in reader]
+    assert said == f"{len(frames)} frames in {file}\n"
+    assert capturing.returncode == 0
+    assert [direction for direction, data in frames if b"ping from here" in data] == [2]
+    wrong = vm("capture", "--name", name, "client-server", str(file))
+    assert "has no link 'client-server'; there are client-relay" in wrong.stderr
+
+
+@pytest.mark.net
+def test_a_console_of_a_namespace_is_a_shell_in_it(name: str) -> None:
+    vm("up", "--name", name)
+
+    assert "192.168.0.2/24" in vm("console", "--name", name, "relay", stdin="ip addr\n").stdout
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("uml", marks=pytest.mark.vm),
+        pytest.param("qemu", marks=[pytest.mark.qemu, pytest.mark.slow]),
+    ],
+)
+def test_machines_stay_from_up_to_down(name: str, backend: str) -> None:
+    assert vm("up", "--name", name, "--client", backend).returncode == 0
+    assert f"{name}  stays  client ({backend}) relay server\n" in vm("list").stdout
+
+    command = ("exec", "--name", name, "client")
+    assert vm(*command, "hostname").stdout == "client\n"
+    assert vm(*command, "cat", stdin="passed on").stdout == "passed on"
+    failed = vm(*command, "sh", "-c", "echo oops >&2; exit 7")
+    assert (failed.returncode, failed.stderr) == (7, "oops\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", "vm", "console", "--name", name, "client"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    ) as shell:
+        assert shell.stdin is not None
+        assert shell.stdout is not None
+        shell.stdin.write(b"echo $((6 * 7))\n")
+        shell.stdin.flush()
+        shown = b""
+        while b"42\r\n" not in shown:
+            shown += os.read(shell.stdout.fileno(), 4096)
+        shell.stdin.write(b"\x1d")
+        shell.stdin.close()
+        assert shell.wait(10) == 0
+
+    assert vm("down", "--name", name).stdout == f"lab {name} removed\n"
