@@ -173,7 +173,14 @@ set +e
 echo 1 >$up
 while read -r request; do
     case $request in
-    run*) job ${request#* } & ;;
+    run*)
+        id=${request#* }
+        # A line is sent again if it seems to be lost, and may be cut.
+        if [ -e $jobs/$id/run ] && [ ! -e $jobs/$id/begun ]; then
+            : >$jobs/$id/begun
+            job $id &
+        fi
+        ;;
     signal*) signal ${request#* } ;;
     esac
 done
