@@ -222,7 +222,7 @@ class Job:
         self._asked = time.monotonic()
 
     def _ask_again(self) -> None:
-        """An emulated serial line loses a character, or sleeps over one, once in some hundreds."""
+        """Nothing came of one request in some hundreds to an emulated PC; why, isn't known."""
         if time.monotonic() - self._asked > AGAIN and not (self.folder / "begun").exists():
             self._asked = time.monotonic()
             with suppress(LabError):
