@@ -83,7 +83,7 @@ class Process(Protocol):
     def signal(self, number: int) -> None: ...
 
 
-class _Local:
+class Local:
     """A process that leads a session of its own."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -328,7 +328,7 @@ class Lab:
                 env=_environment(env),
                 start_new_session=True,
             )
-        return _Local(process)
+        return Local(process)
 
     def _command(self, host: str, argv: tuple[str, ...]) -> tuple[str, ...]:
         if not argv:

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import processes
 from benchmarks.processes import Memory, parse_rollup, parse_stat
 from vm import Program
+from vm.lab import Local
 
 STAT = "123 (odd) (name 4 5) S 1 77 88 0 -1 4194560 1 2 3 4 100 20 3000 {} 20 0 1 0 5 6 7 8 9"
 
@@ -36,7 +37,7 @@ def started(code: str) -> Iterator[Program]:
         assert process.stdout is not None
         try:
             process.stdout.readline()
-            yield Program("nowhere", argv, Path("/dev/null"), process)
+            yield Program("nowhere", argv, Path("/dev/null"), Local(process))
         finally:
             os.killpg(process.pid, signal.SIGKILL)
 
