@@ -8,9 +8,9 @@ from pathlib import Path
 
 from krelay import log
 from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE
-from tcp_relay import options, workers
+from tcp_relay import options
 from tcp_relay.daemon import serve
-from tcp_relay.service import GRACE, raise_descriptor_limit
+from tcp_relay.service import run_program
 
 EXAMPLE = """\
 example:
@@ -40,20 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_options(parser)
     log.add_options(parser)
     asked = parser.parse_args(arguments)
-    log.set_up(asked.log_level, as_json=asked.log_json)
-    limits = options.limits(asked)
-    try:
-        raise_descriptor_limit()
-        return workers.run(
-            asked.workers,
-            lambda index, ready: serve(asked.root, limits, ready, index, asked.workers),
-            grace=limits.drain + GRACE,
-        )
-    except KeyboardInterrupt:  # before the loop took the signals over
-        return 130
-    except OSError as error:
-        print(f"tcp-relay: {error}", file=sys.stderr)
-        return 1
+    return run_program(
+        parser.prog,
+        asked,
+        lambda limits, index, ready: serve(asked.root, limits, ready, index, asked.workers),
+    )
 
 
 if __name__ == "__main__":

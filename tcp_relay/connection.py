@@ -10,7 +10,6 @@ whether the four addresses together are free, and says so in `connect`.
 """
 
 import errno
-import os
 import socket
 from collections.abc import Mapping
 from typing import Protocol
@@ -21,7 +20,7 @@ from tcp_relay.engine import Engine
 from tcp_relay.line import Line
 from tcp_relay.pair import End
 from tcp_relay.pump import Pump
-from tcp_relay.sockets import Socket, server_socket
+from tcp_relay.sockets import Socket, in_words, server_socket
 from tcp_relay.waiting import Waiting
 
 PORT_TRIES = 8
@@ -103,7 +102,7 @@ class Connection:
             self._bind(server)
             relay = Endpoint.of(*server.getsockname())
         except OSError as error:
-            self._refuse(f"no relay port: {_words(error)}")
+            self._refuse(f"no relay port: {in_words(error.errno)}")
             return
         self._desk.unregister(self, tell=False)  # krelay will hear of the new port instead
         self.relay = relay
@@ -139,7 +138,7 @@ class Connection:
         if error in _TRY_ANOTHER_PORT:
             self._another_port()
         else:
-            self._pump.end(End.CONNECT_FAILED, f"server: {os.strerror(error).lower()}")
+            self._pump.end(End.CONNECT_FAILED, f"server: {in_words(error)}")
 
     def ended(self) -> None:
         """From the pump."""
@@ -185,13 +184,9 @@ class Connection:
         try:
             server = server_socket()
         except OSError as error:
-            self._refuse(f"no relay port: {_words(error)}")
+            self._refuse(f"no relay port: {in_words(error.errno)}")
             return
         self.begin(server)
 
     def _refuse(self, detail: str) -> None:
         self._pump.end(End.KILLED if self._pump.is_connected else End.REFUSED, detail)
-
-
-def _words(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

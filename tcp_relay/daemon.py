@@ -72,9 +72,7 @@ class Daemon:
         self._loop.call_at(self._loop.now + REPORT, self._report)
 
 
-def serve(
-    root: Path, limits: Limits, ready: Callable[[], None], index: int = 0, of: int = 1
-) -> int:
+def serve(root: Path, limits: Limits, ready: Callable[[], None], index: int, of: int) -> int:
     """Runs one worker until a signal ends it; the exit status."""
     with Loop() as loop:
         return Daemon(loop, root, limits, ready, index, of).run()

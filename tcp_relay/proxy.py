@@ -1,10 +1,9 @@
 """Where a plain proxy's connections go: one destination, by name, at each of its addresses in turn.
 
-The kernel chooses the local port, when it connects.
+No port is bound: the kernel chooses one when it connects, which is when it knows the whole pair.
 """
 
 import errno
-import os
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from tcp_relay.line import Line
 from tcp_relay.pair import End
 from tcp_relay.pump import Pump
 from tcp_relay.resolver import Address, Resolver
-from tcp_relay.sockets import Socket, server_socket
+from tcp_relay.sockets import Socket, in_words, server_socket
 from tcp_relay.waiting import Waiting
 
 MEND = "sysctl net.ipv4.tcp_tw_reuse=1, or widen net.ipv4.ip_local_port_range"
@@ -30,7 +29,7 @@ class Proxy:
         self.engine = engine
         self.resolver = resolver
         self.family = int(socket.AF_INET)
-        """Of the address that was tried first last."""
+        """Of the first address, when a name was last resolved."""
         limit = engine.limits.connect
         self.asked: Waiting[Pump] = Waiting(
             engine.loop,
@@ -83,7 +82,7 @@ class Attempt:
                 pump.drop_server()
                 spare = server_socket(family)
         except OSError as error:
-            pump.end(End.CONNECT_FAILED, f"no socket: {_words(error.errno)}")
+            pump.end(End.CONNECT_FAILED, f"no socket: {in_words(error.errno)}")
             return
         pump.use_server(spare)
         pump.connect(sockaddr)
@@ -98,7 +97,7 @@ class Attempt:
         if error in _NO_PORT and _is_routed(self._address):
             self._wait_in_line()
             return
-        self._last_error = f"{_name(self._address[1])}: {_words(error)}"
+        self._last_error = f"{_name(self._address[1])}: {in_words(error)}"
         self._next()
 
     def ended(self) -> None:
@@ -152,7 +151,3 @@ def _is_routed(address: Address) -> bool:
 def _name(sockaddr: tuple[Any, ...]) -> str:
     host, port = str(sockaddr[0]), sockaddr[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _words(error: int | None) -> str:
-    return os.strerror(error or 0).lower()

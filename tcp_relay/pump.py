@@ -17,7 +17,6 @@ it: tcp_recvmsg gives those first.
 """
 
 import errno
-import os
 import select
 import socket
 from collections.abc import Callable, Mapping
@@ -31,7 +30,7 @@ from tcp_relay.engine import Engine
 from tcp_relay.half import READ, RESET, SHUT, WAIT, WRITE, Half
 from tcp_relay.line import Line
 from tcp_relay.pair import CLIENT, SERVER, End, Pair, Side
-from tcp_relay.sockets import Socket, close_in_order, undelivered
+from tcp_relay.sockets import Socket, close_in_order, in_words, undelivered
 from tcp_relay.waiting import Waiting
 
 STEPS = 4
@@ -492,7 +491,7 @@ def _error_of(sock: Socket) -> int:
 
 
 def _words(side: Side, error: int) -> str:
-    return f"{side}: {os.strerror(error).lower()}"
+    return f"{side}: {in_words(error)}"
 
 
 _OTHER = (SERVER, CLIENT)

@@ -8,15 +8,19 @@ pairs, for circles that these programs don't leave behind: who ends a connection
 it has (and a test counts).
 """
 
+import argparse
 import gc
 import resource
 import signal
 import sys
 from collections.abc import Callable
 
+from krelay import log as logs
 from krelay.log import Log
 from krelay.loop import Loop, Timer
+from tcp_relay import options, workers
 from tcp_relay.engine import Engine
+from tcp_relay.limits import Limits
 from tcp_relay.pair import End
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -85,6 +89,35 @@ class Service:
     def _show(self) -> None:
         sys.stderr.write(self._engine.table())
         sys.stderr.flush()
+
+
+def run_program(
+    name: str,
+    asked: argparse.Namespace,
+    serve: Callable[[Limits, int, Callable[[], None]], int],
+    before: Callable[[], None] = lambda: None,
+    in_words: Callable[[OSError], str] = str,
+) -> int:
+    """Runs `serve(limits, index, ready)` in as many workers as were asked for; the exit status.
+
+    That is 0, 1 after an OSError (one line says which, `in_words`), or 130 after Ctrl-C.  `before`
+    is called once, before there are workers.
+    """
+    logs.set_up(asked.log_level, as_json=asked.log_json)
+    limits = options.limits(asked)
+    try:
+        raise_descriptor_limit()
+        before()
+        return workers.run(
+            asked.workers,
+            lambda index, ready: serve(limits, index, ready),
+            grace=limits.drain + GRACE,
+        )
+    except KeyboardInterrupt:  # before the loop took the signals over
+        return INTERRUPTED
+    except OSError as error:
+        print(f"{name}: {in_words(error)}", file=sys.stderr)
+        return 1
 
 
 def raise_descriptor_limit() -> None:

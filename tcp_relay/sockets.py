@@ -6,6 +6,7 @@ that switched off.
 """
 
 import fcntl
+import os
 import socket
 import struct
 from typing import Any, TypeAlias
@@ -55,3 +56,8 @@ def close_in_order(sock: Socket) -> None:
 def undelivered(sock: Socket) -> int:
     """Bytes (and the FIN) that the kernel holds and the peer hasn't acknowledged."""
     return int.from_bytes(fcntl.ioctl(sock.fileno(), _SIOCOUTQ, b"\0\0\0\0"), "little")
+
+
+def in_words(error: int | None) -> str:
+    """An errno, as it stands in logs."""
+    return os.strerror(error or 0).lower()

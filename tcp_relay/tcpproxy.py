@@ -8,13 +8,13 @@ from functools import partial
 
 from krelay import log
 from krelay.loop import Loop
-from tcp_relay import options, workers
+from tcp_relay import options
 from tcp_relay.engine import Engine
 from tcp_relay.limits import Limits
 from tcp_relay.listener import Accepted, Listener
 from tcp_relay.proxy import Proxy
 from tcp_relay.resolver import Resolver, host_name, service_port
-from tcp_relay.service import GRACE, Service, raise_descriptor_limit
+from tcp_relay.service import Service, run_program
 from tcp_relay.sockets import Socket, server_socket
 
 EXAMPLE = """\
@@ -49,22 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_options(parser)
     log.add_options(parser)
     asked = parser.parse_args(arguments)
-    log.set_up(asked.log_level, as_json=asked.log_json)
-    limits = options.limits(asked)
-    try:
-        raise_descriptor_limit()
-        if asked.workers > 1:
-            _refuse_to_share(asked)
-        return workers.run(
-            asked.workers,
-            lambda _, ready: _serve(asked, limits, ready),
-            grace=limits.drain + GRACE,
-        )
-    except KeyboardInterrupt:  # before the loop took the signals over
-        return 130
-    except OSError as error:
-        print(f"tcpproxy: {_sentence(asked, error)}", file=sys.stderr)
-        return 1
+    return run_program(
+        parser.prog,
+        asked,
+        lambda limits, _, ready: _serve(asked, limits, ready),
+        before=lambda: _refuse_to_share(asked),
+        in_words=lambda error: _sentence(asked, error),
+    )
 
 
 def _serve(asked: argparse.Namespace, limits: Limits, ready: Callable[[], None]) -> int:
@@ -121,6 +112,8 @@ def _listeners(
 
 def _refuse_to_share(asked: argparse.Namespace) -> None:
     """Raises OSError if somebody listens there: SO_REUSEPORT would let the workers in beside."""
+    if asked.workers == 1:
+        return
     with Loop() as loop:
         for listener in _listeners(loop, asked, shared=False, accepted=lambda *_: None):
             listener.abandon()
