@@ -141,6 +141,7 @@ class Stage:
         self._chained = chained
         self._number = 0
         self._ends: list[End] = []
+        self._first: BaseException | None = None  # what everything else was cut for
 
     def __enter__(self) -> Self:
         return self
@@ -176,8 +177,12 @@ class Stage:
                 self._cut()
                 raise
             if late:
+                failures = (future.exception() for future in done)
+                self._first = self._first or next(filter(None, failures))
                 self._cut()
-        # A call that failed because of the cut is not in `done`.
+        # Calls within calls cut as well: what failed because of a cut is not the reason.
+        if self._first:
+            raise self._first
         for future in done:
             future.result()
 
