@@ -4,6 +4,7 @@ SHELL := /bin/bash
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # -B: no compiled files of root's in a user's tree
 PYTHON := .venv/bin/python -B
+comma := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help setup vm-setup demo test test-pure test-vm lint bench clean
@@ -17,9 +18,9 @@ setup: ## install what is missing: system packages (through sudo), .venv
 vm-setup: ## install what virtual machines need: User-Mode Linux, QEMU, Debian's kernel (in ~/.cache/krelay-vm)
 	@tools/setup --group vm
 
-demo: ## client, relay and server on this one machine: DNS and HTTP through the relay, step by step
-	@tools/setup --group run
-	@$(AS_ROOT) $(PYTHON) -m krelay demo
+demo: ## client, relay and server on this one machine: DNS and HTTP, step by step; VM=uml or VM=qemu: in virtual machines
+	@tools/setup --group run$(if $(VM),$(if $(filter uml,$(VM)),$(comma)uml,$(comma)vm))
+	@$(AS_ROOT) env "XDG_CACHE_HOME=$${XDG_CACHE_HOME:-$$HOME/.cache}" $(PYTHON) -m krelay demo $(if $(VM),--vm $(VM))
 
 test: ## all checks: ruff, mypy, the tests; those in network namespaces through sudo
 	@tools/setup --group test

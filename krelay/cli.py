@@ -314,6 +314,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="relay again at the end, and wait for Enter before cleaning up",
     )
+    sub.add_argument(
+        "--vm",
+        choices=("uml", "qemu"),
+        help="hosts are virtual machines: User-Mode Linux, or emulated PCs with Debian's kernel",
+    )
     return parser
 
 

@@ -1,16 +1,18 @@
 """`krelay demo`: a client, a relay and a server on this one machine, and what happens between them.
 
-The three hosts are network namespaces (vm.Lab): nothing of this machine's own network is touched.
-On the server run dnsmasq and nginx as anybody has them, on the relay the two daemons as a service
-manager would start them; what is done with them is done as a person would, with echo, dig and curl,
-and shown.  Meanwhile both wires are captured.  What is then claimed is not what the demo knows it
-has set up but what was seen; see demo_evidence.
+The three hosts are network namespaces (vm.Lab), or with `--vm` virtual machines, each with a kernel
+of its own: nothing of this machine's own network is touched.  On the server run dnsmasq and nginx
+as anybody has them, on the relay the two daemons as a service manager would start them; what is
+done with them is done as a person would, with echo, dig and curl, and shown.  Meanwhile both wires
+are captured.  What is then claimed is not what the demo knows it has set up but what was seen; see
+demo_evidence.
 
 Leaving by whatever way (the end, a failure, Ctrl-C, SIGTERM) closes the lab, and with it goes
 everything: all programs run inside it, and all files are in its directory.
 """
 
 import argparse
+import json
 import os
 import pwd
 import re
@@ -24,20 +26,26 @@ from typing import Any
 
 from rich.console import Console
 
-from krelay import client, demo_evidence
+from krelay import demo_evidence
 from krelay.demo_evidence import Cast, Check, Seen, Step, Traced
 from krelay.demo_page import DemoFailed, Page, console, nat_table, step_table
-from vm import DEFAULT, Lab, LabError, LabTimeout, Program, draw, netns
-from vm.lab import listens
+from procfs_sim import DEFAULT_ROOT
+from vm import DEFAULT, Lab, LabError, LabTimeout, Program, draw, guest, netns
 
-TOOLS = ("dnsmasq", "nginx", "dig", "curl")
+TOOLS = ("dnsmasq", "nginx", "dig", "curl", "socat")
 NAME, ADDRESS = "www.demo.example", "192.0.2.80"
 """What the DNS server is asked for, and what it answers (RFC 2606, RFC 5737)."""
 LEGEND = "What no wire shows is between kernel and tcp-relay, inside the relay."
 LEGEND_OF_FLAGS = "Beside the counts TCP's flags: S SYN, . ACK, P PSH, F FIN, R RST."
-START_WITHIN = 20.0
-SETTLE_WITHIN = 3.0
-"""Seconds.  Both take milliseconds; these are for machines that are busy."""
+START_WITHIN = {"netns": 20.0, "uml": 60.0, "qemu": 120.0}
+SETTLE_WITHIN = {"netns": 3.0, "uml": 10.0, "qemu": 20.0}
+"""Seconds.  Both take milliseconds, and seconds under emulation; these are for busy machines."""
+LISTERS = ("nft list ruleset", "iptables-save", "iptables-legacy-save")
+HOSTS = {
+    "netns": "three hosts in network namespaces on this one machine",
+    "uml": "three virtual machines (User-Mode Linux), each with a kernel of its own",
+    "qemu": "three virtual machines (QEMU, emulated PCs), each with a kernel of its own",
+}
 
 _PACKET_OUTGOING = 4  # linux/if_packet.h
 _OWN_ERROR_LOG = (1, 19, 5)
@@ -47,13 +55,14 @@ _OWN_ERROR_LOG = (1, 19, 5)
 def run(args: argparse.Namespace) -> int:
     """Runs the demo; the exit status: 0 if every check held.
 
-    `args.keep`: relay again at the end, and wait for Enter before cleaning up.  KeyboardInterrupt
-    passes through, after everything is cleaned up.
+    `args.keep`: relay again at the end, and wait for Enter before cleaning up.  `args.vm`: the
+    backend of all hosts, `uml` or `qemu`; None for namespaces.  KeyboardInterrupt passes through,
+    after everything is cleaned up.
     """
     try:
         _look_for_tools()
-        return _run(console(), keep=args.keep)
-    except (DemoFailed, LabError, client.NoDaemon, client.Rejected) as error:
+        return _run(console(), args.vm or guest.BACKENDS[0], keep=args.keep)
+    except (DemoFailed, LabError) as error:
         print(f"krelay demo: {error}", file=sys.stderr)
     except OSError as error:
         print(f"krelay demo: {error.strerror or error}", file=sys.stderr)
@@ -71,12 +80,14 @@ def _look_for_tools() -> None:
         raise DemoFailed(f"{', '.join(missing)} not installed; `make demo` installs what it needs")
 
 
-def _run(console: Console, *, keep: bool) -> int:
+def _run(console: Console, backend: str, *, keep: bool) -> int:
     page = Page(console)
-    page.text("krelay demo: three hosts in network namespaces on this one machine", "bold")
+    page.text(f"krelay demo: {HOSTS[backend]}", "bold")
     page.text(f"\n  {draw(DEFAULT).splitlines()[0]}\n")
-    with Lab(DEFAULT) as lab:
-        play = Play(lab, page)
+    with ExitStack() as held:
+        with page.step(f"three hosts are there: {backend}"):
+            lab = held.enter_context(Lab(DEFAULT, backends=backend))
+        play = Play(lab, page, backend)
         with closing(play):
             play.set_up()
             play.ask()
@@ -87,6 +98,7 @@ def _run(console: Console, *, keep: bool) -> int:
         remains = [Path(lab.record.directory), *(netns.RUN / n for n in lab.record.namespaces)]
     left = [str(path) for path in remains if path.exists()]
     left += [str(program) for program in lab.programs if program.poll() is None]
+    left += [f"the machine {host}" for host in lab.backends if lab.alive(host)]
     page.check(Check("programs, namespaces and files of the demo are gone", not left, str(left)))
     return page.verdict()
 
@@ -94,10 +106,12 @@ def _run(console: Console, *, keep: bool) -> int:
 class Play:
     """The demo in a lab, act by act.  Close it before the lab."""
 
-    def __init__(self, lab: Lab, page: Page) -> None:
+    def __init__(self, lab: Lab, page: Page, backend: str) -> None:
         self._lab = lab
         self._page = page
-        self._root = lab.directory / "run"
+        self._backend = backend
+        # Sockets are of one kernel: a machine's file tree lies in its own file system.
+        self._root = Path(DEFAULT_ROOT) if lab.backends else lab.directory / "run"
         self._cast = Cast(
             client=lab.address("client"),
             relay=lab.address("relay", towards="server"),
@@ -109,8 +123,7 @@ class Play:
         self._sockets = ExitStack()
         self._captures: dict[str, socket.socket] = {}
         self._wires: dict[str, list[Seen]] = {"client": [], "server": []}
-        self._tracer: socket.socket | None = None
-        self._trace_text = ""
+        self._tracer: Program | None = None
 
     def close(self) -> None:
         """Closes the captures and the trace."""
@@ -152,7 +165,7 @@ class Play:
         page.command("$", dig, self._dug.stdout + self._dug.stderr)
         page.command("$", curl, self._curled.stdout + self._curled.stderr)
         with suppress(LabTimeout):  # what is missing is told by the checks
-            lab.wait(self._is_settled, "both conversations over", SETTLE_WITHIN)
+            lab.wait(self._is_settled, "both conversations over", SETTLE_WITHIN[self._backend])
 
     def show_the_way(self) -> None:
         """What became of the packets, by all witnesses."""
@@ -241,11 +254,12 @@ class Play:
             self._wait(lambda: self._state() == "stopped", "relaying stopped", [])
         self._show_echo("0", "start")
         listings = []
-        for lister in ("nft list ruleset", "iptables-save"):
+        for lister in LISTERS:
             if shutil.which(lister.split()[0]):
-                listed = lab.run("relay", *lister.split()).stdout
-                listings.append(listed)
-                page.command("#", lister, listed)
+                listed = lab.run("relay", *lister.split(), check=False)
+                if listed.status == 0:  # else the kernel doesn't have that kind of rules
+                    listings.append(listed.stdout)
+                    page.command("#", lister, listed.stdout)
         self._drain()
         self._wires = {"client": [], "server": []}
         by_relay, direct = (
@@ -274,14 +288,14 @@ class Play:
         page, cast = self._page, self._cast
         self._echo("1", "start")
         self._wait(self._is_running, "relaying", [])
-        enter = f"ip netns exec {self._lab.name}"
-        krelay = f"{sys.executable} -m krelay"
+        vm, name = f"{sys.executable} -m vm", f"--name {self._lab.name}"
+        krelay = f"{vm} exec {name} relay {sys.executable} -m krelay"
         page.title("Relaying again until you press Enter. In another terminal, as root:")
         for command in (
-            f"{enter}-client curl http://{cast.relay}/",
+            f"{vm} exec {name} client curl http://{cast.relay}/",
             f"{krelay} trace --root {self._root}",
             f"{krelay} nat --root {self._root}",
-            f"{enter}-relay sh",
+            f"{vm} console {name} relay",
         ):
             page.command("#", command)
         with suppress(EOFError):
@@ -314,14 +328,10 @@ class Play:
     def _wait_for(self, programs: Sequence[Program], proto: str, port: int) -> None:
         host = programs[0].host
         self._wait(
-            lambda: self._is_listening(host, proto, port),
+            lambda: self._lab.is_listening(host, proto, port),
             f"{host} listening at {proto}/{port}",
             programs,
         )
-
-    def _is_listening(self, host: str, proto: str, port: int) -> bool:
-        with self._lab.enter(host):
-            return listens(Path(f"/proc/thread-self/net/{proto}").read_text(), proto, port)
 
     def _wait(self, condition: Callable[[], bool], what: str, programs: Sequence[Program]) -> None:
         """Waits for a condition, but not longer than these programs live."""
@@ -334,12 +344,11 @@ class Play:
                     raise DemoFailed(f"{name} ended on the {program.host}: {last}")
             return condition()
 
-        self._lab.wait(holds, what, START_WITHIN)
+        self._lab.wait(holds, what, START_WITHIN[self._backend])
 
     def _tcp_relay_is_connected(self) -> bool:
-        with suppress(client.NoDaemon, OSError):
-            return bool(client.ask_json(self._root, "show status json")[0]["tcp_relays"])
-        return False
+        status = self._ask("show status json")
+        return bool(status and status[0]["tcp_relays"])
 
     # The file tree
 
@@ -350,9 +359,8 @@ class Play:
         self._page.command("#", f"echo {value} > {self._root / name}")
 
     def _state(self) -> str:
-        with suppress(FileNotFoundError):
-            return (self._root / "status" / "state").read_text().strip()
-        return ""
+        path = str(self._root / "status" / "state")
+        return self._lab.run("relay", "cat", path, check=False).stdout.strip()
 
     def _is_running(self) -> bool:
         state = self._state()
@@ -368,13 +376,14 @@ class Play:
             capture = self._sockets.enter_context(self._lab.capture(host))
             capture.setblocking(False)
             self._captures[host] = capture
-        tracer = self._sockets.enter_context(socket.socket(socket.AF_UNIX))
-        tracer.connect(str(self._root / "control.sock"))
-        tracer.sendall(b"trace\n")
-        tracer.setblocking(False)
-        self._tracer = tracer
-        # The daemon takes its connections in turn: once it answers another, it has read this one.
-        client.ask(self._root, "show status")
+        # Requests of one connection are answered in turn: after the help, packets are traced.
+        both = f"printf 'help\\ntrace\\n' | socat STDIO,ignoreeof {self._control}"
+        tracer = self._tracer = self._lab.start("relay", "sh", "-c", both)
+        self._wait(lambda: "\n\n" in tracer.output, "a trace", [tracer])
+
+    @property
+    def _control(self) -> str:
+        return f"UNIX-CONNECT:{self._root / 'control.sock'}"
 
     def _drain(self) -> None:
         """Takes in what the captures hold."""
@@ -389,14 +398,17 @@ class Play:
     def _trace(self) -> list[Traced]:
         """The trace so far."""
         assert self._tracer is not None
-        with suppress(BlockingIOError):
-            while data := self._tracer.recv(0x10000):
-                self._trace_text += data.decode(errors="replace")
-        lines = map(demo_evidence.traced, self._trace_text.splitlines())
+        lines = map(demo_evidence.traced, self._tracer.output.splitlines())
         return [line for line in lines if line is not None]
 
     def _rows(self) -> list[dict[str, Any]]:
-        return client.ask_json(self._root, "show nat json")
+        return self._ask("show nat json")
+
+    def _ask(self, request: str) -> list[dict[str, Any]]:
+        """What the control socket answers; nothing if nobody is there."""
+        argv = ("socat", "-t10", "-", self._control)
+        answer = self._lab.run("relay", *argv, input=f"{request}\n", check=False, timeout=20)
+        return [json.loads(line) for line in answer.stdout.splitlines() if line]
 
     def _is_settled(self) -> bool:
         """Whether both conversations are over and everything about them has been seen."""

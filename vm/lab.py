@@ -360,6 +360,10 @@ class Lab:
         for host in hosts:
             self._machines[host].wait_up()
 
+    def alive(self, host: str) -> bool:
+        """Whether a virtual machine runs."""
+        return self._machine(host).alive
+
     def kill(self, host: str) -> None:
         """Cuts a virtual machine's power; its programs have then been killed."""
         self._machine(host).kill()
@@ -404,12 +408,13 @@ class Lab:
     def wait_listening(self, host: str, proto: str, port: int, timeout: float = 10.0) -> None:
         """Waits until a `tcp` socket listens, or a `udp` one is bound.  Raises LabTimeout."""
         self.wait(
-            lambda: self._is_listening(host, proto, port),
+            lambda: self.is_listening(host, proto, port),
             f"{host} listening at {proto}/{port}",
             timeout,
         )
 
-    def _is_listening(self, host: str, proto: str, port: int) -> bool:
+    def is_listening(self, host: str, proto: str, port: int) -> bool:
+        """Whether a `tcp` socket listens there, or a `udp` one is bound."""
         if self._is_machine(host):
             tables = [f"/proc/net/{proto}{v}" for v in ("", "6")]
             shown = self.run(host, guest.BUSYBOX, "cat", *tables, check=False).stdout

@@ -208,6 +208,7 @@ def test_all_holds_of_a_good_story() -> None:
         evidence.logged("", '10.0.0.1:45678 "GET / HTTP/1.1" 200', "10.0.0.1:45678"),
         evidence.tabled("", {"state": "closed", "id": 2}, {"state": "closed"}),
         evidence.no_rules("", ["", "# Warning: a comment\n\n"]),
+        evidence.no_rules("", ["*raw\n:PREROUTING ACCEPT [0:0]\n:OUTPUT ACCEPT [7:9]\nCOMMIT\n"]),
         evidence.refused("", 7, REFUSED, CAST.relay, 80),
     ]
 
@@ -380,7 +381,15 @@ def test_a_row_with_another_value_is_told() -> None:
     assert (check.held, check.found) == (False, "state=established gport=None")
 
 
-@pytest.mark.parametrize("rule", ["table ip krelay {", "-A PREROUTING -j krelay-pre", "*raw"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "table ip krelay {",
+        "-A PREROUTING -j krelay-pre",
+        ":krelay-pre - [0:0]",
+        ":INPUT DROP [0:0]",
+    ],
+)
 def test_a_rule_that_is_left_is_told(rule: str) -> None:
     check = evidence.no_rules("", ["# a comment\n", f"# another\n{rule}\n"])
 
@@ -399,6 +408,10 @@ def test_a_rule_that_is_left_is_told(rule: str) -> None:
 )
 def test_whatever_is_no_refusal_by_the_host_is_told(status: int, wire: list[Seen]) -> None:
     assert not evidence.refused("", status, wire, CAST.relay, 80).held
+
+
+def test_without_a_listing_nobody_can_say_that_there_is_no_rule() -> None:
+    assert not evidence.no_rules("", []).held
 
 
 def test_failures_say_what_was_claimed_and_what_was_found() -> None:
