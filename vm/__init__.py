@@ -3,7 +3,6 @@
     topology  a network as data, everything derived from hosts and links   (pure)
     guest     what a virtual machine is told, as text                      (pure)
     kmod      kernel modules in the order to insert them                   (pure)
-    pcapng    a capture file                                               (pure)
     cpio      the archive that a kernel's first file system comes in       (pure)
     ------------------------------------------------------------------------------
     netns     hosts as network namespaces of this kernel, and the cabling of machines
@@ -14,7 +13,8 @@
     attended  what a person does with a lab at a terminal
     __main__  the same for people: python -m vm
 
-Nothing of a lab touches the root namespace: no device, no address, no rule.
+Nothing of a lab touches the root namespace: no device, no address, no rule.  Of krelay only the
+formats are imported, krelay.wire.
 
     >>> from vm import DEFAULT
     >>> DEFAULT.interface("relay", towards="server").address

@@ -15,7 +15,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from vm import guest, netns, pcapng
+from krelay.wire import pcapng
+from vm import guest, netns
 from vm.errors import LabError
 from vm.lab import listening_to
 from vm.machine import Job, Machine
@@ -170,7 +171,8 @@ def capture(record: Record, link: str, file: Path) -> int:
         file.open("wb", buffering=0) as out,
     ):
         packets.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        out.write(pcapng.header(f"{host} {interface}"))
+        out.write(pcapng.section(application="python -m vm"))
+        out.write(pcapng.interface(f"{host} {interface}"))
         for number in (signal.SIGINT, signal.SIGTERM):  # a shell has background jobs ignore SIGINT
             signal.signal(number, signal.default_int_handler)
         print(f"capturing at {host} {interface}; Ctrl-C ends it", file=sys.stderr, flush=True)
@@ -178,7 +180,7 @@ def capture(record: Record, link: str, file: Path) -> int:
             while True:
                 data, ancillary, _, address = packets.recvmsg(CHUNK, socket.CMSG_SPACE(16))
                 outbound = address[2] == socket.PACKET_OUTGOING
-                out.write(pcapng.frame(data, _when(ancillary), outbound=outbound))
+                out.write(pcapng.packet(0, data, _when(ancillary), outbound=outbound))
                 count += 1
     return count
 
