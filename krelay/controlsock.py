@@ -61,7 +61,7 @@ class ControlSocket:
         """Packets are looked at for traces only while somebody traces."""
         tracers = [client for client in self._clients if client.tracing]
 
-        def tell(rewrite: Rewrite, packet: bytes) -> None:
+        def tell(rewrite: Rewrite, packet: bytes, _: bytes) -> None:
             for client in tracers:
                 client.saw(rewrite, packet)
 

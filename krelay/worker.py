@@ -116,8 +116,13 @@ class Worker:
         self.counts = Counts()
         self.answers: list[bytes] = []
         """Packets of our own that refusals gave rise to; the shell sends them and empties this."""
-        self.on_rewrite: Callable[[Rewrite, bytes], None] | None = None
-        """Told of each packet before it is rewritten, while somebody traces."""
+        self.on_rewrite: Callable[[Rewrite, bytes, bytes], None] | None = None
+        """Told of each packet that was rewritten, as it came and as it goes on, while somebody
+        traces."""
+        self.on_untouched: Callable[[bytes, int, Verdict, str], None] | None = None
+        """Told of each packet that wasn't: its hook, its verdict and the reason.  What it is
+        answered with is in `answers`."""
+        self._reason = ""
         self._answered: dict[bytes, None] = {}
         # Lists indexed by hook: cheaper to reach than a dictionary of pairs.
         self._tcp: list[dict[bytes, Rewrite]] = [{}] * (max(Hook) + 1)
@@ -139,37 +144,46 @@ class Worker:
                         rewrite.packets += 1
                         rewrite.bytes += size
                         self.counts.steps[rewrite.step] += 1
-                        if self.on_rewrite is not None:
-                            self.on_rewrite(rewrite, packet)
                         if l4_check:
                             l4_check = 0xFFFF - (rewrite.l4_delta - l4_check) % 0xFFFF
                         check = 0xFFFF - ((rewrite.ip_delta - check) % 0xFFFF or 0xFFFF)
-                        return _UDP_HEAD(packet, check, rewrite.new, length, l4_check) + packet[28:]
+                        new = _UDP_HEAD(packet, check, rewrite.new, length, l4_check) + packet[28:]
+                        if self.on_rewrite is not None:
+                            self.on_rewrite(rewrite, packet, new)
+                        return new
                 elif proto == 6 and size >= _MIN_TCP:
                     rewrite = self._tcp[hook].get(packet[12:24])
                     if rewrite is not None:
                         flags = packet[_FLAGS]
                         if flags & _NOTEWORTHY or rewrite.watched:
                             if self._is_answer(packet, ipv4.MIN_HEADER):
-                                return self._pass("own")
+                                return self._told(packet, hook, self._pass("own"))
                             rewrite = self._tracked(rewrite, flags, now)
                             if rewrite is None:
-                                return Verdict.DROP
+                                return self._told(packet, hook, Verdict.DROP)
                         else:
                             rewrite.seen_at = now
                         rewrite.packets += 1
                         rewrite.bytes += size
                         self.counts.steps[rewrite.step] += 1
-                        if self.on_rewrite is not None:
-                            self.on_rewrite(rewrite, packet)
                         l4_check = packet[36] << 8 | packet[37]
                         l4_check = 0xFFFF - ((rewrite.l4_delta - l4_check) % 0xFFFF or 0xFFFF)
                         check = 0xFFFF - ((rewrite.ip_delta - check) % 0xFFFF or 0xFFFF)
-                        return (
+                        new = (
                             _TCP_HEAD(packet, check, rewrite.new, packet[24:36], l4_check)
                             + packet[38:]
                         )
-        return self._general(packet, hook, now)
+                        if self.on_rewrite is not None:
+                            self.on_rewrite(rewrite, packet, new)
+                        return new
+        verdict = self._general(packet, hook, now)
+        return verdict if self.on_untouched is None else self._told(packet, hook, verdict)
+
+    def _told(self, packet: bytes, hook: int, verdict: bytes | Verdict) -> bytes | Verdict:
+        """The verdict; who traces has been told of it, unless the packet was rewritten."""
+        if self.on_untouched is not None and isinstance(verdict, Verdict):
+            self.on_untouched(packet, hook, verdict, self._reason)
+        return verdict
 
     # The general path
 
@@ -219,9 +233,10 @@ class Worker:
         rewrite.packets += 1
         rewrite.bytes += header.total
         self.counts.steps[rewrite.step] += 1
+        new = readdressed(packet, header, rewrite)
         if self.on_rewrite is not None:
-            self.on_rewrite(rewrite, packet)
-        return readdressed(packet, header, rewrite)
+            self.on_rewrite(rewrite, packet, new)
+        return new
 
     def _stranger(
         self, packet: bytes, header: ipv4.Header, proto: Proto, hook: int, now: float
@@ -355,10 +370,12 @@ class Worker:
         return self._pass("no_row")
 
     def _pass(self, reason: str) -> Verdict:
+        self._reason = reason
         self.counts.passed[reason] += 1
         return Verdict.PASS
 
     def _drop(self, reason: str) -> Verdict:
+        self._reason = reason
         self.counts.dropped[reason] += 1
         return Verdict.DROP
 

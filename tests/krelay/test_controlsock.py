@@ -23,6 +23,7 @@ ROWS = 20_000
 HELP_ANSWER = "".join(f"{line}\n" for line in (*HELP, "")).encode()
 TOO_LONG = f"error: a line has at most {MAX_LINE} bytes\n\n".encode()
 SYN = template("C:40000 > K:80 [S]").build()
+REWRITTEN = template("C:40000 > K:16000 [S]").build()
 SYN_LINE = b"T1 10.0.0.1:40000 > 192.168.0.2:80 [S] => > 192.168.0.2:16000 flow 1\n"
 
 
@@ -128,7 +129,7 @@ class World:
         """So many packets are rewritten."""
         for _ in range(times):
             assert self.worker.on_rewrite is not None
-            self.worker.on_rewrite(self.row.rewrites[Step.T1], SYN)
+            self.worker.on_rewrite(self.row.rewrites[Step.T1], SYN, REWRITTEN)
 
 
 @pytest.fixture

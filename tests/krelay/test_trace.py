@@ -52,7 +52,7 @@ def test_a_line_shows_what_has_changed(packet: str, expected: str) -> None:
         host.run(0, "open", "C:40000 @16000 from K:45678")
         host.run(0, "pre", "C:4000 > K:53")
         lines: list[str] = []
-        host.worker.on_rewrite = lambda rewrite, p, lines=lines: lines.append(line(rewrite, p))
+        host.worker.on_rewrite = lambda rewrite, p, _, lines=lines: lines.append(line(rewrite, p))
         for hook in Hook:
             host.worker.handle(template(packet, ip_options=options).build(), hook, 0)
 
@@ -63,7 +63,7 @@ def test_a_line_shows_both_ends_where_both_have_changed_and_says_when_none_has()
     host = Host(policy(source=Source.RELAY))
     host.run(0, "post", "K:4000 > S:53")
     lines: list[str] = []
-    host.worker.on_rewrite = lambda rewrite, packet: lines.append(line(rewrite, packet))
+    host.worker.on_rewrite = lambda rewrite, packet, _: lines.append(line(rewrite, packet))
     host.run(0, "pre", "C:4000 > K:53")
     host.run(0, "pre", "C:40000 > K:80 [S]")
     host.run(0, "open", "C:40000 @16000 from K:45678")

@@ -958,22 +958,68 @@ def test_a_hundred_thousand_damaged_packets_do_no_harm() -> None:
     assert len(worker.nat) <= 300
 
 
-def test_a_packet_is_told_before_it_is_rewritten_while_somebody_traces() -> None:
+@pytest.mark.parametrize("options", [b"", RECORD_ROUTE])
+def test_a_rewritten_packet_is_told_as_it_came_and_as_it_goes_on_while_somebody_traces(
+    options: bytes,
+) -> None:
     host = Host(policy())
-    told: list[tuple[str, bytes]] = []
-    host.worker.on_rewrite = lambda rewrite, packet: told.append((rewrite.step.name, packet))
+    told: list[tuple[str, bytes, bytes]] = []
+    untouched: list[object] = []
+    host.worker.on_rewrite = lambda rewrite, *both: told.append((rewrite.step.name, *both))
+    host.worker.on_untouched = lambda *what: untouched.append(what)
     packets = [
-        template("C:4000 > K:53").build(),
-        template("C:4000 > K:53").build(),
-        template("C:40000 > K:80 [S]").build(),
-        template("C:40000 > K:80 [.]", ip_options=RECORD_ROUTE).build(),
-        template("C:40000 > K:22 [S]").build(),
+        template(text, ip_options=options).build()
+        for text in ("C:4000 > K:53", "C:4000 > K:53", "C:40000 > K:80 [S]", "C:40000 > K:80 [.]")
     ]
 
-    for packet in packets:
-        host.worker.handle(packet, Hook.PREROUTING, 0)
+    became = [host.worker.handle(packet, Hook.PREROUTING, 0) for packet in packets]
 
-    assert told == list(zip(["U12", "U12", "T1", "T1"], packets, strict=False))
+    assert told == list(zip(["U12", "U12", "T1", "T1"], packets, became, strict=True))
+    assert untouched == []
+
+
+def test_a_packet_that_is_not_rewritten_is_told_with_the_reason_while_somebody_traces() -> None:
+    host = Host(policy())
+    told: list[tuple[bytes, int, Verdict, str, int]] = []
+    host.worker.on_untouched = lambda *what: told.append((*what, len(host.worker.answers)))
+    host.worker.on_rewrite = lambda *_: None
+    host.nat.limits = host.nat.limits._replace(flows_per_client=1)
+    script = [
+        ("C:40000 > K:80 [S]", None),
+        ("C:40001 > K:80 [S]", (Verdict.DROP, "client_full", 0)),
+        ("C:4000 > K:53", (Verdict.DROP, "client_full", 1)),
+        ("C:40000 > K:22 [S]", (Verdict.PASS, "no_row", 0)),
+        ("D:40000 > K:16000 [S]", (Verdict.DROP, "gateway_port", 1)),
+        ("D:40000 > S:80 [S]", (Verdict.PASS, "direct", 0)),
+    ]
+
+    for text, expected in script:
+        packet = template(text).build()
+        told.clear()
+        host.worker.answers.clear()
+        verdict = host.worker.handle(packet, Hook.PREROUTING, 0)
+
+        if expected is None:
+            assert (type(verdict), told) == (bytes, [])
+        else:
+            assert told == [(packet, Hook.PREROUTING, *expected)]
+            assert verdict is expected[0]
+
+
+def test_what_the_fast_path_does_not_rewrite_is_told_too() -> None:
+    host = Host(policy())
+    told: list[tuple[Verdict, str]] = []
+    host.run(0, "pre", "C:40000 > K:80 [S]")
+    host.run(0, "pre", "C:40000 > K:80 [R]")
+    reset = refused_directly(host.worker, "C:40000")
+    host.worker.on_untouched = lambda _packet, _hook, verdict, reason: told.append(
+        (verdict, reason)
+    )
+    host.worker.handle(reset, Hook.POSTROUTING, 0)
+    host.run(0, "set", "tcp=443")
+    host.run(0, "pre", "C:40000 > K:80 [S]")
+
+    assert told == [(Verdict.PASS, "own"), (Verdict.DROP, "not_relaying")]
 
 
 def test_the_refusals_of_the_gateway_port_are_remembered_in_bounded_room() -> None:
