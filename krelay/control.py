@@ -10,7 +10,7 @@ are sent, so that a large table delays no packet.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any, Protocol
@@ -153,16 +153,12 @@ def row_values(row: Row, timeouts: Any, now: float) -> dict[str, Value]:
 def counter_values(
     counts: Counts, *, errors: int, overflows: int, queue_dropped: int, socket_dropped: int
 ) -> dict[str, Value]:
-    """All counters by name: steps, then drops and passes by reason, then the queue's."""
-    steps = counts.steps
-    values: dict[str, Value] = {
-        step.name: steps[step] for step in (Step.T1, Step.T2, Step.T3, Step.T4)
-    }
-    values["U1"] = steps[Step.U1] + steps[Step.U12]
-    values["U2"] = steps[Step.U2] + steps[Step.U12]
-    values["U3"] = steps[Step.U3] + steps[Step.U34]
-    values["U4"] = steps[Step.U4] + steps[Step.U34]
-    values |= {step.name: steps[step] for step in (Step.D1, Step.D2)}
+    """All counters by name: steps, then drops and passes by reason, then the queue's.
+
+    `icmp_T4` are ICMP errors that were translated as packets of step T4 are.
+    """
+    values: dict[str, Value] = dict(_by_step(counts.steps))
+    values |= {f"icmp_{step}": count for step, count in _by_step(counts.icmp)}
     dropped = {"table_full": 0, "client_full": 0} | dict(sorted(counts.dropped.items()))
     values |= {f"dropped_{reason}": count for reason, count in dropped.items()}
     values |= {f"passed_{reason}": count for reason, count in sorted(counts.passed.items())}
@@ -171,6 +167,16 @@ def counter_values(
     values["socket_overflow"] = socket_dropped
     values["overflow_notices"] = overflows
     return values
+
+
+def _by_step(counts: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """T1 to T4, U1 to U4, D1, D2: what takes two steps at once counts for both."""
+    at_once = {Step.U1: Step.U12, Step.U2: Step.U12, Step.U3: Step.U34, Step.U4: Step.U34}
+    for step in Step:
+        if step in at_once:
+            yield step.name, counts[step] + counts[at_once[step]]
+        elif step not in at_once.values():
+            yield step.name, counts[step]
 
 
 def tcp_status_values(totals: Mapping[str, int]) -> dict[str, Value]:

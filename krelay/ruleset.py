@@ -13,6 +13,12 @@ packets into `untracked` for a firewall, and the answers of clients' direct conn
     T4       from S, a service (TCP)                U3,U4    from S, a service (UDP)
              clients' own, to S, a service          U2       from clients of source=relay to S
     U3       from S to this host (UDP)
+    ICMP     errors                                 ICMP     errors, also to this host
+
+ICMP errors may come from any router on the way, and name our packets only in what they quote, which
+iptables doesn't look at: all of them visit the queue, those about others' packets go on untouched.
+No other ICMP does.  What this host tells itself over `lo` is seen once, when it leaves
+(icmperror.py).
 
 Datagrams must come whole, or their ports can't be seen.  The kernel reassembles fragments before
 PREROUTING only where something has asked for it; the `socket` match of iptables and `tproxy` of nft
@@ -34,10 +40,13 @@ from ipaddress import IPv4Address, IPv4Network
 
 from krelay.flow import Proto
 from krelay.row import Footprint
+from krelay.wire import icmp
 
 ANYONE = IPv4Network("0.0.0.0/0")
 MULTIPORT_MOST = 15
 """Ports in one multiport match; a range counts twice (net/netfilter/xt_multiport.c)."""
+LOOPBACK = IPv4Network("127.0.0.0/8")
+ICMP_ERRORS = tuple(sorted(icmp.ERRORS))
 NEVER = "255.255.255.255"
 DEFAULT_QUEUE = 1600
 
@@ -116,8 +125,10 @@ def nft_install(spec: RuleSpec) -> str:
     servers = "{ " + ", ".join(map(str, spec.servers)) + " }"
     gports = _nft_ports(tuple((p, p) for p in spec.gports))
     queue = f"queue num {spec.queue}"
-    pre = ['iifname "lo" return', f"tcp dport {gports} fib daddr type local {queue}"]
-    post = ['oifname "lo" return', f"tcp sport {gports} fib saddr type local {queue}"]
+    errors = f"icmp type {{ {', '.join(map(str, ICMP_ERRORS))} }} {queue}"
+    pre = ['iifname "lo" return', errors, f"tcp dport {gports} fib daddr type local {queue}"]
+    post = [f"ip daddr != {LOOPBACK} {errors}", 'oifname "lo" return']
+    post.append(f"tcp sport {gports} fib saddr type local {queue}")
     if tcp:
         pre += [
             f"tcp dport {tcp} fib daddr type local {queue}",
@@ -193,8 +204,9 @@ def iptables_install(spec: RuleSpec, hung: frozenset[str]) -> str:
     queue = f"-j NFQUEUE --queue-num {spec.queue}"
     to_us, from_us = "-m addrtype --dst-type LOCAL", "-m addrtype --src-type LOCAL"
     gports: Ports = tuple((p, p) for p in spec.gports)
-    into = ["-i lo -j RETURN"]
-    out = ["-o lo -j RETURN"]
+    errors = [f"-p icmp --icmp-type {number} {queue}" for number in ICMP_ERRORS]
+    into = ["-i lo -j RETURN", *errors]
+    out = [*(f"! -d {LOOPBACK} {rule}" for rule in errors), "-o lo -j RETURN"]
     into += [f"-p tcp {ports} {to_us} {queue}" for ports in _multiport(gports, "dports")]
     out += [f"-p tcp {ports} {from_us} {queue}" for ports in _multiport(gports, "sports")]
     to_tcp, to_udp = _multiport(spec.tcp, "dports"), _multiport(spec.udp, "dports")

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Network
 
+from krelay import icmperror
 from krelay.flow import Endpoint, Flow, Proto, Source
 from krelay.nat import NatTable, Refusal
 from krelay.row import SIDES, Hook, Rewrite, Row, Step
@@ -85,6 +86,8 @@ class Counts:
 
     steps: list[int] = field(default_factory=lambda: [0] * len(Step))
     """By Step: rewritten."""
+    icmp: list[int] = field(default_factory=lambda: [0] * len(Step))
+    """ICMP errors translated, by the step that answers take where the error goes."""
     passed: Counter[str] = field(default_factory=Counter)
     """By reason: gone on untouched."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -204,11 +207,13 @@ class Worker:
                 proto = Proto.TCP
                 if header.total < at + tcp.HEADER:
                     raise BadPacket("short_header")
+            elif header.proto == icmp.PROTO:
+                return self._icmp(packet, header, hook)
             else:
                 raise BadPacket("other_protocol")
         except BadPacket as bad:
-            if bad.reason == "truncated":
-                return self._drop("truncated")  # whole, it might have been a row's
+            if bad.reason == "truncated" or bad.reason in icmperror.BROKEN:
+                return self._drop(bad.reason)  # whole, it might have been a row's
             return self._pass(bad.reason)
 
         tables = self._tcp if proto is Proto.TCP else self._udp
@@ -237,6 +242,19 @@ class Worker:
         if self.on_rewrite is not None:
             self.on_rewrite(rewrite, packet, new)
         return new
+
+    def _icmp(self, packet: bytes, header: ipv4.Header, hook: int) -> bytes | Verdict:
+        """An ICMP error about a row's packet is translated.  Raises BadPacket."""
+        own = self.policy.own if self.policy else frozenset()
+        found = icmperror.translate(packet, header, hook, self.nat.tables, own)
+        if found is None:
+            return self._pass("icmp_no_row")
+        for step in found.steps:
+            self.counts.icmp[step] += 1
+        if not found.sent_anew:
+            return found.packet
+        self.answers.append(found.packet)
+        return Verdict.DROP
 
     def _stranger(
         self, packet: bytes, header: ipv4.Header, proto: Proto, hook: int, now: float

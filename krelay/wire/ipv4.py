@@ -40,6 +40,8 @@ CHECK = slice(10, 12)
 FRAGMENT_MASK = 0x3FFF
 """More-fragments flag and fragment offset: zero in a packet that is whole."""
 DONT_FRAGMENT = 0x4000
+OFFSET_MASK = 0x1FFF
+"""Zero in what begins with a transport header."""
 
 _HEADER = struct.Struct("!BBHHHBBH4s4s")
 

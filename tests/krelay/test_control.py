@@ -305,6 +305,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
     counts = Counts()
     for step, number in zip(Step, range(1, 13), strict=True):
         counts.steps[step] = number
+        counts.icmp[step] = 20 * number
     counts.passed = Counter({"own": 2, "direct": 1})
     counts.dropped = Counter({"no_row": 5, "table_full": 7})
 
@@ -321,6 +322,16 @@ def test_counters_are_named_by_step_and_reason() -> None:
         ("U4", 8 + 10),
         ("D1", 11),
         ("D2", 12),
+        ("icmp_T1", 20),
+        ("icmp_T2", 40),
+        ("icmp_T3", 60),
+        ("icmp_T4", 80),
+        ("icmp_U1", 100 + 180),
+        ("icmp_U2", 120 + 180),
+        ("icmp_U3", 140 + 200),
+        ("icmp_U4", 160 + 200),
+        ("icmp_D1", 220),
+        ("icmp_D2", 240),
         ("dropped_table_full", 7),
         ("dropped_client_full", 0),
         ("dropped_no_row", 5),

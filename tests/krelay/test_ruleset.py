@@ -74,6 +74,7 @@ def lines_of(text: str) -> list[str]:
 def test_the_nft_rules_of_prerouting() -> None:
     assert rules(nft_install(SPEC), "pre") == lines_of("""
         iifname "lo" return
+        icmp type { 3, 11, 12 } Q
         tcp dport { 16000, 17000 } fib daddr type local Q
         tcp dport { 80, 8000-8100 } fib daddr type local Q
         ip saddr { 192.168.0.1 } tcp sport { 80, 8000-8100 } Q
@@ -87,6 +88,7 @@ def test_the_nft_rules_of_prerouting() -> None:
 
 def test_the_nft_rules_of_postrouting() -> None:
     assert rules(nft_install(SPEC), "post") == lines_of("""
+        ip daddr != 127.0.0.0/8 icmp type { 3, 11, 12 } Q
         oifname "lo" return
         tcp sport { 16000, 17000 } fib saddr type local Q
         ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } fib saddr type local Q
@@ -112,6 +114,9 @@ def test_nft_replaces_the_table_in_one_transaction() -> None:
 def test_the_iptables_rules_of_prerouting() -> None:
     assert rules(iptables_install(SPEC, frozenset()), "pre") == lines_of("""
         -i lo -j RETURN
+        -p icmp --icmp-type 3 Q
+        -p icmp --icmp-type 11 Q
+        -p icmp --icmp-type 12 Q
         -p tcp dports 16000,17000 to-us Q
         -p tcp dports 80,8000:8100 to-us Q
         -p udp dports 53 to-us Q
@@ -125,6 +130,9 @@ def test_the_iptables_rules_of_prerouting() -> None:
 
 def test_the_iptables_rules_of_postrouting() -> None:
     assert rules(iptables_install(SPEC, frozenset()), "post") == lines_of("""
+        ! -d 127.0.0.0/8 -p icmp --icmp-type 3 Q
+        ! -d 127.0.0.0/8 -p icmp --icmp-type 11 Q
+        ! -d 127.0.0.0/8 -p icmp --icmp-type 12 Q
         -o lo -j RETURN
         -p tcp sports 16000,17000 from-us Q
         -d 192.168.0.1 -p tcp dports 80,8000:8100 from-us Q
@@ -140,6 +148,9 @@ def test_iptables_hangs_its_chains_first_in_what_leaves_and_then_in_what_comes()
     assert iptables_install(small, frozenset()).splitlines() == lines_of("""
         *mangle
         :krelay-post - [0:0]
+        -A krelay-post ! -d 127.0.0.0/8 -p icmp --icmp-type 3 -j NFQUEUE --queue-num 1600
+        -A krelay-post ! -d 127.0.0.0/8 -p icmp --icmp-type 11 -j NFQUEUE --queue-num 1600
+        -A krelay-post ! -d 127.0.0.0/8 -p icmp --icmp-type 12 -j NFQUEUE --queue-num 1600
         -A krelay-post -o lo -j RETURN
         -A krelay-post -p tcp -m multiport --sports 16000 -m addrtype --src-type LOCAL -j NFQUEUE --queue-num 1600
         -I POSTROUTING 1 -j krelay-post
@@ -147,6 +158,9 @@ def test_iptables_hangs_its_chains_first_in_what_leaves_and_then_in_what_comes()
         *raw
         :krelay-pre - [0:0]
         -A krelay-pre -i lo -j RETURN
+        -A krelay-pre -p icmp --icmp-type 3 -j NFQUEUE --queue-num 1600
+        -A krelay-pre -p icmp --icmp-type 11 -j NFQUEUE --queue-num 1600
+        -A krelay-pre -p icmp --icmp-type 12 -j NFQUEUE --queue-num 1600
         -A krelay-pre -p tcp -m multiport --dports 16000 -m addrtype --dst-type LOCAL -j NFQUEUE --queue-num 1600
         -A krelay-pre -d 255.255.255.255/32 -p udp --dport 0 -m socket -j RETURN
         -I PREROUTING 1 -j krelay-pre
@@ -186,10 +200,12 @@ def test_iptables_removes_what_is_there_beginning_with_what_comes() -> None:
 # Both
 
 
-@pytest.mark.parametrize("text", [nft_install(SPEC), iptables_install(SPEC, frozenset())])
-def test_no_rule_lets_packets_by_when_nobody_serves_the_queue(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "icmp"), [(nft_install(SPEC), 2), (iptables_install(SPEC, frozenset()), 6)]
+)
+def test_no_rule_lets_packets_by_when_nobody_serves_the_queue(text: str, icmp: int) -> None:
     assert "bypass" not in text
-    assert text.count("queue num 1600") + text.count("--queue-num 1600") == 12
+    assert text.count("queue num 1600") + text.count("--queue-num 1600") == 12 + icmp
 
 
 def test_each_server_has_its_rules() -> None:
@@ -229,7 +245,7 @@ def test_no_service_of_a_protocol_makes_no_rule_of_it_but_the_gateways(
             rule
             for hook in ("pre", "post")
             for rule in rules(text, hook)
-            if "Q" in rule and "16000" not in rule
+            if "Q" in rule and "16000" not in rule and "icmp" not in rule
         ]
         assert services
         assert all(other in rule for rule in services)

@@ -419,12 +419,14 @@ def test_what_is_neither_whole_nor_tcp_nor_udp_goes_on_and_is_counted() -> None:
     segment = template("C:40000 > K:80 [S]").build()
     fragment = template("C:4000 > K:53", fragment=0x2000).build()
     echo = ipv4.build(1, addr("C"), addr("K"), b"\x08\0\0\0\0\0\0\0")
+    gre = ipv4.build(47, addr("C"), addr("K"), bytes(8))
     short_udp = ipv4.build(17, addr("C"), addr("K"), packet[20:27])
     short_tcp = ipv4.build(6, addr("C"), addr("K"), segment[20:39])
     long_udp = packet[:24] + (len(packet) - 19).to_bytes(2) + packet[26:]
     tiny_udp = packet[:24] + b"\0\x07" + packet[26:]
     for hook in Hook:
-        for bytes_ in (b"", b"\0" * 40, fragment, echo, short_udp, short_tcp, long_udp, tiny_udp):
+        strange = (fragment, echo, gre, short_udp, short_tcp, long_udp, tiny_udp)
+        for bytes_ in (b"", b"\0" * 40, *strange):
             assert worker.handle(bytes_, hook, 0) is Verdict.PASS
         assert worker.handle(packet[:-1], hook, 0) is Verdict.DROP
 
@@ -432,6 +434,7 @@ def test_what_is_neither_whole_nor_tcp_nor_udp_goes_on_and_is_counted() -> None:
         "short_header": 6,
         "bad_version": 2,
         "fragment": 2,
+        "icmp_other": 2,
         "other_protocol": 2,
         "bad_length": 4,
     }

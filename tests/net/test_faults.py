@@ -241,7 +241,6 @@ def test_a_tcp_client_of_a_server_that_is_down_learns_it_promptly(world: World) 
         _who(world)
 
 
-@pytest.mark.xfail(raises=TimeoutError, reason="ICMP errors aren't rewritten yet: README, Limits")
 def test_a_udp_client_of_a_server_that_is_down_gets_its_error(world: World) -> None:
     world.begin()
 

@@ -22,6 +22,8 @@ HOSTS = {
     "S": "192.168.0.1",
     "Z": "192.168.0.99",  # another server
     "N": "192.168.0.7",  # a client in the server's own subnet
+    "R": "172.16.9.1",  # a router between relay and server
+    "Q": "172.16.5.1",  # a router between client and relay
 }
 NAMES = {host: name for name, host in HOSTS.items()}
 
