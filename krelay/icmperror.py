@@ -47,8 +47,8 @@ class Translation(NamedTuple):
     """What has become of an error."""
 
     packet: bytes
-    steps: tuple[Step, ...]
-    """Of the answers whose rewritings were read backwards."""
+    by: tuple[Rewrite, ...]
+    """The rewritings, of answers, that were read backwards, in this order."""
     sent_anew: bool
     """Whether it goes elsewhere than the error was on its way to, and has to be sent from here."""
 
@@ -83,17 +83,17 @@ def translate(
         return None
     icmp.verify(packet, header, quote)
 
-    destination, steps = header.dst, []
+    destination, by = header.dst, []
     for at in hooks:
         rewrite = tables[at, proto].get(quote.answers)
         if rewrite is None:
             break
         packet = _reversed(packet, header, quote, rewrite, is_own)
-        steps.append(rewrite.step)
+        by.append(rewrite)
         header = ipv4.parse(packet)
         quote = icmp.quoted(packet, header)
     anew = hook == Hook.POSTROUTING and header.dst != destination
-    return Translation(packet, tuple(steps), anew)
+    return Translation(packet, tuple(by), anew)
 
 
 def _reversed(

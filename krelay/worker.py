@@ -249,11 +249,14 @@ class Worker:
         found = icmperror.translate(packet, header, hook, self.nat.tables, own)
         if found is None:
             return self._pass("icmp_no_row")
-        for step in found.steps:
-            self.counts.icmp[step] += 1
+        for rewrite in found.by:
+            self.counts.icmp[rewrite.step] += 1
+        if self.on_rewrite is not None:
+            self.on_rewrite(found.by[-1], packet, found.packet)
         if not found.sent_anew:
             return found.packet
         self.answers.append(found.packet)
+        self._reason = "icmp_sent_anew"
         return Verdict.DROP
 
     def _stranger(

@@ -298,6 +298,9 @@ def test_an_error_is_translated(name: str, quote: int | None) -> None:
             packet, flow=flow("C:1 > S:1 [.]"), flags=template(before.split("about")[1]).flags
         )
 
+    told: list[tuple[str, bytes, bytes]] = []
+    worker.on_rewrite = lambda by, old, new: told.append((by.step.label, old, new))
+
     got = worker.handle(error(before, quote=quote, packet=packet), hook, 100.0)
 
     wanted = error(after, quote=quote, packet=packet)
@@ -307,6 +310,7 @@ def test_an_error_is_translated(name: str, quote: int | None) -> None:
     else:
         assert not worker.answers
     assert got == wanted
+    assert told == [(steps[-1], error(before, quote=quote, packet=packet), wanted)]
     assert [s.label for s in Step if worker.counts.icmp[s]] == steps
     assert not worker.counts.dropped
     assert [(row.seen_at, row.state, row.id) for row in worker.nat] == refreshed
