@@ -88,6 +88,8 @@ def _switch(root: Path, flag: str, state: str) -> int:
 def _set(args: argparse.Namespace) -> int:
     from krelay import client
 
+    if args.flush and args.key != "real_ip":
+        raise Failed("--flush goes with real_ip alone")
     text = _checked(args.key, args.value)
     _put(args.root, args.key, text)
     for _ in _tries():
@@ -103,6 +105,8 @@ def _set(args: argparse.Namespace) -> int:
             raise Failed(f"{args.key} is written, but krelay doesn't answer: {error}") from None
         shown = (FileTree(args.root).read(args.key) or "").strip()
         if in_force == text:
+            if args.flush:
+                _print(_ask(args.root, "flush"))
             return 0
         if shown == in_force:  # it shows the value in force again: ours was refused
             errors = (FileTree(args.root).read("status/errors") or "").splitlines()
@@ -145,8 +149,7 @@ def _show_values(args: argparse.Namespace, request: str) -> int:
 def _nat(args: argparse.Namespace) -> int:
     request = " ".join(["show nat json", *args.filter])
     if args.json:
-        for line in _ask(args.root, request):
-            print(line)
+        _print(_ask(args.root, request))
         return 0
     from rich.live import Live
 
@@ -162,6 +165,16 @@ def _nat(args: argparse.Namespace) -> int:
             time.sleep(1)
             rows = map(json.loads, _ask(args.root, request))
             live.update(terminal.nat_table(rows), refresh=True)
+
+
+def _kill(args: argparse.Namespace) -> int:
+    _print(_ask(args.root, f"kill {args.id}"))
+    return 0
+
+
+def _print(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def _trace(args: argparse.Namespace) -> int:
@@ -291,6 +304,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("set", _set, "check and write a setting, wait for it", "krelay set gport 17000")
     sub.add_argument("key", metavar="KEY", choices=SETTINGS, help=", ".join(SETTINGS))
     sub.add_argument("value", metavar="VALUE")
+    sub.add_argument(
+        "--flush",
+        action="store_true",
+        help="real_ip: end the flows that still lead to another server",
+    )
 
     sub = add("get", _get, "show a setting, or all", "krelay get real_ip")
     sub.add_argument("key", metavar="KEY", nargs="?", choices=SETTINGS, help=", ".join(SETTINGS))
@@ -301,6 +319,8 @@ def _parser() -> argparse.ArgumentParser:
     _filters(sub)
     sub.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
     _json_option(sub)
+    sub = add("kill", _kill, "end one flow; TCP: reset both sides", "krelay kill 17")
+    sub.add_argument("id", metavar="ID", type=_row_id, help="as `krelay nat` lists it")
     sub = add("counters", _counters, "show all counters", "krelay counters")
     _json_option(sub)
     sub = add("trace", _trace, "show each packet before and after", "krelay trace service=tcp/80")
@@ -337,6 +357,12 @@ def _queue_option(parser: argparse.ArgumentParser) -> None:
 def _queue_number(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) > 0xFFFF:
         raise argparse.ArgumentTypeError(f"{text!r} is not a queue number (0-65535)")
+    return int(text)
+
+
+def _row_id(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the id of a row, a number")
     return int(text)
 
 

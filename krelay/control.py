@@ -6,7 +6,7 @@ are sent, so that a large table delays no packet.
 
     show nat [json] [proto=tcp|udp] [client=ADDR[:PORT]] [state=STATE] [service=tcp/80]
     show status [json]    show counters [json]    show config [json]
-    kill ID               trace [filters]         help
+    flush                 kill ID               trace [filters]         help
 """
 
 import json
@@ -32,11 +32,12 @@ HELP = (
     "show counters [json]",
     "show config [json]",
     "kill ID",
+    "flush (ends all rows to other servers than real_ip)",
     "trace [filters as for show nat]",
     "help",
 )
 
-Value = str | int | float | list[int]
+Value = str | int | float | list[int] | dict[str, int]
 Values = Mapping[str, Value]
 
 
@@ -53,6 +54,7 @@ class Relay(Protocol):
     def counters(self) -> Values: ...
     def config_in_force(self) -> Values: ...
     def kill(self, row: Row) -> None: ...
+    def flush(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,10 @@ def answer(line: str, relay: Relay, now: float) -> Iterator[str] | Trace:
             return iter([f"killed={row.id}"])
         case ["kill", *_]:
             raise BadRequest("kill takes the id of one row, as `show nat` lists it")
+        case ["flush"]:
+            return iter([f"flushed={relay.flush()}"])
+        case ["flush", word, *_]:
+            raise BadRequest(f"{_short(word)} isn't understood here; flush stands alone")
         case ["trace", *rest]:
             return Trace(parse_filter(rest))
         case [word, *_]:
@@ -151,17 +157,28 @@ def row_values(row: Row, timeouts: Any, now: float) -> dict[str, Value]:
 
 
 def counter_values(
-    counts: Counts, *, errors: int, overflows: int, queue_dropped: int, socket_dropped: int
+    counts: Counts,
+    *,
+    ended_early: int,
+    refused: Mapping[bytes, dict[str, int]],
+    errors: int,
+    overflows: int,
+    queue_dropped: int,
+    socket_dropped: int,
 ) -> dict[str, Value]:
-    """All counters by name: steps, then drops and passes by reason, then the queue's.
+    """All counters by name: steps, drops and passes by reason, who was refused, the queue's.
 
     `icmp_T4` are ICMP errors that were translated as packets of step T4 are.
     """
     values: dict[str, Value] = dict(_by_step(counts.steps))
     values |= {f"icmp_{step}": count for step, count in _by_step(counts.icmp)}
-    dropped = {"table_full": 0, "client_full": 0} | dict(sorted(counts.dropped.items()))
+    dropped = {"table_full": 0, "client_full": 0, "client_rate": 0} | dict(
+        sorted(counts.dropped.items())
+    )
     values |= {f"dropped_{reason}": count for reason, count in dropped.items()}
     values |= {f"passed_{reason}": count for reason, count in sorted(counts.passed.items())}
+    values["ended_early"] = ended_early
+    values |= {f"refused_{ip_address(addr)}": reasons for addr, reasons in refused.items()}
     values["errors"] = errors
     values["queue_overflow"] = queue_dropped
     values["socket_overflow"] = socket_dropped
@@ -190,7 +207,7 @@ def tcp_counter_values(totals: Mapping[str, int]) -> dict[str, Value]:
 
 
 def text(values: Values) -> str:
-    """`key=value` for each, with a blank between: pairs of numbers as 12/10."""
+    """`key=value` for each, with a blank between: pairs of numbers as 12/10, names as a:1,b:2."""
     return " ".join(f"{name}={_plain(value)}" for name, value in values.items())
 
 
@@ -208,7 +225,13 @@ def _listing(values: Values, words: list[str]) -> Iterator[str]:
 
 
 def _plain(value: Value) -> str:
-    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
+    match value:
+        case list():
+            return "/".join(map(str, value))
+        case dict():
+            return ",".join(f"{name}:{number}" for name, number in value.items())
+        case _:
+            return str(value)
 
 
 def _proto(word: str) -> Proto:

@@ -134,6 +134,8 @@ class Daemon:
         queue_dropped, socket_dropped = self._relaying.dropped()
         return control.counter_values(
             self._worker.counts,
+            ended_early=self.nat.ended_early,
+            refused=self._worker.refused.top(),
             errors=queue.errors if queue else 0,
             overflows=queue.overflows if queue else 0,
             queue_dropped=queue_dropped,
@@ -149,10 +151,14 @@ class Daemon:
 
     def kill(self, row: Row) -> None:
         """Ends a row: a TCP one by resetting both its legs."""
-        if row.gport is None:
-            self.nat.end(row)
-        else:
-            self._relaying.relays.abort(row, self._loop.now)
+        self._relaying.end(row)
+
+    def flush(self) -> int:
+        """Ends the rows to any server but the one in force, like `kill`; how many those were."""
+        rows = self.nat.elsewhere(self._state.config.real_ip.packed)
+        for row in rows:
+            self._relaying.end(row)
+        return len(rows)
 
     # The file tree
 

@@ -35,11 +35,18 @@ from random import Random
 from typing import NamedTuple
 
 from krelay.flow import Endpoint, Proto, Source
+from krelay.overload import NewFlows, Tentative
+from krelay.ports import RelayPorts
 from krelay.row import Footprint, Hook, Rewrite, Row, Step, Timeouts, key
 from krelay.tracker import State
 
 HORIZON = 16
 """Seconds after which each row is looked at, at the latest."""
+
+
+TRIES = 512
+"""Ports of each parity that are looked at where the wanted one is taken: below 1024 all of them.
+A client that has taken that many of its own in a row is refused; the packet path isn't held up."""
 
 
 class Refusal(Exception):
@@ -55,6 +62,8 @@ class Limits(NamedTuple):
 
     flows: int = 65536
     flows_per_client: int = 4096
+    new_flows_per_client: int = 0
+    """Rows that a client may begin a second, and at once; 0: as many as it likes."""
 
 
 class DirectFlows:
@@ -101,12 +110,18 @@ class NatTable:
         self.on_footprint: Callable[[], None] = lambda: None
         """Called when a row needs something of the rules that no row needed before."""
         self.limits = limits or Limits()
+        self.ended_early = 0
+        """Rows ended to make room for others."""
         self._timeouts = timeouts or Timeouts()
         self._rng = rng
         self._rows: dict[int, Row] = {}
         self._next_id = 1
         self._per_client: Counter[bytes] = Counter()  # without those in _closed
         self._closed: dict[int, Row] = {}  # lingering, the oldest first: no reason to refuse anyone
+        self._relay_ports = RelayPorts(rng)
+        self._new_flows = NewFlows()
+        self._tentative = Tentative()
+        self._tentative_of: dict[bytes, Tentative] = {}  # the same rows by client
         self._outside: dict[Proto, dict[bytes, Row]] = {proto: {} for proto in Proto}
         self._inside: dict[tuple[Endpoint, int], Row] = {}
         self._by_relay: dict[Endpoint, Row] = {}
@@ -154,10 +169,11 @@ class NatTable:
     ) -> Row:
         """A connection that a client opens: steps T1 and T2.
 
-        Takes the place of a former connection between the same ports.  Raises Refusal
-        (`table_full`, `client_full`, `no_port`).
+        Takes the place of a former connection between the same ports.  One that goes on after a
+        restart names its `inside`, and is not counted as new.  Raises Refusal (`table_full`,
+        `client_full`, `client_rate`, `no_port`).
         """
-        self._check_room(client)
+        self._make_room(client, now, is_new=inside is None)
         if inside is None:
             port = self._free_port(
                 client.port,
@@ -213,18 +229,25 @@ class NatTable:
 
         With source=relay, `relay_addr` is the relay's own address towards the server, and
         `any_client` tells that this isn't so for clients beside the server only.  Raises Refusal
-        (`table_full`, `client_full`, `no_port`).
+        (`table_full`, `client_full`, `client_rate`, `no_port`).
         """
-        self._check_room(client)
+        self._make_room(client, now)
         pre, post = Hook.PREROUTING, Hook.POSTROUTING
-        hidden = client.addr if source is Source.CLIENT else relay_addr or service.addr
-        port = self._free_port(
-            client.port,
-            lambda p: (
-                self._outside_is_free(Proto.UDP, Endpoint(client.addr, p), server)
-                and self._outside_is_free(Proto.UDP, Endpoint(hidden, p), server)
-            ),
-        )
+        hidden = relay_addr or service.addr
+
+        def is_free(port: int, *addrs: bytes) -> bool:
+            ends = (Endpoint(addr, port) for addr in addrs)
+            return all(self._outside_is_free(Proto.UDP, end, server) for end in ends)
+
+        if source is Source.CLIENT:
+            port = self._free_port(client.port, lambda p: is_free(p, client.addr))
+        else:
+            found = self._relay_ports.take(
+                hidden, client.port, lambda p: is_free(p, client.addr, hidden)
+            )
+            if found is None:
+                raise Refusal("no_port")
+            port = found
         row = self._row(Proto.UDP, client, service, server, source, now)
         between = Endpoint(client.addr, port)
         self._reserve(row, between)
@@ -263,7 +286,7 @@ class NatTable:
         if at not in self._outside[proto]:
             self.direct.saw(proto, at, now)
             return None
-        self._check_room(client)
+        self._make_room(client, now)
         port = self._free_port(
             client.port, lambda p: self._outside_is_free(proto, Endpoint(client.addr, p), server)
         )
@@ -291,7 +314,12 @@ class NatTable:
 
     def unanswered(self) -> list[Row]:
         """The UDP rows whose server has never answered."""
-        return [row for row in self._rows.values() if row.state is State.UNREPLIED]
+        return [row for row in self._relayed() if row.state is State.UNREPLIED]
+
+    def elsewhere(self, server: bytes) -> list[Row]:
+        """The rows that live and lead to any other server."""
+        rows = self._relayed()
+        return [row for row in rows if row.server.addr != server and row.closed_at is None]
 
     # Ending rows
 
@@ -302,6 +330,7 @@ class NatTable:
             row.tracker.closed = True
             self._closed[row.id] = row
             self._count_client(row, -1)
+            self._settle(row)
             self.schedule(row)
 
     def schedule(self, row: Row) -> None:
@@ -325,8 +354,11 @@ class NatTable:
                 del outside[at]
         if row.inside and row.gport and self._inside.get((row.inside, row.gport)) is row:
             del self._inside[row.inside, row.gport]
-        if row.relay and self._by_relay.get(row.relay) is row:
+        if row.relay and row.proto is Proto.UDP:
+            self._relay_ports.give_back(*row.relay)
+        elif row.relay and self._by_relay.get(row.relay) is row:
             del self._by_relay[row.relay]
+        self._settle(row)
         if self._closed.pop(row.id, None) is None:
             self._count_client(row, -1)
         # A row and its rewrites point at each other; let go here, so that no collector is needed.
@@ -365,19 +397,57 @@ class NatTable:
                     ended.append(row)
                 else:
                     self.schedule(row)
+        self._new_flows.forget(now)
         self.direct.expire(Proto.TCP, now - self._timeouts.tcp_established)
         self.direct.expire(Proto.UDP, now - self._timeouts.udp)
         return ended
 
     # Inside
 
-    def _check_room(self, client: Endpoint) -> None:
-        if len(self._rows) - len(self._closed) >= self.limits.flows:
+    def _relayed(self) -> Iterator[Row]:
+        """All rows but those of clients' own conversations."""
+        return (row for row in self._rows.values() if row.service != row.server)
+
+    def _make_room(self, client: Endpoint, now: float, *, is_new: bool = True) -> None:
+        """Sees to it that one more row is within the limits, or raises Refusal.
+
+        Where it isn't, the oldest row that is no conversation yet makes room (Tentative), as in
+        Linux's connection tracking (early_drop, net/netfilter/nf_conntrack_core.c): else a flood
+        from forged addresses would keep everybody out for as long as its rows live.
+        """
+        limits = self.limits
+        rate = limits.new_flows_per_client if is_new else 0
+        if rate and not self._new_flows.admits(client.addr, rate, now):
+            raise Refusal("client_rate")
+        if self._per_client[client.addr] >= limits.flows_per_client:
+            self._end_early(self._tentative_of.get(client.addr), now)
+        if self._is_full():
+            self._end_early(self._tentative, now)
+        if self._is_full():
             raise Refusal("table_full")
-        if len(self._rows) >= self.limits.flows:
-            self.end(next(iter(self._closed.values())))
-        if self._per_client[client.addr] >= self.limits.flows_per_client:
+        if self._per_client[client.addr] >= limits.flows_per_client:
             raise Refusal("client_full")
+        if len(self._rows) >= limits.flows:
+            self.end(next(iter(self._closed.values())))
+        if rate:
+            self._new_flows.began(client.addr, rate, now)
+
+    def _settle(self, row: Row) -> None:
+        """The row makes no room for others any more."""
+        self._tentative.discard(row)
+        if (tentative := self._tentative_of.get(row.client.addr)) is not None:
+            tentative.discard(row)
+            if not tentative:
+                del self._tentative_of[row.client.addr]
+
+    def _is_full(self) -> bool:
+        return len(self._rows) - len(self._closed) >= self.limits.flows
+
+    def _end_early(self, tentative: Tentative | None, now: float) -> None:
+        row = tentative.spare(now) if tentative else None
+        if row is not None:
+            self.end(row)
+            self.ended_early += 1
 
     def _count_client(self, row: Row, by: int) -> None:
         self._per_client[row.client.addr] += by
@@ -400,6 +470,8 @@ class NatTable:
     def _enter(self, row: Row) -> Row:
         self._rows[row.id] = row
         self._count_client(row, +1)
+        self._tentative.add(row, row.created_at)
+        self._tentative_of.setdefault(row.client.addr, Tentative()).add(row, row.created_at)
         self.schedule(row)
         if row.footprint:
             new = not self.footprints[row.footprint]
@@ -468,10 +540,10 @@ class NatTable:
         if is_free(wanted):
             return wanted
         low, high = (1, 1023) if wanted < 1024 else (1024, 0xFFFF)
-        start = self._rng.randint(low, high)
+        start, ports = self._rng.randint(low, high), high - low + 1
         for parity in (wanted % 2, 1 - wanted % 2):
-            for step in range(low, high + 1):
-                port = low + (start + step - low) % (high - low + 1)
+            for step in range(min(ports, 2 * TRIES)):
+                port = low + (start + step - low) % ports
                 if port % 2 == parity and is_free(port):
                     return port
         raise Refusal("no_port")

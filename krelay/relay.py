@@ -88,13 +88,18 @@ class Relays:
             self._orphans.append((now + ORPHAN_GRACE, rows))
 
     def abort(self, row: Row, now: float) -> None:
-        """Has both legs of a connection reset; its row ends when that is done."""
+        """Has both legs of a connection reset; its row ends when that is done.
+
+        A row whose client hasn't completed its handshake has no legs, and ends at once.
+        """
         row.abort_asked = True
         owner = self._owner.get(row.id)
         if owner is not None and row.relay is not None:
             owner(Abort(row.relay))
         elif row.relay is not None:
             self._nat.close(row, now)
+        elif not row.tracker.client_acked:
+            self._nat.end(row)  # tcp-relay doesn't know of it yet, and never will
         # Without a relay port tcp-relay hasn't asked yet: `open` will be refused, which resets
         # the client through this row.
 
@@ -113,6 +118,7 @@ class Relays:
         row = self._nat.accepted(request.client, request.gport)
         if row is None:
             return Refused(request.id, "no row for this client")
+        row.accepted = True
         if row.abort_asked or row.closed_at is not None:
             self._nat.close(row, now)
             return Refused(request.id, "the row was ended")
@@ -150,6 +156,7 @@ class Relays:
             if row is not None:
                 self._nat.end(row)
             return Refused(request.id, f"can't be resumed: {refusal.reason}")
+        row.accepted = True
         row.tracker.resumed()
         for step in (Step.T1, Step.T2, Step.T3, Step.T4):
             row.rewrites[step].watched = False

@@ -33,7 +33,7 @@ from krelay.netfilter import Backend, RulesUnavailable
 from krelay.nfqueue import Queue, QueueUnavailable, figures
 from krelay.rawsend import RawSender
 from krelay.relay import Relays
-from krelay.row import Timeouts
+from krelay.row import Row, Timeouts
 from krelay.ruleset import RuleSpec
 from krelay.worker import Policy, Worker
 from procfs_sim.tree import Config, in_force
@@ -119,7 +119,9 @@ class Relaying:
     def settle(self, config: Config, changed: frozenset[str]) -> None:
         """Puts this config in force; `changed` names the settings that differ from before."""
         self._config = config
-        self.nat.limits = Limits(config.limits_flows, config.limits_flows_per_client)
+        self.nat.limits = Limits(
+            config.limits_flows, config.limits_flows_per_client, config.limits_new_flows_per_client
+        )
         timeouts = Timeouts(
             config.timeouts_udp,
             config.timeouts_udp_dns,
@@ -152,6 +154,13 @@ class Relaying:
             if row.gport is not None and row.closed_at is None:
                 self.relays.abort(row, now)
         self._wait_for_resets(now + STOP_WITHIN)
+
+    def end(self, row: Row) -> None:
+        """Ends a row: TCP by resetting both its legs."""
+        if row.gport is None:
+            self.nat.end(row)
+        else:
+            self.relays.abort(row, self._loop.now)
 
     def close(self) -> None:
         """Ends relaying at once, if it hasn't ended."""
@@ -260,6 +269,7 @@ class Relaying:
             own=self._view.own,
             beside=self._view.beside,
             towards=self._view.towards,
+            answers=config.limits_refusal == "reset",
         )
 
     def _source_for(self, client: bytes) -> Source:

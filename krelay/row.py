@@ -115,7 +115,7 @@ class Rewrite:
         self.bytes = 0
         self.seen_at = now
         self.watched = row.proto is Proto.TCP
-        """Whether each packet's flags matter, because the connection is opening."""
+        """Whether each packet's flags matter: the connection is opening, or was perhaps reset."""
 
     @property
     def src(self) -> Endpoint:
@@ -146,6 +146,10 @@ class Row:
     relay: Endpoint | None = None
     """The relay's own address and port towards the server."""
     tracker: Tracker = field(default_factory=Tracker)
+    accepted: bool = False
+    """TCP: tcp-relay has accepted the client's connection, so its address is no forgery."""
+    reset_at: float = 0.0
+    """TCP: when the RST came that made it `closing`."""
     closed_at: float | None = None
     abort_asked: bool = False
     """Ended from outside (kill, stop): tcp-relay is to reset both legs."""
@@ -177,6 +181,29 @@ class Row:
         rewrites = (self.by(Side.CLIENT), self.by(Side.SERVER))
         return max((r.seen_at for r in rewrites if r), default=self.created_at)
 
+    @property
+    def is_conversation(self) -> bool:
+        """Whether both ends take part for certain, from then on always.
+
+        TCP: the client, whose address may be forged until tcp-relay has accepted its connection;
+        in a client's own connection the server.  UDP: the server has answered; a question to a name
+        server is over with its answer, so port 53 has no conversations.
+        """
+        if self.proto is Proto.TCP:
+            return self.accepted or self.tracker.server_answered
+        return self.service.port != DNS_PORT and self.state is State.REPLIED
+
+    @property
+    def is_tentative(self) -> bool:
+        """Whether this is no conversation, nor about to become one.
+
+        A TCP client that has acknowledged waits for tcp-relay to accept it, unless that was a guess
+        and the relay's host has reset it (RFC 9293, section 3.10.7.4).
+        """
+        if self.is_conversation:
+            return False
+        return not self.tracker.client_acked or self.tracker.reset
+
     def expires_at(self, timeouts: Timeouts) -> float:
         """When the row goes unless a packet comes."""
         if self.closed_at is not None:
@@ -187,5 +214,5 @@ class Row:
             case State.UNREPLIED | State.REPLIED:
                 dns = self.service.port == DNS_PORT
                 return self.seen_at + (timeouts.udp_dns if dns else timeouts.udp)
-            case _:
-                return self.seen_at + timeouts.tcp_transitory
+            case _:  # RFC 7857, section 2.2: four minutes from the RST, not from what was before
+                return max(self.seen_at, self.reset_at) + timeouts.tcp_transitory

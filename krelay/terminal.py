@@ -81,5 +81,11 @@ def trace_line(line: str) -> Text:
 
 
 def _cell(value: Any) -> Text:
-    shown = "/".join(map(str, value)) if isinstance(value, list) else str(value)
+    match value:
+        case list():
+            shown = "/".join(map(str, value))
+        case dict():
+            shown = " ".join(f"{name}:{number}" for name, number in value.items())
+        case _:
+            shown = str(value)
     return Text(shown, style=_STYLES.get(shown, "red" if shown.startswith("failed") else ""))

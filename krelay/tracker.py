@@ -9,7 +9,8 @@ facts, not a state machine of its own, and derives the four states that a timeou
                  half-closed connection may live for hours (RFC 6146, section 3.5.2.2, likewise
                  keeps the long timeout until both sides have sent a FIN)
     closing      both sides have sent a FIN, or anyone a RST.  The row stays, since a RST may
-                 be forged or lost (RFC 7857, section 2.2)
+                 be forged or lost (RFC 7857, section 2.2); a packet of either end that comes
+                 after it shows that, and the RST is forgotten (RFC 6146, section 3.5.2.2)
     closed       tcp-relay has closed both legs
 """
 
@@ -56,9 +57,11 @@ class Tracker:
         if flags & RST:
             self.reset = True
         elif side is Side.CLIENT:
+            self.reset = False
             self.client_acked |= bool(flags & ACK)
             self.client_ended |= bool(flags & FIN)
         elif side is Side.SERVER:
+            self.reset = False
             self.server_answered |= bool(flags & (ACK | SYN))
             self.server_ended |= bool(flags & FIN)
 

@@ -34,6 +34,7 @@ from ipaddress import IPv4Network
 from krelay import icmperror
 from krelay.flow import Endpoint, Flow, Proto, Source
 from krelay.nat import NatTable, Refusal
+from krelay.overload import Pace, Refused
 from krelay.row import SIDES, Hook, Rewrite, Row, Step
 from krelay.tracker import Side, State, Tracker
 from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
@@ -64,10 +65,20 @@ class Policy:
     server, past the relay."""
     towards: bytes | None = None
     """This host's address on that link."""
+    answers: bool = True
+    """Whether who is refused for want of room is told so, by RST or ICMP, or never hears of it."""
 
     def serves(self, proto: Proto, port: int) -> bool:
         """Whether new flows to this port of the relay are relayed."""
         return port in (self.tcp if proto is Proto.TCP else self.udp)
+
+    def may_be_client(self, addr: bytes) -> bool:
+        """Whether a packet may come from there; the kernel drops others only behind PREROUTING.
+
+        Not from this host itself, from no network at all, loopback, a group or everybody (RFC 1812,
+        section 5.3.7).
+        """
+        return addr[0] not in (0, 127) and addr[0] < 224 and addr not in self.own
 
     def source_for(self, client: bytes) -> Source:
         """Whose address the server must see, so that its answers come back through the relay."""
@@ -103,6 +114,10 @@ _MIN_TCP = ipv4.MIN_HEADER + tcp.HEADER
 _FLAGS = ipv4.MIN_HEADER + tcp.FLAGS
 _NOTEWORTHY = tcp.FIN | tcp.SYN | tcp.RST
 _MOST_ANSWERS = 256
+ANSWERS = 1000
+"""Answers of our own to refused packets, a second; the rest are refused in silence (RFC 1812,
+section 4.3.2.8; the same figure as Linux's icmp_msgs_per_sec)."""
+ANSWERS_AT_ONCE = 50
 
 
 class Worker:
@@ -126,6 +141,9 @@ class Worker:
         """Told of each packet that wasn't: its hook, its verdict and the reason.  What it is
         answered with is in `answers`."""
         self._reason = ""
+        self.refused = Refused()
+        """Who has been refused for want of room."""
+        self._answer_pace = Pace(ANSWERS, ANSWERS_AT_ONCE)
         self._answered: dict[bytes, None] = {}
         # Lists indexed by hook: cheaper to reach than a dictionary of pairs.
         self._tcp: list[dict[bytes, Rewrite]] = [{}] * (max(Hook) + 1)
@@ -161,9 +179,9 @@ class Worker:
                         if flags & _NOTEWORTHY or rewrite.watched:
                             if self._is_answer(packet, ipv4.MIN_HEADER):
                                 return self._told(packet, hook, self._pass("own"))
-                            rewrite = self._tracked(rewrite, flags, now)
-                            if rewrite is None:
-                                return self._told(packet, hook, Verdict.DROP)
+                            if self._opens_again(rewrite, flags):
+                                return self._told(packet, hook, self._general(packet, hook, now))
+                            self._track(rewrite, flags, now)
                         else:
                             rewrite.seen_at = now
                         rewrite.packets += 1
@@ -225,16 +243,16 @@ class Worker:
                     return found
                 rewrite = found
             if proto is Proto.TCP:
-                tracked = self._tracked(rewrite, packet[at + tcp.FLAGS], now)
-                if tracked is None:
-                    return Verdict.DROP
-                rewrite = tracked
+                flags = packet[at + tcp.FLAGS]
+                if self._opens_again(rewrite, flags):
+                    rewrite = self._open_again(rewrite.row, now)
+                    if rewrite is None:
+                        return self._drop("not_relaying")
+                self._track(rewrite, flags, now)
             else:
                 rewrite.seen_at = now
         except Refusal as refusal:
-            if proto is Proto.UDP and hook == Hook.PREROUTING:
-                self.answers.append(icmp.prohibited(packet, header))
-            return self._drop(refusal.reason)
+            return self._refuse(packet, header, hook, refusal.reason, now)
         rewrite.packets += 1
         rewrite.bytes += header.total
         self.counts.steps[rewrite.step] += 1
@@ -275,6 +293,8 @@ class Worker:
 
         if hook == Hook.PREROUTING and dst.addr in policy.own:
             if policy.serves(proto, dst.port):
+                if not policy.may_be_client(src.addr):
+                    return self._pass("bad_source")
                 if opens:
                     return self._open_tcp(src, dst, now).rewrites[Step.T1]
                 if not is_tcp:
@@ -282,7 +302,7 @@ class Worker:
                     return row.by(Side.CLIENT) or Verdict.PASS
                 return self._stray(now)
             if is_tcp and self._is_gateway(dst.port):
-                return self._refuse_direct(packet, header, src, dst)
+                return self._refuse_direct(packet, header, now)
             return self._stray(now)
         if hook == Hook.PREROUTING:
             if self._is_minded(proto, dst):
@@ -331,12 +351,10 @@ class Worker:
             any_client=policy.source is Source.RELAY,
         )
 
-    def _refuse_direct(
-        self, packet: bytes, header: ipv4.Header, src: Endpoint, dst: Endpoint
-    ) -> Verdict:
+    def _refuse_direct(self, packet: bytes, header: ipv4.Header, now: float) -> Verdict:
         """Somebody talks to the gateway port itself: a RST, as from a closed port."""
         answer = tcp.reset_for(packet, header)
-        if answer is not None:
+        if answer is not None and self._answer_pace.admits(now):
             self.answers.append(answer)
             self._answered[_told_by(answer, ipv4.MIN_HEADER)] = None
             if len(self._answered) > _MOST_ANSWERS:
@@ -350,39 +368,58 @@ class Worker:
         """
         return bool(self._answered) and self._answered.pop(_told_by(packet, at), self) is None
 
-    def _tracked(self, rewrite: Rewrite, flags: int, now: float) -> Rewrite | None:
-        """Takes note of a packet's TCP flags.  The rewrite to use, or None to drop the packet.
+    def _refuse(
+        self, packet: bytes, header: ipv4.Header, hook: int, reason: str, now: float
+    ) -> Verdict:
+        """There is no room for a new flow: TCP hears of it by a RST, UDP by ICMP 3/13."""
+        self.refused.saw(header.src, reason)
+        assert self.policy is not None
+        if self.policy.answers and hook == Hook.PREROUTING and self._answer_pace.admits(now):
+            if header.proto == Proto.UDP:
+                # About a client's own question to the server: the kernel fills in who says it.
+                sender = header.dst if header.dst in self.policy.own else bytes(ipv4.ADDRESS)
+                answer: bytes | None = icmp.prohibited(packet, header._replace(dst=sender))
+            else:
+                answer = tcp.reset_for(packet, header)
+            if answer is not None:
+                self.answers.append(answer)
+        return self._drop(reason)
 
-        That is another one when the packet opens a new connection between the ports of one that
-        has ended (RFC 9293, section 3.6.1: a port may be used again).
+    def _opens_again(self, rewrite: Rewrite, flags: int) -> bool:
+        """Whether this packet opens a new connection between the ports of one that has ended.
+
+        RFC 9293, section 3.6.1: a port may be used again.
         """
-        row = rewrite.row
-        before = row.tracker.state
-        again = before in (State.CLOSING, State.CLOSED) and (
+        return (
             flags & (tcp.SYN | tcp.ACK | tcp.RST) == tcp.SYN
+            and rewrite.step in (Step.T1, Step.D1)
+            and rewrite.row.tracker.state in (State.CLOSING, State.CLOSED)
         )
-        if again and rewrite.step is Step.D1:
+
+    def _open_again(self, row: Row, now: float) -> Rewrite | None:
+        """The rewrite for that packet; None if the service is none any more.  Raises Refusal."""
+        if row.gport is None:
             row.tracker = Tracker()
-        elif again and rewrite.step is Step.T1:
-            if self.policy is None or not self.policy.serves(Proto.TCP, row.service.port):
-                self._drop("not_relaying")
-                return None
-            try:
-                row = self._open_tcp(row.client, row.service, now)
-            except Refusal as refusal:
-                self._drop(refusal.reason)
-                return None
-            rewrite = row.rewrites[Step.T1]
-            before = State.OPENING
-        row.tracker.saw(SIDES.get(rewrite.step, Side.DAEMON), flags)
+            return row.rewrites[Step.D1]
+        if self.policy is None or not self.policy.serves(Proto.TCP, row.service.port):
+            return None
+        return self._open_tcp(row.client, row.service, now).rewrites[Step.T1]
+
+    def _track(self, rewrite: Rewrite, flags: int, now: float) -> None:
+        """Takes note of a packet's TCP flags."""
+        row = rewrite.row
+        tracker = row.tracker
+        before = tracker.state
         if not flags & tcp.RST:  # RFC 7857: a RST doesn't keep a row alive
             rewrite.seen_at = now
-        after = row.tracker.state
+        elif not tracker.reset:
+            row.reset_at = now
+        tracker.saw(SIDES.get(rewrite.step, Side.DAEMON), flags)
+        after = tracker.state
         if after is not before:
             for each in row.rewrites.values():
-                each.watched = after is State.OPENING
+                each.watched = after is State.OPENING or tracker.reset
             self.nat.schedule(row)
-        return rewrite
 
     def _stray(self, now: float) -> Verdict:
         """A packet that is nobody's, or that of a flow which a killed krelay knew."""

@@ -34,6 +34,7 @@ DIRECTORIES = ("timeouts", "limits", "status")
 MAX_PORT = 0xFFFF
 MAX_SECONDS = 604800
 MAX_ROWS = 1_000_000
+MAX_RATE = 1_000_000
 MAX_SHOWN = 60
 """Characters of a refused text that its reason repeats."""
 
@@ -120,6 +121,9 @@ class Config:
     """RFC 5382 REQ-5: two hours and four minutes at least."""
     limits_flows: int = 65536
     limits_flows_per_client: int = 4096
+    limits_new_flows_per_client: int = 0
+    """Rows a second; 0: no limit."""
+    limits_refusal: str = "reset"
 
     def serves(self, proto: str, port: int) -> bool:
         """Whether that port of that protocol is relayed."""
@@ -206,12 +210,16 @@ def _rows(text: str) -> int:
     return _number(text, MAX_ROWS, "a number of rows")
 
 
-def _number(text: str, high: int, what: str) -> int:
+def _rate(text: str) -> int:
+    return _number(text, MAX_RATE, "a number of rows a second", low=0)
+
+
+def _number(text: str, high: int, what: str, *, low: int = 1) -> int:
     # int() alone would take '+5', '1_0' and the digits of other scripts, and choke on very long
     # ones.
-    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else 0
-    if not 1 <= number <= high:
-        raise Refused(f"{shown(text)} is not {what} (1-{high})")
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else -1
+    if not low <= number <= high:
+        raise Refused(f"{shown(text)} is not {what} ({low}-{high})")
     return number
 
 
@@ -227,6 +235,12 @@ def _source(text: str) -> str:
     return text
 
 
+def _refusal(text: str) -> str:
+    if text not in ("reset", "drop"):
+        raise Refused(f"{shown(text)} is neither reset nor drop")
+    return text
+
+
 def _list(found: tuple[Service, ...]) -> str:
     return " ".join(map(str, found))
 
@@ -237,17 +251,19 @@ def _bit(flag: bool) -> str:
 
 # fmt: off
 _TABLE = (
-    Setting("gport",                    port,     str,   "a port, 1-65535, not a relayed tcp port"),
-    Setting("real_ip",                  server,   str,   "an IPv4 address, not this host's own"),
-    Setting("start",                    _flag,    _bit,  "1 relay, 0 don't"),
-    Setting("services",                 services, _list, "like tcp/80 udp/53 tcp/81-99 tcp/22!"),
-    Setting("source",                   _source,  str,   "client or relay"),
-    Setting("timeouts/udp",             _seconds, str,   "seconds, 1-604800"),
-    Setting("timeouts/udp_dns",         _seconds, str,   "seconds, 1-604800"),
-    Setting("timeouts/tcp_transitory",  _seconds, str,   "seconds, 1-604800"),
-    Setting("timeouts/tcp_established", _seconds, str,   "seconds, 1-604800"),
-    Setting("limits/flows",             _rows,    str,   "rows, 1-1000000"),
-    Setting("limits/flows_per_client",  _rows,    str,   "rows, 1-1000000"),
+    Setting("gport",                       port,     str,   "1-65535, not a relayed tcp port"),
+    Setting("real_ip",                     server,   str,   "an IPv4 address, not this host's own"),
+    Setting("start",                       _flag,    _bit,  "1 relay, 0 don't"),
+    Setting("services",                    services, _list, "like tcp/80 udp/53 tcp/81-99 tcp/22!"),
+    Setting("source",                      _source,  str,   "client or relay"),
+    Setting("timeouts/udp",                _seconds, str,   "seconds, 1-604800"),
+    Setting("timeouts/udp_dns",            _seconds, str,   "seconds, 1-604800"),
+    Setting("timeouts/tcp_transitory",     _seconds, str,   "seconds, 1-604800"),
+    Setting("timeouts/tcp_established",    _seconds, str,   "seconds, 1-604800"),
+    Setting("limits/flows",                _rows,    str,   "rows, 1-1000000"),
+    Setting("limits/flows_per_client",     _rows,    str,   "rows, 1-1000000"),
+    Setting("limits/new_flows_per_client", _rate,    str,   "rows a second, 1-1000000; 0: any"),
+    Setting("limits/refusal",              _refusal, str,   "reset or drop"),
 )
 # fmt: on
 SETTINGS: Mapping[str, Setting] = MappingProxyType({row.name: row for row in _TABLE})

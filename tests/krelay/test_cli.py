@@ -17,7 +17,7 @@ from procfs_sim.tree import DEFAULTS, SETTINGS, in_force
 
 COMMANDS = [  # those of the contract
     *("daemon", "up", "start", "stop", "set", "get", "status", "nat", "counters", "trace"),
-    *("clean", "demo"),
+    *("kill", "clean", "demo"),
 ]
 NO_DAEMON = "no krelay serves {root}; start one with `krelay daemon` or `krelay up`"
 
@@ -74,6 +74,10 @@ def answers(monkeypatch: pytest.MonkeyPatch, *lines: str) -> list[str]:
         ["up", "--log-level", "loud"],
         ["status", "--watch"],
         ["start", "now"],
+        ["kill"],
+        ["kill", "x"],
+        ["kill", "-1"],
+        ["kill", "1", "2"],
     ],
     ids=" ".join,
 )

@@ -29,7 +29,7 @@ from krelay.worker import Counts
 from tests.tools.packets import addr, at
 
 STATUS: Values = {"state": "running", "generation": 3, "uptime": 1.5}
-COUNTERS: Values = {"T1": 12, "dropped_table_full": 0}
+COUNTERS: Values = {"T1": 12, "dropped_table_full": 0, "refused_10.0.0.9": {"a": 1, "b": 2}}
 CONFIG: Values = {"generation": 3, "services": "tcp/80 udp/53"}
 
 
@@ -51,6 +51,10 @@ class FakeRelay:
 
     def kill(self, row: Row) -> None:
         self.killed.append(row)
+
+    def flush(self) -> int:
+        self.killed += self.nat
+        return len(self.nat)
 
 
 def relay() -> FakeRelay:
@@ -180,7 +184,10 @@ def test_rows_are_told_one_by_one_as_they_are_read() -> None:
     ("what", "values"), [("status", STATUS), ("counters", COUNTERS), ("config", CONFIG)]
 )
 def test_figures_are_a_line_each_or_one_object(what: str, values: Values) -> None:
-    assert asked(f"show {what}") == [f"{name}={value}" for name, value in values.items()]
+    lines = [f"{name}={value}" for name, value in values.items()]
+    if what == "counters":
+        lines[-1] = "refused_10.0.0.9=a:1,b:2"
+    assert asked(f"show {what}") == lines
     assert [json.loads(line) for line in asked(f"show {what} json")] == [values]
 
 
@@ -189,6 +196,13 @@ def test_kill_ends_the_row_it_names_and_no_other() -> None:
 
     assert asked("kill 2", fake) == ["killed=2"]
     assert [row.id for row in fake.killed] == [2]
+
+
+def test_flush_says_how_many_rows_it_ended() -> None:
+    fake = relay()
+
+    assert asked("flush", fake) == ["flushed=3"]
+    assert len(fake.killed) == 3
 
 
 def test_trace_takes_the_filters_of_show_nat() -> None:
@@ -202,7 +216,8 @@ def test_help_lists_every_command() -> None:
     assert tuple(asked("help")) == HELP
     commands = {" ".join(line.split()[: 2 if line.startswith("show") else 1]) for line in HELP}
     assert commands == {
-        "show nat", "show status", "show counters", "show config", "kill", "trace", "help",
+        "show nat", "show status", "show counters", "show config", "kill", "flush", "trace",
+        "help",
     }  # fmt: skip
 
 
@@ -230,6 +245,7 @@ def test_blanks_around_words_do_not_matter() -> None:
         ("kill all", "kill takes the id of one row, as `show nat` lists it"),
         ("kill -1", "kill takes the id of one row, as `show nat` lists it"),
         ("kill ٣", "kill takes the id of one row, as `show nat` lists it"),
+        ("flush all", "'all' isn't understood here; flush stands alone"),
         ("kill 17", "no row 17; `show nat` lists them"),
         ("show nat proto=icmp", "proto is tcp or udp, not 'icmp'"),
         ("show nat proto=", "proto is tcp or udp, not ''"),
@@ -309,7 +325,15 @@ def test_counters_are_named_by_step_and_reason() -> None:
     counts.passed = Counter({"own": 2, "direct": 1})
     counts.dropped = Counter({"no_row": 5, "table_full": 7})
 
-    values = counter_values(counts, errors=1, overflows=2, queue_dropped=3, socket_dropped=4)
+    values = counter_values(
+        counts,
+        ended_early=8,
+        refused={addr("D"): {"table_full": 5, "client_rate": 2}, addr("C"): {"table_full": 2}},
+        errors=1,
+        overflows=2,
+        queue_dropped=3,
+        socket_dropped=4,
+    )
 
     assert list(values.items()) == [
         ("T1", 1),
@@ -334,9 +358,13 @@ def test_counters_are_named_by_step_and_reason() -> None:
         ("icmp_D2", 240),
         ("dropped_table_full", 7),
         ("dropped_client_full", 0),
+        ("dropped_client_rate", 0),
         ("dropped_no_row", 5),
         ("passed_direct", 1),
         ("passed_own", 2),
+        ("ended_early", 8),
+        ("refused_10.0.0.9", {"table_full": 5, "client_rate": 2}),
+        ("refused_10.0.0.1", {"table_full": 2}),
         ("errors", 1),
         ("queue_overflow", 3),
         ("socket_overflow", 4),

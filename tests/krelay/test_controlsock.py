@@ -55,6 +55,9 @@ class FakeRelay:
     def config_in_force(self) -> Values:
         return {"start": "1"}
 
+    def flush(self) -> int:
+        return 0
+
     def kill(self, row: Row) -> None:
         self.nat.end(row)
 

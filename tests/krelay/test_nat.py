@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from krelay.flow import Endpoint, Proto, Source
 from krelay.nat import HORIZON, DirectFlows, Limits, NatTable, Refusal
+from krelay.overload import NewFlows, Tentative
+from krelay.ports import RelayPorts
 from krelay.row import CLOSED_LINGER, SIDES, Footprint, Hook, Row, Step, Timeouts, key
 from krelay.tracker import Side, State
 from tests.tools.packets import ACK, FIN, PSH, RST, SYN, addr, at
@@ -43,6 +45,10 @@ def held(value: Any) -> int:
             return len(value)
         case DirectFlows():
             return held(value._seen) - len(Proto)
+        case RelayPorts() | Tentative():
+            return len(value)
+        case NewFlows():
+            return held(value._paid_until)
         case _:
             return 0
 
@@ -81,7 +87,7 @@ def test_the_busy_table_fills_every_table() -> None:
     """What the tests below find empty was not empty before."""
     assert set(left_behind(busy())) == {
         "tables", "direct", "footprints", "_rows", "_per_client", "_closed", "_outside", "_inside",
-        "_by_relay", "_due",
+        "_by_relay", "_due", "_relay_ports", "_tentative", "_tentative_of",
     }  # fmt: skip
 
 
@@ -167,6 +173,7 @@ class Known:
     server_answered: bool = False
     fins: int = 0  # bits: client, server
     reset: bool = False
+    reset_at: float = 0
     closed_at: float | None = None
 
     def expires(self) -> float:
@@ -175,7 +182,9 @@ class Known:
         if self.row.proto is Proto.UDP:
             return self.seen + (SHORT.udp_dns if self.row.service.port == 53 else SHORT.udp)
         open_ = self.client_acked and self.server_answered and self.fins != 3 and not self.reset
-        return self.seen + (SHORT.tcp_established if open_ else SHORT.tcp_transitory)
+        if open_:
+            return self.seen + SHORT.tcp_established
+        return max(self.seen, self.reset_at) + SHORT.tcp_transitory
 
 
 ops = st.one_of(
@@ -239,11 +248,17 @@ def _packet(nat: NatTable, known: Known, who: str, flags: int, now: float) -> No
     is_tcp = row.proto is Proto.TCP
     if is_tcp:
         before = row.tracker.state
+        if flags & RST and not known.reset:
+            row.reset_at = known.reset_at = now
         row.tracker.saw(side, flags)
         if row.tracker.state is not before:
             nat.schedule(row)
         if flags & RST:
             known.reset = True
+        elif side is not Side.DAEMON:
+            known.reset = False
+        if flags & RST:
+            pass
         elif side is Side.CLIENT:
             known.client_acked |= bool(flags & ACK)
             known.fins |= flags & FIN

@@ -117,6 +117,7 @@ def test_a_taken_relay_port_is_refused_by_the_word_that_means_try_another(world:
 
 def test_an_ended_row_is_refused_and_closed(world: World) -> None:
     row = world.client()
+    row.tracker.client_acked = True
     world.relays.abort(row, 0)
 
     assert world.relays.handle(OPEN, world.one, 1) == Refused(1, "the row was ended")
@@ -331,11 +332,18 @@ def test_a_row_without_an_owner_is_closed_at_once(world: World) -> None:
 
 def test_a_row_that_tcp_relay_has_not_asked_for_waits_to_refuse_it(world: World) -> None:
     row = world.client()
+    row.tracker.client_acked = True
 
     world.relays.abort(row, 1)
 
     assert row.closed_at is None
     assert world.relays.handle(OPEN, world.one, 2) == Refused(1, "the row was ended")
+
+
+def test_a_row_whose_client_has_not_completed_its_handshake_ends_at_once(world: World) -> None:
+    world.relays.abort(world.client(), 1)
+
+    assert len(world.nat) == 0
 
 
 def test_a_resumed_row_can_be_aborted(world: World) -> None:

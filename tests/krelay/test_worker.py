@@ -17,7 +17,7 @@ from krelay.flow import Flow, Proto, Source
 from krelay.nat import Limits, NatTable
 from krelay.row import Hook, Rewrite, Step, Timeouts
 from krelay.wire import BadPacket, ipv4
-from krelay.worker import Verdict, Worker, flow_of, readdressed
+from krelay.worker import ANSWERS_AT_ONCE, Verdict, Worker, flow_of, readdressed
 from tests.tools.packets import (
     Template,
     addr,
@@ -166,10 +166,10 @@ def test_who_talks_to_the_gateway_port_itself_is_refused_and_never_relayed() -> 
     assert len(host.nat) == 0
 
 
-def refused_directly(worker: Worker, client: str) -> bytes:
+def refused_directly(worker: Worker, client: str, now: float = 0) -> bytes:
     """The RST that answers a SYN of this client to the gateway port."""
     syn = template(f"{client} > K:16000 [S]").build()
-    assert worker.handle(syn, Hook.PREROUTING, 0) is Verdict.DROP
+    assert worker.handle(syn, Hook.PREROUTING, now) is Verdict.DROP
     return worker.answers.pop()
 
 
@@ -733,7 +733,7 @@ def test_a_full_table_refuses_new_flows_and_disturbs_none() -> None:
         + """
     0     pre   C:4000 > K:53                 => C:4000 > S:53
     1     set   flows=2
-    1     pre   D:40000 > K:80 [S]            => drop table_full
+    1     pre   D:40000 > K:80 [S]            => drop table_full + K:80 > D:40000 [R.]
     1     pre   D:4000 > K:53                 => drop table_full + K > D icmp 3/13
     1     pre   C:40000 > K:80 [P.]           => C:40000 > K:16000
     1     post  K:45678 > S:80 [P.]           => C:45678 > S:80
@@ -752,10 +752,190 @@ def test_a_client_that_has_its_share_is_refused_and_others_are_not() -> None:
     0     set   flows_per_client=1
     0     pre   C:4000 > K:53                 => C:4000 > S:53
     0     pre   C:4001 > K:53                 => drop client_full + K > C icmp 3/13
-    0     pre   C:40000 > K:80 [S]            => drop client_full
+    0     pre   C:40000 > K:80 [S]            => drop client_full + K:80 > C:40000 [R.]
     0     pre   D:40000 > K:80 [S]            => D:40000 > K:16000
     0     pre   C:4000 > K:53                 => C:4000 > S:53
     """)
+
+
+@pytest.mark.parametrize(
+    "source", ["K", "G", "127.0.0.1", "0.0.0.0", "224.0.0.9", "255.255.255.255"]
+)
+def test_a_source_that_is_no_hosts_begins_nothing(source: str) -> None:
+    play(f"""
+    0     pre   {source}:4000 > K:80 [S]      => pass bad_source
+    0     pre   {source}:4000 > K:53          => pass bad_source
+    """)
+
+
+def test_new_flows_of_a_client_are_admitted_at_their_pace_and_live_ones_always() -> None:
+    host = play("""
+    0     set   new_flows_per_client=2
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     pre   C:40001 > K:80 [S]            => drop client_rate + K:80 > C:40001 [R.]
+    0     pre   C:4001 > K:53                 => drop client_rate + K > C icmp 3/13
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     pre   C:40000 > K:80 [.]            => C:40000 > K:16000
+    0     pre   D:4000 > K:53                 => D:4000 > S:53    # another client's pace
+    0.4   pre   C:4001 > K:53                 => drop client_rate + K > C icmp 3/13
+    0.5   pre   C:4001 > K:53                 => C:4001 > S:53
+    0.5   pre   C:4002 > K:53                 => drop client_rate + K > C icmp 3/13
+    3     pre   C:4002 > K:53                 => C:4002 > S:53
+    3     pre   C:4003 > K:53                 => C:4003 > S:53
+    3     pre   C:4004 > K:53                 => drop client_rate + K > C icmp 3/13
+    """)
+
+    assert host.worker.refused.top() == {addr("C"): {"client_rate": 5}}
+
+
+def test_connections_that_are_resumed_are_not_new() -> None:
+    play("""
+    0     set    new_flows_per_client=1
+    0     resume C:40000 @16000 from K:45678 to S:80    => resumed
+    0     resume C:40001 @16000 from K:45679 to S:80    => resumed
+    0     pre    C:40002 > K:80 [S]                     => C:40002 > K:16000
+    """)
+
+
+def test_who_is_refused_hears_nothing_where_that_is_wanted() -> None:
+    play(
+        """
+    0     set   flows_per_client=1
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     pre   C:4001 > K:53                 => drop client_full
+    0     pre   C:40000 > K:80 [S]            => drop client_full
+    """,
+        on=policy(answers=False),
+    )
+
+
+def test_a_syn_on_a_closing_row_may_be_refused_too() -> None:
+    play(
+        CONNECTED
+        + """
+    1     pre   C:40000 > K:80 [R]            => C:40000 > K:16000
+    2     set   flows=1
+    2     pre   C:40000 > K:80 [S]            => drop table_full + K:80 > C:40000 [R.]
+    """
+    )
+
+
+def test_half_open_rows_make_room_when_they_have_been_idle_for_a_while() -> None:
+    host = play(
+        CONNECTED
+        + """
+    1     set   flows=3
+    1     pre   D:5001 > K:80 [S]             => D:5001 > K:16000
+    1     pre   D:5002 > K:80 [S]             => D:5002 > K:16000
+    2.9   pre   D:5003 > K:80 [S]             => drop table_full + K:80 > D:5003 [R.]
+    2.9   pre   D:5002 > K:80 [S]             => D:5002 > K:16000 # it tries again
+    3     pre   D:5003 > K:80 [S]             => D:5003 > K:16000 # instead of 5001
+    3     pre   D:5001 > K:80 [S]             => drop table_full + K:80 > D:5001 [R.]
+    3     pre   D:5002 > K:80 [.]             => D:5002 > K:16000
+    3     pre   D:5003 > K:80 [.]             => D:5003 > K:16000
+    60    pre   D:5004 > K:80 [S]             => drop table_full + K:80 > D:5004 [R.]
+    60    pre   C:40000 > K:80 [P.]           => C:40000 > K:16000
+    """
+    )
+
+    assert host.nat.ended_early == 1
+
+
+def test_an_acknowledgement_that_the_relays_host_resets_keeps_no_row() -> None:
+    """A client whose address is forged can't know what to acknowledge (RFC 9293, 3.10.7.4)."""
+    play("""
+    0     set   flows=1
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     pre   C:40000 > K:80 [.]            => C:40000 > K:16000
+    5     pre   D:40000 > K:80 [S]            => drop table_full + K:80 > D:40000 [R.]
+    5     post  K:16000 > C:40000 [R]         => K:80 > C:40000
+    7     pre   D:40000 > K:80 [S]            => D:40000 > K:16000
+    """)
+
+
+def test_unanswered_datagrams_and_answered_questions_make_room_and_conversations_do_not() -> None:
+    play("""
+    0     set   udp=53,7 flows=3
+    0     pre   C:1 > K:7                     => C:1 > S:7
+    0     pre   C:2 > K:7                     => C:2 > S:7
+    0     pre   C:3 > K:53                    => C:3 > S:53
+    0     post  S:7 > C:1                     => K:7 > C:1
+    0     post  S:53 > C:3                    => K:53 > C:3
+    1     pre   D:4 > K:7                     => drop table_full + K > D icmp 3/13
+    4     pre   D:4 > K:7                     => D:4 > S:7         # instead of C:2
+    4     post  S:7 > D:4                     => K:7 > D:4
+    5     pre   D:5 > K:7                     => D:5 > S:7         # instead of C:3
+    5     post  S:7 > D:5                     => K:7 > D:5
+    9     pre   D:6 > K:7                     => drop table_full + K > D icmp 3/13
+    9     pre   C:1 > K:7                     => C:1 > S:7
+    """)
+
+
+def test_one_way_datagrams_that_keep_coming_make_no_room() -> None:
+    play("""
+    0     set   udp=514 flows=1
+    0     pre   C:1 > K:514                   => C:1 > S:514
+    1.5   pre   C:1 > K:514                   => C:1 > S:514
+    3     pre   C:1 > K:514                   => C:1 > S:514
+    4     pre   D:1 > K:514                   => drop table_full + K > D icmp 3/13
+    4.5   pre   C:1 > K:514                   => C:1 > S:514
+    7     pre   D:1 > K:514                   => D:1 > S:514
+    """)
+
+
+def test_a_client_at_its_limit_makes_room_for_itself_and_leaves_others_alone() -> None:
+    """Its address may be forged by a flood, and it must not be locked out of its own rows."""
+    host = play("""
+    0     set   flows_per_client=2
+    0     pre   D:4000 > K:80 [S]             => D:4000 > K:16000
+    1     pre   C:4000 > K:80 [S]             => C:4000 > K:16000
+    1     pre   C:4001 > K:80 [S]             => C:4001 > K:16000
+    2     pre   C:4002 > K:80 [S]             => drop client_full + K:80 > C:4002 [R.]
+    3     pre   C:4002 > K:80 [S]             => C:4002 > K:16000
+    3     post  K:16000 > D:4000 [S.]         => K:80 > D:4000
+    3     post  K:16000 > C:4000 [S.]         => drop no_row
+    3     post  K:16000 > C:4001 [S.]         => K:80 > C:4001
+    """)
+
+    assert host.nat.ended_early == 1
+
+
+def test_answers_to_refused_packets_are_paced() -> None:
+    worker = Host(policy()).worker
+    worker.nat.limits = Limits(flows=0)
+    question = template("C:4000 > K:53").build()
+    for second in range(3):
+        for number in range(5000):
+            assert worker.handle(question, Hook.PREROUTING, second + number / 5000) is Verdict.DROP
+
+    assert 3000 <= len(worker.answers) <= 3000 + ANSWERS_AT_ONCE
+    assert worker.counts.dropped == {"table_full": 15000}
+
+
+def test_a_forged_reset_does_not_shorten_the_life_of_a_connection() -> None:
+    """RFC 6146, section 3.5.2.2: a packet after the RST shows that it was none."""
+    play(
+        CONNECTED
+        + """
+    1     pre   S:80 > C:45678 [R]            => S:80 > K:45678   # out of its window
+    2     pre   C:40000 > K:80 [P.]           => C:40000 > K:16000
+    7000  pre   S:80 > C:45678 [P.]           => S:80 > K:45678
+    """
+    )
+
+
+def test_a_reset_leaves_a_row_its_four_minutes_however_long_it_was_idle() -> None:
+    """RFC 7857, section 2.2."""
+    play(
+        CONNECTED
+        + """
+    7000  pre   S:80 > C:45678 [R]            => S:80 > K:45678
+    7100  pre   S:80 > C:45678 [R]            => S:80 > K:45678   # and this one adds nothing
+    7238  post  K:45678 > S:80 [R]            => C:45678 > S:80
+    7242  pre   S:80 > C:45678 [R]            => pass no_row
+    """
+    )
 
 
 def test_a_direct_connection_that_would_need_a_row_is_refused_when_there_is_no_room() -> None:
@@ -763,7 +943,7 @@ def test_a_direct_connection_that_would_need_a_row_is_refused_when_there_is_no_r
         CONNECTED
         + """
     1     set   flows=1
-    1     pre   C:45678 > S:80 [S]            => drop table_full
+    1     pre   C:45678 > S:80 [S]            => drop table_full + S:80 > C:45678 [R.]
     1     pre   C:45677 > S:80 [S]            => pass direct
     """
     )
@@ -989,7 +1169,7 @@ def test_a_packet_that_is_not_rewritten_is_told_with_the_reason_while_somebody_t
     host.nat.limits = host.nat.limits._replace(flows_per_client=1)
     script = [
         ("C:40000 > K:80 [S]", None),
-        ("C:40001 > K:80 [S]", (Verdict.DROP, "client_full", 0)),
+        ("C:40001 > K:80 [S]", (Verdict.DROP, "client_full", 1)),
         ("C:4000 > K:53", (Verdict.DROP, "client_full", 1)),
         ("C:40000 > K:22 [S]", (Verdict.PASS, "no_row", 0)),
         ("D:40000 > K:16000 [S]", (Verdict.DROP, "gateway_port", 1)),
@@ -1027,7 +1207,7 @@ def test_what_the_fast_path_does_not_rewrite_is_told_too() -> None:
 
 def test_the_refusals_of_the_gateway_port_are_remembered_in_bounded_room() -> None:
     worker = Host(policy()).worker
-    answers = [refused_directly(worker, f"C:{port}") for port in range(1000, 2000)]
+    answers = [refused_directly(worker, f"C:{port}", port) for port in range(1000, 2000)]
 
     assert worker.handle(answers[-1], Hook.POSTROUTING, 0) is Verdict.PASS
     assert worker.handle(answers[0], Hook.POSTROUTING, 0) is Verdict.DROP

@@ -154,11 +154,11 @@ def test_wrong_usage_is_2_and_no_daemon_is_1(world: World) -> None:
         done = world.krelay(*words, check=False)
         assert done.status == 2
         assert "usage: krelay" in done.stderr
-    for words in (("status",), ("nat",), ("counters",), ("trace",), ("start",), ("stop",)):
-        done = world.krelay(*words, check=False)
+    for command in ("status", "nat", "counters", "trace", "start", "stop", "kill 1"):
+        done = world.krelay(*command.split(), check=False)
         assert (done.status, done.stdout) == (1, "")
         assert done.stderr == (
-            f"krelay {words[0]}: no krelay serves {world.root}; start one with "
+            f"krelay {command.split()[0]}: no krelay serves {world.root}; start one with "
             "`krelay daemon` or `krelay up`\n"
         )
 
@@ -191,6 +191,66 @@ def test_nat_lists_rows_with_the_columns_of_the_contract(world: World) -> None:
     assert len(world.rows("service=tcp/80")) == 1
     bad = world.krelay("nat", "proto=icmp", check=False)
     assert (bad.status, bad.stderr) == (1, "krelay nat: proto is tcp or udp, not 'icmp'\n")
+
+
+def test_kill_ends_the_flow_that_it_names_and_no_other(world: World) -> None:
+    world.serve("server", "tcp/80", "udp/7")
+    world.begin()
+    killed, other = world.connect("client", 80, bind=40001), world.connect("client", 80)
+    seen = [greet(sock) for sock in (killed, other)]
+    udp = world.open("client", socket.SOCK_DGRAM)
+    world.exchange(udp, b"hello", (world.relay, 7))
+    (row,) = world.rows(f"client={world.client}:40001")
+    (datagrams,) = world.rows("proto=udp")
+
+    assert world.krelay("kill", str(row["id"])).stdout == f"killed={row['id']}\n"
+    with pytest.raises(ConnectionResetError):
+        killed.recv(1)
+    at_server = seen[0].rpartition(":")[2]
+    world.until(
+        lambda: at_server not in world.lab.run("server", "ss", "-Htn", "state", "all").stdout,
+        "the server's end gone",
+    )
+    assert world.krelay("kill", str(datagrams["id"])).stdout == f"killed={datagrams['id']}\n"
+    assert world.rows("proto=udp") == []
+    world.exchange(udp, b"a new row", (world.relay, 7))
+    other.sendall(b"undisturbed")
+    assert other.recv(100) == b"undisturbed"
+
+    gone = world.krelay("kill", str(datagrams["id"]), check=False)
+    assert (gone.status, gone.stdout) == (1, "")
+    assert gone.stderr == (f"krelay kill: no row {datagrams['id']}; `show nat` lists them\n")
+
+
+def test_set_real_ip_with_flush_ends_the_flows_to_the_old_server(world: World) -> None:
+    for host in ("server", "server2"):
+        world.serve(host, "tcp/80", "udp/7")
+    world.begin()
+    second = world.lab.address("server2")
+    before, udp = world.connect("client", 80), world.open("client", socket.SOCK_DGRAM)
+    greet(before)
+    world.exchange(udp, b"first", (world.relay, 7))
+    wrong = world.krelay("set", "gport", "17000", "--flush", check=False)
+    assert (wrong.status, wrong.stderr) == (1, "krelay set: --flush goes with real_ip alone\n")
+
+    assert world.krelay("set", "real_ip", second).stdout == ""
+    before.sendall(b"undisturbed")
+    assert before.recv(100) == b"undisturbed"
+    after = world.connect("client", 80)
+    greet(after)
+    (row,) = world.rows("proto=udp")
+    assert row["server"] == f"{world.server}:7"
+    world.exchange(udp, b"still the first", (world.relay, 7))
+
+    assert world.krelay("set", "real_ip", second, "--flush").stdout == "flushed=2\n"
+    with pytest.raises(ConnectionResetError):
+        before.recv(1)
+    world.exchange(udp, b"second", (world.relay, 7))
+    (row,) = world.rows("proto=udp")
+    assert row["server"] == f"{second}:7"
+    after.sendall(b"undisturbed")
+    assert after.recv(100) == b"undisturbed"
+    assert world.krelay("set", "real_ip", second, "--flush").stdout == "flushed=0\n"
 
 
 def test_trace_shows_each_packet_by_step_until_ctrl_c(world: World) -> None:

@@ -46,6 +46,10 @@ GOOD = [
     ("timeouts/udp", "1", "1"),
     ("timeouts/udp_dns", "604800", "604800"),
     ("limits/flows", "1000000", "1000000"),
+    ("limits/new_flows_per_client", "0\n", "0"),
+    ("limits/new_flows_per_client", "1000000", "1000000"),
+    ("limits/refusal", "drop\n", "drop"),
+    ("limits/refusal", "reset", "reset"),
 ]
 
 BAD = [
@@ -93,6 +97,13 @@ BAD = [
     ("timeouts/udp", "0", "'0' is not a number of seconds (1-604800)"),
     ("timeouts/tcp_established", "1.5", "'1.5' is not a number of seconds (1-604800)"),
     ("limits/flows", "1000001", "'1000001' is not a number of rows (1-1000000)"),
+    ("limits/flows", "0", "'0' is not a number of rows (1-1000000)"),
+    (
+        "limits/new_flows_per_client",
+        "-1",
+        "'-1' is not a number of rows a second (0-1000000)",
+    ),
+    ("limits/refusal", "icmp", "'icmp' is neither reset nor drop"),
 ]
 
 ports = st.integers(1, 65535)
@@ -120,7 +131,10 @@ VALUES = {
     "start": st.booleans(),
     "services": service_lists(),
     "source": st.sampled_from(["client", "relay"]),
-} | {name: st.integers(1, 604800) for name in SETTINGS if "/" in name}
+    **{name: st.integers(1, 604800) for name in SETTINGS if "/" in name},
+    "limits/new_flows_per_client": st.integers(0, 1_000_000),
+    "limits/refusal": st.sampled_from(["reset", "drop"]),
+}
 
 
 @pytest.mark.parametrize(("name", "text", "canonical"), GOOD)
@@ -172,6 +186,8 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "timeouts/tcp_established": "7440",
         "limits/flows": "65536",
         "limits/flows_per_client": "4096",
+        "limits/new_flows_per_client": "0",
+        "limits/refusal": "reset",
     }
     assert conflicts(DEFAULTS, frozenset(SETTINGS)) == {}
 

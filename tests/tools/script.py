@@ -19,7 +19,7 @@ agree.
                    `to` its server
     close          tcp-relay has closed the connection with that relay port
     set            other values for new flows: gport, server, source, tcp, udp; flows,
-                   flows_per_client, recovering (until when); `off`
+                   flows_per_client, new_flows_per_client, recovering (until when); `off`
 
 Before each line the time until then passes, as it does in the daemon.  A rewritten packet is
 compared in all its bytes with one built from scratch.  Each script runs twice, the second time with
@@ -137,7 +137,7 @@ class Host:
                 case "tcp" | "udp":
                     ports = frozenset(map(int, filter(None, value.split(","))))
                     self._policy = replace(self._policy, **{name: ports})  # type: ignore[arg-type]
-                case "flows" | "flows_per_client":
+                case "flows" | "flows_per_client" | "new_flows_per_client":
                     self.nat.limits = self.nat.limits._replace(**{name: int(value)})
                 case "recovering":
                     self.worker.recovering_until = float(value)

@@ -1,0 +1,134 @@
+"""Limits as clients meet them: who is refused hears it, or doesn't, and nobody else notices."""
+
+import socket
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from tests.net.world import World, echo, greet
+
+pytestmark = pytest.mark.net
+
+ECHO = 7
+
+
+@pytest.fixture
+def live(world: World) -> Iterator[World]:
+    """Relaying, with a connection and a conversation over UDP that nothing may disturb."""
+    world.serve("server", "tcp/80", "udp/7")
+    world.begin()
+    with world.connect("client", 80) as tcp, world.open("client", socket.SOCK_DGRAM) as udp:
+        assert greet(tcp).startswith(f"{world.client}:")
+        world.exchange(udp, b"before", (world.relay, ECHO))
+        yield world
+        echo(tcp, b"undisturbed")
+        world.exchange(udp, b"undisturbed", (world.relay, ECHO))
+    assert world.values("counters")["errors"] == 0
+
+
+def attempts(world: World, host: str = "client") -> dict[str, str]:
+    """What comes of a new connection, and of a new datagram."""
+    found = {}
+    with world.open(host) as tcp:
+        tcp.settimeout(0.7)
+        try:
+            tcp.connect((world.relay, 80))
+            found["tcp"] = "ok"
+        except OSError as error:
+            found["tcp"] = type(error).__name__
+    with world.open(host, socket.SOCK_DGRAM) as udp:
+        udp.settimeout(0.7)
+        udp.connect((world.relay, ECHO))
+        udp.send(b"hello")
+        try:
+            udp.recv(10)
+            found["udp"] = "ok"
+        except OSError as error:
+            found["udp"] = str(error)
+    return found
+
+
+def outcome(sock: socket.socket) -> str:
+    """What comes of the datagram that it has sent."""
+    try:
+        return "answered" if sock.recv(10) == b"hello" else "something else"
+    except OSError as error:
+        return str(error)
+
+
+OK = {"tcp": "ok", "udp": "ok"}
+RESET = {"tcp": "ConnectionRefusedError", "udp": "[Errno 113] No route to host"}
+"""What RST and ICMP 3/13 are in Linux."""
+SILENCE = {"tcp": "TimeoutError", "udp": "timed out"}
+
+
+@pytest.mark.parametrize(("refusal", "heard"), [("reset", RESET), ("drop", SILENCE)])
+@pytest.mark.parametrize(
+    ("limit", "reason"), [("flows", "table_full"), ("flows_per_client", "client_full")]
+)
+def test_beyond_a_limit_new_flows_are_refused_as_it_is_set(
+    live: World, limit: str, reason: str, refusal: str, heard: dict[str, str]
+) -> None:
+    rows = len(live.rows())
+    setting = f"limits__{limit}"
+    live.put(None, limits__refusal=refusal, **{setting: rows})
+
+    assert attempts(live) == heard
+    others = attempts(live, "client2")
+    assert others == (heard if limit == "flows" else OK)
+    counters = live.values("counters")
+    assert counters[f"dropped_{reason}"] >= 2
+    assert counters[f"refused_{live.client}"] == {reason: counters[f"dropped_{reason}"]} or (
+        limit == "flows"
+    )
+    listed = [line for line in live.ask("show counters") if line.startswith("refused_")]
+    assert f"refused_{live.client}={reason}:" in "\n".join(listed)
+    assert f"refused_{live.client}" in live.krelay("counters").stdout
+    live.put(None, **{setting: rows + 100})
+    assert attempts(live) == OK
+
+
+def test_a_client_that_begins_too_many_flows_a_second_is_held_to_its_pace(live: World) -> None:
+    live.put(limits__new_flows_per_client=3)
+    sockets = [live.open("client", socket.SOCK_DGRAM) for _ in range(40)]
+    for sock in sockets:
+        sock.settimeout(2)
+        sock.connect((live.relay, ECHO))
+        sock.send(b"hello")
+    outcomes = Counter(outcome(sock) for sock in sockets)
+    answered = outcomes.pop("answered")
+    assert list(outcomes) == ["[Errno 113] No route to host"]
+
+    assert 3 <= answered < 20
+    counters = live.values("counters")
+    assert counters["dropped_client_rate"] == 40 - answered
+    assert counters[f"refused_{live.client}"] == {"client_rate": 40 - answered}
+    assert attempts(live, "client2") == OK
+    live.put(limits__new_flows_per_client=0)
+    assert attempts(live) == OK
+    assert live.krelay("get", "limits/new_flows_per_client").stdout == "0\n"
+
+
+def test_half_open_connections_of_a_full_table_make_room(live: World) -> None:
+    """Who never answers (here: can't be answered) doesn't keep others out for four minutes."""
+    live.nft(
+        "client2",
+        "table ip deaf { chain in { type filter hook input priority 0; tcp sport 80 drop\n }\n}\n",
+    )
+    live.put(limits__flows=len(live.rows()) + 3)
+    half_open = [live.open("client2") for _ in range(3)]
+    for sock in half_open:
+        sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            sock.connect((live.relay, 80))
+    live.until(lambda: len(live.rows("state=opening")) == 3, "three rows")
+    for sock in half_open:
+        sock.close()
+
+    def admitted() -> bool:
+        with live.open("client") as sock:
+            return sock.connect_ex((live.relay, 80)) == 0 and bool(greet(sock))
+
+    live.until(admitted, "room", 8)
+    assert live.values("counters")["ended_early"] >= 1
