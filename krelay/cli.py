@@ -178,10 +178,13 @@ def _print(lines: Sequence[str]) -> None:
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from krelay import client, terminal
+    from krelay import capturing, client, terminal
 
-    console = terminal.console()
     try:
+        if args.pcap is not None:
+            request = " ".join(["trace pcap", *args.filter])
+            return capturing.run(args.root, request, args.pcap)
+        console = terminal.console()
         for line in client.follow(args.root, " ".join(["trace", *args.filter])):
             if console.is_terminal:
                 console.print(terminal.trace_line(line), soft_wrap=True)
@@ -189,7 +192,7 @@ def _trace(args: argparse.Namespace) -> int:
                 print(line, flush=True)
     except BrokenPipeError:
         raise
-    except (client.NoDaemon, client.Rejected, OSError) as error:
+    except (client.NoDaemon, client.Rejected, capturing.CaptureFailed, OSError) as error:
         raise Failed(error) from None
     raise Failed("krelay has ended")
 
@@ -323,8 +326,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("id", metavar="ID", type=_row_id, help="as `krelay nat` lists it")
     sub = add("counters", _counters, "show all counters", "krelay counters")
     _json_option(sub)
-    sub = add("trace", _trace, "show each packet before and after", "krelay trace service=tcp/80")
-    _filters(sub)
+    sub = add(
+        "trace",
+        _trace,
+        "show each packet before and after",
+        "krelay trace service=tcp/80, krelay trace --pcap - | wireshark -k -i -",
+    )
+    _filters(sub, " verdict=rewrite,drop,pass (default: rewrite,drop)")
+    sub.add_argument(
+        "--pcap",
+        metavar="FILE",
+        help="capture into a pcapng file for Wireshark instead, until Ctrl-C; -: standard output",
+    )
     add("clean", _clean, "remove all that a killed krelay left", "krelay clean")
     sub = add(
         "demo", _demo, "client, relay and server on this machine, step by step", "krelay demo"
@@ -370,10 +383,10 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
-def _filters(parser: argparse.ArgumentParser) -> None:
+def _filters(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
         "filter",
         nargs="*",
         metavar="FILTER",
-        help="proto=tcp|udp client=ADDR[:PORT] state=STATE service=tcp/80",
+        help=f"proto=tcp|udp client=ADDR[:PORT] state=STATE service=tcp/80{more}",
     )

@@ -6,12 +6,12 @@ are sent, so that a large table delays no packet.
 
     show nat [json] [proto=tcp|udp] [client=ADDR[:PORT]] [state=STATE] [service=tcp/80]
     show status [json]    show counters [json]    show config [json]
-    flush                 kill ID               trace [filters]         help
+    flush    kill ID    trace [pcap] [filters] [verdict=rewrite,drop,pass]    help
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Any, Protocol
 
@@ -19,9 +19,9 @@ from krelay.flow import Endpoint, Proto
 from krelay.nat import NatTable
 from krelay.relaymsg import GAUGES
 from krelay.row import Row, Step
-from krelay.trace import Filter
+from krelay.trace import REWRITE, WORDS, Filter
 from krelay.tracker import Side, State
-from krelay.worker import Counts
+from krelay.worker import Counts, Verdict
 
 MAX_LINE = 4096
 """Bytes of a request."""
@@ -33,7 +33,7 @@ HELP = (
     "show config [json]",
     "kill ID",
     "flush (ends all rows to other servers than real_ip)",
-    "trace [filters as for show nat]",
+    "trace [pcap] [filters as for show nat] [verdict=rewrite,drop,pass]",
     "help",
 )
 
@@ -59,9 +59,15 @@ class Relay(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The answer to `trace`: from now on, a line for each packet of these rows."""
+    """The answer to `trace`: from now on, a line for each packet of these rows.
+
+    Packets that no row claims are among them if they could be of such a row.  With `pcap` it is a
+    capture file instead of lines, which ends when the asker says that it has no more to ask.
+    """
 
     filter: Filter
+    verdicts: frozenset[str] = frozenset({REWRITE, WORDS[Verdict.DROP]})
+    pcap: bool = False
 
 
 def answer(line: str, relay: Relay, now: float) -> Iterator[str] | Trace:
@@ -99,7 +105,7 @@ def answer(line: str, relay: Relay, now: float) -> Iterator[str] | Trace:
         case ["flush", word, *_]:
             raise BadRequest(f"{_short(word)} isn't understood here; flush stands alone")
         case ["trace", *rest]:
-            return Trace(parse_filter(rest))
+            return _trace(rest)
         case [word, *_]:
             raise BadRequest(f"{_short(word)} is no command; try help")
     raise AssertionError(words)
@@ -129,6 +135,16 @@ def parse_filter(words: Iterable[str]) -> Filter:
                     f"{_short(word)} is no filter; there are proto=, client=, state=, service="
                 )
     return Filter(**found)
+
+
+def _trace(words: list[str]) -> Trace:
+    chosen = [word for word in words if word.startswith("verdict=")]
+    rest = [word for word in words if word != "pcap" and word not in chosen]
+    verdicts = frozenset(chosen[-1].removeprefix("verdict=").split(",") if chosen else ())
+    if unknown := sorted(verdicts - {REWRITE, *WORDS.values()}):
+        raise BadRequest(f"verdict is one or more of rewrite,drop,pass, not {_short(unknown[0])}")
+    default = Trace(parse_filter(rest), pcap="pcap" in words)
+    return replace(default, verdicts=verdicts) if chosen else default
 
 
 def row_values(row: Row, timeouts: Any, now: float) -> dict[str, Value]:
@@ -179,6 +195,7 @@ def counter_values(
     values |= {f"passed_{reason}": count for reason, count in sorted(counts.passed.items())}
     values["ended_early"] = ended_early
     values |= {f"refused_{ip_address(addr)}": reasons for addr, reasons in refused.items()}
+    values["trace_lost"] = counts.trace_lost
     values["errors"] = errors
     values["queue_overflow"] = queue_dropped
     values["socket_overflow"] = socket_dropped

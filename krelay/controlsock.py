@@ -1,21 +1,26 @@
 """The control socket itself: lines in and out for clients, none of whom can hold us up.
 
 A client has a bounded buffer in either direction.  Lines of an answer are made only as fast as the
-client takes them; a tracing client that is too slow loses lines and is told how many.  Who says
+client takes them; a tracing client that is too slow loses packets and is told how many.  Who says
 nothing and has asked for nothing, or doesn't read, for IDLE seconds is dropped.
 """
 
+import os
 import select
 import socket
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from krelay import control, trace
+from krelay import control
 from krelay.control import MAX_LINE, BadRequest, Relay, Trace
 from krelay.loop import Loop
 from krelay.row import Rewrite
+from krelay.trace import REWRITE, WORDS, Lines, Recorder, Untouched
+from krelay.tracefile import Capture
 from krelay.unixsock import Peer, UnixListener
-from krelay.worker import Worker
+from krelay.worker import Counts, Verdict, Worker
 
 IDLE = 60.0
 """Seconds."""
@@ -24,6 +29,11 @@ CHUNK = 32 * 1024
 """Bytes of an answer made at a time."""
 TRACE_BUFFER = 256 * 1024
 """Bytes of trace lines that wait for a slow reader."""
+CAPTURE_BUFFER = 4 << 20
+"""The same for a capture, and as much again in the kernel: of each packet all bytes are shown,
+twice, and some hundred packets come in a turn."""
+
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h: beyond net.core.wmem_max, with CAP_NET_ADMIN
 
 
 class ControlSocket:
@@ -51,21 +61,43 @@ class ControlSocket:
         if len(self._clients) >= MAX_CLIENTS:
             connection.close()
             return
-        self._clients.add(_Client(self._loop, connection, self._relay, self._left, self._tracing))
+        client = _Client(
+            self._loop,
+            connection,
+            self._relay,
+            self._worker.counts,
+            self._left,
+            self._tracing_changed,
+        )
+        self._clients.add(client)
 
     def _left(self, client: "_Client") -> None:
         self._clients.discard(client)
-        self._tracing()
+        self._tracing_changed()
 
-    def _tracing(self) -> None:
-        """Packets are looked at for traces only while somebody traces."""
-        tracers = [client for client in self._clients if client.tracing]
+    def _tracing_changed(self) -> None:
+        """Packets are looked at for traces only while somebody traces, and only those wanted."""
+        tracers = [client for client in self._clients if client.tracing is not None]
+        wanted = {
+            verdict for client in tracers if client.tracing for verdict in client.tracing.verdicts
+        }
+        worker = self._worker
 
-        def tell(rewrite: Rewrite, packet: bytes, _: bytes) -> None:
+        def rewritten(rewrite: Rewrite, before: bytes, after: bytes) -> None:
             for client in tracers:
-                client.saw(rewrite, packet)
+                client.saw_rewritten(rewrite, before, after)
 
-        self._worker.on_rewrite = tell if tracers else None
+        def untouched(packet: bytes, hook: int, verdict: Verdict, reason: str) -> None:
+            if WORDS[verdict] not in wanted:
+                return
+            from_server = worker.policy is not None and packet[12:16] == worker.policy.server
+            answers = tuple(worker.answers)
+            what = Untouched(packet, hook, verdict, reason, answers, from_server)
+            for client in tracers:
+                client.saw_untouched(what)
+
+        worker.on_rewrite = rewritten if REWRITE in wanted else None
+        worker.on_untouched = untouched if wanted - {REWRITE} else None
 
 
 class _Client:
@@ -74,12 +106,14 @@ class _Client:
         loop: Loop,
         connection: socket.socket,
         relay: Relay,
+        counts: Counts,
         left: "Callable[[_Client], object]",
         tracing_changed: Callable[[], object],
     ) -> None:
         self._loop = loop
         self._socket = connection
         self._relay = relay
+        self._counts = counts
         self._left = left
         self._tracing_changed = tracing_changed
         self._in = b""
@@ -88,25 +122,37 @@ class _Client:
         self._ended = False
         self._closed = False
         self._heard_at = loop.now
-        self._lost = 0
-        self.tracing: trace.Filter | None = None
+        self.tracing: Trace | None = None
+        self._recorder: Recorder = Lines()
+        self._room = TRACE_BUFFER
         self._mask = select.EPOLLIN
         loop.add(connection.fileno(), self._mask, self._ready)
 
-    def saw(self, rewrite: Rewrite, packet: bytes) -> None:
-        """A packet is about to be rewritten."""
-        if self.tracing is None or not self.tracing.admits(rewrite.row):
+    def saw_rewritten(self, rewrite: Rewrite, before: bytes, after: bytes) -> None:
+        """A packet came so, and goes on so."""
+        trace = self.tracing
+        if trace is None or REWRITE not in trace.verdicts or not trace.filter.admits(rewrite.row):
             return
-        if len(self._out) > TRACE_BUFFER:
-            self._lost += 1
+        if self._has_room(rewrite):
+            self._out += self._recorder.rewritten(rewrite, before, after, time.time_ns())
+
+    def saw_untouched(self, what: Untouched) -> None:
+        """A packet came, and was not rewritten."""
+        trace = self.tracing
+        if trace is None or WORDS[what.verdict] not in trace.verdicts:
             return
+        if trace.filter.admits_stranger(what.packet) and self._has_room(what):
+            self._out += self._recorder.untouched(what, time.time_ns())
+
+    def _has_room(self, what: Rewrite | Untouched) -> bool:
+        if len(self._out) > self._room:
+            self._recorder.missed(what)
+            self._counts.trace_lost += 1
+            return False
         if not self._out:
             self._heard_at = self._loop.now  # from now on something waits for it
             self._loop.call_soon(self._flush)
-        if self._lost:
-            self._out += f"lost {self._lost} lines: the reader is too slow\n".encode()
-            self._lost = 0
-        self._out += trace.line(rewrite, packet).encode() + b"\n"
+        return True
 
     def on_time(self, now: float) -> None:
         waiting = bool(self._out) or self._answer is not None
@@ -137,6 +183,8 @@ class _Client:
                 self._ended = not data
                 if self.tracing is None:  # a tracing client has nothing more to ask
                     self._in += data
+                elif self._ended:
+                    self._end_capture()
         elif events & (select.EPOLLHUP | select.EPOLLERR):
             self.close()
             return
@@ -158,6 +206,9 @@ class _Client:
                 continue
             if self._answer is not None:
                 self._make_more()
+                continue
+            if self.tracing is not None and (said := self._recorder.caught_up()):
+                self._out += said
                 continue
             if not self._next_request():
                 break
@@ -198,12 +249,32 @@ class _Client:
             self._out += f"error: {error}\n\n".encode()
             return True
         if isinstance(found, Trace):
-            self.tracing = found.filter
-            self._in = b""
-            self._tracing_changed()
+            self._begin_trace(found, " ".join(line.decode(errors="replace").split()))
         else:
             self._answer = found
         return True
+
+    def _begin_trace(self, asked: Trace, words: str) -> None:
+        self.tracing = asked
+        self._in = b""
+        if asked.pcap:
+            self._room = CAPTURE_BUFFER
+            with suppress(OSError):  # the usual buffer will do; more is lost
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, CAPTURE_BUFFER)
+            host = os.uname()
+            system = f"{host.sysname} {host.release}"
+            self._recorder = Capture(time.time_ns(), hardware=host.machine, os=system, asked=words)
+        self._out += self._recorder.begin()
+        self._tracing_changed()
+        if self._ended:
+            self._end_capture()
+
+    def _end_capture(self) -> None:
+        """Who half-closes has had enough of a capture; lines go on, for `echo trace | socat`."""
+        if self.tracing is not None and self.tracing.pcap:
+            self._out += self._recorder.end(time.time_ns())
+            self.tracing = None
+            self._tracing_changed()
 
     def _wait(self) -> None:
         """Waits for what can go on: more to read, unless an answer is still under way."""

@@ -75,6 +75,8 @@ def trace_line(line: str) -> Text:
     """A line of the trace, its step and its new addresses coloured."""
     styled = Text(line)
     styled.highlight_regex(r"^[TUD]\d(,U\d)?", "bold cyan")
+    styled.highlight_regex(r"^drop \S+|^lost .*", "bold red")
+    styled.highlight_regex(r"^pass \S+", "yellow")
     styled.highlight_regex(r"=> .*(?= flow)", "green")
     styled.highlight_regex(r"flow \d+$", "dim")
     return styled

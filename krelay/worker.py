@@ -102,6 +102,8 @@ class Counts:
     passed: Counter[str] = field(default_factory=Counter)
     """By reason: gone on untouched."""
     dropped: Counter[str] = field(default_factory=Counter)
+    trace_lost: int = 0
+    """Packets that were not shown to somebody who traces and doesn't read fast enough."""
 
 
 # First byte, total length, fragment field, protocol, checksum; addresses and ports skipped; then,

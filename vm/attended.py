@@ -180,7 +180,7 @@ def capture(record: Record, link: str, file: Path) -> int:
             while True:
                 data, ancillary, _, address = packets.recvmsg(CHUNK, socket.CMSG_SPACE(16))
                 outbound = address[2] == socket.PACKET_OUTGOING
-                out.write(pcapng.packet(0, data, _when(ancillary), outbound=outbound))
+                out.write(pcapng.packet(0, data, _when(ancillary), pcapng.options(outbound)))
                 count += 1
     return count
 

@@ -65,54 +65,44 @@ def interface(name: str, *, link: int = ETHERNET, description: str = "") -> byte
     return _block(INTERFACE, struct.pack("<HHI", link, 0, 0) + options)
 
 
-def packet(
-    interface: int,
-    data: bytes,
-    nanoseconds: int,
-    *,
-    outbound: bool | None = None,
-    comment: str = "",
-    packet_id: int | None = None,
-    dropped: int = 0,
-) -> bytes:
+def packet(interface: int, data: bytes, nanoseconds: int, options: bytes = b"") -> bytes:
     """A packet (section 4.3), seen whole at an interface at that time.
 
-    `outbound` tells which way it went there.  `packet_id` is the same for one packet seen at
-    several places, `dropped` how many were lost at this place since the one before.
+    Its options are `options`, `packet_id` and `lost_before`, any of them, one behind another.
     """
-    options = _option(_COMMENT, comment.encode()) if comment else b""
-    if outbound is not None:
-        options += _option(_FLAGS, struct.pack("<I", _OUTBOUND if outbound else _INBOUND))
-    if dropped:
-        options += _option(_DROPPED, struct.pack("<Q", dropped))
-    if packet_id is not None:
-        options += _option(_PACKET_ID, struct.pack("<Q", packet_id))
-    return packet_with(interface, data, nanoseconds, options)
-
-
-def packet_with(interface: int, data: bytes, nanoseconds: int, options: bytes) -> bytes:
-    """As `packet`, with these options; for who has made them before."""
     size = len(data)
     if options:
         options += _LAST_OPTION
     length = _FRAME + 20 + size + -size % 4 + len(options)
+    high, low = nanoseconds >> 32, nanoseconds & 0xFFFFFFFF
     return b"".join(
         (
-            _PACKET_HEAD(
-                PACKET,
-                length,
-                interface,
-                nanoseconds >> 32,
-                nanoseconds & 0xFFFFFFFF,
-                size,
-                size,
-            ),
+            _PACKET_HEAD(PACKET, length, interface, high, low, size, size),
             data,
             bytes(-size % 4),
             options,
             _LENGTH(length),
         )
     )
+
+
+def options(outbound: bool | None, comment: str = "") -> bytes:
+    """Of a packet: which way it went at its interface, and words about it."""
+    found = _option(_COMMENT, comment.encode()) if comment else b""
+    if outbound is not None:
+        found += _option(_FLAGS, struct.pack("<I", _OUTBOUND if outbound else _INBOUND))
+    return found
+
+
+def packet_id(number: int) -> bytes:
+    """Of a packet: the same number wherever the same packet is seen."""
+    return _option(_PACKET_ID, struct.pack("<Q", number))
+
+
+def lost_before(count: int, why: str) -> bytes:
+    """Of a packet: how many were lost at its interface since the one before."""
+    said = f"{count} lost before this: {why}"
+    return _option(_DROPPED, struct.pack("<Q", count)) + _option(_COMMENT, said.encode())
 
 
 def names(known: Mapping[bytes, str]) -> bytes:
@@ -140,32 +130,32 @@ def statistics(
 
 
 class Block(NamedTuple):
-    """A block that came whole."""
+    """A block that came whole, and where its body stands."""
 
     kind: int
-    body: bytes
+    begin: int
+    end: int
 
 
-def whole(data: bytes | bytearray) -> int:
-    """How many bytes of this, from its beginning, are whole blocks.  Raises BadCapture."""
+def blocks(data: bytes | bytearray) -> Iterator[Block]:
+    """The blocks at the beginning of this that are whole.  Raises BadCapture."""
     at, size = 0, len(data)
     while size - at >= 8:
-        _, length = _HEADER(data, at)
+        kind, length = _HEADER(data, at)
         if length < _FRAME or length % 4 or length > MOST:
             raise BadCapture(f"a block of {length} bytes")
         if size - at < length:
             break
         at += length
-    return at
+        yield Block(kind, at - length + 8, at - 4)
 
 
-def blocks(data: bytes | bytearray) -> Iterator[Block]:
-    """The blocks that are whole.  Raises BadCapture."""
-    at, end = 0, whole(data)
-    while at < end:
-        kind, length = _HEADER(data, at)
-        yield Block(kind, bytes(data[at + 8 : at + length - 4]))
-        at += length
+def whole(data: bytes | bytearray) -> int:
+    """How many bytes of this, from its beginning, are whole blocks.  Raises BadCapture."""
+    end = 0
+    for block in blocks(data):
+        end = block.end + 4
+    return end
 
 
 def dropped_by(body: bytes) -> int:

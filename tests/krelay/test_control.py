@@ -212,6 +212,16 @@ def test_trace_takes_the_filters_of_show_nat() -> None:
     assert answer(f"trace {filters}", relay(), 0) == Trace(wanted)
 
 
+def test_trace_takes_verdicts_and_may_be_a_capture() -> None:
+    udp = Filter(Proto.UDP)
+    assert answer("trace pcap", relay(), 0) == Trace(Filter(), pcap=True)
+    assert answer("trace proto=udp pcap", relay(), 0) == Trace(udp, pcap=True)
+    assert answer("trace verdict=pass", relay(), 0) == Trace(Filter(), frozenset({"pass"}))
+    both = frozenset({"rewrite", "drop"})
+    for words in ("", "verdict=rewrite,drop", "verdict=pass verdict=drop,rewrite"):
+        assert answer(f"trace {words}", relay(), 0) == Trace(Filter(), both)
+
+
 def test_help_lists_every_command() -> None:
     assert tuple(asked("help")) == HELP
     commands = {" ".join(line.split()[: 2 if line.startswith("show") else 1]) for line in HELP}
@@ -270,6 +280,13 @@ def test_blanks_around_words_do_not_matter() -> None:
             "'port=80' is no filter; there are proto=, client=, state=, service=",
         ),
         ("trace json", "'json' is no filter; there are proto=, client=, state=, service="),
+        ("trace verdict=", "verdict is one or more of rewrite,drop,pass, not ''"),
+        ("trace verdict=drop,fly", "verdict is one or more of rewrite,drop,pass, not 'fly'"),
+        (
+            "show nat verdict=drop",
+            "'verdict=drop' is no filter; there are proto=, client=, state=, service=",
+        ),
+        ("show nat pcap", "'pcap' is no filter; there are proto=, client=, state=, service="),
         ("x" * 50, repr("x" * 40 + "...") + " is no command; try help"),
     ],
 )
@@ -324,6 +341,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
         counts.icmp[step] = 20 * number
     counts.passed = Counter({"own": 2, "direct": 1})
     counts.dropped = Counter({"no_row": 5, "table_full": 7})
+    counts.trace_lost = 6
 
     values = counter_values(
         counts,
@@ -365,6 +383,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
         ("ended_early", 8),
         ("refused_10.0.0.9", {"table_full": 5, "client_rate": 2}),
         ("refused_10.0.0.1", {"table_full": 2}),
+        ("trace_lost", 6),
         ("errors", 1),
         ("queue_overflow", 3),
         ("socket_overflow", 4),

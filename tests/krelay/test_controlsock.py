@@ -11,13 +11,14 @@ from stat import S_IMODE
 import pytest
 
 from krelay.control import HELP, MAX_LINE, Values
-from krelay.controlsock import CHUNK, IDLE, MAX_CLIENTS, TRACE_BUFFER, ControlSocket
+from krelay.controlsock import CAPTURE_BUFFER, CHUNK, IDLE, MAX_CLIENTS, TRACE_BUFFER, ControlSocket
 from krelay.flow import Source
 from krelay.loop import Loop
 from krelay.nat import NatTable
-from krelay.row import Row, Step
-from krelay.worker import Worker
-from tests.tools.packets import at, template
+from krelay.row import Hook, Row, Step
+from krelay.worker import Verdict, Worker
+from tests.tools.captures import slow_read
+from tests.tools.packets import at, policy, template
 
 ROWS = 20_000
 HELP_ANSWER = "".join(f"{line}\n" for line in (*HELP, "")).encode()
@@ -25,6 +26,8 @@ TOO_LONG = f"error: a line has at most {MAX_LINE} bytes\n\n".encode()
 SYN = template("C:40000 > K:80 [S]").build()
 REWRITTEN = template("C:40000 > K:16000 [S]").build()
 SYN_LINE = b"T1 10.0.0.1:40000 > 192.168.0.2:80 [S] => > 192.168.0.2:16000 flow 1\n"
+DROP_LINE = b"drop recovering 10.0.0.1:40000 > 192.168.0.2:80 [S]\n"
+PASS_LINE = b"pass no_row 10.0.0.1:40000 > 192.168.0.2:80 [S]\n"
 
 
 class ManyRows(NatTable):
@@ -352,14 +355,133 @@ def test_a_trace_that_is_not_read_is_bounded_and_its_loss_is_told(world: World) 
     times = 3 * TRACE_BUFFER // len(SYN_LINE)
     world.traced(times)
     shown, ended = world.read(client)
-    lines = shown.count(b"\n")
+    lines = shown.count(b"\n") - 1
+    lost = f"lost {times - lines} lines: the reader is too slow\n".encode()
 
-    assert shown == SYN_LINE * lines
-    assert TRACE_BUFFER < len(shown) <= TRACE_BUFFER + len(SYN_LINE)
+    assert shown == SYN_LINE * lines + lost
+    assert TRACE_BUFFER < len(SYN_LINE) * lines <= TRACE_BUFFER + len(SYN_LINE)
+    assert world.worker.counts.trace_lost == times - lines
     assert not ended
     world.traced(2)
-    lost = f"lost {times - lines} lines: the reader is too slow\n".encode()
-    assert world.read(client) == (lost + SYN_LINE * 2, False)
+    assert world.read(client) == (SYN_LINE * 2, False)
+
+
+def test_packets_that_were_not_rewritten_are_shown_as_far_as_they_are_asked_for(
+    world: World,
+) -> None:
+    for asked, expected in (
+        (b"trace", SYN_LINE + DROP_LINE),
+        (b"trace verdict=rewrite", SYN_LINE),
+        (b"trace verdict=drop", DROP_LINE),
+        (b"trace verdict=pass", PASS_LINE),
+        (b"trace verdict=rewrite,drop,pass", SYN_LINE + DROP_LINE + PASS_LINE),
+        (b"trace proto=tcp client=10.0.0.1", SYN_LINE + DROP_LINE),
+        (b"trace proto=udp", b""),
+        (b"trace state=opening", SYN_LINE),
+        (b"trace verdict=drop client=10.0.0.9", b""),
+    ):
+        client = world.ask(asked + b"\n")
+        if world.worker.on_rewrite is not None:
+            world.traced()
+        if world.worker.on_untouched is not None:
+            world.worker.on_untouched(SYN, Hook.PREROUTING, Verdict.DROP, "recovering")
+            world.worker.on_untouched(SYN, Hook.PREROUTING, Verdict.PASS, "no_row")
+        assert (asked, world.read(client)) == (asked, (expected, False))
+        world.leave(client)
+
+
+def test_nothing_is_looked_at_that_nobody_wants_to_see(world: World) -> None:
+    worker = world.worker
+    drops = world.ask(b"trace verdict=drop\n")
+    assert (worker.on_rewrite, worker.on_untouched is None) == (None, False)
+    rewrites = world.ask(b"trace verdict=rewrite\n")
+    world.leave(drops)
+    assert (worker.on_rewrite is None, worker.on_untouched) == (False, None)
+    world.leave(rewrites)
+    assert (worker.on_rewrite, worker.on_untouched) == (None, None)
+
+
+def test_what_a_packet_was_answered_with_is_shown(world: World) -> None:
+    client = world.ask(b"trace\n")
+    world.worker.policy = policy()
+    world.worker.handle(template("D:5000 > K:16000 [S]").build(), Hook.PREROUTING, 0.0)
+
+    assert world.read(client) == (
+        b"drop gateway_port 10.0.0.9:5000 > 192.168.0.2:16000 [S] answered [R.]\n",
+        False,
+    )
+
+
+# captures
+
+
+def test_a_capture_is_a_file_that_grows_and_ends_with_a_half_close(world: World) -> None:
+    client = world.ask(b"trace pcap service=tcp/80\n")
+    shown, ended = world.read(client)
+    assert [block.kind for block in slow_read(shown)] == ["section", *["interface"] * 3]
+    assert slow_read(shown)[0].comments == ["trace pcap service=tcp/80"]
+    world.traced()
+    more, ended = world.read(client)
+    assert not ended
+    blocks = slow_read(shown + more)
+    assert [block.data for block in blocks if block.kind == "packet"] == [SYN, REWRITTEN]
+    client.shutdown(socket.SHUT_WR)
+    world.turn()
+    assert (world.worker.on_rewrite, world.worker.on_untouched) == (None, None)
+    rest, ended = world.read(client)
+
+    assert ended
+    assert [block.kind for block in slow_read(shown + more + rest)][-3:] == ["statistics"] * 3
+
+
+def test_a_capture_may_end_as_soon_as_it_is_asked_for(world: World) -> None:
+    client = world.connect()
+    client.sendall(b"trace pcap")
+    client.shutdown(socket.SHUT_WR)
+    world.turn()
+    shown, ended = world.read(client)
+
+    assert ended
+    kinds = [block.kind for block in slow_read(shown)]
+    assert kinds == ["section", *["interface"] * 3, *["statistics"] * 3]
+    assert world.worker.on_rewrite is None
+
+
+def test_a_capture_that_is_not_read_is_bounded_and_its_loss_stands_in_it(world: World) -> None:
+    client = world.ask(b"trace pcap\n")
+    big = template("C:40000 > K:80 [P.]", payload=bytes(1400)).build()
+    rewritten = template("C:40000 > K:16000 [P.]", payload=bytes(1400)).build()
+    assert world.worker.on_rewrite is not None
+    for _ in range(4 * CAPTURE_BUFFER // len(big)):
+        world.worker.on_rewrite(world.row.rewrites[Step.T1], big, rewritten)
+    [held] = [len(one._out) for one in world.control._clients]
+    lost = world.worker.counts.trace_lost
+    assert CAPTURE_BUFFER < held <= CAPTURE_BUFFER + 2 * (len(big) + 200)
+    world.turn()
+    world.turn()
+    world.traced()
+    assert world.worker.counts.trace_lost == lost, "there is room again"
+    client.shutdown(socket.SHUT_WR)
+    blocks = slow_read(world.read(client)[0])
+
+    packets = [block for block in blocks if block.kind == "packet"]
+    assert len(packets) / 2 + lost == 4 * CAPTURE_BUFFER // len(big) + 1
+    told = [block for block in packets if "dropcount" in block.numbers]
+    assert [block.numbers["dropcount"] for block in told] == [lost, lost]
+    assert [block.data for block in told] == [SYN, REWRITTEN]
+    statistics = [block.numbers for block in blocks if block.kind == "statistics"]
+    assert [numbers["ifdrop"] for numbers in statistics] == [lost, lost, 0]
+    assert [numbers["ifrecv"] for numbers in statistics] == [len(packets) / 2 + lost] * 2 + [0]
+
+
+def test_who_does_not_read_a_capture_is_dropped_after_a_minute(world: World) -> None:
+    world.ask(b"trace pcap\n")
+    for _ in range(4):  # more than the kernel takes
+        world.traced(CAPTURE_BUFFER // 200)
+        world.turn()
+    world.control.on_time(world.loop.now + IDLE + 0.01)
+
+    assert world.worker.on_rewrite is None
 
 
 def test_a_tracer_that_leaves_while_a_packet_is_told_disturbs_nothing(world: World) -> None:

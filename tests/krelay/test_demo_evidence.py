@@ -117,13 +117,15 @@ def test_the_lines_of_the_trace_are_read_as_they_are_written(
 ) -> None:
     row = tcp_row()
     rewrite = row.rewrites[label]
-    before = step(label.label).before
-    src, dst = before.src, before.dst
-    bytes_ = tcp.build(src.addr, dst.addr, src.port, dst.port, flags, payload=payload)
+    before, after = (
+        tcp.build(src.addr, dst.addr, src.port, dst.port, flags, payload=payload)
+        for _, src, dst in (step(label.label).before, step(label.label).after)
+    )
 
-    found = evidence.traced(trace.line(rewrite, bytes_))
+    found = evidence.traced(trace.line(rewrite, before, after))
 
-    assert found == Traced(label.label, src, dst, rewrite.src, rewrite.dst)
+    ends = step(label.label).before[1:]
+    assert found == Traced(label.label, *ends, rewrite.src, rewrite.dst)
 
 
 def tcp_row() -> Row:

@@ -43,14 +43,15 @@ class Read:
 def slow_read(file: bytes) -> list[Read]:
     """All blocks of a little-endian file of one section; fails at the first broken rule."""
     found: list[Read] = []
-    interfaces = 0
-    while file:
-        kind = KINDS[_number(file[:4])]
-        length = _number(file[4:8])
+    interfaces = at = 0
+    while at < len(file):
+        kind = KINDS[_number(file[at : at + 4])]
+        length = _number(file[at + 4 : at + 8])
         assert length % 4 == 0
-        assert 12 <= length <= len(file)
-        assert file[length - 4 : length] == file[4:8]
-        body, file = file[8 : length - 4], file[length:]
+        assert 12 <= length <= len(file) - at
+        assert _number(file[at + length - 4 : at + length]) == length
+        body = file[at + 8 : at + length - 4]
+        at += length
         block = Read(kind)
         assert (kind == "section") == (not found)
         match kind:

@@ -24,8 +24,10 @@ def test_a_file_with_everything_in_it_reads_as_it_was_written() -> None:
             pcapng.interface("client", link=pcapng.RAW_IP, description="the client's side"),
             pcapng.interface("server"),
             pcapng.names({b"\x0a\0\0\1": "client", bytes(15) + b"\1": "itself"}),
-            pcapng.packet(0, b"abcde", AT, outbound=False, comment="T1 before", packet_id=7),
-            pcapng.packet(1, b"abcd", AT + 1, outbound=True, dropped=3),
+            pcapng.packet(
+                0, b"abcde", AT, pcapng.options(False, "T1 before") + pcapng.packet_id(7)
+            ),
+            pcapng.packet(1, b"abcd", AT + 1, pcapng.options(True) + pcapng.lost_before(3, "why")),
             pcapng.packet(1, b"", AT + 2),
             pcapng.statistics(1, AT + 9, began=AT, received=5, dropped=3),
         )
@@ -45,7 +47,14 @@ def test_a_file_with_everything_in_it_reads_as_it_was_written() -> None:
         Read("interface", numbers={"link": 1, "tsresol": 9}, texts={"name": "server"}),
         Read("names", names=[(b"\x0a\0\0\1", "client"), (bytes(15) + b"\1", "itself")]),
         Read("packet", ["T1 before"], 0, AT, b"abcde", numbers={"flags": 1, "packetid": 7}),
-        Read("packet", [], 1, AT + 1, b"abcd", numbers={"flags": 2, "dropcount": 3}),
+        Read(
+            "packet",
+            ["3 lost before this: why"],
+            1,
+            AT + 1,
+            b"abcd",
+            numbers={"flags": 2, "dropcount": 3},
+        ),
         Read("packet", [], 1, AT + 2),
         Read(
             "statistics",
@@ -61,15 +70,14 @@ def test_a_file_with_everything_in_it_reads_as_it_was_written() -> None:
 def test_any_packet_comes_back(
     data: bytes, at: int, comment: str, outbound: bool | None, packet_id: int, dropped: int
 ) -> None:
-    block = pcapng.packet(
-        0, data, at, comment=comment, outbound=outbound, packet_id=packet_id, dropped=dropped
-    )
-    read = slow_read(START + block)[-1]
+    options = pcapng.options(outbound, comment) + pcapng.packet_id(packet_id)
+    options += pcapng.lost_before(dropped, "why")
+    read = slow_read(START + pcapng.packet(0, data, at, options))[-1]
 
     assert (read.data, read.time) == (data, at)
-    assert read.comments == ([comment] if comment else [])
-    numbers = {"flags": None if outbound is None else outbound + 1, "packetid": packet_id}
-    numbers["dropcount"] = dropped or None
+    assert read.comments == [*([comment] if comment else []), f"{dropped} lost before this: why"]
+    numbers = {"flags": None if outbound is None else outbound + 1}
+    numbers |= {"packetid": packet_id, "dropcount": dropped}
     assert read.numbers == {name: n for name, n in numbers.items() if n is not None}
 
 
@@ -103,9 +111,7 @@ FILE = START + b"".join(pcapng.packet(0, bytes(size), AT) for size in range(9))
 
 @given(st.integers(0, len(FILE)))
 def test_whole_blocks_end_where_a_block_ends(cut: int) -> None:
-    ends = [0]
-    for block in pcapng.blocks(FILE):
-        ends.append(ends[-1] + len(block.body) + 12)
+    ends = [0, *(block.end + 4 for block in pcapng.blocks(FILE))]
 
     assert ends[-1] == len(FILE)
     assert pcapng.whole(FILE[:cut]) == max(end for end in ends if end <= cut)
@@ -113,15 +119,20 @@ def test_whole_blocks_end_where_a_block_ends(cut: int) -> None:
 
 @given(st.lists(st.integers(0, len(FILE)), max_size=5))
 def test_any_cut_of_the_stream_gives_the_same_blocks(cuts: list[int]) -> None:
-    found, held = [], b""
+    found: list[tuple[int, bytes]] = []
+    held = b""
     for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(FILE)], strict=True):
         held += FILE[begin:end]
         done = pcapng.whole(held)
-        found += list(pcapng.blocks(held[:done]))
+        found += _bodies(held[:done])
         held = held[done:]
 
     assert held == b""
-    assert found == list(pcapng.blocks(FILE))
+    assert found == _bodies(FILE)
+
+
+def _bodies(data: bytes) -> list[tuple[int, bytes]]:
+    return [(kind, data[begin:end]) for kind, begin, end in pcapng.blocks(data)]
 
 
 @given(st.binary(max_size=200))
@@ -130,7 +141,7 @@ def test_any_bytes_are_blocks_or_a_bad_capture(data: bytes) -> None:
         found = list(pcapng.blocks(data))
     except pcapng.BadCapture:
         return
-    assert sum(len(block.body) + 12 for block in found) <= len(data)
+    assert sum(block.end - block.begin + 12 for block in found) <= len(data)
 
 
 @pytest.mark.parametrize("length", [0, 8, 11, 13, pcapng.MOST + 4])
@@ -142,7 +153,7 @@ def test_a_length_is_checked_before_it_is_believed(length: int) -> None:
 @given(times, times)
 def test_the_dropped_are_read_from_statistics(received: int, dropped: int) -> None:
     block = pcapng.statistics(0, AT, began=AT, received=received, dropped=dropped)
-    [(kind, body)] = pcapng.blocks(block)
+    [(kind, body)] = _bodies(block)
 
     assert (kind, pcapng.dropped_by(body)) == (pcapng.STATISTICS, dropped)
 
@@ -162,7 +173,7 @@ def test_scapy_reads_frames_with_their_times_and_directions(tmp_path: Path) -> N
     with file.open("wb") as out:
         out.write(pcapng.section() + pcapng.interface("client eth0"))
         for number, (data, at) in enumerate(zip(frames, times, strict=True)):
-            out.write(pcapng.packet(0, data, at, outbound=number % 2 == 1))
+            out.write(pcapng.packet(0, data, at, pcapng.options(number % 2 == 1)))
 
     with PcapNgReader(str(file)) as reader:
         packets = list(reader)
@@ -183,8 +194,10 @@ def test_tshark_reads_the_same(tmp_path: Path) -> None:
                 pcapng.interface("client", link=pcapng.RAW_IP, description="the client's side"),
                 pcapng.interface("server", link=pcapng.RAW_IP),
                 pcapng.names({sound[12:16]: "client", sound[16:20]: "relay"}),
-                pcapng.packet(0, sound, AT, outbound=False, comment="U1,U2 before flow 1"),
-                pcapng.packet(1, sound, AT + 1, outbound=True, comment="ünd", dropped=3),
+                pcapng.packet(0, sound, AT, pcapng.options(False, "U1,U2 before flow 1")),
+                pcapng.packet(
+                    1, sound, AT + 1, pcapng.options(True, "ünd") + pcapng.lost_before(3, "why")
+                ),
                 pcapng.statistics(1, AT + 9, began=AT, received=5, dropped=3),
             )
         )
@@ -193,7 +206,7 @@ def test_tshark_reads_the_same(tmp_path: Path) -> None:
     shown = ("frame.time_epoch", "frame.interface_name", "frame.comment", "frame.drop_count")
     assert tshark(file, *shown, "frame.p2p_dir") == [
         ("1700000000.123456789", "client", "U1,U2 before flow 1", "", "1"),
-        ("1700000000.123456790", "server", "ünd", "3", "0"),
+        ("1700000000.123456790", "server", "ünd,3 lost before this: why", "3", "0"),
     ]
     [named, _] = tshark(file, "ip.src_host", "ip.dst_host", options=["-N", "n"])
     assert named == ("client", "relay")
