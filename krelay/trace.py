@@ -5,8 +5,8 @@
     pass no_row 10.0.0.1:40000 > 192.168.0.2:80 [.]
 
 Behind the arrow stands only what has changed, with `>` on the side where the rest is: `=> > DST` a
-new destination, `=> SRC >` a new source.  A packet that wasn't rewritten has its verdict and the
-reason in front, by the words of the counters.
+new destination, `=> SRC >` a new source; of an ICMP error also the packet it is about.  A packet
+that wasn't rewritten has its verdict and the reason in front, by the words of the counters.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ class Sight(NamedTuple):
     """Their ports are 0 where there are none to be seen."""
     detail: str
     """TCP's flags, the size of the payload: ` [P.] 75 bytes`."""
+    about: str = ""
+    """Of an ICMP error: the packet that it quotes, ` about 10.0.0.1:4000 > 192.168.0.1:53`."""
 
     @property
     def ends(self) -> tuple[str, str]:
@@ -158,14 +160,19 @@ def line(rewrite: Rewrite, before: bytes, after: bytes) -> str:
     (src, dst), (new_src, new_dst) = seen.ends, new.ends
     match (new_src != src, new_dst != dst):
         case (True, True):
-            became = f"{new_src} > {new_dst}"
+            became = f" {new_src} > {new_dst}"
         case (True, False):
-            became = f"{new_src} >"
+            became = f" {new_src} >"
         case (False, True):
-            became = f"> {new_dst}"
+            became = f" > {new_dst}"
         case _:
-            became = "unchanged"
-    return f"{rewrite.step.label} {src} > {dst}{seen.detail} => {became} flow {rewrite.row.id}"
+            became = "" if new.about != seen.about else " unchanged"
+    if new.about != seen.about:
+        became += new.about
+    return (
+        f"{rewrite.step.label} {src} > {dst}{seen.detail}{seen.about} =>{became} "
+        f"flow {rewrite.row.id}"
+    )
 
 
 def untouched_line(what: Untouched) -> str:
@@ -174,7 +181,11 @@ def untouched_line(what: Untouched) -> str:
     answered = [answer.detail.strip() for answer in map(sight, what.answers) if answer]
     return (
         f"{WORDS[what.verdict]} {what.reason} "
-        + (f"{' > '.join(seen.ends)}{seen.detail}" if seen else f"{len(what.packet)} bytes")
+        + (
+            f"{' > '.join(seen.ends)}{seen.detail}{seen.about}"
+            if seen
+            else f"{len(what.packet)} bytes"
+        )
         + (f" answered {', '.join(answered)}" if answered else "")
     )
 
@@ -187,6 +198,7 @@ def sight(packet: bytes) -> Sight | None:
     src, dst = packet[12:16], packet[16:20]
     behind = (int.from_bytes(packet[6:8]) & 0x1FFF) * 8
     sport = dport = 0
+    about = ""
     detail = f" protocol {proto} {size - at} bytes"
     if behind:
         detail = f" fragment from byte {behind}"
@@ -198,6 +210,8 @@ def sight(packet: bytes) -> Sight | None:
         detail = f" {size - at - udp.HEADER} bytes"
     elif proto == icmp.PROTO and size >= at + 2:
         detail = f" icmp {packet[at]}/{packet[at + 1]}"
+        quoted = sight(packet[at + icmp.HEADER :]) if packet[at] in icmp.ERRORS else None
+        about = f" about {' > '.join(quoted.ends)}" if quoted else ""
     if proto in (Proto.TCP, Proto.UDP) and not behind and size >= at + 4:
         sport, dport = int.from_bytes(packet[at : at + 2]), int.from_bytes(packet[at + 2 : at + 4])
-    return Sight(proto, Endpoint(src, sport), Endpoint(dst, dport), detail)
+    return Sight(proto, Endpoint(src, sport), Endpoint(dst, dport), detail, about)

@@ -143,6 +143,8 @@ class Worker:
         """Told of each packet that wasn't: its hook, its verdict and the reason.  What it is
         answered with is in `answers`."""
         self._reason = ""
+        """Why the last packet that wasn't rewritten goes on or doesn't; empty if it was, but goes
+        elsewhere."""
         self.refused = Refused()
         """Who has been refused for want of room."""
         self._answer_pace = Pace(ANSWERS, ANSWERS_AT_ONCE)
@@ -204,7 +206,7 @@ class Worker:
 
     def _told(self, packet: bytes, hook: int, verdict: bytes | Verdict) -> bytes | Verdict:
         """The verdict; who traces has been told of it, unless the packet was rewritten."""
-        if self.on_untouched is not None and isinstance(verdict, Verdict):
+        if self.on_untouched is not None and isinstance(verdict, Verdict) and self._reason:
             self.on_untouched(packet, hook, verdict, self._reason)
         return verdict
 
@@ -276,7 +278,7 @@ class Worker:
         if not found.sent_anew:
             return found.packet
         self.answers.append(found.packet)
-        self._reason = "icmp_sent_anew"
+        self._reason = ""
         return Verdict.DROP
 
     def _stranger(

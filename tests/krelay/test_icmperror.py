@@ -300,6 +300,8 @@ def test_an_error_is_translated(name: str, quote: int | None) -> None:
 
     told: list[tuple[str, bytes, bytes]] = []
     worker.on_rewrite = lambda by, old, new: told.append((by.step.label, old, new))
+    untouched: list[object] = []
+    worker.on_untouched = lambda *what: untouched.append(what)
 
     got = worker.handle(error(before, quote=quote, packet=packet), hook, 100.0)
 
@@ -311,6 +313,7 @@ def test_an_error_is_translated(name: str, quote: int | None) -> None:
         assert not worker.answers
     assert got == wanted
     assert told == [(steps[-1], error(before, quote=quote, packet=packet), wanted)]
+    assert not untouched, "told once"
     assert [s.label for s in Step if worker.counts.icmp[s]] == steps
     assert not worker.counts.dropped
     assert [(row.seen_at, row.state, row.id) for row in worker.nat] == refreshed

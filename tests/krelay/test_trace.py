@@ -11,6 +11,7 @@ from krelay.nat import NatTable
 from krelay.row import Hook, Row, Step
 from krelay.trace import Filter, Lines, Untouched, line, sight, untouched_line
 from krelay.wire import ipv4
+from krelay.wire.checksum import checksum
 from krelay.worker import Verdict
 from tests.tools.packets import addr, at, policy, template
 from tests.tools.script import RECORD_ROUTE, Host
@@ -89,6 +90,34 @@ def test_bytes_that_are_no_packet_still_make_a_line() -> None:
         assert line(rewrite, nonsense, nonsense) == f"T1 {len(nonsense)} bytes flow 1"
         told = Untouched(nonsense, Hook.PREROUTING, Verdict.DROP, "truncated")
         assert untouched_line(told) == f"drop truncated {len(nonsense)} bytes"
+
+
+def test_a_line_of_an_icmp_error_shows_the_packet_it_is_about() -> None:
+    host = Host(policy())
+    host.run(0, "pre", "C:4000 > K:53")
+    host.run(0, "pre", "C:40000 > K:80 [S]")
+    host.run(0, "open", "C:40000 @16000 from K:45678")
+    lines: list[str] = []
+    host.worker.on_rewrite = lambda *what: lines.append(line(*what))
+    for src, text, hook in (
+        ("S", "C:4000 > S:53", Hook.POSTROUTING),
+        ("Z", "C:4000 > S:53", Hook.POSTROUTING),
+        ("Z", "C:45678 > S:80 [S]", Hook.PREROUTING),
+    ):
+        about = template(text).build()
+        message = b"\x03\x03\0\0\0\0\0\0" + about
+        message = message[:2] + checksum(message).to_bytes(2) + message[4:]
+        packet = ipv4.build(1, addr(src), addr("C"), message)
+        host.worker.handle(packet, hook, 0)
+
+    assert lines == [
+        "U3,U4 192.168.0.1 > 10.0.0.1 icmp 3/3 about 10.0.0.1:4000 > 192.168.0.1:53 "
+        "=> 192.168.0.2 > about 10.0.0.1:4000 > 192.168.0.2:53 flow 1",
+        "U3,U4 192.168.0.99 > 10.0.0.1 icmp 3/3 about 10.0.0.1:4000 > 192.168.0.1:53 "
+        "=> about 10.0.0.1:4000 > 192.168.0.2:53 flow 1",
+        "T4 192.168.0.99 > 10.0.0.1 icmp 3/3 about 10.0.0.1:45678 > 192.168.0.1:80 "
+        "=> > 192.168.0.2 about 192.168.0.2:45678 > 192.168.0.1:80 flow 2",
+    ]
 
 
 SYN = template("C:40000 > K:16000 [S]").build()

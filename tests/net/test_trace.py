@@ -159,3 +159,13 @@ def test_packets_that_are_dropped_are_shown_with_the_reason(world: World) -> Non
     seen = f"drop gateway_port {world.client}:PORT > {world.relay}:18000 [S] answered [R.]"
     lines = {re.sub(r":\d+ >", ":PORT >", line) for line in program.output.splitlines()}
     assert lines == {seen}
+
+
+def test_a_capture_can_be_had_with_socat_alone(world: World) -> None:
+    world.start_krelay()
+    file = world.lab.directory / "empty.pcapng"
+    script = f"echo trace pcap | socat - UNIX-CONNECT:{world.root}/control.sock > {file}"
+    world.lab.run("relay", "sh", "-c", script)
+
+    kinds = [block.kind for block in slow_read(file.read_bytes())]
+    assert kinds == ["section", *["interface"] * 3, *["statistics"] * 3]
