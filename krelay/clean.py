@@ -14,8 +14,11 @@ class StillServed(Exception):
     """A krelay is at work there: nothing was removed."""
 
 
-def clean(root: Path) -> list[str]:
-    """What was removed, a line each.  Raises StillServed, RulesUnavailable."""
+def clean(root: Path, *, keep_settings: bool = False) -> list[str]:
+    """What was removed, a line each; `keep_settings`: rules and sockets alone.
+
+    Raises StillServed, RulesUnavailable.
+    """
     if treelock.is_served(root):
         raise StillServed(f"a krelay serves {root}; stop it with SIGTERM instead")
     removed = []
@@ -24,7 +27,12 @@ def clean(root: Path) -> list[str]:
         if backend.present(name):
             backend.remove(name)
             removed.append(f"rules of {name} ({backend.name})")
-    if root.is_dir():
+    if keep_settings:
+        for path in (root / name for name in SOCKETS):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                path.unlink()
+                removed.append(f"socket {path}")
+    elif root.is_dir():
         left = remove_tree(root)
         removed.append(f"file tree {root}" + (f", but not {', '.join(left)}" if left else ""))
     return removed

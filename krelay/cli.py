@@ -10,11 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from krelay import log
 from procfs_sim.ondisk import FileTree
-from procfs_sim.tree import DEFAULT_ROOT, ROOT_VARIABLE, SETTINGS, Refused, parse, render
+from procfs_sim.tree import DEFAULT_ROOT, ROOT_VARIABLE, SETTINGS, Refused, parse, render, server
 
 IN_FORCE_WITHIN = 5.0
 """Seconds that a command waits for a value to be in force; normally it takes milliseconds."""
@@ -65,6 +66,15 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _start(args: argparse.Namespace) -> int:
+    from krelay.doctor import checks
+    from krelay.doctor import command as doctor
+
+    _ask(args.root, "show status json")
+    failed = doctor.before_start(args.root)
+    fatal = checks.fatal(failed)
+    doctor.say(finding for finding in failed if finding not in fatal)
+    if fatal:
+        raise Failed(fatal[0])
     return _switch(args.root, "1", "running")
 
 
@@ -201,7 +211,7 @@ def _clean(args: argparse.Namespace) -> int:
     from krelay import clean
 
     try:
-        removed = clean.clean(args.root)
+        removed = clean.clean(args.root, keep_settings=args.keep_settings)
     except (clean.StillServed, clean.RulesUnavailable) as error:
         raise Failed(error) from None
     except PermissionError as error:
@@ -211,6 +221,12 @@ def _clean(args: argparse.Namespace) -> int:
     if not removed:
         print("nothing was left")
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from krelay.doctor import command
+
+    return command.run(args.root, args.client, args.queue_num, fix=args.fix, as_json=args.json)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -338,7 +354,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="capture into a pcapng file for Wireshark instead, until Ctrl-C; -: standard output",
     )
-    add("clean", _clean, "remove all that a killed krelay left", "krelay clean")
+    sub = add(
+        "doctor",
+        _doctor,
+        "check what relaying needs, and say how to mend what is wrong",
+        "krelay doctor --client 10.0.0.1 --fix",
+    )
+    sub.add_argument(
+        "--client",
+        type=_address,
+        metavar="IP",
+        help="also the way to this client, and whether the server's answers to it come back here",
+    )
+    sub.add_argument(
+        "--fix",
+        action="store_true",
+        help="mend what is safe: kernel settings, what a killed krelay left; no rules of others",
+    )
+    _queue_option(sub)
+    _json_option(sub)
+    sub = add("clean", _clean, "remove all that a killed krelay left", "krelay clean")
+    sub.add_argument("--keep-settings", action="store_true", help="leave the files of the settings")
     sub = add(
         "demo", _demo, "client, relay and server on this machine, step by step", "krelay demo"
     )
@@ -377,6 +413,13 @@ def _row_id(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not the id of a row, a number")
     return int(text)
+
+
+def _address(text: str) -> IPv4Address:
+    try:
+        return server(text)
+    except Refused as reason:
+        raise argparse.ArgumentTypeError(str(reason).partition(",")[0]) from None
 
 
 def _json_option(parser: argparse.ArgumentParser) -> None:

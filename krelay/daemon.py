@@ -64,7 +64,15 @@ class Daemon:
         self.nat = NatTable(rng=SystemRandom())
         self._worker = Worker(self.nat)
         name = ruleset.instance_name(str(root.absolute()), DEFAULT_ROOT)
-        self._relaying = Relaying(loop, name, queue_num, self._worker, self._sender, self._publish)
+        self._relaying = Relaying(
+            loop,
+            name,
+            queue_num,
+            self._worker,
+            self._sender,
+            self._publish,
+            self._who_else_listens,
+        )
         self._relay_socket: RelaySocket | None = None
         try:
             self._watcher = TreeWatcher(root)

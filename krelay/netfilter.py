@@ -131,7 +131,7 @@ class Iptables:
         if not shutil.which(f"{self.name}-save"):
             return frozenset(), frozenset()
         for chain in ruleset.chains(name):
-            if self.is_legacy and chain.table not in _legacy_tables():
+            if self.is_legacy and chain.table not in legacy_tables():
                 continue
             lines = _run((f"{self.name}-save", "-t", chain.table)).splitlines()
             if any(line.startswith(f":{chain.name} ") for line in lines):
@@ -191,7 +191,7 @@ def _version(command: str) -> str:
     return _run((command, "--version"))
 
 
-def _legacy_tables() -> list[str]:
+def legacy_tables() -> list[str]:
     """The tables of the older interface that exist in this network namespace."""
     try:
         return Path("/proc/thread-self/net/ip_tables_names").read_text().split()

@@ -24,6 +24,8 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 
 from krelay import listeners, netfilter, ruleset
+from krelay.doctor import checks
+from krelay.doctor.facts import Facts, Path
 from krelay.flow import Source
 from krelay.links import HostView, look
 from krelay.log import Log, Throttle
@@ -50,7 +52,10 @@ _log = Log("relaying")
 
 
 class Relaying:
-    """Switches relaying on and off as the config says; `on_change` is called when state changes."""
+    """Switches relaying on and off as the config says; `on_change` is called when state changes.
+
+    `taken_by` says who but tcp-relay listens on a port.
+    """
 
     def __init__(
         self,
@@ -60,6 +65,7 @@ class Relaying:
         worker: Worker,
         sender: RawSender,
         on_change: Callable[[], object],
+        taken_by: Callable[[int], str | None] = lambda port: None,
     ) -> None:
         self.nat: NatTable = worker.nat
         self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
@@ -72,6 +78,7 @@ class Relaying:
         self._worker = worker
         self._sender = sender
         self._on_change = on_change
+        self._taken_by = taken_by
         self._backend: Backend | None = None
         self._spec: RuleSpec | None = None
         self._failure: str | None = None
@@ -197,6 +204,11 @@ class Relaying:
         backend = self._backend or self._probe()
         if backend is None:
             return
+        if _ports(config, "tcp") and (who := self._taken_by(config.gport)):
+            self._fail(
+                f"port {config.gport}, the gateway port, is in use by {who}; end that, or set gport"
+            )
+            return
         try:
             stale = backend.present(self._name)
             self.queue = Queue(self._queue_num, self._worker, self._sender.send)
@@ -226,13 +238,13 @@ class Relaying:
 
     def _warn_of_surroundings(self) -> None:
         """What would make relaying fail quietly, told before the first packet is lost."""
-        if not self._view.forwards:
-            _log.warning(
-                "this host doesn't forward: UDP won't pass, nor the clients' own connections",
-                mend="sysctl -w net.ipv4.ip_forward=1",
-            )
-        if self._view.towards is None:
-            _log.warning("there is no route to the server", real_ip=self._config.real_ip)
+        config, view = self._config, self._view
+        towards = IPv4Address(view.towards) if view.towards is not None else None
+        path = Path(config.real_ip, "" if towards else None, towards)
+        for finding in checks.surroundings(
+            Facts(config=config, forwards=view.forwards, server=path)
+        ):
+            _log.warning(finding.text, mend=finding.mend)
 
     def _adopt(self, changed: frozenset[str]) -> None:
         """Takes over changed values while running: new flows get them, the rows keep theirs."""

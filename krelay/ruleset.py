@@ -33,6 +33,7 @@ anything new to rewrite.
 No rule has `bypass`: without a worker these packets are dropped, never passed on unrewritten.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2s
@@ -73,6 +74,26 @@ def instance_name(root: str, default_root: str) -> str:
     if root == default_root:
         return "krelay"
     return "krelay-" + blake2s(root.encode(), digest_size=4).hexdigest()
+
+
+_OURS = re.compile(r"(krelay(?:-[0-9a-f]{8})?)(?:-pre|-post)?")
+_QUEUE = re.compile(r"queue(?: num| to|-num)? (\d+)")
+
+
+def instance_of(name: str) -> str | None:
+    """The instance that a table or chain of this name is of; None if it is none of krelay's.
+
+    >>> instance_of("krelay-0badcafe-post"), instance_of("krelay"), instance_of("krelayed")
+    ('krelay-0badcafe', 'krelay', None)
+    """
+    match = _OURS.fullmatch(name)
+    return match[1] if match else None
+
+
+def queue_of(text: str) -> int | None:
+    """The queue that rules, as nft or iptables show them, send packets to."""
+    match = _QUEUE.search(text)
+    return int(match[1]) if match else None
 
 
 def merged(ports: Iterable[tuple[int, int]]) -> Ports:

@@ -19,6 +19,8 @@ from typing import Any
 
 from krelay import client, listeners, mortal, treelock
 from krelay.clean import remove_tree
+from krelay.doctor import checks
+from krelay.doctor import command as doctor
 from procfs_sim.ondisk import FileTree
 
 USER = "krelay"
@@ -74,6 +76,7 @@ def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
         config = _checked(root, values)
         children.append(_child("tcp-relay", "tcp_relay", ["--root", str(root)], _relay_user()))
         _wait(children, "tcp-relay isn't ready", lambda: _is_served(root, int(config["gport"])))
+        _look_first(root)
         _write(root, {"start": "1"})
         _wait(children, "krelay isn't running", lambda: _is_running(root))
         print(
@@ -93,6 +96,15 @@ def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
             remove_tree(root)
         else:
             _write(root, {"start": "0"})
+
+
+def _look_first(root: Path) -> None:
+    """Says what is wrong with this host before the first packet.  Raises UpFailed."""
+    failed = doctor.before_start(root)
+    fatal = checks.fatal(failed)
+    doctor.say(finding for finding in failed if finding not in fatal)
+    if fatal:
+        raise UpFailed(fatal[0])
 
 
 def _write(root: Path, texts: Mapping[str, str]) -> None:

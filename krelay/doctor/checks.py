@@ -1,0 +1,382 @@
+"""Facts -> findings: one check a function, in the order in which they are shown.
+
+Nothing here looks at the host, so each check can be shown every host there is.  A mend is a command
+as root would type it in a shell; `safe` ones change nothing but kernel settings that relaying needs
+and what a dead krelay left.
+"""
+
+from collections.abc import Callable, Iterable
+from shlex import quote
+
+from krelay import ruleset
+from krelay.doctor import passages
+from krelay.doctor.facts import Facts, Leftover, Listener
+from krelay.doctor.findings import Finding, Level
+from procfs_sim.tree import DEFAULT_ROOT
+
+OK, WARNING, FAILED = Level.OK, Level.WARNING, Level.FAILED
+
+STRICT = 1
+"""rp_filter: a packet must come by the link that leads back to its source (RFC 3704)."""
+FILES_A_CONNECTION = 2
+FILES_WANTED = 4096
+NEARLY_FULL = 0.9
+DNS = 53
+
+
+def examine(facts: Facts) -> list[Finding]:
+    """Every check's findings."""
+    return [finding for check in CHECKS for finding in check(facts)]
+
+
+def surroundings(facts: Facts) -> list[Finding]:
+    """What makes relaying fail quietly and may come right by itself: routes, forwarding.
+
+    For the daemon, which looks at no more each time it begins.
+    """
+    findings = [*forwarding(facts), *server(facts)]
+    return [finding for finding in findings if finding.level is not OK]
+
+
+def fatal(findings: Iterable[Finding]) -> list[Finding]:
+    """Those because of which relaying can't begin."""
+    return [finding for finding in findings if finding.fatal]
+
+
+def privileges(facts: Facts) -> list[Finding]:
+    """CAP_NET_ADMIN for rules and queue, CAP_NET_RAW for answers to what is refused."""
+    wanting = [
+        name
+        for name, held in (("CAP_NET_ADMIN", facts.net_admin), ("CAP_NET_RAW", facts.net_raw))
+        if not held
+    ]
+    if wanting:
+        text = f"{' and '.join(wanting)} wanting, which krelay needs for its rules and its queue"
+        mend = f"sudo krelay doctor{_root(facts)}"
+        return [Finding("privileges", FAILED, text, mend, fatal=True)]
+    who = "root" if facts.uid == 0 else f"user {facts.uid}"
+    return [Finding("privileges", OK, f"{who}, with CAP_NET_ADMIN and CAP_NET_RAW")]
+
+
+def packages(facts: Facts) -> list[Finding]:
+    """What krelay imports."""
+    if facts.missing_packages:
+        names = " ".join(facts.missing_packages)
+        mend = f"pip install {names}"
+        return [Finding("packages", FAILED, f"can't be imported: {names}", mend, fatal=True)]
+    return [Finding("packages", OK, "all Python packages are there")]
+
+
+def queue(facts: Facts) -> list[Finding]:
+    """The netfilter queue: in the kernel, free, and not overflowing."""
+    check, number = "queue", facts.queue_num
+    if facts.has_queue is False:
+        text = "the kernel has no netfilter queue (CONFIG_NETFILTER_NETLINK_QUEUE)"
+        return [Finding(check, FAILED, text, "modprobe nfnetlink_queue", fatal=True)]
+    if facts.queue_taken:
+        other = number + 1 if number < 0xFFFF else number - 1
+        text = f"queue {number} is served by another program"
+        mend = f"krelay daemon{_root(facts)} --queue-num {other}"
+        return [Finding(check, FAILED, text, mend, fatal=True)]
+    full, buffer = facts.queue_lost
+    if full or buffer:
+        text = (
+            f"the kernel dropped {full} packets because queue {number} was full and {buffer} "
+            "because its buffer was: more comes than can be rewritten"
+        )
+        return [Finding(check, WARNING, text)]
+    return [Finding(check, OK, f"the kernel has the queue, and {number} is krelay's")]
+
+
+def rules(facts: Facts) -> list[Finding]:
+    """A way to make rules."""
+    if facts.backend is not None:
+        return [Finding("rules", OK, f"by {facts.backend}")]
+    if not facts.backend_problem:
+        return []
+    mend = "apt-get install nftables iptables" if "not installed" in facts.backend_problem else ""
+    return [Finding("rules", FAILED, facts.backend_problem, mend, fatal=True)]
+
+
+def tracking(facts: Facts) -> list[Finding]:
+    """Connection tracking isn't needed, but where it is full the host drops new flows."""
+    if facts.tracked is None:
+        return [Finding("conntrack", OK, "no connection tracking here, and none is needed")]
+    used, most = facts.tracked
+    if most and used >= most * NEARLY_FULL:
+        text = (
+            f"connection tracking holds {used} of at most {most}: new flows are dropped when full"
+        )
+        mend = f"sysctl -w net.netfilter.nf_conntrack_max={2 * most}"
+        return [Finding("conntrack", WARNING, text, mend, safe=True)]
+    return [Finding("conntrack", OK, f"{used} connections tracked, of at most {most}")]
+
+
+def serving(facts: Facts) -> list[Finding]:
+    """What a krelay that runs says of itself, and whether a tcp-relay is with it."""
+    if not facts.served:
+        here = "" if facts.tree_exists else f"; there is no {facts.root}, so defaults are checked"
+        return [Finding("krelay", OK, f"none is running{here}")]
+    if facts.state is not None and facts.state.startswith("failed: "):
+        return [Finding("krelay", FAILED, facts.state, f"krelay start{_root(facts)}")]
+    if facts.tcp_relays == 0 and any(s.proto == "tcp" for s in facts.config.services):
+        text = "no tcp-relay serves with it: TCP is refused"
+        return [Finding("krelay", WARNING, text, f"tcp-relay{_root(facts)} &")]
+    return [Finding("krelay", OK, facts.state or "running")]
+
+
+def forwarding(facts: Facts) -> list[Finding]:
+    """UDP, and the clients' own connections to the server, are forwarded by the kernel."""
+    check, needed = "forwarding", any(s.proto == "udp" for s in facts.config.services)
+    if facts.forwards is None:
+        return []
+    if not facts.forwards:
+        text = "this host doesn't forward: " + (
+            "UDP won't pass, nor the clients' own connections"
+            if needed
+            else "the clients' own connections to the server won't pass"
+        )
+        mend = "sysctl -w net.ipv4.ip_forward=1"
+        return [Finding(check, FAILED if needed else WARNING, text, mend, safe=True)]
+    ends = (facts.client_link, facts.server.link if facts.server else None)
+    silent = [link.name for link in facts.links if link.name in ends and not link.forwards]
+    if silent:
+        mend = " && ".join(f"sysctl -w net/ipv4/conf/{name}/forwarding=1" for name in silent)
+        text = f"what comes by {', '.join(silent)} isn't forwarded"
+        return [Finding(check, FAILED if needed else WARNING, text, mend, safe=True)]
+    return [Finding(check, OK, "this host forwards (net.ipv4.ip_forward=1)")]
+
+
+def rp_filter(facts: Facts) -> list[Finding]:
+    """The larger of all's and the link's is in force (ip-sysctl.rst)."""
+    check = "rp_filter"
+    strict = [
+        link.name for link in facts.links if max(link.rp_filter, facts.rp_filter_all) == STRICT
+    ]
+    near = facts.client_link
+    if not strict:
+        return [Finding(check, OK, "not strict on any link")]
+    shown = ", ".join(strict)
+    mend = "sysctl -w net.ipv4.conf.all.rp_filter=2"
+    if facts.rp_filtered:
+        text = (
+            f"strict on {shown}, and it has dropped {facts.rp_filtered} packets that came by "
+            "another link than their answers would take"
+        )
+        return [Finding(check, WARNING, text, mend, safe=True)]
+    if facts.client is not None and facts.client.link is None and facts.client.problem == "":
+        text = (
+            f"strict on {shown}: packets of {facts.client.to}, to which no route leads, are dropped"
+        )
+        return [Finding(check, FAILED, text, mend, safe=True)]
+    way = f"; clients must come by {near}, as their answers do" if near in strict else ""
+    return [Finding(check, OK, f"strict on {shown}, nothing dropped{way}")]
+
+
+def server(facts: Facts) -> list[Finding]:
+    """A route to the real server, and somebody at its end."""
+    check, path = "server", facts.server
+    if path is None:
+        return []
+    set_it = f"krelay set real_ip ADDRESS{_root(facts)}"
+    if path.problem:
+        return [Finding(check, FAILED, f"{path.to} can't be reached: {path.problem}", set_it)]
+    if path.link is None:
+        mend = f"ip route add {path.to} via GATEWAY"
+        return [Finding(check, FAILED, f"there is no route to the server, {path.to}", mend)]
+    by = f"by {path.link}" + (f" via {path.gateway}" if path.gateway else "")
+    if path.silent:
+        who = path.gateway or path.to
+        text = f"{who} doesn't answer on {path.link}: is the server up, and is real_ip right?"
+        return [Finding(check, WARNING, text, f"ip neigh flush to {who} dev {path.link}")]
+    return [Finding(check, OK, f"{path.to} {by}")]
+
+
+def client(facts: Facts) -> list[Finding]:
+    """A route to the client."""
+    check, path = "client", facts.client
+    if path is None:
+        link = facts.client_link
+        where = f"by {link}" if link else "by any link"
+        return [
+            Finding(check, OK, f"none named (--client IP); clients are thought to come {where}")
+        ]
+    if path.problem:
+        return [Finding(check, FAILED, f"{path.to} can't be reached: {path.problem}")]
+    if path.link is None:
+        mend = f"ip route add {path.to} via GATEWAY"
+        return [Finding(check, FAILED, f"there is no route to {path.to}", mend)]
+    return [Finding(check, OK, f"{path.to} by {path.link}")]
+
+
+def return_path(facts: Facts) -> list[Finding]:
+    """The server's answers to a client must come back through here."""
+    check, path = "return", facts.server
+    if path is None or path.link is None:
+        return []
+    here = path.source or "ADDRESS OF THE RELAY"
+    if facts.config.source == "relay":
+        return [Finding(check, OK, "source=relay: the server answers this host")]
+    if facts.beside:
+        text = "the client is in the server's subnet, so source=relay is used for it"
+        return [Finding(check, OK, text)]
+    if facts.client is None:
+        text = "not tried: name a client with --client IP; the server must reach clients through "
+        return [Finding(check, OK, f"{text}{here}")]
+    seen = facts.returned
+    if seen is None:
+        return []
+    if seen.comes_back:
+        return [Finding(check, OK, f"the server's answer to {facts.client.to} came back here")]
+    if not seen.answers:
+        text = f"{path.to} answers neither ICMP echo nor a TCP connection of ours: can't tell"
+        return [Finding(check, WARNING, text)]
+    text = (
+        f"the server answers this host, but its answer to {facts.client.to} didn't come back: "
+        f"on the server, `ip route replace {facts.client.to} via {here}`, or have it see the relay"
+    )
+    return [Finding(check, FAILED, text, f"krelay set source relay{_root(facts)}")]
+
+
+def gateway_port(facts: Facts) -> list[Finding]:
+    """Nobody but tcp-relay may listen there."""
+    check, port = "gateway port", facts.config.gport
+    if not any(s.proto == "tcp" for s in facts.config.services):
+        return []
+    taken = [one for one in facts.listeners if one.proto == "tcp" and one.port == port]
+    if not taken:
+        return [Finding(check, OK, f"{port} is free for tcp-relay, or tcp-relay's")]
+    text = f"port {port} is in use by {_who(taken[0])}: clients would meet it instead of the server"
+    return [Finding(check, FAILED, text, _stop(taken[0]), fatal=True)]
+
+
+def services(facts: Facts) -> list[Finding]:
+    """A server of this host on a relayed port is hidden while krelay relays."""
+    findings = []
+    for one in facts.listeners:
+        if not facts.config.serves(one.proto, one.port):
+            continue
+        what = f"{one.proto}/{one.port}"
+        if one.address is not None and one.address.is_loopback:
+            continue  # nobody else could reach it, and it goes on answering this host
+        text = f"{_who(one)} serves {what} here: other hosts won't reach it while {what} is relayed"
+        findings.append(Finding("services", WARNING, text, _stop(one)))
+    if findings:
+        return list(dict.fromkeys(findings))
+    local = {one.program for one in facts.listeners if facts.config.serves(one.proto, one.port)}
+    beside = f" (but {', '.join(sorted(local))}, on the loopback alone)" if local else ""
+    return [Finding("services", OK, f"no server of this host is on a relayed port{beside}")]
+
+
+def gro(facts: Facts) -> list[Finding]:
+    """Joined UDP packets of a new flow are lost before the queue (nfnetlink_queue.c; since kernel
+    commit 7d8dc1c7be8d)."""
+    findings = []
+    for link in facts.links:
+        if link.udp_gro:
+            off = " ".join(f"{feature} off" for feature in link.udp_gro)
+            text = (
+                f"{link.name} joins UDP packets; the first of a new flow may be lost in the queue"
+            )
+            findings.append(Finding("UDP GRO", WARNING, text, f"ethtool -K {link.name} {off}"))
+    return findings or [Finding("UDP GRO", OK, "off on every link")]
+
+
+def buffer(facts: Facts) -> list[Finding]:
+    """Who has CAP_NET_ADMIN may go over rmem_max (SO_RCVBUFFORCE, socket(7))."""
+    check = "buffer"
+    if facts.rmem_max is None:
+        return []
+    if facts.net_admin or facts.rmem_max >= facts.buffer:
+        return [Finding(check, OK, f"{facts.buffer} bytes for the queue's socket")]
+    text = f"the queue's socket gets {facts.rmem_max} bytes instead of {facts.buffer}"
+    mend = f"sysctl -w net.core.rmem_max={facts.buffer}"
+    return [Finding(check, WARNING, text, mend, safe=True)]
+
+
+def files(facts: Facts) -> list[Finding]:
+    """tcp-relay takes what it can get, the hard limit; a connection costs two."""
+    if facts.files is None:
+        return []
+    most = facts.files // FILES_A_CONNECTION
+    if facts.files < FILES_WANTED:
+        text = f"{facts.files} files may be open: about {most} TCP connections at a time"
+        return [Finding("files", WARNING, text, "ulimit -Hn 65536")]
+    return [Finding("files", OK, f"{facts.files} may be open: {most} TCP connections at a time")]
+
+
+def leftovers(facts: Facts) -> list[Finding]:
+    """What a killed krelay left: its rules drop what they catch while nobody serves the queue."""
+    findings = []
+    for left in facts.leftovers:
+        text = (
+            f"rules of a krelay that is gone ({left.name}, {left.tool}): what they catch is dropped"
+        )
+        safe = left.name == facts.instance
+        findings.append(Finding("leftovers", WARNING, text, _removal(facts, left), safe))
+    if facts.stale_sockets and not facts.leftovers:
+        text = f"{facts.root} holds sockets of a krelay that is gone"
+        mend = f"krelay clean --keep-settings{_root(facts)}"
+        findings.append(Finding("leftovers", WARNING, text, mend, safe=True))
+    return findings or [Finding("leftovers", OK, "nothing of a dead krelay's")]
+
+
+def problems(facts: Facts) -> list[Finding]:
+    """What couldn't be looked at."""
+    return [
+        Finding(what, WARNING, f"can't be looked at: {reason}") for what, reason in facts.problems
+    ]
+
+
+CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
+    privileges,
+    packages,
+    queue,
+    rules,
+    serving,
+    leftovers,
+    forwarding,
+    rp_filter,
+    server,
+    client,
+    return_path,
+    gateway_port,
+    services,
+    passages.check,
+    tracking,
+    gro,
+    buffer,
+    files,
+    problems,
+)
+
+
+def _root(facts: Facts) -> str:
+    return "" if facts.root == DEFAULT_ROOT else f" --root {quote(facts.root)}"
+
+
+def _who(one: Listener) -> str:
+    return one.program if one.pid is None else f"{one.program} (pid {one.pid})"
+
+
+def _stop(one: Listener) -> str:
+    if one.unit:
+        return f"systemctl stop {quote(one.unit)}"
+    return f"kill {one.pid}" if one.pid is not None else ""
+
+
+def _removal(facts: Facts, left: Leftover) -> str:
+    """`krelay clean` where it is this tree's; the tree of another can't be told from the name."""
+    if left.name == facts.instance:
+        return f"krelay clean --keep-settings{_root(facts)}"
+    if left.tool == "nft":
+        return f"nft delete table ip {left.name}"
+    return " ; ".join(
+        f"{left.tool} -t {chain.table} {command}"
+        for chain in ruleset.chains(left.name)
+        for command in (
+            f"-D {chain.builtin} -j {chain.name}",
+            f"-F {chain.name}",
+            f"-X {chain.name}",
+        )
+    )

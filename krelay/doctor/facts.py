@@ -1,0 +1,139 @@
+"""What is known about the host: everything the checks look at, as values.
+
+None stands for "couldn't be found out"; why stands in `problems`, a line each.
+"""
+
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import NamedTuple
+
+from krelay.doctor.firewall import Chains
+from procfs_sim.tree import DEFAULT_ROOT, DEFAULTS, Config
+
+LOOPBACK = "lo"
+
+
+class Link(NamedTuple):
+    """A network interface that is up, but for the loopback."""
+
+    name: str
+    rp_filter: int = 0
+    """Its own setting; in force is the larger of this and the one for `all`."""
+    forwards: bool = True
+    udp_gro: tuple[str, ...] = ()
+    """Switched-on features that join UDP packets which this host forwards."""
+
+
+class Path(NamedTuple):
+    """Where packets to an address go."""
+
+    to: IPv4Address
+    link: str | None
+    """None: there is no route."""
+    source: IPv4Address | None = None
+    gateway: IPv4Address | None = None
+    problem: str = ""
+    """Why there is none: unreachable, blackhole, prohibited; or that the address is our own."""
+    silent: bool = False
+    """The next hop doesn't answer ARP."""
+
+
+class Listener(NamedTuple):
+    """A socket of this host that clients, or tcp-relay, would meet."""
+
+    proto: str
+    address: IPv4Address | None
+    """None: all addresses."""
+    port: int
+    program: str
+    pid: int | None = None
+    unit: str = ""
+    """Its service unit, if it is one's."""
+
+
+class Leftover(NamedTuple):
+    """Rules of a krelay that is no more."""
+
+    name: str
+    tool: str
+    """nft, iptables, ..."""
+    queue: int | None
+
+
+class Returned(NamedTuple):
+    """What the probe of the server's return path saw."""
+
+    answers: bool
+    """The server answers this host."""
+    comes_back: bool
+    """Its answer to the client came back here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The host, as far as relaying is concerned.  The defaults are those of one in order."""
+
+    root: str = DEFAULT_ROOT
+    instance: str = "krelay"
+    """The name of this tree's rules."""
+    tree_exists: bool = True
+    config: Config = DEFAULTS
+    served: bool = False
+    """A krelay is at work on this tree."""
+    state: str | None = None
+    """What it says of itself."""
+    tcp_relays: int | None = None
+    uid: int = 0
+    net_admin: bool = True
+    net_raw: bool = True
+    missing_packages: tuple[str, ...] = ()
+    has_queue: bool | None = True
+    """The kernel knows the netfilter queue."""
+    queue_num: int = 1600
+    queue_taken: bool = False
+    """By another program."""
+    queue_lost: tuple[int, int] = (0, 0)
+    """Packets dropped by the kernel: queue full, socket buffer full."""
+    backend: str | None = "nft"
+    """How rules can be made."""
+    backend_problem: str = ""
+    tracked: tuple[int, int] | None = (0, 65536)
+    """Entries of connection tracking, and how many there may be; None: there is no tracking."""
+    forwards: bool | None = True
+    rp_filter_all: int = 0
+    rp_filtered: int = 0
+    """Packets dropped by the reverse path filter since the host came up."""
+    links: tuple[Link, ...] = ()
+    own: frozenset[IPv4Address] = frozenset()
+    server: Path | None = None
+    beside: bool = False
+    """The client is in the server's own subnet."""
+    client: Path | None = None
+    """None: no client was named."""
+    default_link: str | None = None
+    returned: Returned | None = None
+    """None: not probed."""
+    listeners: tuple[Listener, ...] = ()
+    chains: Chains = ()
+    """The host's packet filter, without krelay's own."""
+    tools: frozenset[str] = frozenset()
+    """Of ufw, firewall-cmd: what is installed."""
+    rmem_max: int | None = None
+    buffer: int = 8 << 20
+    """Bytes that krelay asks for the queue's socket."""
+    files: int | None = 1 << 20
+    """Descriptors that a process may have open (hard limit)."""
+    leftovers: tuple[Leftover, ...] = ()
+    stale_sockets: bool = False
+    problems: tuple[tuple[str, str], ...] = ()
+    """What couldn't be found out, and why."""
+
+    @property
+    def client_link(self) -> str | None:
+        """The link that clients come by, as far as that can be told."""
+        if self.client is not None:
+            return self.client.link
+        others = {link.name for link in self.links} - {self.server.link if self.server else None}
+        if self.default_link in others:
+            return self.default_link
+        return others.pop() if len(others) == 1 else None

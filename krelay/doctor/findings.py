@@ -1,0 +1,29 @@
+"""What a check says."""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Level(StrEnum):
+    """How well it is."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+class Finding(NamedTuple):
+    """One line of the doctor's."""
+
+    check: str
+    level: Level
+    text: str
+    mend: str = ""
+    """A command for a shell of root's, or empty if there is none."""
+    safe: bool = False
+    """Whether `--fix` runs the mend: it changes nothing of anybody else's."""
+    fatal: bool = False
+    """Whether relaying can't even begin."""
+
+    def __str__(self) -> str:
+        return f"{self.text}; mend: {self.mend}" if self.mend else self.text

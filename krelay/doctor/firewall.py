@@ -1,0 +1,324 @@
+"""What a host's packet filter does with a packet, as far as its rules tell: nothing is sent.
+
+Rules of nft and of iptables become the same few values (nftrules, iptrules), and `judge` follows a
+packet through the base chains of one hook, in the order of their priorities:
+
+    judge(chains, "forward", packet)   ->   [Fate(kind="drop", certain=True, ...)], packet
+
+A match has three answers: yes, no, and None, "can't tell" (a rate, a mark that somebody sets, an
+address that isn't known).  Where it is None both ways are followed, so a fate is certain or only
+possible.  A list without a fate means that the packet is let by and stays as it is.
+
+How the kernel goes about it (net/netfilter/core.c, nf_tables_core.c): accept ends a base chain but
+not its hook, the next base chain has its say; drop ends everything; the policy speaks at the end of
+a base chain.  Chains of type nat see only a connection's first packet (nf_nat_core.c).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+EPHEMERAL = (1024, 65535)
+"""Where a port of a client's choosing may lie."""
+HIGHEST_PRIORITY, LOWEST_PRIORITY = -(1 << 31), (1 << 31) - 1
+CONNTRACK_PRIORITY = -200
+"""NF_IP_PRI_CONNTRACK (linux/netfilter_ipv4.h): before it nothing has a state."""
+MOST_JUMPS = 32
+"""nf_tables allows 16 (NFT_JUMP_STACK_SIZE); iptables refuses loops."""
+
+Range = tuple[int, int]
+
+
+class Packet(NamedTuple):
+    """A packet as a rule sees it.  None: not known."""
+
+    proto: str
+    src: int | None
+    sport: int | None
+    """None: a port of the client's choosing."""
+    dst: int | None
+    dport: int | None
+    iif: str | None
+    """Empty: it is made on this host."""
+    oif: str | None
+    """Empty: it is for this host."""
+    src_local: bool = False
+    dst_local: bool = False
+    reply: bool = False
+    """Not its connection's first direction; then the connection is established."""
+    tracked: bool | None = True
+    mark: int | None = 0
+
+
+class Match(NamedTuple):
+    """A condition.  What `values` holds depends on the field; see `_holds`."""
+
+    field: str
+    values: tuple[object, ...] = ()
+    negated: bool = False
+
+
+NEVER = Match("never")
+"""Doesn't hold for any packet of a relay's: another protocol, a broadcast."""
+UNSURE = Match("unsure")
+
+
+class Verdict(NamedTuple):
+    """What a rule does: accept, drop, return, jump, goto, continue, queue, nat, snat, tproxy,
+    notrack, mark."""
+
+    kind: str
+    target: str = ""
+
+
+class Rule(NamedTuple):
+    """One rule; `text` as the tool shows it."""
+
+    text: str
+    matches: tuple[Match, ...]
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain; a base chain has a hook."""
+
+    tool: str
+    """The command that changes it: nft, iptables, iptables-legacy, iptables-nft."""
+    family: str
+    table: str
+    name: str
+    rules: tuple[Rule, ...]
+    hook: str = ""
+    kind: str = "filter"
+    priority: int = 0
+    policy: str = "accept"
+
+    def __str__(self) -> str:
+        if self.tool == "nft":
+            return f"nft chain {self.family} {self.table} {self.name}"
+        return f"{self.tool} -t {self.table} chain {self.name}"
+
+
+class Fate(NamedTuple):
+    """What befalls a packet other than being let by unchanged."""
+
+    kind: Literal["drop", "queue", "nat", "snat", "tproxy"]
+    base: Chain
+    """The base chain in which it happens."""
+    chain: Chain
+    """The chain that holds the rule."""
+    rule: Rule | None
+    """None: the base chain's policy."""
+    certain: bool
+
+    @property
+    def cause(self) -> str:
+        """The rule or policy, for people."""
+        if self.rule is None:
+            return f"the policy of {self.chain}"
+        return f"`{self.rule.text}` in {self.chain}"
+
+
+Chains = tuple[Chain, ...]
+
+
+def judge(
+    chains: Iterable[Chain],
+    hook: str,
+    packet: Packet,
+    above: int = HIGHEST_PRIORITY - 1,
+    upto: int = LOWEST_PRIORITY,
+) -> tuple[list[Fate], Packet]:
+    """The fates that are certain or possible, in the base chains of priority above, at most upto.
+
+    A certain one is the last in the list, unless it changes only the source: nothing comes after
+    it.  The packet is as it comes out: rules may have marked it, or taken it out of tracking.
+    """
+    every = tuple(chains)
+    walk = _Walk(packet, {(c.tool, c.family, c.table, c.name): c for c in every})
+    bases = [c for c in every if c.hook == hook and above < c.priority <= upto]
+    for base in sorted(bases, key=lambda c: c.priority):
+        if base.kind == "nat" and packet.reply:
+            continue
+        if not walk.base(base):
+            break
+    return walk.fates, walk.packet
+
+
+class _End(NamedTuple):
+    kind: str
+    chain: Chain
+    rule: Rule | None
+
+
+class _Walk:
+    """One packet's way; `base` follows it through one base chain after the other."""
+
+    def __init__(self, packet: Packet, chains: Mapping[tuple[str, str, str, str], Chain]) -> None:
+        self.fates: list[Fate] = []
+        self.packet = packet
+        self._chains = chains
+        self._ends: list[_End] = []
+
+    def base(self, base: Chain) -> bool:
+        """Whether the packet may come out of it as it was."""
+        self._ends = []
+        if self._follow(base, base.priority, 0):
+            self._ends.append(_End(base.policy, base, None))
+        unharmed = any(end.kind == "accept" for end in self._ends)
+        told = [end for end in self._ends if end.kind != "accept"]
+        certain = not unharmed and len({end.kind for end in told}) == 1
+        if certain:
+            told = told[-1:]
+        for end in told:
+            self.fates.append(Fate(end.kind, base, end.chain, end.rule, certain))  # type: ignore[arg-type]
+        return unharmed or not certain or told[0].kind == "snat"
+
+    def _follow(self, chain: Chain, priority: int, depth: int) -> bool:
+        """Collects how it may end in this chain; whether it may reach the chain's end."""
+        if depth > MOST_JUMPS:
+            return True
+        leaves = False  # by a return or goto that may apply
+        for rule in chain.rules:
+            answer = self._applies(rule, priority)
+            if answer is False:
+                continue
+            kind = rule.verdict.kind
+            if kind in ("jump", "goto"):
+                key = (chain.tool, chain.family, chain.table, rule.verdict.target)
+                target = self._chains.get(key)
+                falls = self._follow(target, priority, depth + 1) if target else True
+                if answer and (kind == "goto" or not falls):
+                    return leaves or falls
+                leaves |= kind == "goto" and falls
+            elif kind == "return":
+                if answer:
+                    return True
+                leaves = True
+            elif kind == "notrack":
+                self.packet = self.packet._replace(tracked=False if answer else None)
+            elif kind == "mark":
+                self.packet = self.packet._replace(mark=None)
+            elif kind != "continue":
+                self._ends.append(_End(kind, chain, rule))
+                if answer:
+                    return leaves
+        return True
+
+    def _applies(self, rule: Rule, priority: int) -> bool | None:
+        answers = [(match, holds(match, self.packet, priority)) for match in rule.matches]
+        if any(answer is False for _, answer in answers):
+            return False
+        unknown = [match for match, answer in answers if answer is None]
+        if not unknown:
+            return True
+        # A rule that drops some addresses by name isn't meant for a client nobody has named.
+        if rule.verdict.kind == "drop" and all(
+            match.field in ("src", "dst") and not match.negated for match in unknown
+        ):
+            return False
+        return None
+
+
+def holds(match: Match, packet: Packet, priority: int = 0) -> bool | None:
+    """Whether it holds for the packet in a chain of that priority; None if that can't be told."""
+    answer = _holds(match, packet, priority)
+    return answer if answer is None else answer is not match.negated
+
+
+def _holds(match: Match, packet: Packet, priority: int) -> bool | None:
+    values = match.values
+    match match.field:
+        case "proto":
+            return packet.proto in values
+        case "src":
+            return _within(packet.src, values)
+        case "dst":
+            return _within(packet.dst, values)
+        case "sport":
+            return _within_ports(packet.sport, values)
+        case "dport":
+            return _within_ports(packet.dport, values)
+        case "iif":
+            return _named(packet.iif, values)
+        case "oif":
+            return _named(packet.oif, values)
+        case "state":
+            if packet.tracked is None:
+                return None
+            if not packet.tracked or priority < CONNTRACK_PRIORITY:
+                return "untracked" in values
+            return ("established" if packet.reply else "new") in values
+        case "direction":
+            return ("reply" if packet.reply else "original") in values
+        case "src_type":
+            return ("local" if packet.src_local else "unicast") in values
+        case "dst_type":
+            return ("local" if packet.dst_local else "unicast") in values
+        case "flags":
+            return _flags(packet, values)
+        case "mark":
+            value, mask = values
+            assert isinstance(value, int)
+            assert isinstance(mask, int)
+            return None if packet.mark is None else packet.mark & mask == value
+        case "any of":
+            return _any_of(packet, values, priority)
+        case "never":
+            return False
+        case _:
+            return None
+
+
+def _within(address: int | None, ranges: tuple[object, ...]) -> bool | None:
+    """Whether a range holds the address."""
+    if (0, 0xFFFFFFFF) in ranges:
+        return True
+    if address is None:
+        return None
+    return any(r[0] <= address <= r[1] for r in ranges if isinstance(r, tuple))
+
+
+def _within_ports(port: int | None, ranges: tuple[object, ...]) -> bool | None:
+    """The same for a port; one of a client's choosing may be anywhere in EPHEMERAL."""
+    low, high = (port, port) if port is not None else EPHEMERAL
+    pairs = [r for r in ranges if isinstance(r, tuple)]
+    if any(r[0] <= low and high <= r[1] for r in pairs):
+        return True
+    return None if any(r[0] <= high and low <= r[1] for r in pairs) else False
+
+
+def _named(name: str | None, patterns: tuple[object, ...]) -> bool | None:
+    if name == "":
+        return False
+    if name is None:
+        return True if "*" in patterns else None
+    return any(
+        name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+        for pattern in map(str, patterns)
+    )
+
+
+def _flags(packet: Packet, values: tuple[object, ...]) -> bool | None:
+    """Flags of a connection's first packet, or of one in its middle."""
+    mask, wanted = values
+    assert isinstance(mask, frozenset)
+    assert isinstance(wanted, frozenset)
+    if packet.proto != "tcp":
+        return False
+    return bool(({"ack"} if packet.reply else {"syn"}) & mask == wanted)
+
+
+def _any_of(packet: Packet, options: tuple[object, ...], priority: int) -> bool | None:
+    """Whether all conditions of one of the options hold."""
+    result: bool | None = False
+    for option in options:
+        assert isinstance(option, tuple)
+        answers = {holds(match, packet, priority) for match in option}
+        if False in answers:
+            continue
+        if None not in answers:
+            return True
+        result = None
+    return result

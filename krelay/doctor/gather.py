@@ -1,0 +1,424 @@
+"""Finds the facts out: /proc, the routing socket, nft and iptables, the file tree.
+
+Each part is looked at by itself, and one that can't be is a line in the facts' problems.  Nothing
+is sent and nothing changed (probe sends; that is a part of its own).
+"""
+
+import errno
+import importlib
+import ipaddress
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from ipaddress import IPv4Address
+from pathlib import Path as FilePath
+from typing import Any
+
+from krelay import client as control
+from krelay import listeners, netfilter, ruleset, treelock
+from krelay.clean import SOCKETS
+from krelay.doctor import iptrules, nftrules
+from krelay.doctor.facts import LOOPBACK, Facts, Leftover, Link, Listener, Path
+from krelay.doctor.firewall import Chain, Chains, Rule
+from procfs_sim.ondisk import FileTree
+from procfs_sim.tree import DEFAULT_ROOT, SETTINGS, Config, Refused, parse
+
+PACKAGES = ("netfilterqueue", "pyroute2", "rich", "inotify_simple")
+TOOLS = ("ufw", "firewall-cmd")
+CAP_NET_ADMIN, CAP_NET_RAW = 12, 13  # linux/capability.h
+NUD_FAILED = 0x20  # linux/neighbour.h
+UDP_GRO = ("rx-udp-gro-forwarding", "rx-gro-list")
+TIMEOUT = 10.0
+"""Seconds for one run of nft or iptables-save."""
+
+_SYS = FilePath("/proc/sys/net")
+_NET = FilePath("/proc/thread-self/net")
+_QUEUES = _NET / "netfilter/nfnetlink_queue"
+
+
+def gather(
+    root: FilePath, client: IPv4Address | None = None, queue_num: int = ruleset.DEFAULT_QUEUE
+) -> Facts:
+    """The facts about this host.  Never raises for anything the host may be like."""
+    gatherer = _Gatherer(root, client, queue_num)
+    gatherer.run()
+    return replace(gatherer.facts, problems=tuple(gatherer.problems))
+
+
+class _Gatherer:
+    """The facts so far; each part adds some."""
+
+    def __init__(self, root: FilePath, client: IPv4Address | None, queue_num: int) -> None:
+        instance = ruleset.instance_name(str(root.absolute()), DEFAULT_ROOT)
+        self.facts = Facts(root=str(root), instance=instance, queue_num=queue_num)
+        self.problems: list[tuple[str, str]] = []
+        self._root = root
+        self._client = client
+
+    def run(self) -> None:
+        """Every part; one that fails is told."""
+        for what, part in (
+            ("privileges", self._privileges),
+            ("packages", self._packages),
+            ("file tree", self._tree),
+            ("krelay", self._daemon),
+            ("queue", self._queue),
+            ("rules", self._rules),
+            ("links", self._links),
+            ("routes", self._routes),
+            ("kernel settings", self._settings),
+            ("listeners", self._listeners),
+            ("firewall", self._firewall),
+            ("UDP GRO", self._gro),
+        ):
+            try:
+                part()
+            except Exception as error:  # whatever it is, the other parts are worth a look
+                self.problems.append((what, _reason(error)))
+
+    def _add(self, **found: Any) -> None:
+        self.facts = replace(self.facts, **found)
+
+    def _privileges(self) -> None:
+        status = FilePath("/proc/thread-self/status").read_text()
+        (held,) = (
+            int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")
+        )
+        self._add(
+            uid=os.geteuid(),
+            net_admin=bool(held >> CAP_NET_ADMIN & 1),
+            net_raw=bool(held >> CAP_NET_RAW & 1),
+            tools=frozenset(tool for tool in TOOLS if shutil.which(tool)),
+            files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+        )
+
+    def _packages(self) -> None:
+        missing = []
+        for name in PACKAGES:
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                missing.append(name)
+        self._add(missing_packages=tuple(missing))
+
+    def _tree(self) -> None:
+        tree = FileTree(self._root)
+        values = {}
+        for name, setting in SETTINGS.items():
+            if (text := tree.read(name)) is None:
+                continue
+            try:
+                values[setting.field] = parse(name, text)
+            except Refused as refused:
+                self.problems.append((name, f"{refused}; its default is checked"))
+        served = treelock.is_served(self._root)
+        self._add(
+            config=replace(Config(), **values),
+            tree_exists=self._root.is_dir(),
+            served=served,
+            stale_sockets=not served and any((self._root / name).exists() for name in SOCKETS),
+        )
+
+    def _daemon(self) -> None:
+        if not self.facts.served:
+            return
+        status = control.ask_json(self._root, "show status json")[0]
+        self._add(
+            state=str(status["state"]),
+            tcp_relays=int(status["tcp_relays"]),
+            queue_num=int(status["queue"]),
+        )
+
+    def _queue(self) -> None:
+        if not _QUEUES.exists():
+            self._add(has_queue=False)
+            return
+        from krelay.nfqueue import figures
+
+        found = figures(self.facts.queue_num)
+        if found is None:
+            return
+        if self.facts.served and self.facts.state == "running":
+            self._add(queue_lost=(found.queue_dropped, found.socket_dropped))
+        else:
+            self._add(queue_taken=True)
+
+    def _rules(self) -> None:
+        self._add(backend=None)
+        if not self.facts.net_admin:
+            return
+        if self.facts.served:
+            status = control.ask_json(self._root, "show status json")[0]
+            if status["rules"] != "none":
+                self._add(backend=status["rules"])
+                return
+        try:
+            self._add(backend=netfilter.probe().name)
+        except netfilter.RulesUnavailable as error:
+            self._add(backend_problem=str(error))
+
+    def _links(self) -> None:
+        from pyroute2 import IPRoute
+
+        with IPRoute() as ip:
+            up = [
+                message.get_attr("IFLA_IFNAME")
+                for message in ip.get_links()
+                if message["flags"] & 1  # IFF_UP (linux/if.h)
+            ]
+            own = {
+                IPv4Address(address)
+                for message in ip.get_addr(family=socket.AF_INET)
+                if (address := message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
+            }
+        links = [
+            Link(
+                name,
+                rp_filter=_number(_SYS / "ipv4/conf" / name / "rp_filter"),
+                forwards=bool(_number(_SYS / "ipv4/conf" / name / "forwarding")),
+            )
+            for name in up
+            if name != LOOPBACK
+        ]
+        self._add(links=tuple(links), own=frozenset(a for a in own if not a.is_loopback))
+
+    def _routes(self) -> None:
+        from pyroute2 import IPRoute
+
+        config = self.facts.config
+        with IPRoute() as ip:
+            names = {m["index"]: m.get_attr("IFLA_IFNAME") for m in ip.get_links()}
+            silent = {
+                (m["ifindex"], m.get_attr("NDA_DST"))
+                for m in ip.get_neighbours(family=socket.AF_INET)
+                if m["state"] & NUD_FAILED
+            }
+            server = _path(ip, config.real_ip, names, silent)
+            client = _path(ip, self._client, names, silent) if self._client else None
+            beside = False
+            if self._client and server.link:
+                nets = [
+                    ipaddress.IPv4Network(
+                        f"{m.get_attr('IFA_ADDRESS')}/{m['prefixlen']}", strict=False
+                    )
+                    for m in ip.get_addr(family=socket.AF_INET)
+                    if names.get(m["index"]) == server.link
+                ]
+                beside = any(self._client in net for net in nets) and any(
+                    config.real_ip in net for net in nets
+                )
+            default = _path(ip, IPv4Address("203.0.113.1"), names, silent)  # anybody far away
+        self._add(server=server, client=client, beside=beside, default_link=default.link)
+
+    def _settings(self) -> None:
+        ipv4 = _SYS / "ipv4"
+        rmem = _SYS / "core/rmem_max"  # not there in a network namespace of older kernels
+        self._add(
+            forwards=bool(_number(ipv4 / "ip_forward")),
+            rp_filter_all=_number(ipv4 / "conf/all/rp_filter"),
+            rp_filtered=_netstat("IPReversePathFilter"),
+            rmem_max=_number(rmem) if rmem.exists() else None,
+            tracked=_tracked(),
+        )
+
+    def _listeners(self) -> None:
+        config = self.facts.config
+        found = []
+        for proto, address, port, inode in _sockets():
+            if not (config.serves(proto, port) or (proto == "tcp" and port == config.gport)):
+                continue
+            who = listeners.holder([inode])
+            if who is not None and who.is_tcp_relay(self._root):
+                continue
+            name, pid = (who.name, who.pid) if who else ("another program", None)
+            found.append(Listener(proto, address, port, name, pid, _unit(pid) if pid else ""))
+        self._add(listeners=tuple(sorted(found, key=lambda one: (one.proto, one.port))))
+
+    def _firewall(self) -> None:
+        if not self.facts.net_admin:
+            return
+        chains, leftovers = self._nft()
+        for tool in self._iptables_tools():
+            text = _run(f"{tool}-save")
+            found = iptrules.chains(text, tool)
+            leftovers += _instances(tool, found)
+            chains += tuple(
+                replace(chain, rules=tuple(r for r in chain.rules if not _leads_to_ours(r)))
+                for chain in found
+                if not ruleset.instance_of(chain.name)
+            )
+        from krelay.nfqueue import figures
+
+        dead = []
+        for left in leftovers:
+            ours = left.name == self.facts.instance
+            if (ours and not self.facts.served) or (
+                not ours and left.queue is not None and figures(left.queue) is None
+            ):
+                dead.append(left)
+        self._add(chains=chains, leftovers=tuple(dead))
+
+    def _nft(self) -> tuple[Chains, list[Leftover]]:
+        self._made_by_iptables: frozenset[str] = frozenset()
+        if not shutil.which("nft"):
+            return (), []
+        listing = json.loads(_run("nft", "-j", "list", "ruleset") or '{"nftables": []}')
+        text = _run("nft", "-a", "-n", "list", "ruleset")
+        self._made_by_iptables = nftrules.made_by_iptables(listing)
+        found = nftrules.chains(listing, text)
+        ours = [c for c in found if c.family == "ip" and ruleset.instance_of(c.table)]
+        chains = tuple(chain for chain in found if chain not in ours)
+        return chains, _instances("nft", ours)
+
+    def _iptables_tools(self) -> Iterator[str]:
+        """The tool for tables made over nf_tables, and the one for the older interface's."""
+        tools = [
+            backend
+            for backend in netfilter.CANDIDATES
+            if isinstance(backend, netfilter.Iptables) and shutil.which(f"{backend.name}-save")
+        ]
+        for legacy in (False, True):
+            if legacy and not netfilter.legacy_tables():
+                continue
+            if not legacy and not self._made_by_iptables:
+                continue
+            for tool in tools:
+                if tool.is_legacy == legacy:
+                    yield tool.name
+                    break
+            else:
+                kind = "iptables-legacy" if legacy else "iptables-nft"
+                self.problems.append(("firewall", f"rules of {kind}, which isn't installed"))
+
+    def _gro(self) -> None:
+        from pyroute2.ethtool import Ethtool
+
+        ethtool = Ethtool()
+        try:
+            links = []
+            for link in self.facts.links:
+                try:
+                    features = ethtool.get_features(link.name).features
+                except Exception:  # a link that has no such features, or is gone
+                    links.append(link)
+                    continue
+                on = tuple(name for name in UDP_GRO if name in features and features[name].enable)
+                links.append(link._replace(udp_gro=on))
+        finally:
+            ethtool.close()
+        self._add(links=tuple(links))
+
+
+def _leads_to_ours(rule: Rule) -> bool:
+    return rule.verdict.kind == "jump" and bool(ruleset.instance_of(rule.verdict.target))
+
+
+def _instances(tool: str, chains: Iterable[Chain]) -> list[Leftover]:
+    """The krelays that have these chains, and the queues they feed."""
+    texts: dict[str, str] = {}
+    for chain in chains:
+        name = ruleset.instance_of(chain.table if tool == "nft" else chain.name)
+        if name is not None:
+            texts[name] = "\n".join([texts.get(name, ""), *(rule.text for rule in chain.rules)])
+    return [Leftover(name, tool, ruleset.queue_of(text)) for name, text in sorted(texts.items())]
+
+
+def _path(ip: Any, to: IPv4Address, names: dict[int, str], silent: set[tuple[int, str]]) -> Path:
+    """The kernel's answer to `ip route get`."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        (route,) = ip.route("get", dst=str(to))
+    except NetlinkError as error:
+        if error.code == errno.ENETUNREACH:
+            return Path(to, None)
+        return Path(to, None, problem=os.strerror(error.code).lower())
+    link = route.get_attr("RTA_OIF")
+    gateway = route.get_attr("RTA_GATEWAY")
+    source = route.get_attr("RTA_PREFSRC")
+    own = route["type"] == 2  # RTN_LOCAL (linux/rtnetlink.h)
+    return Path(
+        to,
+        names.get(link),
+        IPv4Address(source) if source else None,
+        IPv4Address(gateway) if gateway else None,
+        "it is an address of this host" if own else "",
+        (link, gateway or str(to)) in silent,
+    )
+
+
+def _sockets() -> Iterator[tuple[str, IPv4Address | None, int, int]]:
+    """Protocol, address, port and inode of each socket that takes what comes to its port."""
+    for proto, states in (("tcp", ("0A",)), ("udp", ("07",))):  # include/net/tcp_states.h
+        for table in (proto, f"{proto}6"):
+            try:
+                lines = (_NET / table).read_text().splitlines()[1:]
+            except OSError:
+                continue
+            for line in lines:
+                fields = line.split()
+                address, _, port = fields[1].rpartition(":")
+                if fields[3] in states:
+                    yield proto, _address(address), int(port, 16), int(fields[9])
+
+
+def _address(text: str) -> IPv4Address | None:
+    """As /proc/net/tcp shows it, in the host's order; None for all addresses and for IPv6's."""
+    if len(text) != 8:
+        return None if not int(text, 16) else IPv4Address("127.0.0.1")
+    raw = int(text, 16).to_bytes(4, sys.byteorder)
+    return IPv4Address(raw) if any(raw) else None
+
+
+def _unit(pid: int) -> str:
+    """The service that systemd counts the process to."""
+    try:
+        text = FilePath(f"/proc/{pid}/cgroup").read_text().strip()
+    except OSError:
+        return ""
+    last = text.rpartition("/")[2]
+    return last if last.endswith(".service") else ""
+
+
+def _tracked() -> tuple[int, int] | None:
+    base = _SYS / "netfilter"
+    try:
+        return _number(base / "nf_conntrack_count"), _number(base / "nf_conntrack_max")
+    except OSError:
+        return None
+
+
+def _netstat(name: str) -> int:
+    """A counter of the extended statistics of TCP, which hold those of IP as well."""
+    lines = (_NET / "netstat").read_text().splitlines()
+    for heads, values in zip(lines[::2], lines[1::2], strict=False):
+        counters = dict(zip(heads.split(), values.split(), strict=False))
+        if name in counters:
+            return int(counters[name])
+    return 0
+
+
+def _number(path: FilePath) -> int:
+    return int(path.read_text())
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT, check=False, errors="replace"
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise OSError(f"{' '.join(command)}: {lines[0] if lines else 'failed'}")
+    return done.stdout
+
+
+def _reason(error: Exception) -> str:
+    """An exception in one line."""
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,301 @@
+"""Our packets as the host's own rules see them, and what becomes of them there.
+
+Rewriting is done before connection tracking for packets that come, and after the host's rules for
+packets that go (ruleset).  So between the two the host sees complete and ordinary conversations:
+
+    T1  C:x > K:A    comes in    new              T2  K:A > C:x    goes out    established
+    T3  K:y > S:80   goes out    new              T4  S:80 > K:y   comes in    established
+    U1  C:x > S:53   forwarded   new              U3  S:53 > C:x   forwarded   established
+
+and before ours, in chains of a priority that is no later than raw, the packets as they were sent.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+from krelay.doctor.facts import Facts
+from krelay.doctor.findings import Finding, Level
+from krelay.doctor.firewall import (
+    CONNTRACK_PRIORITY,
+    HIGHEST_PRIORITY,
+    LOWEST_PRIORITY,
+    Chain,
+    Fate,
+    Packet,
+    judge,
+)
+
+RAW_PRIORITY = -300
+EVERYTHING = (HIGHEST_PRIORITY - 1, LOWEST_PRIORITY)
+BEFORE_OURS = (HIGHEST_PRIORITY - 1, RAW_PRIORITY)
+AFTER_OURS = (RAW_PRIORITY, LOWEST_PRIORITY)
+MULTIPORT_MOST = 15
+"""Ports in one multiport match; a range counts twice (net/netfilter/xt_multiport.c)."""
+
+CHECK = "firewall"
+LEAVING = ("output", "postrouting")
+Ports = tuple[int, int]
+
+
+class Stage(NamedTuple):
+    """A hook, and what of ours it sees."""
+
+    hook: str
+    packet: Packet
+    ports: Ports
+    """First and last of the service, or the gateway port twice."""
+    where: str
+    """From or to whom, for people."""
+    priorities: tuple[int, int] = EVERYTHING
+
+
+class Passage(NamedTuple):
+    """The way of one kind of packets through the host."""
+
+    step: str
+    stages: tuple[Stage, ...]
+
+
+def passages(facts: Facts) -> Iterator[Passage]:
+    """Everything of ours that the host's rules get to see."""
+    config = facts.config
+    server = int(config.real_ip)
+    client = int(facts.client.to) if facts.client else None
+    near = facts.client_link
+    far = facts.server.link if facts.server else None
+    ours = int(next(iter(facts.own))) if len(facts.own) == 1 else None
+    gate = (config.gport, config.gport)
+
+    def comes(packet: Packet, ports: Ports, where: str) -> tuple[Stage, Stage]:
+        return (
+            Stage("ingress", packet, ports, where),
+            Stage("prerouting", packet, ports, where, BEFORE_OURS),
+        )
+
+    for service in config.services:
+        proto, ports = service.proto, (service.first, service.last)
+        asked = Packet(proto, client, None, ours, ports[0], near, "", dst_local=True)
+        if proto == "tcp":
+            t1 = asked._replace(dport=config.gport)
+            yield Passage(
+                "T1",
+                (
+                    *comes(asked, ports, "from clients"),
+                    Stage("prerouting", t1, gate, "from clients", AFTER_OURS),
+                    Stage("input", t1, gate, "from clients"),
+                ),
+            )
+            t2 = Packet("tcp", ours, config.gport, client, None, "", near, True, reply=True)
+            yield Passage("T2", tuple(Stage(hook, t2, gate, "to clients") for hook in LEAVING))
+            t3 = Packet("tcp", ours, None, server, ports[0], "", far, src_local=True)
+            yield Passage("T3", tuple(Stage(hook, t3, ports, "to the server") for hook in LEAVING))
+            answer = Packet("tcp", server, ports[0], client, None, far, "", reply=True)
+            t4 = answer._replace(dst=ours, dst_local=True)
+            yield Passage(
+                "T4",
+                (
+                    *comes(answer, ports, "from the server"),
+                    Stage("prerouting", t4, ports, "from the server", AFTER_OURS),
+                    Stage("input", t4, ports, "from the server"),
+                ),
+            )
+        else:
+            u1 = Packet("udp", client, None, server, ports[0], near, far)
+            yield Passage(
+                "U1",
+                (
+                    *comes(asked, ports, "from clients"),
+                    Stage("prerouting", u1._replace(oif=""), ports, "from clients", AFTER_OURS),
+                    Stage("forward", u1, ports, "to the server"),
+                    Stage("postrouting", u1._replace(iif=""), ports, "to the server"),
+                ),
+            )
+            u3 = Packet("udp", server, ports[0], client, None, far, near, reply=True)
+            yield Passage(
+                "U3",
+                (
+                    *comes(u3._replace(oif=""), ports, "from the server"),
+                    Stage("prerouting", u3._replace(oif=""), ports, "from the server", AFTER_OURS),
+                    Stage("forward", u3, ports, "to clients"),
+                    Stage("postrouting", u3._replace(iif=""), ports, "to clients"),
+                ),
+            )
+
+
+class _Trouble(NamedTuple):
+    step: str
+    stage: Stage
+    """Its packet as it is there."""
+    fate: Fate
+
+
+def check(facts: Facts) -> list[Finding]:
+    """A finding for each place where rules of the host stop, divert or disguise our packets."""
+    troubles = [trouble for passage in passages(facts) for trouble in _troubles(facts, passage)]
+    findings = dict.fromkeys(
+        _finding(facts, list(group))
+        for _, group in groupby(sorted(troubles, key=_place), key=_place)
+    )
+    if findings:
+        return sorted(findings, key=lambda finding: finding.level is not Level.FAILED)
+    hooked = sum(
+        1 for chain in facts.chains if chain.hook and (chain.rules or chain.policy == "drop")
+    )
+    if not hooked:
+        return [Finding(CHECK, Level.OK, "no rules but krelay's")]
+    return [Finding(CHECK, Level.OK, f"the host's rules let by what is relayed (chains: {hooked})")]
+
+
+def _troubles(facts: Facts, passage: Passage) -> Iterator[_Trouble]:
+    """What befalls these packets, up to where their way ends."""
+    tracked: bool | None = True
+    mark: int | None = 0
+    for stage in passage.stages:
+        chains: Iterable[Chain] = facts.chains
+        if stage.priorities == BEFORE_OURS:  # of iptables' own rules ours are the first
+            chains = [c for c in chains if c.tool == "nft" or c.tool != facts.backend]
+        packet = stage.packet._replace(tracked=tracked, mark=mark)
+        fates, after = judge(chains, stage.hook, packet, *stage.priorities)
+        for fate in fates:
+            if fate.kind != "snat" or _hides_client(facts, passage):
+                yield _Trouble(passage.step, stage._replace(packet=after), fate)
+        if fates and fates[-1].certain and fates[-1].kind != "snat":
+            return
+        tracked, mark = after.tracked, after.mark
+
+
+def _hides_client(facts: Facts, passage: Passage) -> bool:
+    """Whether source NAT changes what the server sees: TCP is rewritten after it."""
+    return passage.step == "U1" and facts.config.source == "client" and not facts.beside
+
+
+def _place(trouble: _Trouble) -> tuple[str, ...]:
+    base, stage = trouble.fate.base, trouble.stage
+    rule = trouble.fate.rule
+    return (
+        trouble.step,
+        stage.hook,
+        stage.packet.proto,
+        base.tool,
+        base.family,
+        base.table,
+        base.name,
+        trouble.fate.kind,
+        str(trouble.fate.certain),
+        rule.text if rule else "",
+        str(stage.priorities == BEFORE_OURS),
+    )
+
+
+def _finding(facts: Facts, troubles: list[_Trouble]) -> Finding:
+    step, stage, fate = troubles[0]
+    packet = stage.packet
+    ports = tuple(dict.fromkeys(trouble.stage.ports for trouble in troubles))
+    shown = ",".join(_span(pair, "-") for pair in ports)
+    which = "to" if packet.dport is not None else "from"
+    verb = "is" if fate.certain else "may be"
+    what = {
+        "drop": f"{verb} dropped",
+        "queue": f"{verb} put into another program's queue",
+        "nat": f"{verb} sent elsewhere",
+        "tproxy": f"{verb} caught by a transparent proxy",
+        "snat": f"{verb} given another source, so the server won't see the client,",
+    }[fate.kind]
+    text = (
+        f"{packet.proto} {stage.where} {which} port {shown} {what} by {fate.cause} "
+        f"({step}, {stage.hook})"
+    )
+    failed = fate.certain and fate.kind != "snat"
+    mend = _mend(facts, stage, fate, ports)
+    return Finding(CHECK, Level.FAILED if failed else Level.WARNING, text, mend)
+
+
+def _mend(facts: Facts, stage: Stage, fate: Fate, ports: tuple[Ports, ...]) -> str:
+    """A command that lets by what is ours, and no more, ahead of what the chain has."""
+    packet, base = stage.packet, fate.base
+    to_gate = packet.dst_local and packet.dport == facts.config.gport
+    server = facts.config.real_ip
+    stateful = packet.reply and packet.tracked and base.priority > CONNTRACK_PRIORITY
+    toward = "dport" if packet.dport is not None else "sport"
+    host = ""
+    if packet.dst == int(server):
+        host = "d"
+    elif packet.src == int(server):
+        host = "s"
+    by_ufw = base.tool != "nft" and any(c.name.startswith("ufw-") for c in facts.chains)
+    if by_ufw and "ufw" in facts.tools and not packet.reply:
+        spans = ",".join(_span(pair, ":") for pair in ports)
+        if to_gate and base.hook == "input":
+            return f"ufw allow proto tcp to any port {spans}"
+        if base.hook == "forward":
+            return f"ufw route allow proto udp to {server} port {spans}"
+    if base.table == "firewalld" and "firewall-cmd" in facts.tools and not packet.reply:
+        ranges = [_span(pair, "-") for pair in ports]
+        if to_gate and base.hook == "input":
+            zone = _zone(fate)
+            added = " ".join(f"--add-port={span}/tcp" for span in ranges)
+            return f"firewall-cmd --permanent {zone}{added} && firewall-cmd --reload"
+        if base.hook == "forward":
+            rules = " ".join(
+                f"--add-rich-rule='rule family=ipv4 destination address={server} "
+                f"port port={span} protocol=udp accept'"
+                for span in ranges
+            )
+            policy = "firewall-cmd --permanent --policy=krelay"
+            return (
+                "firewall-cmd --permanent --new-policy=krelay; "
+                f"{policy} --add-ingress-zone=ANY; {policy} --add-egress-zone=ANY; "
+                f"{policy} {rules} && firewall-cmd --reload"
+            )
+    if base.tool == "nft":
+        spans = ", ".join(_span(pair, "-") for pair in ports)
+        words = [f"ip {host}addr {server}"] if host else []
+        one = len(ports) == 1
+        words.append(
+            f"{packet.proto} {toward} {spans}"
+            if one
+            else f"{packet.proto} {toward} '{{ {spans} }}'"
+        )
+        words += ["ct state established"] if stateful else []
+        return f"nft insert rule {base.family} {base.table} {base.name} {' '.join(words)} accept"
+    chain = base.name
+    if any(c.tool == base.tool and c.name == "DOCKER-USER" for c in facts.chains):
+        chain = "DOCKER-USER" if (base.table, chain) == ("filter", "FORWARD") else chain
+    table = "" if base.table == "filter" else f"-t {base.table} "
+    where = f"-{host} {server} " if host else ""
+    state = " -m conntrack --ctstate ESTABLISHED" if stateful else ""
+    commands = [
+        f"{base.tool} -w {table}-I {chain} {where}-p {packet.proto} {match}{state} -j ACCEPT"
+        for match in _iptables_ports(ports, toward)
+    ]
+    return " && ".join(commands)
+
+
+def _zone(fate: Fate) -> str:
+    """The zone that a chain of firewalld is for, as an option."""
+    name = fate.chain.name
+    for prefix in ("filter_IN_", "filter_FWD_"):
+        if name.startswith(prefix):
+            return f"--zone={name.removeprefix(prefix).partition('_')[0]} "
+    return ""
+
+
+def _iptables_ports(ports: tuple[Ports, ...], toward: str) -> list[str]:
+    if len(ports) == 1:
+        return [f"--{toward} {_span(ports[0], ':')}"]
+    matches: list[list[str]] = [[]]
+    room = MULTIPORT_MOST
+    for low, high in ports:
+        cost = 1 if low == high else 2
+        if cost > room:
+            matches.append([])
+            room = MULTIPORT_MOST
+        matches[-1].append(_span((low, high), ":"))
+        room -= cost
+    return [f"-m multiport --{toward}s {','.join(group)}" for group in matches]
+
+
+def _span(pair: Ports, between: str) -> str:
+    low, high = pair
+    return f"{low}" if low == high else f"{low}{between}{high}"
