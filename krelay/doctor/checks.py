@@ -371,8 +371,8 @@ def _removal(facts: Facts, left: Leftover) -> str:
         return f"krelay clean --keep-settings{_root(facts)}"
     if left.tool == "nft":
         return f"nft delete table ip {left.name}"
-    return " ; ".join(
-        f"{left.tool} -t {chain.table} {command}"
+    return "; ".join(
+        f"{left.tool} -w -t {chain.table} {command}"
         for chain in ruleset.chains(left.name)
         for command in (
             f"-D {chain.builtin} -j {chain.name}",

@@ -1,9 +1,10 @@
 """Whether the server's answers to a client come back through this host: by asking it as the client.
 
-An ICMP echo request with the client's address as its source is sent to the server, and on the link
-that leads there the answer is waited for, S > C.  A server that keeps silent to that, and to our
-own echo, gets a TCP connection attempt at a relayed port in the same two ways.  So a client may see
-an answer that it never asked for; it discards it (RFC 9293, section 3.10.7.1: by a reset).
+An ICMP echo request with the client's address as its source is sent to the server, and a TCP
+connection attempt at relayed ports, and on the link that leads there an answer is waited for,
+S > C.  The same is asked in our own name: if nothing of that is answered either, the server's
+silence means nothing.  So a client may see an answer that it never asked for; it discards it
+(RFC 9293, section 3.10.7.1: by a reset, which also ends what was begun at the server).
 
 Needs CAP_NET_RAW.
 """
@@ -14,7 +15,6 @@ import socket
 import struct
 import time
 from contextlib import suppress
-from ipaddress import IPv4Address
 
 from krelay.doctor.facts import Facts, Returned
 from krelay.rawsend import RawSender
@@ -22,11 +22,14 @@ from krelay.wire import ipv4
 from krelay.wire.checksum import checksum
 
 WITHIN = 1.0
-"""Seconds for an answer; the request is repeated once."""
+"""Seconds for an answer; halfway the requests are sent again."""
+TRIES = 2
+MOST_PORTS = 3
+MIN_TCP = 20
 ETH_P_IP = 0x0800  # linux/if_ether.h
 ICMP, TCP = 1, 6
 ECHO_REQUEST, ECHO_REPLY = 8, 0  # RFC 792
-SYN, RST, ACK = 0x02, 0x04, 0x10
+SYN = 0x02
 
 
 def is_needed(facts: Facts) -> bool:
@@ -50,73 +53,65 @@ def probe(facts: Facts) -> Returned:
     assert facts.server is not None
     assert facts.server.link is not None
     assert facts.server.source is not None
-    ports = [service.first for service in facts.config.services if service.proto == "tcp"]
-    with _Asker(facts.server.link, facts.config.real_ip) as asker:
-        answers = False
-        for port in (None, *ports[:2]):
-            if asker.ask(facts.client.to, port):
-                return Returned(answers=True, comes_back=True)
-            answers = answers or asker.ask(facts.server.source, port)
-            if answers:
-                break
-        return Returned(answers, comes_back=False)
+    server = facts.config.real_ip.packed
+    tcp = [service.first for service in facts.config.services if service.proto == "tcp"]
+    questions = {
+        source: [_Question(source, server, port) for port in (None, *tcp[:MOST_PORTS])]
+        for source in (facts.client.to.packed, facts.server.source.packed)
+    }
+    answered = _ask(facts.server.link, [q for asked in questions.values() for q in asked])
+    client = facts.client.to.packed in answered
+    return Returned(answers=bool(answered), comes_back=client)
 
 
-class _Asker:
-    """Sends requests to the server and sees what comes from it on its link."""
+class _Question:
+    """One request, and how its answer is known."""
 
-    def __init__(self, link: str, server: IPv4Address) -> None:
-        self._server = server.packed
-        self._sender = RawSender()
-        try:
-            self._wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP))
-            self._wire.bind((link, ETH_P_IP))
-            self._wire.setblocking(False)
-        except OSError:
-            self._sender.close()
-            raise
-
-    def __enter__(self) -> "_Asker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._wire.close()
-        self._sender.close()
-
-    def ask(self, source: IPv4Address, port: int | None) -> bool:
-        """Whether an answer to `source` came here; by echo, or at a TCP port."""
+    def __init__(self, source: bytes, server: bytes, port: int | None) -> None:
+        self.source = source
+        self._server = server
+        self._port = port
         mark = secrets.randbelow(1 << 14) + 49152
-        for _ in range(2):
-            if port is None:
-                packet = _echo(source.packed, self._server, mark)
-            else:
-                packet = _syn(source.packed, self._server, mark, port)
-            self._sender.send(packet)
-            if self._came(source.packed, mark, port):
-                return True
-        return False
+        self._mark = mark.to_bytes(2)
+        make = _echo(source, server, mark) if port is None else _syn(source, server, mark, port)
+        self.packet = make
 
-    def _came(self, to: bytes, mark: int, port: int | None) -> bool:
-        deadline = time.monotonic() + WITHIN / 2
-        while (left := deadline - time.monotonic()) > 0:
-            if not select.select([self._wire], [], [], left)[0]:
-                return False
-            with suppress(BlockingIOError):
-                packet, (_, _, kind, *_) = self._wire.recvfrom(1 << 16)
-                if kind == socket.PACKET_HOST and self._is_answer(packet, to, mark, port):
-                    return True
-        return False
-
-    def _is_answer(self, packet: bytes, to: bytes, mark: int, port: int | None) -> bool:
-        if (len(packet) < 40 and port is not None) or len(packet) < 28:
+    def is_answered_by(self, packet: bytes) -> bool:
+        """Whether these bytes, an IPv4 packet or not, are the answer."""
+        if len(packet) < ipv4.MIN_HEADER or packet[12:20] != self._server + self.source:
             return False
         body = packet[(packet[0] & 15) * 4 :]
-        if packet[12:16] != self._server or packet[16:20] != to or len(body) < 8:
-            return False
-        if port is None:
-            return packet[9] == ICMP and body[0] == ECHO_REPLY and body[4:6] == mark.to_bytes(2)
-        ends = struct.pack("!HH", port, mark)
-        return packet[9] == TCP and body[:4] == ends and bool(body[13] & (ACK | RST))
+        if self._port is None:
+            return packet[9] == ICMP and body[:1] == bytes([ECHO_REPLY]) and body[4:6] == self._mark
+        ends = self._port.to_bytes(2) + self._mark
+        return packet[9] == TCP and body[:4] == ends and len(body) >= MIN_TCP
+
+
+def _ask(link: str, questions: list[_Question]) -> set[bytes]:
+    """The sources of the requests that were answered.  Ends early when all sources were."""
+    answered: set[bytes] = set()
+    sources = {question.source for question in questions}
+    sender = RawSender()
+    try:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as wire:
+            wire.bind((link, ETH_P_IP))
+            wire.setblocking(False)
+            for _ in range(TRIES):
+                for question in questions:
+                    sender.send(question.packet)
+                deadline = time.monotonic() + WITHIN / TRIES
+                while answered != sources and (left := deadline - time.monotonic()) > 0:
+                    if not select.select([wire], [], [], left)[0]:
+                        break
+                    with suppress(BlockingIOError):
+                        packet, (_, _, kind, *_) = wire.recvfrom(1 << 16)
+                        if kind == socket.PACKET_HOST:  # sent to this host's link address
+                            answered |= {q.source for q in questions if q.is_answered_by(packet)}
+                if answered == sources:
+                    break
+    finally:
+        sender.close()
+    return answered
 
 
 def _echo(src: bytes, dst: bytes, mark: int) -> bytes:

@@ -17,7 +17,7 @@ from procfs_sim.tree import DEFAULTS, SETTINGS, in_force
 
 COMMANDS = [  # those of the contract
     *("daemon", "up", "start", "stop", "set", "get", "status", "nat", "counters", "trace"),
-    *("kill", "clean", "demo"),
+    *("kill", "doctor", "clean", "demo"),
 ]
 NO_DAEMON = "no krelay serves {root}; start one with `krelay daemon` or `krelay up`"
 
@@ -217,7 +217,7 @@ def test_get_shows_one_value_or_all(run: Run, root: Path) -> None:
 
 def test_clean_names_what_it_removed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for removed, shown in (([], "nothing was left\n"), (["a", "b"], "removed a\nremoved b\n")):
-        monkeypatch.setattr("krelay.clean.clean", lambda _, removed=removed: removed)
+        monkeypatch.setattr("krelay.clean.clean", lambda *_, removed=removed, **__: removed)
         assert run("clean") == (0, shown, "")
 
 

@@ -1,0 +1,214 @@
+"""Every check, with a host in order and with each thing that may be wrong."""
+
+from dataclasses import replace
+from ipaddress import IPv4Address
+from typing import Any
+
+import pytest
+
+from krelay.doctor import checks
+from krelay.doctor.checks import examine
+from krelay.doctor.facts import Facts, Leftover, Link, Listener, Path, Returned
+from krelay.doctor.findings import Finding, Level
+from krelay.doctor.firewall import Chain
+from procfs_sim.tree import Config, Service
+
+SERVER, CLIENT = IPv4Address("192.168.0.10"), IPv4Address("10.0.0.1")
+RELAY = IPv4Address("192.168.0.2")
+TO_SERVER = Path(SERVER, "eth1", RELAY)
+TO_CLIENT = Path(CLIENT, "eth0", IPv4Address("10.0.0.254"))
+LINKS = (Link("eth0"), Link("eth1"))
+HEALTHY = Facts(
+    links=LINKS,
+    own=frozenset({RELAY, IPv4Address("10.0.0.254")}),
+    server=TO_SERVER,
+    client=TO_CLIENT,
+    returned=Returned(answers=True, comes_back=True),
+    rmem_max=212992,
+)
+TCP_ONLY = Config(services=(Service("tcp", 80, 80),))
+UDP_ONLY = Config(services=(Service("udp", 53, 53),))
+BLOCKED = (Chain("nft", "inet", "guard", "forward", (), "forward", policy="drop"),)
+NGINX = Listener("tcp", None, 80, "nginx", 7, "nginx.service")
+RESOLVED = Listener("udp", IPv4Address("127.0.0.53"), 53, "systemd-resolve", 9)
+
+
+def worst(facts: Facts, check: str) -> Finding:
+    """That check's gravest finding."""
+    found = [finding for finding in examine(facts) if finding.check == check]
+    return max(found, key=lambda finding: list(Level).index(finding.level))
+
+
+def test_a_host_in_order_has_only_ok_and_every_check_says_something() -> None:
+    findings = examine(HEALTHY)
+
+    assert [finding for finding in findings if finding.level is not Level.OK] == []
+    assert len(findings) == len(checks.CHECKS) - 1  # problems has none to tell
+    assert [finding.mend for finding in findings if finding.mend] == []
+
+
+# fmt: off
+CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
+    # check, what differs from a host in order, level, words of the text, the mend
+    ("privileges", {"net_admin": False, "uid": 1000}, "failed", "CAP_NET_ADMIN wanting",
+     "sudo krelay doctor"),
+    ("privileges", {"net_raw": False, "net_admin": False}, "failed",
+     "CAP_NET_ADMIN and CAP_NET_RAW wanting", "sudo krelay doctor"),
+    ("privileges", {"uid": 1000}, "ok", "user 1000", ""),
+    ("packages", {"missing_packages": ("netfilterqueue", "rich")}, "failed",
+     "netfilterqueue rich", "pip install netfilterqueue rich"),
+    ("queue", {"has_queue": False}, "failed", "CONFIG_NETFILTER_NETLINK_QUEUE",
+     "modprobe nfnetlink_queue"),
+    ("queue", {"queue_taken": True}, "failed", "queue 1600 is served by another program",
+     "krelay daemon --queue-num 1601"),
+    ("queue", {"queue_taken": True, "queue_num": 65535, "root": "/a b"}, "failed", "queue 65535",
+     "krelay daemon --root '/a b' --queue-num 65534"),
+    ("queue", {"queue_lost": (3, 4)}, "warning", "dropped 3 packets", ""),
+    ("rules", {"backend": None, "backend_problem": "nft: not installed"}, "failed",
+     "not installed", "apt-get install nftables iptables"),
+    ("rules", {"backend": None, "backend_problem": "nft: no such file"}, "failed", "no such", ""),
+    ("krelay", {"served": True, "state": "running", "tcp_relays": 1}, "ok", "running", ""),
+    ("krelay", {"served": True, "state": "failed: the queue is lost"}, "failed",
+     "the queue is lost", "krelay start"),
+    ("krelay", {"served": True, "state": "running", "tcp_relays": 0}, "warning",
+     "no tcp-relay", "tcp-relay &"),
+    ("krelay", {"served": True, "state": "running", "tcp_relays": 0, "config": UDP_ONLY}, "ok",
+     "running", ""),
+    ("krelay", {"tree_exists": False}, "ok", "there is no /run/krelay", ""),
+    ("leftovers", {"leftovers": (Leftover("krelay", "nft", 1600),)}, "warning", "krelay, nft",
+     "krelay clean --keep-settings"),
+    ("leftovers", {"leftovers": (Leftover("krelay-0badcafe", "nft", 1601),)}, "warning",
+     "what they catch is dropped", "nft delete table ip krelay-0badcafe"),
+    ("leftovers", {"leftovers": (Leftover("krelay-0badcafe", "iptables", 1601),)}, "warning",
+     "krelay-0badcafe, iptables",
+     "iptables -w -t raw -D PREROUTING -j krelay-0badcafe-pre; "
+     "iptables -w -t raw -F krelay-0badcafe-pre; iptables -w -t raw -X krelay-0badcafe-pre; "
+     "iptables -w -t mangle -D POSTROUTING -j krelay-0badcafe-post; "
+     "iptables -w -t mangle -F krelay-0badcafe-post; "
+     "iptables -w -t mangle -X krelay-0badcafe-post"),
+    ("leftovers", {"stale_sockets": True, "root": "/tmp/k"}, "warning", "/tmp/k holds sockets",
+     "krelay clean --keep-settings --root /tmp/k"),
+    ("forwarding", {"forwards": False}, "failed", "UDP won't pass",
+     "sysctl -w net.ipv4.ip_forward=1"),
+    ("forwarding", {"forwards": False, "config": TCP_ONLY}, "warning", "own connections",
+     "sysctl -w net.ipv4.ip_forward=1"),
+    ("forwarding", {"links": (Link("eth0", forwards=False), Link("eth1"))}, "failed", "by eth0",
+     "sysctl -w net/ipv4/conf/eth0/forwarding=1"),
+    ("forwarding", {"links": (*LINKS, Link("eth2", forwards=False))}, "ok", "forwards", ""),
+    ("rp_filter", {"rp_filter_all": 1}, "ok", "strict on eth0, eth1, nothing dropped", ""),
+    ("rp_filter", {"links": (Link("eth0", 1), Link("eth1", 2)), "rp_filtered": 5}, "warning",
+     "strict on eth0, and it has dropped 5", "sysctl -w net.ipv4.conf.all.rp_filter=2"),
+    ("rp_filter", {"links": (Link("eth0", 1), Link("eth1")), "rp_filter_all": 2,
+                   "rp_filtered": 5}, "ok", "not strict", ""),
+    ("rp_filter", {"rp_filter_all": 1, "client": Path(CLIENT, None)}, "failed", "10.0.0.1",
+     "sysctl -w net.ipv4.conf.all.rp_filter=2"),
+    ("server", {"server": Path(SERVER, None)}, "failed", "no route to the server, 192.168.0.10",
+     "ip route add 192.168.0.10 via GATEWAY"),
+    ("server", {"server": Path(SERVER, None, problem="no route to host")}, "failed",
+     "can't be reached: no route to host", "krelay set real_ip ADDRESS"),
+    ("server", {"server": TO_SERVER._replace(silent=True)}, "warning", "doesn't answer on eth1",
+     "ip neigh flush to 192.168.0.10 dev eth1"),
+    ("server", {"server": TO_SERVER._replace(gateway=RELAY, silent=True)}, "warning",
+     "192.168.0.2 doesn't answer", "ip neigh flush to 192.168.0.2 dev eth1"),
+    ("client", {"client": None}, "ok", "clients are thought to come by eth0", ""),
+    ("client", {"client": Path(CLIENT, None)}, "failed", "no route to 10.0.0.1",
+     "ip route add 10.0.0.1 via GATEWAY"),
+    ("client", {"client": Path(CLIENT, "lo", problem="it is an address of this host")}, "failed",
+     "can't be reached: it is an address of this host", ""),
+    ("return", {"returned": Returned(True, False)}, "failed",
+     "on the server, `ip route replace 10.0.0.1 via 192.168.0.2`", "krelay set source relay"),
+    ("return", {"returned": Returned(False, False)}, "warning", "can't tell", ""),
+    ("return", {"returned": None, "client": None}, "ok", "not tried", ""),
+    ("return", {"returned": None, "config": Config(source="relay")}, "ok", "source=relay", ""),
+    ("return", {"returned": None, "beside": True}, "ok", "in the server's subnet", ""),
+    ("gateway port", {"listeners": (NGINX._replace(port=16000),)}, "failed",
+     "port 16000 is in use by nginx (pid 7)", "systemctl stop nginx.service"),
+    ("gateway port", {"listeners": (NGINX._replace(port=16000, unit=""),)}, "failed", "16000",
+     "kill 7"),
+    ("services", {"listeners": (NGINX,)}, "warning", "nginx (pid 7) serves tcp/80",
+     "systemctl stop nginx.service"),
+    ("services", {"listeners": (RESOLVED,)}, "ok", "systemd-resolve, on the loopback alone", ""),
+    ("services", {"listeners": (RESOLVED._replace(address=None),)}, "warning", "udp/53 here",
+     "kill 9"),
+    ("firewall", {"chains": BLOCKED}, "failed", "the policy of nft chain inet guard forward",
+     "nft insert rule inet guard forward ip daddr 192.168.0.10 udp dport 53 accept"),
+    ("conntrack", {"tracked": (65000, 65536)}, "warning", "65000 of at most 65536",
+     "sysctl -w net.netfilter.nf_conntrack_max=131072"),
+    ("conntrack", {"tracked": None}, "ok", "none is needed", ""),
+    ("UDP GRO", {"links": (Link("eth0", udp_gro=("rx-gro-list",)),)}, "warning", "eth0 joins UDP",
+     "ethtool -K eth0 rx-gro-list off"),
+    ("buffer", {"net_admin": False}, "warning", "212992 bytes instead of 8388608",
+     "sysctl -w net.core.rmem_max=8388608"),
+    ("files", {"files": 1024}, "warning", "about 512 TCP connections", "ulimit -Hn 65536"),
+    ("links", {"problems": (("links", "no netlink"),)}, "warning",
+     "can't be looked at: no netlink", ""),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("check", "changes", "level", "words", "mend"), CASES)
+def test_a_fault_is_told_with_its_mend(
+    check: str, changes: dict[str, Any], level: str, words: str, mend: str
+) -> None:
+    facts = replace(HEALTHY, **changes)
+    finding = worst(facts, check)
+
+    assert (finding.level, finding.mend) == (level, mend)
+    assert words in finding.text
+    assert "\n" not in str(finding)
+
+
+def test_every_check_has_been_seen_to_complain() -> None:
+    complaining = {check for check, _, level, _, _ in CASES if level != "ok"}
+    shown = {finding.check for finding in examine(HEALTHY)}
+
+    assert shown - complaining == set()
+
+
+def test_only_kernel_settings_and_what_a_dead_krelay_left_are_mended_unasked() -> None:
+    safe = {
+        finding.mend
+        for _, changes, _, _, _ in CASES
+        for finding in examine(replace(HEALTHY, **changes))
+        if finding.safe
+    }
+
+    assert {mend for mend in safe if not mend.startswith(("sysctl -w ", "krelay clean "))} == set()
+
+
+def test_relaying_does_not_begin_without_privilege_packages_queue_rules_or_gateway_port() -> None:
+    fatal = {
+        finding.check
+        for _, changes, _, _, _ in CASES
+        for finding in checks.fatal(examine(replace(HEALTHY, **changes)))
+    }
+
+    assert fatal == {"privileges", "packages", "queue", "rules", "gateway port"}
+
+
+@pytest.mark.parametrize(
+    ("links", "server_link", "default", "client", "expected"),
+    [
+        (("eth0", "eth1"), "eth1", "eth0", None, "eth0"),
+        (("eth0", "eth1"), "eth1", "eth1", None, "eth0"),
+        (("eth0", "eth1", "eth2"), "eth1", "eth2", None, "eth2"),
+        (("eth0", "eth1", "eth2"), "eth1", "eth1", None, None),
+        (("eth0", "eth1", "eth2"), "eth1", "eth1", "eth2", "eth2"),
+        (("eth1",), "eth1", "eth1", None, None),
+    ],
+)
+def test_the_clients_link_is_that_of_the_named_client_or_of_the_default_route_or_the_only_other(
+    links: tuple[str, ...],
+    server_link: str,
+    default: str,
+    client: str | None,
+    expected: str | None,
+) -> None:
+    facts = Facts(
+        links=tuple(map(Link, links)),
+        server=Path(SERVER, server_link),
+        default_link=default,
+        client=Path(CLIENT, client) if client else None,
+    )
+
+    assert facts.client_link == expected
