@@ -12,6 +12,7 @@ import pytest
 from krelay import client
 from krelay.cli import main
 from krelay.client import NoDaemon, Rejected
+from krelay.doctor.findings import Finding, Level
 from procfs_sim.ondisk import FileTree
 from procfs_sim.tree import DEFAULTS, SETTINGS, in_force
 
@@ -294,9 +295,26 @@ def test_set_ends_well_when_the_value_is_in_force(
 def test_start_fails_with_the_reason_that_krelay_gives(
     run: Run, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("krelay.doctor.command.before_start", lambda _: [])
     answers(monkeypatch, '{"state": "failed: queue 1600 is served by another", "start": "1"}')
 
     assert run("start") == (1, "", "krelay start: queue 1600 is served by another\n")
+    assert (root / "start").read_text() == "1\n"
+
+
+def test_start_says_what_is_wrong_and_does_not_begin_where_it_cannot(
+    run: Run, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Finding("forwarding", Level.FAILED, "it doesn't", "sysctl -w x=1")
+    fatal = Finding("queue", Level.FAILED, "there is none", "modprobe y", fatal=True)
+    answers(monkeypatch, '{"state": "running", "start": "1"}')
+    said = "failed  forwarding  it doesn't; mend: sysctl -w x=1\n"
+
+    monkeypatch.setattr("krelay.doctor.command.before_start", lambda _: [slow, fatal])
+    assert run("start") == (1, "", f"{said}krelay start: there is none; mend: modprobe y\n")
+    assert (root / "start").read_text() == "0\n"
+    monkeypatch.setattr("krelay.doctor.command.before_start", lambda _: [slow])
+    assert run("start") == (0, "", said)
     assert (root / "start").read_text() == "1\n"
 
 
