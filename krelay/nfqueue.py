@@ -112,20 +112,21 @@ class Queue:
         self._now = 0.0
         self._left = 0
         self._seen_errors: set[str] = set()
-        if not _FIGURES.exists():
-            raise QueueUnavailable(
-                "the kernel has no netfilter queue (CONFIG_NETFILTER_NETLINK_QUEUE); "
-                "try: modprobe nfnetlink_queue"
-            )
         if (taken := figures(number)) is not None:
             raise QueueUnavailable(
                 f"queue {number} is served by another program (netlink port {taken.port_id}); "
                 f"choose another with --queue-num"
             )
-        self._queue = NetfilterQueue()
         try:
+            self._queue = NetfilterQueue()
+            # A kernel that has it as a module loads it now, at the first request.
             self._queue.bind(number, self._on_packet, max_len=MAX_QUEUED, sock_len=SOCKET_BUFFER)
         except (OSError, RuntimeWarning) as error:
+            if not _FIGURES.exists():
+                raise QueueUnavailable(
+                    "the kernel has no netfilter queue (CONFIG_NETFILTER_NETLINK_QUEUE); "
+                    "try: modprobe nfnetlink_queue"
+                ) from None
             raise QueueUnavailable(
                 f"queue {number} can't be bound ({error}); krelay needs CAP_NET_ADMIN"
             ) from None

@@ -6,9 +6,11 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from ipaddress import IPv4Address
+from pathlib import Path
 from random import Random
 
 import pytest
+from netfilterqueue import NetfilterQueue
 
 from krelay import nfqueue
 from krelay.nat import NatTable
@@ -154,6 +156,35 @@ def test_a_queue_that_is_served_is_refused_with_what_to_do(ends: Ends) -> None:
         closing(bound(ends, Scripted())),
         pytest.raises(QueueUnavailable, match="choose another with --queue-num"),
     ):
+        bound(ends, Scripted())
+
+
+def test_a_kernel_that_has_the_queue_as_a_module_loads_it_when_it_is_bound(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Seen on Debian's kernel: there is no file of figures until somebody has asked for a queue.
+    there = tmp_path / "figures"
+
+    def loading() -> NetfilterQueue:
+        there.symlink_to("/proc/thread-self/net/netfilter/nfnetlink_queue")
+        return NetfilterQueue()
+
+    monkeypatch.setattr(nfqueue, "_FIGURES", there)
+    monkeypatch.setattr(nfqueue, "NetfilterQueue", loading)
+
+    bound(ends, Scripted()).close()
+
+
+def test_a_kernel_without_the_queue_is_told(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refused() -> None:
+        raise OSError("Failed to create queue")
+
+    monkeypatch.setattr(nfqueue, "_FIGURES", tmp_path / "not there")
+    monkeypatch.setattr(nfqueue, "NetfilterQueue", refused)
+
+    with pytest.raises(QueueUnavailable, match="modprobe nfnetlink_queue"):
         bound(ends, Scripted())
 
 
