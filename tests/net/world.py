@@ -8,6 +8,9 @@
 krelay and tcp-relay run as processes in the relay host, with a file tree of their own below the
 lab's directory.  Settings are written as a user does, by `echo` in a shell.  Clients are mostly
 sockets of this process, opened inside a host's network; each is closed before the lab goes.
+
+Hosts may be virtual machines: there only programs can be clients, and a relay that is one has its
+file tree at the usual place in its own file system.
 """
 
 import hashlib
@@ -16,12 +19,13 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from procfs_sim import DEFAULT_ROOT
 from tests.net.programs import server
 from vm import Lab, Program, Result, Topology, relay_topology
 
@@ -31,16 +35,27 @@ PYTHON = (sys.executable, *(("-B",) if sys.dont_write_bytecode else ()))
 TOPOLOGY = relay_topology("172.20.5.0/24", "10.77.3.0/24", clients=2, servers=2, neighbours=1)
 """Nothing in it is a default: client .1, client2 .2, relay .254 | relay .2, server .1, server2 .3,
 neighbour .254."""
+PATIENCE, PATIENCE_VM = 10.0, 60.0
 GPORT = 18000
 SERVICES = "tcp/80 tcp/443 udp/7 udp/53"
 RESTLESS = re.compile(r"counter packets \d+ bytes \d+|\[\d+:\d+\]|^#.*\n", re.MULTILINE)
 
 
 class World:
-    """A lab and what runs in it.  `tree` names the file tree below the lab's directory."""
+    """A lab and what runs in it.
 
-    def __init__(self, topology: Topology = TOPOLOGY, tree: str = "run") -> None:
-        self.lab = Lab(topology)
+    `tree` names the file tree below the lab's directory; `backends` are the lab's.
+    """
+
+    def __init__(
+        self,
+        topology: Topology = TOPOLOGY,
+        tree: str = "run",
+        backends: str | Mapping[str, str] = "netns",
+    ) -> None:
+        self.lab = Lab(topology, backends=backends)
+        self.patience = PATIENCE_VM if self.lab.backends else PATIENCE
+        """Seconds that a condition is waited for, and that a command may take."""
         self.krelay_process: Program
         self.tcp_relay_process: Program
         self._tree = tree
@@ -48,7 +63,8 @@ class World:
 
     def __enter__(self) -> Self:
         self.lab.__enter__()
-        self.root = self.lab.directory / self._tree
+        relay_is_machine = "relay" in self.lab.backends
+        self.root = Path(DEFAULT_ROOT) if relay_is_machine else self.lab.directory / self._tree
         self.client = self.lab.address("client")
         self.relay = self.lab.address("relay", towards="server")
         """The address that clients ask."""
@@ -75,27 +91,32 @@ class World:
         program = self.lab.start(host, *PYTHON, server.__file__, address, *services)
         for service in services:
             proto, _, port = service.partition("/")
-            self.lab.wait_listening(host, proto, int(port))
+            self.lab.wait_listening(host, proto, int(port), self.patience)
         return program
 
     def nginx(self, host: str, *ports: int) -> Path:
-        """nginx that answers each request with its path; the log, `ADDRESS PORT PATH` a line."""
+        """nginx that answers each request with its path; the log, `ADDRESS PORT PATH` a line.
+
+        Below /files/ are the files of `nginx-HOST/www/files`, and new ones can be put there.
+        """
         here = self.lab.directory / f"nginx-{host}"
-        (here / "www").mkdir(parents=True)
+        (here / "www" / "files").mkdir(parents=True)
         log, conf = here / "access.log", here / "nginx.conf"
         listens = "".join(f"listen {port}; " for port in ports)
         conf.write_text(
-            f"daemon off; worker_processes 1; pid {here}/pid; error_log {here}/error.log;\n"
+            "user root; daemon off; worker_processes 1;\n"
+            f"pid {here}/pid; error_log {here}/error.log;\n"
             "events { worker_connections 4096; }\n"
             "http { log_format short '$remote_addr $server_port $request_uri';\n"
             f"  access_log {log} short; client_body_temp_path {here}; proxy_temp_path {here};\n"
             f"  fastcgi_temp_path {here}; uwsgi_temp_path {here}; scgi_temp_path {here};\n"
             f"  server {{ {listens} keepalive_timeout 30; root {here}/www;\n"
-            "    location / { return 200 '$request_uri\\n'; } location /files/ { } } }\n"
+            "    location / { return 200 '$request_uri\\n'; }\n"
+            "    location /files/ { dav_methods PUT; client_max_body_size 0; } } }\n"
         )
         self.lab.start(host, "nginx", "-c", str(conf), "-e", f"{here}/error.log")
         for port in ports:
-            self.lab.wait_listening(host, "tcp", port)
+            self.lab.wait_listening(host, "tcp", port, self.patience)
         return log
 
     def dnsmasq(self, host: str, port: int, records: dict[str, str]) -> Program:
@@ -107,7 +128,7 @@ class World:
             f"--port={port}", f"--addn-hosts={hosts}", "--log-queries", "--log-facility=-",
             f"--pid-file={hosts}.pid",
         )  # fmt: skip
-        self.lab.wait_listening(host, "udp", port)
+        self.lab.wait_listening(host, "udp", port, self.patience)
         return program
 
     def start_krelay(self, *options: str, tree: Path | None = None) -> Program:
@@ -117,7 +138,7 @@ class World:
         program = self.lab.start("relay", *command, *options)
         if tree is None:
             self.krelay_process = program
-        self.until(lambda: program.poll() is not None or answers(root), "an answer")
+        self.until(lambda: program.poll() is not None or self.answers(root), "an answer")
         assert program.poll() is None, program.output
         return program
 
@@ -151,11 +172,19 @@ class World:
     def write(self, name: str, text: str, tree: Path | None = None) -> None:
         """`echo TEXT > NAME`."""
         path = (tree or self.root) / name
-        self.lab.run("relay", "sh", "-c", 'echo "$1" > "$2"', "sh", text, str(path))
+        echo = ("sh", "-c", 'echo "$1" > "$2"', "sh", text, str(path))
+        self.lab.run("relay", *echo, timeout=self.patience)
 
     def read(self, name: str, tree: Path | None = None) -> str:
         """What `cat NAME` shows, without the last newline."""
-        return ((tree or self.root) / name).read_text().removesuffix("\n")
+        path = (tree or self.root) / name
+        if "relay" in self.lab.backends:
+            return self.run("relay", "cat", str(path)).removesuffix("\n")
+        return path.read_text().removesuffix("\n")
+
+    def run(self, host: str, *argv: str) -> str:
+        """What a command prints."""
+        return self.lab.run(host, *argv, timeout=self.patience).stdout
 
     def put(self, tree: Path | None = None, **values: object) -> None:
         """Writes these settings, and waits until all are in force; `timeouts__udp=1`."""
@@ -183,13 +212,29 @@ class World:
 
     def ask(self, request: str, tree: Path | None = None) -> list[str]:
         """The answer of the control socket, without its last, empty line."""
-        with control_socket(tree or self.root) as connection:
-            connection.sendall(request.encode() + b"\n")
-            connection.shutdown(socket.SHUT_WR)
-            with connection.makefile() as answer:
-                lines = answer.read().split("\n")
+        root = tree or self.root
+        if "relay" in self.lab.backends:
+            lines = self._ask_there(root, request).split("\n")
+        else:
+            with control_socket(root) as connection:
+                connection.sendall(request.encode() + b"\n")
+                connection.shutdown(socket.SHUT_WR)
+                with connection.makefile() as answer:
+                    lines = answer.read().split("\n")
         assert lines[-2:] == ["", ""], lines[-3:]
         return lines[:-2]
+
+    def _ask_there(self, root: Path, request: str) -> str:
+        socat = ("socat", "-t10", "-", f"UNIX-CONNECT:{root}/control.sock")
+        return self.lab.run(
+            "relay", *socat, input=request + "\n", check=False, timeout=self.patience
+        ).stdout
+
+    def answers(self, root: Path) -> bool:
+        """Whether somebody serves this tree; the socket is there a little before its server."""
+        if "relay" in self.lab.backends:
+            return bool(self._ask_there(root, "show status"))
+        return answers(root)
 
     def rows(self, filters: str = "", tree: Path | None = None) -> list[dict[str, Any]]:
         """The rows of `show nat json`."""
@@ -255,9 +300,11 @@ class World:
         """Begins to fetch these bytes."""
         return Download(self.connect(host, port), seed, size, rate)
 
-    def until(self, condition: Callable[[], T | None], what: str, timeout: float = 10.0) -> T:
-        """Waits for a condition; what it found."""
-        return self.lab.wait(condition, what, timeout)
+    def until(
+        self, condition: Callable[[], T | None], what: str, timeout: float | None = None
+    ) -> T:
+        """Waits for a condition, by default for as long as the hosts need; what it found."""
+        return self.lab.wait(condition, what, timeout or self.patience)
 
 
 class Download:
