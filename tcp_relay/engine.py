@@ -31,6 +31,9 @@ class Live(Protocol):
     def look(self) -> None:
         """Nothing may have moved for long: ends it if that is too long, or waits again."""
 
+    def check(self) -> None:
+        """Looks whether the server is still there; then waits among the `watched` or no more."""
+
     def row(self) -> Row:
         """As people see it."""
 
@@ -49,6 +52,8 @@ class Engine:
         self.connecting: Waiting[Live] = Waiting(loop, limits.connect, _not_connected)
         self.stalled: Waiting[Live] = Waiting(loop, limits.stall, _look)
         self.half_closed: Waiting[Live] = Waiting(loop, limits.half_close, _look)
+        self.watched: Waiting[Live] = Waiting(loop, limits.silence / 4, _check)
+        """Those that move, or did a moment ago."""
         self._live: dict[Live, None] = {}  # in the order they came
 
     def __len__(self) -> int:
@@ -83,6 +88,10 @@ class Engine:
 
 def _not_connected(connection: Live) -> None:
     connection.not_connected()
+
+
+def _check(connection: Live) -> None:
+    connection.check()
 
 
 def _look(connection: Live) -> None:

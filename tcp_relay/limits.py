@@ -24,6 +24,15 @@ class Limits:
     stall: float = 10.0
     """Seconds that held bytes may wait for a sink that takes none of them."""
 
+    @property
+    def silence(self) -> float:
+        """Seconds that a server may acknowledge nothing while bytes move, or a probe after that.
+
+        As long as a stall; but four at least, which three probes take (sockets.probe_within), and
+        no acknowledgement is delayed for (RFC 9293, section 3.8.6.3).
+        """
+        return max(self.stall, 4.0)
+
     half_close: float = 3600.0
     """Seconds of silence in the one direction that is left, after which nobody waits any more."""
 

@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             "--stall",
             0.01,
             default.stall,
-            "held bytes that can't be written reset both sides",
+            "held bytes that can't be written, or a server cut off, reset both sides",
         ),
         ("--half-close", 0.01, default.half_close, "silence after one side has finished ends it"),
         ("--connect-timeout", 0.01, default.connect, "for the server to accept"),

@@ -14,6 +14,11 @@ source is gone but not what it said before: the sink gets that, and then the res
 without a relay.  A reset throws away what the sender's kernel still has to send; so before it, that
 is waited for, by asking, because no event tells it.  An error never hides bytes that came before
 it: tcp_recvmsg gives those first.
+
+A server that is cut off says nothing, like one that has nothing to say, and the kernel would ask it
+after two hours.  So while bytes move, and until it has been asked once after that, its leg is
+watched: silence makes the kernel probe, and bytes in flight must be acknowledged, each within the
+stall limit.  A connection at rest isn't watched, so a thousand of them cost nothing.
 """
 
 import errno
@@ -30,7 +35,15 @@ from tcp_relay.engine import Engine
 from tcp_relay.half import READ, RESET, SHUT, WAIT, WRITE, Half
 from tcp_relay.line import Line
 from tcp_relay.pair import CLIENT, SERVER, End, Pair, Side
-from tcp_relay.sockets import Socket, close_in_order, in_words, undelivered
+from tcp_relay.sockets import (
+    Socket,
+    close_in_order,
+    heard,
+    in_words,
+    probe_as_usual,
+    probe_within,
+    undelivered,
+)
 from tcp_relay.waiting import Waiting
 
 STEPS = 4
@@ -80,9 +93,11 @@ class Pump:
     __slots__ = (
         "_client",
         "_engine",
+        "_is_probed",
         "_is_queued",
         "_is_registered",
         "_is_smooth",
+        "_is_watched",
         "_owner",
         "_server",
         "_timer",
@@ -109,6 +124,7 @@ class Pump:
         self._is_registered = False  # the server's socket, in the loop
         self._is_queued = False
         self._is_smooth = False  # connected, and the pair is: the short cut may be taken
+        self._is_watched = self._is_probed = False
         engine.loop.add(client.fileno(), _MASK, self._on_client)
         engine.born(self)
 
@@ -149,6 +165,7 @@ class Pump:
         self.alive = self._is_smooth = False
         self._stop_waiting()
         engine = self._engine
+        engine.watched.discard(self)
         engine.loop.closing(self._client.fileno())
         if end is _CLOSED:
             close_in_order(self._client)
@@ -197,6 +214,25 @@ class Pump:
             self._turn(CLIENT)
         elif (due := pair.deadline(engine.limits)) is not None:
             self._look_at(due)
+
+    def check(self) -> None:
+        """Ends it if the server acknowledges nothing; watches it no longer if it rests."""
+        engine, server = self._engine, self._server
+        assert server is not None
+        limit = engine.limits.silence
+        if not self._is_probed:  # not earlier: most connections are over before
+            self._is_probed = True
+            probe_within(server, limit)
+        elif engine.loop.now - max(self.since, self.pair.at) >= limit:
+            in_flight, ago = heard(server)
+            if in_flight and ago >= limit:
+                self.end(End.STALLED, f"the server has acknowledged nothing for {limit:g} s")
+                return
+            if not in_flight and ago <= limit / 2:  # it has answered a probe
+                self._is_watched = self._is_probed = False
+                probe_as_usual(server)
+                return
+        engine.watched.add(self)
 
     def row(self) -> Row:
         """As people see it."""
@@ -294,6 +330,9 @@ class Pump:
             engine.counts.moved[side] += sent
             half.moved += sent
             half.at = engine.loop.now
+            if not self._is_watched:
+                self._is_watched = True
+                engine.watched.add(self)
         elif self.alive:
             half.readable = True
             self._passed(half, side, data, sent, SHORT)
@@ -315,6 +354,9 @@ class Pump:
             self.end(_CLOSED)
             return
         self._is_smooth = pair.is_smooth
+        if not self._is_watched:
+            self._is_watched = True
+            self._engine.watched.add(self)
         if more:
             self._is_queued = True
             self._engine.loop.call_soon(self._queued_turn)

@@ -9,6 +9,7 @@ import fcntl
 import os
 import socket
 import struct
+from functools import cache
 from typing import Any, TypeAlias
 
 Socket: TypeAlias = socket.SocketType
@@ -17,6 +18,11 @@ Socket: TypeAlias = socket.SocketType
 _RESETTING = struct.pack("ii", 1, 0)  # struct linger: on, for 0 seconds
 _IN_ORDER = struct.pack("ii", 0, 0)
 _STREAM, _NONBLOCK = int(socket.SOCK_STREAM), int(socket.SOCK_NONBLOCK)
+_TCP = int(socket.IPPROTO_TCP)
+_PROBING = (socket.TCP_KEEPCNT, socket.TCP_KEEPINTVL, socket.TCP_KEEPIDLE)
+"""In this order: the last sets the timer anew, which may be due at once and then takes the others
+(net/ipv4/tcp_timer.c, tcp_keepalive_timer)."""
+_PROBES = 3
 _SIOCOUTQ = 0x5411  # linux/sockios.h
 
 
@@ -56,6 +62,42 @@ def close_in_order(sock: Socket) -> None:
 def undelivered(sock: Socket) -> int:
     """Bytes (and the FIN) that the kernel holds and the peer hasn't acknowledged."""
     return int.from_bytes(fcntl.ioctl(sock.fileno(), _SIOCOUTQ, b"\0\0\0\0"), "little")
+
+
+def probe_within(sock: Socket, seconds: float) -> None:
+    """A peer that answers nothing is noticed after that much silence: whole seconds, from 4 on.
+
+    Three probes without an answer end the connection (ETIMEDOUT), unless bytes are in flight.
+    """
+    interval = max(1, int(seconds) // 5)
+    idle = max(1, int(seconds) - _PROBES * interval)
+    _set_probing(sock, (_PROBES, interval, idle))
+
+
+def probe_as_usual(sock: Socket) -> None:
+    """As the kernel does by itself: after two hours of silence (tcp(7), tcp_keepalive_time)."""
+    _set_probing(sock, _usual())
+
+
+def _set_probing(sock: Socket, values: tuple[int, ...]) -> None:
+    for option, value in zip(_PROBING, values, strict=True):
+        sock.setsockopt(_TCP, option, value)
+
+
+@cache
+def _usual() -> tuple[int, ...]:
+    with socket.socket() as sock:
+        return tuple(sock.getsockopt(_TCP, option) for option in _PROBING)
+
+
+def heard(sock: Socket) -> tuple[int, float]:
+    """Segments in flight, and how many seconds ago the peer acknowledged anything, also a probe.
+
+    Of struct tcp_info (linux/tcp.h): tcpi_unacked, tcpi_last_ack_recv.
+    """
+    info = sock.getsockopt(_TCP, socket.TCP_INFO, 60)
+    in_flight, last = struct.unpack_from("=I28xI", info, 24)
+    return in_flight, last / 1000
 
 
 def in_words(error: int | None) -> str:

@@ -161,7 +161,7 @@ def test_two_krelays_with_trees_and_queues_of_their_own_work_side_by_side(
     first = served.start_krelay("--queue-num", "1601", tree=other)
     values = {"real_ip": served.lab.address("server2"), "services": "tcp/8080 udp/5353"}
     served.put(tree=other, gport=GPORT + 1, **values)
-    second = served.start_tcp_relay(other)
+    second = served.start_tcp_relay(tree=other)
     served.put(tree=other, start=1)
     served.until_state("running", other)
 

@@ -142,10 +142,11 @@ class World:
         assert program.poll() is None, program.output
         return program
 
-    def start_tcp_relay(self, tree: Path | None = None) -> Program:
+    def start_tcp_relay(self, *options: str, tree: Path | None = None) -> Program:
         """`tcp-relay`; waits until krelay knows it."""
         root = tree or self.root
-        program = self.lab.start("relay", *PYTHON, "-m", "tcp_relay", "--root", str(root))
+        command = (*PYTHON, "-m", "tcp_relay", "--root", str(root))
+        program = self.lab.start("relay", *command, *options)
         if tree is None:
             self.tcp_relay_process = program
         self.until(lambda: "listening gport=" in program.output, "tcp-relay listening")

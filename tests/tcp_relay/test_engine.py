@@ -17,7 +17,7 @@ class Connection:
         self.name = name
         self.ends: list[tuple[End, str]] = []
         self.looks = 0
-        self.times_out = 0
+        self.times_out = self.checks = 0
         engine.born(self)
 
     def end(self, end: End, detail: str = "") -> None:
@@ -29,6 +29,9 @@ class Connection:
 
     def look(self) -> None:
         self.looks += 1
+
+    def check(self) -> None:
+        self.checks += 1
 
     def row(self) -> Row:
         return Row(self.name, "-", "open", 0.0, 0.0, 0, 0, "0/0")
@@ -84,6 +87,18 @@ def test_each_wait_has_its_own_limit() -> None:
         assert (connecting.times_out, connecting.looks) == (1, 0)
         assert (stalled.looks, half_closed.looks) == (1, 0)
         assert engine.half_closed.seconds == 5.0
+
+
+def test_who_moves_is_checked_now_and_then() -> None:
+    with Loop() as loop:
+        engine = Engine(loop, Limits(stall=10.0))
+        assert engine.watched.seconds == 2.5
+        engine = Engine(loop, Limits(stall=0.01))  # an acknowledgement may take longer
+        assert engine.watched.seconds == 1.0
+        moving = Connection(engine)
+        engine.watched.add(moving)
+        run_for(loop, 1.1)
+        assert (moving.checks, moving.looks) == (1, 0)
 
 
 def test_the_table_has_all_in_the_order_they_came() -> None:

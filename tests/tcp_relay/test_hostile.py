@@ -455,11 +455,24 @@ def system_calls(strace: str, pid: int, directory: Path) -> Counter[str]:
     return Counter(names)
 
 
+def wait_for_rest(server: Server) -> None:
+    """Until every connection to the server has been probed, and is so no more."""
+
+    def resting() -> set[bool]:
+        words = ("ss", "-tnoH", "state", "established", "dst", f"{LOCALHOST}:{server.port}")
+        shown = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        return {bool(re.search(r"keepalive,\d+min", line)) for line in shown.splitlines()}
+
+    wait_for(lambda: False in resting(), "probes", 60.0)
+    wait_for(lambda: resting() == {True}, "rest", 60.0)
+
+
 def test_an_idle_proxy_makes_no_system_call(
-    proxies: Callable[..., Proxy], strace: str, tmp_path: Path
+    proxies: Callable[..., Proxy], server: Server, strace: str, tmp_path: Path
 ) -> None:
-    proxy = proxies()
+    proxy = proxies("--stall", "4")
     with crowd(proxy.port, HOSTILE):
+        wait_for_rest(server)
         calls = system_calls(strace, proxy.pid, tmp_path)
     assert set(calls) <= {"epoll_wait", "restart_syscall"}
     assert calls.total() <= 2
@@ -469,13 +482,14 @@ def test_an_idle_tcp_relay_only_looks_up_once_a_second(
     server: Server, strace: str, tmp_path: Path
 ) -> None:
     endpoint = Endpoint.of(LOCALHOST, server.port)
-    with TcpRelay(tmp_path / "tree", "--log-level", "warning") as relay:
+    with TcpRelay(tmp_path / "tree", "--log-level", "warning", "--stall", "4") as relay:
         wait_for(lambda: is_listening(relay.gport), "tcp-relay")
         with FakeKrelay(relay.root, endpoint) as krelay, crowd(relay.gport, HOSTILE):
             wait_for(
                 lambda: krelay.reports and krelay.reports[-1].counts["opened"] == HOSTILE,
                 "the report of all of them",
             )
+            wait_for_rest(server)
             calls = system_calls(strace, relay.process.pid, tmp_path)
         assert set(calls) <= {"epoll_wait", "restart_syscall"}
         assert calls.total() <= QUIET + 3

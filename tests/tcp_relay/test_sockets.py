@@ -11,6 +11,9 @@ from tcp_relay.sockets import (
     Socket,
     accept,
     close_in_order,
+    heard,
+    probe_as_usual,
+    probe_within,
     server_socket,
     set_options,
     undelivered,
@@ -111,3 +114,31 @@ def test_what_the_peer_hasnt_got_is_undelivered(both: Both) -> None:
         return False
 
     wait_for(all_read, "all to be read")
+
+
+def probing(sock: Socket) -> tuple[int, ...]:
+    names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    return tuple(sock.getsockopt(socket.IPPROTO_TCP, name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "idle", "interval"),
+    [(10.0, 4, 2), (60.0, 24, 12), (4.0, 1, 1), (5.9, 2, 1), (0.5, 1, 1)],
+)
+def test_probes_tell_within_the_seconds(
+    both: Both, seconds: float, idle: int, interval: int
+) -> None:
+    usual = probing(both.ours)
+    probe_within(both.ours, seconds)
+    assert probing(both.ours) == (idle, interval, 3)
+    assert idle + 3 * interval <= max(seconds, 4)
+    probe_as_usual(both.ours)
+    assert probing(both.ours) == usual
+
+
+def test_what_the_peer_was_heard_last_is_known(both: Both) -> None:
+    both.ours.send(b"x")
+    wait_for(lambda: heard(both.ours)[0] == 0, "the acknowledgement")
+    wait_for(lambda: heard(both.ours)[1] > 0.05, "time to pass")
+    both.ours.send(b"y")
+    wait_for(lambda: heard(both.ours)[1] < 0.05, "another acknowledgement")
