@@ -15,6 +15,7 @@ well.
 import json
 import shutil
 import subprocess
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -58,6 +59,18 @@ class Backend(Protocol):
     def present(self, name: str) -> bool:
         """Whether rules of that name are there."""
 
+    def intact(self, spec: RuleSpec) -> bool:
+        """Whether as many rules are there as `install` puts in, where they are seen by packets.
+
+        Raises RulesUnavailable.
+        """
+
+    def tables(self, name: str) -> frozenset[str]:
+        """The tables of nf_tables that hold the rules: who watches these hears of changes.
+
+        None for the older interface, which tells nobody.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Nft:
@@ -82,6 +95,19 @@ class Nft:
         except RulesUnavailable:
             return False
         return True
+
+    def intact(self, spec: RuleSpec) -> bool:
+        """By the number of rules in each chain."""
+        if not self.present(spec.name):
+            return False
+        shown = json.loads(_run((self.command, "-j", "list", "table", "ip", spec.name)))
+        chains = Counter(e["rule"]["chain"] for e in shown["nftables"] if "rule" in e)
+        pre, post = ruleset.nft_rules(spec)
+        return chains == {"pre": len(pre), "post": len(post)}
+
+    def tables(self, name: str) -> frozenset[str]:
+        """The one."""
+        return frozenset({name})
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +142,27 @@ class Iptables:
             return bool(self._found(name)[1])
         except RulesUnavailable:
             return False
+
+    def intact(self, spec: RuleSpec) -> bool:
+        """By the number of rules in each chain, and the jump to it."""
+        for chain, rules in zip(
+            ruleset.chains(spec.name), ruleset.iptables_rules(spec), strict=True
+        ):
+            if self.is_legacy and chain.table not in legacy_tables():
+                return False
+            lines = _run((f"{self.name}-save", "-t", chain.table)).splitlines()
+            jump = f"-A {chain.builtin} -j {chain.name}"
+            if jump not in lines:
+                return False
+            if sum(line.startswith(f"-A {chain.name} ") for line in lines) != len(rules):
+                return False
+        return True
+
+    def tables(self, name: str) -> frozenset[str]:
+        """Those of our chains."""
+        if self.is_legacy:
+            return frozenset()
+        return frozenset(chain.table for chain in ruleset.chains(name))
 
     @property
     def is_legacy(self) -> bool:

@@ -37,6 +37,7 @@ from krelay.rawsend import RawSender
 from krelay.relay import Relays
 from krelay.row import Row, Timeouts
 from krelay.ruleset import RuleSpec
+from krelay.rulewatch import RuleWatcher
 from krelay.worker import Policy, Worker
 from procfs_sim.tree import Config, in_force
 
@@ -46,6 +47,10 @@ SWITCH_WITHIN = 0.08
 """Seconds that a new gateway port may take to be listened on."""
 RECOVERY = 5.0
 """Seconds after a start over stale rules in which unknown packets are dropped, not passed."""
+LOOK_AFTER = 0.02
+"""Seconds between the news that rules were taken out and the look at ours."""
+LOOK_EVERY = 5.0
+"""Seconds between looks where nobody tells of changes."""
 _SOON = 0.005
 
 _log = Log("relaying")
@@ -87,6 +92,11 @@ class Relaying:
         self._gport: int | None = None
         """The gateway port of new flows: the config's, as soon as it is listened on."""
         self._view = HostView(frozenset(), (), None, False)
+        self._rule_watcher: RuleWatcher | None = None
+        self._looking: Timer | None = None
+        self._look_at: float | None = None
+        """When to look for our rules unasked; None: we are told of changes."""
+        self._removal_warning = Throttle()
         self._overflow_warning = Throttle()
         self._overflows_told = 0
         self._dropped_before = (0, 0)
@@ -189,6 +199,9 @@ class Relaying:
         self.nat.expire(now)
         self.relays.on_time(now)
         self._refresh_rules()
+        if self._look_at is not None and now >= self._look_at:
+            self._look_at = now + LOOK_EVERY
+            self._restore_rules()
         self._warn_of_overflow(now)
 
     def dropped(self) -> tuple[int, int]:
@@ -219,8 +232,10 @@ class Relaying:
             self._view = _look(config.real_ip)
             self._worker.policy = self._policy()
             spec = self._wanted()
+            self._watch_rules(backend)
             backend.install(spec)
             self._spec = spec
+            self._rules_announced(ours=True)
         except (QueueUnavailable, RulesUnavailable, OSError) as error:
             self._fail(str(error))
             return
@@ -315,6 +330,51 @@ class Relaying:
             self._spec = spec
         except RulesUnavailable as error:
             self._fail(f"rules can't be changed: {error}")
+        self._rules_announced(ours=True)
+
+    # Rules that somebody else takes out
+
+    def _watch_rules(self, backend: Backend) -> None:
+        self._look_at = self._loop.now + LOOK_EVERY
+        if not backend.tables(self._name):
+            return
+        try:
+            self._rule_watcher = RuleWatcher()
+        except OSError as error:
+            _log.info("changes of rules aren't announced; looking at times", error=error)
+            return
+        self._look_at = None
+        self._loop.add(self._rule_watcher.fileno(), select.EPOLLIN, self._rules_announced)
+
+    def _rules_announced(self, _: int = 0, *, ours: bool = False) -> None:
+        """Somebody changed rules; `ours`: we did, so what is announced is known already."""
+        if self._rule_watcher is None or self._backend is None:
+            return
+        tables = self._rule_watcher.drain()
+        if ours or (tables is not None and not tables & self._backend.tables(self._name)):
+            return
+        if self._looking is None or not self._looking.pending:
+            when = self._loop.now + LOOK_AFTER
+            self._looking = self._loop.call_at(when, self._restore_rules)
+
+    def _restore_rules(self) -> None:
+        """Puts our rules back if somebody has taken some out: who wants them out writes start."""
+        if self._backend is None or self._spec is None or self._stopping:
+            return
+        try:
+            if self._backend.intact(self._spec):
+                return
+            self._backend.install(self._spec)
+        except RulesUnavailable as error:
+            self._fail(f"somebody took krelay's rules out, and they can't be put back: {error}")
+            return
+        if (before := self._removal_warning.admit(self._loop.now)) is not None:
+            _log.warning(
+                "somebody took krelay's rules out; they are put back",
+                again=before or None,
+                mend="to stop relaying, krelay stop",
+            )
+        self._rules_announced(ours=True)
 
     def _probe(self) -> Backend | None:
         try:
@@ -359,6 +419,11 @@ class Relaying:
         """Rules out, queue unbound, rows gone, whatever of these there is."""
         self._worker.policy = None
         self._spec = None
+        self._look_at = None
+        if self._rule_watcher is not None:
+            self._loop.remove(self._rule_watcher.fileno())
+            self._rule_watcher.close()
+            self._rule_watcher = None
         if self.queue is not None:
             self.dropped()
             if self._backend is not None:

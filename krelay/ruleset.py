@@ -140,8 +140,8 @@ def wanted(
 # nft
 
 
-def nft_install(spec: RuleSpec) -> str:
-    """One transaction that puts the rules in, in place of any earlier ones of this name."""
+def nft_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
+    """The rules of PREROUTING, and those of POSTROUTING."""
     tcp, udp = _nft_ports(spec.tcp), _nft_ports(spec.udp)
     servers = "{ " + ", ".join(map(str, spec.servers)) + " }"
     gports = _nft_ports(tuple((p, p) for p in spec.gports))
@@ -170,6 +170,12 @@ def nft_install(spec: RuleSpec) -> str:
         post.append(f"ip daddr {servers} udp dport {udp} fib saddr type local {queue}")
         match = "" if ANYONE in spec.relay_clients else f"ip saddr {clients} "
         post.append(f"{match}ip daddr {servers} udp dport {udp} {queue}")
+    return pre, post
+
+
+def nft_install(spec: RuleSpec) -> str:
+    """One transaction that puts the rules in, in place of any earlier ones of this name."""
+    pre, post = nft_rules(spec)
     return "\n".join(
         [
             nft_remove(spec.name).rstrip(),
@@ -219,9 +225,8 @@ def chains(name: str) -> tuple[Chain, Chain]:
     )
 
 
-def iptables_install(spec: RuleSpec, hung: frozenset[str]) -> str:
-    """Input for iptables-restore --noflush; `hung` names the chains that are jumped to already."""
-    pre, post = chains(spec.name)
+def iptables_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
+    """The rules of PREROUTING, and those of POSTROUTING."""
     queue = f"-j NFQUEUE --queue-num {spec.queue}"
     to_us, from_us = "-m addrtype --dst-type LOCAL", "-m addrtype --src-type LOCAL"
     gports: Ports = tuple((p, p) for p in spec.gports)
@@ -246,6 +251,13 @@ def iptables_install(spec: RuleSpec, hung: frozenset[str]) -> str:
         if spec.relay_clients and ANYONE not in spec.relay_clients:
             out += [f"-d {server} -p udp {ports} {from_us} {queue}" for ports in to_udp]
     into.append(f"-d {NEVER}/32 -p udp --dport 0 -m socket -j RETURN")
+    return into, out
+
+
+def iptables_install(spec: RuleSpec, hung: frozenset[str]) -> str:
+    """Input for iptables-restore --noflush; `hung` names the chains that are jumped to already."""
+    pre, post = chains(spec.name)
+    into, out = iptables_rules(spec)
     return _restore(post, out, hung) + _restore(pre, into, hung)
 
 
