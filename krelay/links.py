@@ -31,18 +31,22 @@ class HostView(NamedTuple):
     """Its address towards the server; None if there is no route."""
     forwards: bool
     """Whether it passes on packets between its links (net.ipv4.ip_forward)."""
+    mtu: int = 0xFFFF
+    """Bytes of the largest packet that the link towards the server takes."""
 
 
 def look(server: IPv4Address) -> HostView:
     """How things are now."""
     with IPRoute() as ip:
         addresses = list(ip.get_addr(family=socket.AF_INET))
-        towards, link = None, None
+        towards, link, mtu = None, None, 0xFFFF
         with suppress(NetlinkError):
             for route in ip.route("get", dst=str(server)):
                 link = route.get_attr("RTA_OIF")
                 if source := route.get_attr("RTA_PREFSRC"):
                     towards = IPv4Address(source).packed
+            if link is not None:
+                mtu = min(mtu, ip.get_links(link)[0].get_attr("IFLA_MTU"))
     own = frozenset(
         IPv4Address(address).packed
         for message in addresses
@@ -55,7 +59,8 @@ def look(server: IPv4Address) -> HostView:
         if message["index"] == link
     )
     forwards = _FORWARD.read_text().strip() != "0"
-    return HostView(own, beside if any(server in net for net in beside) else (), towards, forwards)
+    beside = beside if any(server in net for net in beside) else ()
+    return HostView(own, beside, towards, forwards, mtu)
 
 
 class LinkWatcher:

@@ -296,6 +296,7 @@ class Relaying:
             own=self._view.own,
             beside=self._view.beside,
             towards=self._view.towards,
+            mtu=self._view.mtu,
             answers=config.limits_refusal == "reset",
         )
 

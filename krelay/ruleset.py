@@ -15,10 +15,13 @@ packets into `untracked` for a firewall, and the answers of clients' direct conn
     U3       from S to this host (UDP)
     ICMP     errors                                 ICMP     errors, also to this host
 
-ICMP errors may come from any router on the way, and name our packets only in what they quote, which
-iptables doesn't look at: all of them visit the queue, those about others' packets go on untouched.
-No other ICMP does.  What this host tells itself over `lo` is seen once, when it leaves
-(icmperror.py).
+ICMP errors visit the queue only where what they quote may be ours: a packet to or from a server,
+and on the way in also one of this host's own.  Going out it must be one of a service too, or have
+IP options, behind which ports are not looked for: an error that this host makes itself about the
+first packet of a conversation is tied to the same entry of connection tracking, and the kernel
+drops what shares one that isn't confirmed yet instead of queueing it (nf_ct_drop_unconfirmed,
+net/netfilter/nfnetlink_queue.c).  So what the host's firewall rejects is none of ours.  This also
+catches what the host tells itself over `lo` (icmperror.py).  No other ICMP visits the queue.
 
 Datagrams must come whole, or their ports can't be seen.  The kernel reassembles fragments before
 PREROUTING only where something has asked for it; the `socket` match of iptables and `tproxy` of nft
@@ -46,8 +49,11 @@ from krelay.wire import icmp
 ANYONE = IPv4Network("0.0.0.0/0")
 MULTIPORT_MOST = 15
 """Ports in one multiport match; a range counts twice (net/netfilter/xt_multiport.c)."""
-LOOPBACK = IPv4Network("127.0.0.0/8")
-ICMP_ERRORS = tuple(sorted(icmp.ERRORS))
+U32_MOST = 10
+"""Ranges in one u32 test (linux/netfilter/xt_u32.h)."""
+_U32_ICMP = "0>>22&0x3C"
+"""Bytes of the IP header, behind which the ICMP header begins."""
+U32_ERRORS = f"{_U32_ICMP}@0>>24={','.join(map(str, sorted(icmp.ERRORS)))}"
 NEVER = "255.255.255.255"
 DEFAULT_QUEUE = 1600
 
@@ -67,6 +73,11 @@ class RuleSpec:
     servers: tuple[IPv4Address, ...]
     relay_clients: tuple[IPv4Network, ...]
     """Whose UDP packets may need their source changed to the relay's (step U2)."""
+
+
+def _services(spec: RuleSpec) -> Ports:
+    """The ports of both protocols."""
+    return merged([*spec.tcp, *spec.udp])
 
 
 def instance_name(root: str, default_root: str) -> str:
@@ -146,9 +157,10 @@ def nft_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
     servers = "{ " + ", ".join(map(str, spec.servers)) + " }"
     gports = _nft_ports(tuple((p, p) for p in spec.gports))
     queue = f"queue num {spec.queue}"
-    errors = f"icmp type {{ {', '.join(map(str, ICMP_ERRORS))} }} {queue}"
-    pre = ['iifname "lo" return', errors, f"tcp dport {gports} fib daddr type local {queue}"]
-    post = [f"ip daddr != {LOOPBACK} {errors}", 'oifname "lo" return']
+    errors_in, errors_out = _nft_errors(spec)
+    pre = ['iifname "lo" return', *(f"{match} {queue}" for match in errors_in)]
+    post = [*(f"{match} {queue}" for match in errors_out), 'oifname "lo" return']
+    pre.append(f"tcp dport {gports} fib daddr type local {queue}")
     post.append(f"tcp sport {gports} fib saddr type local {queue}")
     if tcp:
         pre += [
@@ -194,6 +206,22 @@ def nft_install(spec: RuleSpec) -> str:
     )
 
 
+def _nft_errors(spec: RuleSpec) -> tuple[list[str], list[str]]:
+    """Which ICMP errors visit the queue: those that come in, those that go out.
+
+    The quoted IP header begins 64 bits behind the ICMP header: its length in 32-bit words at 68,
+    source at 160, destination at 192; without options the ports follow at 224 and 240.
+    """
+    errors = f"icmp type {{ {', '.join(map(str, sorted(icmp.ERRORS)))} }}"
+    servers = "{ " + ", ".join(f"{int(server):#x}" for server in spec.servers) + " }"
+    quoted = (f"{errors} @th,192,32 {servers}", f"{errors} @th,160,32 {servers}")
+    coming = [f"{errors} fib daddr type local", *quoted]
+    if not (ports := _nft_ports(_services(spec))):
+        return coming, []
+    going = [f"{match} @th,{at},16 {ports}" for match, at in zip(quoted, (240, 224), strict=True)]
+    return coming, going + [f"{match} @th,68,4 != 5" for match in quoted]
+
+
 def nft_remove(name: str) -> str:
     """One transaction that takes the rules out, whether they are there or not."""
     return f"add table ip {name}\ndelete table ip {name}\n"
@@ -230,9 +258,11 @@ def iptables_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
     queue = f"-j NFQUEUE --queue-num {spec.queue}"
     to_us, from_us = "-m addrtype --dst-type LOCAL", "-m addrtype --src-type LOCAL"
     gports: Ports = tuple((p, p) for p in spec.gports)
-    errors = [f"-p icmp --icmp-type {number} {queue}" for number in ICMP_ERRORS]
-    into = ["-i lo -j RETURN", *errors]
-    out = [*(f"! -d {LOOPBACK} {rule}" for rule in errors), "-o lo -j RETURN"]
+    errors_in, errors_out = _u32_errors(spec)
+    into = ["-i lo -j RETURN", f"-p icmp -m u32 --u32 {U32_ERRORS} {to_us} {queue}"]
+    into += [f"-p icmp -m u32 --u32 {match} {queue}" for match in errors_in]
+    out = [f"-p icmp -m u32 --u32 {match} {queue}" for match in errors_out]
+    out.append("-o lo -j RETURN")
     into += [f"-p tcp {ports} {to_us} {queue}" for ports in _multiport(gports, "dports")]
     out += [f"-p tcp {ports} {from_us} {queue}" for ports in _multiport(gports, "sports")]
     to_tcp, to_udp = _multiport(spec.tcp, "dports"), _multiport(spec.udp, "dports")
@@ -285,6 +315,23 @@ def _restore(chain: Chain, rules: list[str], hung: frozenset[str]) -> str:
             "",
         ]
     )
+
+
+def _u32_errors(spec: RuleSpec) -> tuple[list[str], list[str]]:
+    """As _nft_errors, in bytes behind the outer header, but for those to this host."""
+    into, out = [], []
+    ports = _services(spec)
+    chunks = [ports[at : at + U32_MOST] for at in range(0, len(ports), U32_MOST)]
+    for server in spec.servers:
+        for address, port in ((24, "28&0xFFFF"), (20, "28>>16")):
+            match = f"{U32_ERRORS}&&{_U32_ICMP}@{address}={int(server):#x}"
+            into.append(match)
+            for chunk in chunks:
+                ranges = ",".join(f"{a}:{b}" if b > a else f"{a}" for a, b in chunk)
+                out.append(f"{match}&&{_U32_ICMP}@{port}={ranges}")
+            if chunks:
+                out.append(f"{match}&&{_U32_ICMP}@8>>24&0xF=6:15")
+    return into, out
 
 
 def _multiport(ports: Ports, which: str) -> list[str]:

@@ -9,6 +9,7 @@ What is decided here for packets that no row claims, and why (K is any address o
 
     to K, a service           a row is made; or, TCP and not a SYN, it goes on untouched and the
                               host refuses it
+    which can't be forwarded  its sender is told so by ICMP, as routers do
     to K, the gateway port    refused with a RST: only rewritten packets may reach tcp-relay
     from a client to S        the client's own connection, seen on its way through this router: its
                               port is noted, so that the relay never uses it (NatTable.saw_direct)
@@ -65,6 +66,8 @@ class Policy:
     server, past the relay."""
     towards: bytes | None = None
     """This host's address on that link."""
+    mtu: int = ipv4.MAX_TOTAL
+    """Bytes that it takes."""
     answers: bool = True
     """Whether who is refused for want of room is told so, by RST or ICMP, or never hears of it."""
 
@@ -302,6 +305,8 @@ class Worker:
                 if opens:
                     return self._open_tcp(src, dst, now).rewrites[Step.T1]
                 if not is_tcp:
+                    if self._ends_here(packet, header, policy.server):
+                        return self._drop("not_forwarded")
                     row = self._open_udp(src, dst, now)
                     return row.by(Side.CLIENT) or Verdict.PASS
                 return self._stray(now)
@@ -310,6 +315,8 @@ class Worker:
             return self._stray(now)
         if hook == Hook.PREROUTING:
             if self._is_minded(proto, dst):
+                if self._ends_here(packet, header, dst.addr):
+                    return self._drop("not_forwarded")
                 moved = self.nat.saw_direct(proto, src, dst, now)
                 return moved or self._pass("direct")
             return self._stray(now)
@@ -321,6 +328,26 @@ class Worker:
                 return moved or self._pass("own")
             return self._pass("own") if opens else self._stray(now)
         return self._stray(now)
+
+    def _ends_here(self, packet: bytes, header: ipv4.Header, server: bytes) -> bool:
+        """Whether this first packet of a flow can't be forwarded; its sender is then told.
+
+        The kernel would tell him, too, but with connection tracking its error would be lost on
+        the way to the queue (ruleset.py); from the second packet on there is nothing to mind.
+        """
+        assert self.policy is not None
+        mtu = self.policy.mtu
+        if header.ttl <= 1:
+            self.answers.append(icmp.time_exceeded(packet, header))
+        elif (
+            header.total > mtu
+            and header.fragment & ipv4.DONT_FRAGMENT
+            and server == self.policy.server
+        ):
+            self.answers.append(icmp.too_big(packet, header, mtu))
+        else:
+            return False
+        return True
 
     def _is_minded(self, proto: Proto, dst: Endpoint) -> bool:
         """Whether new flows or rows that live lead to this port of this server."""

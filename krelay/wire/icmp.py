@@ -103,7 +103,21 @@ def verify(packet: bytes, header: ipv4.Header, quote: Quote) -> None:
 
 def prohibited(packet: bytes, header: ipv4.Header) -> bytes:
     """The error 3/13 about `packet`, to its sender, from the address it was sent to."""
+    return _error(UNREACHABLE, PROHIBITED, 0, packet, header.dst, header.src)
+
+
+def time_exceeded(packet: bytes, header: ipv4.Header) -> bytes:
+    """The error 11/0 about `packet`, from 0.0.0.0: the kernel puts its own address there."""
+    return _error(TIME_EXCEEDED, 0, 0, packet, bytes(4), header.src)
+
+
+def too_big(packet: bytes, header: ipv4.Header, mtu: int) -> bytes:
+    """The error 3/4 about `packet`, likewise; the next link takes `mtu` bytes (RFC 1191)."""
+    return _error(UNREACHABLE, FRAGMENTATION_NEEDED, mtu, packet, bytes(4), header.src)
+
+
+def _error(kind: int, code: int, rest: int, packet: bytes, src: bytes, dst: bytes) -> bytes:
     quoted = packet[: MAX_ERROR - ipv4.MIN_HEADER - HEADER]
-    message = struct.pack("!BBHI", UNREACHABLE, PROHIBITED, 0, 0) + quoted
+    message = struct.pack("!BBHI", kind, code, 0, rest) + quoted
     message = message[:2] + checksum(message).to_bytes(2) + message[4:]
-    return ipv4.build(PROTO, header.dst, header.src, message)
+    return ipv4.build(PROTO, src, dst, message)

@@ -7,7 +7,6 @@ from scratch: every byte must agree, so every checksum is right, the quoted ones
 
 import re
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -16,7 +15,7 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scapy.layers.inet import ICMP, IP, IPOption, in4_chksum
+from scapy.layers.inet import IP, IPOption, in4_chksum
 from scapy.packet import Raw
 from scapy.utils import checksum as scapy_checksum
 
@@ -25,8 +24,8 @@ from krelay.flow import Proto, Source
 from krelay.row import Hook, Step
 from krelay.wire import BadPacket, icmp, ipv4
 from krelay.worker import Policy, Verdict, Worker
+from tests.tools.errors import error
 from tests.tools.packets import (
-    HOSTS,
     Template,
     addr,
     flow,
@@ -38,7 +37,6 @@ from tests.tools.script import HOOKS, RECORD_ROUTE, Host, play
 from tests.tools.strategies import mutated, options, words
 
 RELAY = policy(source=Source.RELAY)
-MTU = 1300
 
 TCP_ROW = """
     0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
@@ -243,28 +241,6 @@ def ready(rows: str) -> tuple[Worker, dict[str, str]]:
                 udp_direct = step is Step.D1 and row.proto is Proto.UDP
                 names["away" if udp_direct else name] = str(rewrite.src.port)
     return host.worker, names
-
-
-def error(
-    text: str,
-    *,
-    packet: Template | None = None,
-    quote: int | None = None,
-    outer: Sequence[IPOption] = (),
-    extension: bytes = b"",
-) -> bytes:
-    """The ICMP error `R > C 3/4 about C:4000 > S:53`, built by scapy.
-
-    It quotes a packet of that flow, like `packet` in all else, whole or `quote` bytes of it.
-    """
-    found = re.fullmatch(r"(\w) > (\w) (\d+)/(\d+) about (.*)", " ".join(text.split()))
-    assert found, text
-    src, dst, kind, code, about = found.groups()
-    quoted = replace(packet, flow=flow(about)) if packet else template(about)
-    mtu = {"nexthopmtu": MTU} if (kind, code) == ("3", "4") else {}
-    head = IP(src=HOSTS[src], dst=HOSTS[dst], id=7, options=list(outer))
-    message = ICMP(type=int(kind), code=int(code), **mtu)
-    return bytes(head / message / Raw(quoted.build()[:quote] + extension))
 
 
 ready_once = lru_cache(ready)

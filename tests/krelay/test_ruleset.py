@@ -15,6 +15,7 @@ from krelay.row import Footprint
 from krelay.ruleset import (
     ANYONE,
     MULTIPORT_MOST,
+    U32_MOST,
     Ports,
     RuleSpec,
     chains,
@@ -57,6 +58,8 @@ def rules(text: str, hook: str) -> list[str]:
     lines = re.findall(rf"^-A krelay-{hook} (.*)$", text, re.MULTILINE)
     return [
         re.sub(r"-m multiport --", "", line)
+        .replace("-p icmp -m u32 --u32 0>>22&0x3C@0>>24=3,11,12", "error")
+        .replace("0>>22&0x3C", "quote")
         .replace("-m addrtype --dst-type LOCAL", "to-us")
         .replace("-m addrtype --src-type LOCAL", "from-us")
         .replace("-j NFQUEUE --queue-num 1600", "Q")
@@ -74,7 +77,9 @@ def lines_of(text: str) -> list[str]:
 def test_the_nft_rules_of_prerouting() -> None:
     assert rules(nft_install(SPEC), "pre") == lines_of("""
         iifname "lo" return
-        icmp type { 3, 11, 12 } Q
+        icmp type { 3, 11, 12 } fib daddr type local Q
+        icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } Q
+        icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } Q
         tcp dport { 16000, 17000 } fib daddr type local Q
         tcp dport { 80, 8000-8100 } fib daddr type local Q
         ip saddr { 192.168.0.1 } tcp sport { 80, 8000-8100 } Q
@@ -88,7 +93,10 @@ def test_the_nft_rules_of_prerouting() -> None:
 
 def test_the_nft_rules_of_postrouting() -> None:
     assert rules(nft_install(SPEC), "post") == lines_of("""
-        ip daddr != 127.0.0.0/8 icmp type { 3, 11, 12 } Q
+        icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } @th,240,16 { 53, 80, 8000-8100 } Q
+        icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } @th,224,16 { 53, 80, 8000-8100 } Q
+        icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } @th,68,4 != 5 Q
+        icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } @th,68,4 != 5 Q
         oifname "lo" return
         tcp sport { 16000, 17000 } fib saddr type local Q
         ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } fib saddr type local Q
@@ -114,9 +122,9 @@ def test_nft_replaces_the_table_in_one_transaction() -> None:
 def test_the_iptables_rules_of_prerouting() -> None:
     assert rules(iptables_install(SPEC, frozenset()), "pre") == lines_of("""
         -i lo -j RETURN
-        -p icmp --icmp-type 3 Q
-        -p icmp --icmp-type 11 Q
-        -p icmp --icmp-type 12 Q
+        error to-us Q
+        error&&quote@24=0xc0a80001 Q
+        error&&quote@20=0xc0a80001 Q
         -p tcp dports 16000,17000 to-us Q
         -p tcp dports 80,8000:8100 to-us Q
         -p udp dports 53 to-us Q
@@ -130,9 +138,10 @@ def test_the_iptables_rules_of_prerouting() -> None:
 
 def test_the_iptables_rules_of_postrouting() -> None:
     assert rules(iptables_install(SPEC, frozenset()), "post") == lines_of("""
-        ! -d 127.0.0.0/8 -p icmp --icmp-type 3 Q
-        ! -d 127.0.0.0/8 -p icmp --icmp-type 11 Q
-        ! -d 127.0.0.0/8 -p icmp --icmp-type 12 Q
+        error&&quote@24=0xc0a80001&&quote@28&0xFFFF=53,80,8000:8100 Q
+        error&&quote@24=0xc0a80001&&quote@8>>24&0xF=6:15 Q
+        error&&quote@20=0xc0a80001&&quote@28>>16=53,80,8000:8100 Q
+        error&&quote@20=0xc0a80001&&quote@8>>24&0xF=6:15 Q
         -o lo -j RETURN
         -p tcp sports 16000,17000 from-us Q
         -d 192.168.0.1 -p tcp dports 80,8000:8100 from-us Q
@@ -143,14 +152,11 @@ def test_the_iptables_rules_of_postrouting() -> None:
 
 
 def test_iptables_hangs_its_chains_first_in_what_leaves_and_then_in_what_comes() -> None:
-    small = replace(SPEC, tcp=(), udp=(), gports=(16000,))
+    small = replace(SPEC, tcp=(), udp=(), gports=(16000,), servers=())
 
     assert iptables_install(small, frozenset()).splitlines() == lines_of("""
         *mangle
         :krelay-post - [0:0]
-        -A krelay-post ! -d 127.0.0.0/8 -p icmp --icmp-type 3 -j NFQUEUE --queue-num 1600
-        -A krelay-post ! -d 127.0.0.0/8 -p icmp --icmp-type 11 -j NFQUEUE --queue-num 1600
-        -A krelay-post ! -d 127.0.0.0/8 -p icmp --icmp-type 12 -j NFQUEUE --queue-num 1600
         -A krelay-post -o lo -j RETURN
         -A krelay-post -p tcp -m multiport --sports 16000 -m addrtype --src-type LOCAL -j NFQUEUE --queue-num 1600
         -I POSTROUTING 1 -j krelay-post
@@ -158,9 +164,7 @@ def test_iptables_hangs_its_chains_first_in_what_leaves_and_then_in_what_comes()
         *raw
         :krelay-pre - [0:0]
         -A krelay-pre -i lo -j RETURN
-        -A krelay-pre -p icmp --icmp-type 3 -j NFQUEUE --queue-num 1600
-        -A krelay-pre -p icmp --icmp-type 11 -j NFQUEUE --queue-num 1600
-        -A krelay-pre -p icmp --icmp-type 12 -j NFQUEUE --queue-num 1600
+        -A krelay-pre -p icmp -m u32 --u32 0>>22&0x3C@0>>24=3,11,12 -m addrtype --dst-type LOCAL -j NFQUEUE --queue-num 1600
         -A krelay-pre -p tcp -m multiport --dports 16000 -m addrtype --dst-type LOCAL -j NFQUEUE --queue-num 1600
         -A krelay-pre -d 255.255.255.255/32 -p udp --dport 0 -m socket -j RETURN
         -I PREROUTING 1 -j krelay-pre
@@ -200,21 +204,21 @@ def test_iptables_removes_what_is_there_beginning_with_what_comes() -> None:
 # Both
 
 
-@pytest.mark.parametrize(
-    ("text", "icmp"), [(nft_install(SPEC), 2), (iptables_install(SPEC, frozenset()), 6)]
-)
-def test_no_rule_lets_packets_by_when_nobody_serves_the_queue(text: str, icmp: int) -> None:
+@pytest.mark.parametrize("text", [nft_install(SPEC), iptables_install(SPEC, frozenset())])
+def test_no_rule_lets_packets_by_when_nobody_serves_the_queue(text: str) -> None:
     assert "bypass" not in text
-    assert text.count("queue num 1600") + text.count("--queue-num 1600") == 12 + icmp
+    assert text.count("queue num 1600") + text.count("--queue-num 1600") == 12 + 7
 
 
 def test_each_server_has_its_rules() -> None:
     two = replace(SPEC, servers=(S, Z))
 
     assert "ip saddr { 192.168.0.1, 192.168.0.99 }" in nft_install(two)
+    assert "@th,192,32 { 0xc0a80001, 0xc0a80063 }" in nft_install(two)
     text = iptables_install(two, frozenset())
     assert text.count("-s 192.168.0.1 ") == text.count("-s 192.168.0.99 ") == 3
     assert text.count("-d 192.168.0.1 ") == text.count("-d 192.168.0.99 ") == 5
+    assert text.count("@24=0xc0a80001") == text.count("@24=0xc0a80063") == 3
 
 
 def test_without_clients_of_source_relay_no_udp_packet_to_the_server_is_queued_twice() -> None:
@@ -245,7 +249,7 @@ def test_no_service_of_a_protocol_makes_no_rule_of_it_but_the_gateways(
             rule
             for hook in ("pre", "post")
             for rule in rules(text, hook)
-            if "Q" in rule and "16000" not in rule and "icmp" not in rule
+            if "Q" in rule and "16000" not in rule and not rule.startswith(("icmp", "error"))
         ]
         assert services
         assert all(other in rule for rule in services)
@@ -274,6 +278,23 @@ def test_fifteen_single_ports_fill_one_match() -> None:
         spec = replace(SPEC, tcp=tuple((p, p) for p in range(1, 2 * count, 2)), udp=())
         text = iptables_install(spec, frozenset())
         assert text.count("-A krelay-pre -p tcp -m multiport --dports") == 1 + expected
+
+
+@given(port_ranges)
+def test_u32_tests_have_ten_slots_and_name_every_port_once(
+    ranges: list[tuple[int, int]],
+) -> None:
+    spec = replace(SPEC, tcp=merged(ranges), udp=())
+    text = iptables_install(spec, frozenset())
+
+    named: list[int] = []
+    for match in re.findall(r"@28&0xFFFF=(\S+) ", text):
+        parts = match.split(",")
+        assert len(parts) <= U32_MOST
+        for part in parts:
+            low, _, high = part.partition(":")
+            named += range(int(low), int(high or low) + 1)
+    assert named == sorted({p for low, high in ranges for p in range(low, high + 1)})
 
 
 # merged

@@ -44,7 +44,8 @@ RESTLESS = re.compile(r"counter packets \d+ bytes \d+|\[\d+:\d+\]|^#.*\n", re.MU
 class World:
     """A lab and what runs in it.
 
-    `tree` names the file tree below the lab's directory; `backends` are the lab's.
+    `tree` names the file tree below the lab's directory; `backends` are the lab's; `behind` is the
+    host on the relay's link towards the server, if that is a router.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class World:
         topology: Topology = TOPOLOGY,
         tree: str = "run",
         backends: str | Mapping[str, str] = "netns",
+        behind: str = "server",
     ) -> None:
         self.lab = Lab(topology, backends=backends)
         self.patience = PATIENCE_VM if self.lab.backends else PATIENCE
@@ -59,6 +61,7 @@ class World:
         self.krelay_process: Program
         self.tcp_relay_process: Program
         self._tree = tree
+        self._behind = behind
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
@@ -66,7 +69,7 @@ class World:
         relay_is_machine = "relay" in self.lab.backends
         self.root = Path(DEFAULT_ROOT) if relay_is_machine else self.lab.directory / self._tree
         self.client = self.lab.address("client")
-        self.relay = self.lab.address("relay", towards="server")
+        self.relay = self.lab.address("relay", towards=self._behind)
         """The address that clients ask."""
         self.server = self.lab.address("server")
         return self
