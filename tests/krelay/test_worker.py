@@ -387,6 +387,51 @@ def test_two_clients_of_source_relay_get_two_ports_towards_the_server() -> None:
     )
 
 
+# Packets that can't be forwarded
+
+
+@pytest.mark.parametrize("to", ["K:53", "S:53"], ids=["relayed", "direct"])
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ({"ttl": 2, "payload": bytes(1172)}, None),
+        ({"ttl": 1}, (11, 0, 0)),
+        ({"ttl": 0}, (11, 0, 0)),
+        ({"payload": bytes(1173)}, (3, 4, 1200)),
+        ({"payload": bytes(1173), "fragment": 0}, None),
+    ],
+)
+def test_a_first_packet_that_can_go_no_further_is_answered_by_icmp(
+    to: str, what: dict[str, object], told: tuple[int, int, int] | None
+) -> None:
+    host = Host(policy(mtu=1200))
+    packet = template(f"C:4000 > {to}", **what).build()
+    got = host.worker.handle(packet, Hook.PREROUTING, 0)
+
+    if told is None:
+        assert (got is Verdict.PASS) == (to == "S:53")
+        assert not host.worker.answers
+        return
+    assert got is Verdict.DROP
+    assert host.worker.counts.dropped == {"not_forwarded": 1}
+    assert len(host.nat) == 0
+    [answer] = host.worker.answers
+    error = IP(answer)
+    assert (error.src, error.dst) == ("0.0.0.0", "10.0.0.1")  # the kernel knows its address best
+    assert (error[ICMP].type, error[ICMP].code, error[ICMP].nexthopmtu or 0) == told
+    assert answer[28:] == packet[:548]
+
+
+def test_to_a_server_that_is_no_longer_the_server_another_link_may_lead() -> None:
+    host = Host(policy(mtu=1200))
+    host.run(0, "pre", "C:4000 > K:53")
+    host.run(0, "set", "server=Z")
+    host.worker.policy = replace(policy(mtu=1200), server=addr("Z"))
+    large = template("C:4001 > S:53", payload=bytes(1400)).build()
+
+    assert host.worker.handle(large, Hook.PREROUTING, 0) is Verdict.PASS
+
+
 # Packets that open nothing
 
 
