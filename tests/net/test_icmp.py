@@ -308,7 +308,7 @@ def test_curl_downloads_and_uploads_over_the_narrow_link(relayed: World) -> None
     body = relayed.lab.directory / "body"
     body.write_bytes(bytes(range(256)) * 4000)
     files = relayed.lab.directory / "nginx-server/www/files"
-    files.mkdir(parents=True)
+    files.mkdir(parents=True, exist_ok=True)
     (files / "blob").write_bytes(body.read_bytes())
     got = relayed.lab.directory / "got"
     url = f"http://{relayed.relay}:8080"
