@@ -2,18 +2,29 @@
 
 Packets are those of randomly chosen rows, so that large tables cost the misses of the cache that
 they cost in earnest.  The collector is off, as in the daemon.
+
+What it costs that packets could be traced, while nobody does, is shown by a twin of `handle` from
+whose source the tracing was cut out.
 """
 
+import ast
 import gc
+import inspect
+import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
+from statistics import median
+from types import MethodType
 
 from benchmarks.figures import Goal
 from benchmarks.ground import Progress, Wish
+from krelay import worker as worker_module
 from krelay.flow import Endpoint, Proto, Source
 from krelay.nat import Limits, NatTable
-from krelay.row import Hook
+from krelay.row import Hook, Rewrite
+from krelay.trace import Lines, Recorder
+from krelay.tracefile import Capture
 from krelay.tracker import Side
 from krelay.wire import tcp
 from krelay.worker import Policy, Verdict, Worker
@@ -23,11 +34,35 @@ SIZES = (10, 1_000, 50_000)
 UNIT = "ns a packet"
 NAME = "{}, {:,} rows"
 KINDS = ("UDP", "TCP", "miss")
-GOALS = tuple(
-    Goal(f"{kind}, 50,000 rows to 10", NAME.format(kind, SIZES[-1]), NAME.format(kind, SIZES[0]))
-    for kind in KINDS
+TRACED_SIZE = 1_000
+CUT_OUT, LINES, CAPTURED = "tracing cut out", "shown as lines", "captured"
+PRESENT = "tracing there, nobody traces"
+
+
+def _traced(kind: str, how: str) -> str:
+    return f"{NAME.format(kind, TRACED_SIZE)}, {how}"
+
+
+GOALS = (
+    *(
+        Goal(f"{kind}, 50,000 rows to 10", NAME.format(kind, 50_000), NAME.format(kind, 10))
+        for kind in KINDS
+    ),
+    *(
+        Goal(
+            f"{kind}, nobody traces, to no tracing", _traced(kind, PRESENT), _traced(kind, CUT_OUT)
+        )
+        for kind in KINDS
+    ),
+    *(
+        Goal(f"{kind}, {how}, to nobody traces", _traced(kind, how), _traced(kind, PRESENT))
+        for how in (LINES, CAPTURED)
+        for kind in ("UDP", "TCP")
+    ),
 )
 _PACKETS = 4096
+_TURN = 256
+"""Packets of a turn: done before another program has the processor."""
 _LEAST_SECONDS = 0.2
 _RELAY, _SERVER = Endpoint.parse("10.0.0.254:5000"), Endpoint.parse("192.168.0.1:5000")
 _GPORT = 16000
@@ -38,37 +73,83 @@ def about() -> tuple[str, ...]:
     return (
         f"{_PACKETS:,} packets of 64 bytes of randomly chosen rows, over and over, at PREROUTING. "
         "A miss is a UDP packet that no row and no service asks for: it takes the general path.",
+        "Tracing cut out: `handle` without the few lines that ask whether somebody traces; both by "
+        "turns, and of each the best turn. Lines and captures are made and thrown away.",
     )
 
 
 def measure(wish: Wish, progress: Progress) -> None:
     """Takes the readings."""
     work = [(NAME.format(kind, size), *_prepared(kind, size)) for size in SIZES for kind in KINDS]
+    pairs = [(kind, *_prepared(kind, TRACED_SIZE)) for kind in KINDS]
+    traced = [
+        (_traced(kind, how), *_prepared(kind, TRACED_SIZE, recorder))
+        for how, recorder in ((LINES, Lines()), (CAPTURED, Capture(0)))
+        for kind in ("UDP", "TCP")
+    ]
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
         for turn in range(wish.rounds):
-            for name, worker, packets in work:
-                progress.take(turn, wish.rounds, name, UNIT, _nanoseconds(worker, packets))
+            for name, worker, packets in (*work, *traced):
+                [costs] = _nanoseconds([worker.handle], packets)
+                progress.take(turn, wish.rounds, name, UNIT, median(costs))
+            for kind, worker, packets in pairs:
+                twin = MethodType(_without_tracing(), worker)
+                both = _nanoseconds([worker.handle, twin], packets)
+                for how, costs in zip((PRESENT, CUT_OUT), both, strict=True):
+                    progress.take(turn, wish.rounds, _traced(kind, how), UNIT, min(costs))
     finally:
         gc.enable()
         gc.unfreeze()
 
 
-def _nanoseconds(worker: Worker, packets: Sequence[bytes]) -> float:
-    handle, hook, count = worker.handle, int(Hook.PREROUTING), 0
-    began = now = time.perf_counter_ns()
-    while now - began < _LEAST_SECONDS * 1e9:
-        for packet in packets:
-            handle(packet, hook, 1.0)
-        count += len(packets)
-        now = time.perf_counter_ns()
-    return (now - began) / count
+class _Cut(ast.NodeTransformer):
+    """Takes out what asks for a tracer."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        self.generic_visit(node)
+        return None if "self.on_rewrite" in ast.unparse(node.test) else node
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        return node.body if "self.on_untouched" in ast.unparse(node.test) else node
 
 
-def _prepared(kind: str, size: int) -> tuple[Worker, list[bytes]]:
-    """A worker with that many rows, and packets for it."""
+def _without_tracing() -> Callable[..., bytes | Verdict]:
+    """Worker.handle as if nobody could trace."""
+    whole = textwrap.dedent(inspect.getsource(Worker.handle))
+    cut = ast.unparse(ast.fix_missing_locations(_Cut().visit(ast.parse(whole))))
+    assert "self.on_" in whole
+    assert "self.on_" not in cut
+    made: dict[str, Callable[..., bytes | Verdict]] = {}
+    exec(compile(cut, "handle without tracing", "exec"), vars(worker_module), made)
+    return made["handle"]
+
+
+def _nanoseconds(
+    handles: Sequence[Callable[[bytes, int, float], bytes | Verdict]], packets: Sequence[bytes]
+) -> list[list[float]]:
+    """What a packet costs each of them, in many short turns; each is the first in its turn."""
+    hook, clock = int(Hook.PREROUTING), time.perf_counter_ns
+    found: list[list[float]] = [[] for _ in handles]
+    order = list(range(len(handles)))
+    slices = [packets[at : at + _TURN] for at in range(0, len(packets), _TURN)]
+    until = clock() + _LEAST_SECONDS * 1e9 * len(handles)
+    while clock() < until:
+        for some in slices:
+            for number in order:
+                handle = handles[number]
+                began = clock()
+                for packet in some:
+                    handle(packet, hook, 1.0)
+                found[number].append((clock() - began) / len(some))
+            order.append(order.pop(0))
+    return found
+
+
+def _prepared(kind: str, size: int, recorder: Recorder | None = None) -> tuple[Worker, list[bytes]]:
+    """A worker with that many rows, and packets for it; all that is rewritten is recorded."""
     rng = Random(size)
     nat = NatTable(Limits(flows=2 * size, flows_per_client=2 * size), rng=rng)
     worker = Worker(nat)
@@ -91,6 +172,12 @@ def _prepared(kind: str, size: int) -> tuple[Worker, list[bytes]]:
     packets = [_packet(proto, rng.choice(clients), to) for _ in range(_PACKETS)]
     verdict = worker.handle(packets[0], Hook.PREROUTING, 0.0)
     assert (verdict is Verdict.PASS) == (kind == "miss"), verdict
+    if recorder is not None:
+
+        def record(rewrite: Rewrite, before: bytes, after: bytes) -> None:
+            recorder.rewritten(rewrite, before, after, time.time_ns())
+
+        worker.on_rewrite = record
     return worker, packets
 
 

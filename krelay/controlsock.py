@@ -33,7 +33,8 @@ CAPTURE_BUFFER = 4 << 20
 """The same for a capture, and as much again in the kernel: of each packet all bytes are shown,
 twice, and some hundred packets come in a turn."""
 
-_SO_SNDBUFFORCE = 32  # asm-generic/socket.h: beyond net.core.wmem_max, with CAP_NET_ADMIN
+# asm-generic/socket.h: beyond net.core.wmem_max, with CAP_NET_ADMIN.  The kernel doubles it.
+_SO_SNDBUFFORCE = 32
 
 
 class ControlSocket:
@@ -260,7 +261,7 @@ class _Client:
         if asked.pcap:
             self._room = CAPTURE_BUFFER
             with suppress(OSError):  # the usual buffer will do; more is lost
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, CAPTURE_BUFFER)
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, CAPTURE_BUFFER // 2)
             host = os.uname()
             system = f"{host.sysname} {host.release}"
             self._recorder = Capture(time.time_ns(), hardware=host.machine, os=system, asked=words)

@@ -42,6 +42,8 @@ class Endpoint(NamedTuple):
     @property
     def host(self) -> str:
         """The address as text."""
+        if len(self.addr) == 4:  # a fifth of the cost, and a trace shows four for each packet
+            return ".".join(map(str, self.addr))
         return str(ip_address(self.addr))
 
     @property

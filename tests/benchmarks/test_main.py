@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import MethodType
 
 import pytest
 
@@ -62,5 +63,21 @@ def test_the_micro_benchmark_reads_each_kind_at_each_size_each_round(
     monkeypatch.setattr(micro, "SIZES", (1, 10))
     progress = Progress("micro")
     micro.measure(Wish(rounds=2, seconds=1), progress)
-    assert len(progress.readings) == len(micro.KINDS) * 2
+    kinds = len(micro.KINDS)
+    assert len(progress.readings) == kinds * 2 + kinds * 2 + 4
+    named = {goal.above for goal in micro.GOALS[kinds:]} | {
+        str(goal.below) for goal in micro.GOALS[kinds:]
+    }
+    assert named <= {name for name, _ in progress.readings}
     assert all(len(values) == 2 and min(values) > 0 for values in progress.readings.values())
+
+
+def test_the_twin_without_tracing_does_the_same_but_tells_nobody() -> None:
+    worker, packets = micro._prepared("TCP", 5)
+    twin = MethodType(micro._without_tracing(), worker)
+    told: list[object] = []
+    worker.on_rewrite = lambda *what: told.append(what)
+    became = [twin(packet, 0, 1.0) for packet in packets[:50]]
+    assert not told
+    assert became == [worker.handle(packet, 0, 1.0) for packet in packets[:50]]
+    assert len(told) == 50

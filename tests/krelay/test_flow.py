@@ -17,6 +17,10 @@ def test_an_endpoint_is_read_as_it_is_written(addr: bytes, port: int) -> None:
     assert str(endpoint) == ".".join(map(str, addr)) + f":{port}"
 
 
+def test_an_address_of_another_family_has_its_own_text() -> None:
+    assert Endpoint(bytes(15) + b"\1", 80).host == "::1"
+
+
 @given(endpoints)
 def test_on_the_wire_the_address_comes_first(endpoint: Endpoint) -> None:
     assert endpoint.wire == endpoint.addr + bytes((endpoint.port >> 8, endpoint.port & 0xFF))
