@@ -17,6 +17,7 @@ SOFT = {"libcrc32c": ("crc32c_generic",)}
 RELAY = {
     "uml": (
         *("nfnetlink_queue", "xt_NFQUEUE", "xt_socket", "xt_multiport", "xt_addrtype", "xt_tcpudp"),
+        "xt_u32",
         *("iptable_raw", "iptable_mangle", "iptable_filter", "nf_conntrack", "xt_conntrack"),
     ),
     "qemu": (
