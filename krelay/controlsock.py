@@ -20,7 +20,7 @@ from krelay.row import Rewrite
 from krelay.trace import REWRITE, WORDS, Lines, Recorder, Untouched
 from krelay.tracefile import Capture
 from krelay.unixsock import Peer, UnixListener
-from krelay.worker import Counts, Verdict, Worker
+from krelay.worker import Verdict, Worker
 
 IDLE = 60.0
 """Seconds."""
@@ -66,7 +66,7 @@ class ControlSocket:
             self._loop,
             connection,
             self._relay,
-            self._worker.counts,
+            self._worker,
             self._left,
             self._tracing_changed,
         )
@@ -107,14 +107,14 @@ class _Client:
         loop: Loop,
         connection: socket.socket,
         relay: Relay,
-        counts: Counts,
+        worker: Worker,
         left: "Callable[[_Client], object]",
         tracing_changed: Callable[[], object],
     ) -> None:
         self._loop = loop
         self._socket = connection
         self._relay = relay
-        self._counts = counts
+        self._worker = worker
         self._left = left
         self._tracing_changed = tracing_changed
         self._in = b""
@@ -148,7 +148,7 @@ class _Client:
     def _has_room(self, what: Rewrite | Untouched) -> bool:
         if len(self._out) > self._room:
             self._recorder.missed(what)
-            self._counts.trace_lost += 1
+            self._worker.counts.trace_lost += 1
             return False
         if not self._out:
             self._heard_at = self._loop.now  # from now on something waits for it
@@ -264,11 +264,17 @@ class _Client:
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, CAPTURE_BUFFER // 2)
             host = os.uname()
             system = f"{host.sysname} {host.release}"
-            self._recorder = Capture(time.time_ns(), hardware=host.machine, os=system, asked=words)
+            self._recorder = Capture(
+                time.time_ns(), hardware=host.machine, os=system, asked=words, is_own=self._is_own
+            )
         self._out += self._recorder.begin()
         self._tracing_changed()
         if self._ended:
             self._end_capture()
+
+    def _is_own(self, address: bytes) -> bool:
+        policy = self._worker.policy
+        return policy is not None and address in policy.own
 
     def _end_capture(self) -> None:
         """Who half-closes has had enough of a capture; lines go on, for `echo trace | socat`."""

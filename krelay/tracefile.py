@@ -14,10 +14,12 @@ twice it would pass for one sent twice.  A packet that wasn't rewritten is there
 its verdict and the reason, and what krelay answered behind it.
 """
 
+from collections.abc import Callable
+
 from krelay.flow import Endpoint
 from krelay.row import Hook, Rewrite, Step
 from krelay.trace import WORDS, Untouched
-from krelay.wire import pcapng
+from krelay.wire import icmp, pcapng
 
 CLIENT, INSIDE, SERVER = 0, 1, 2
 PLACES = {
@@ -43,17 +45,28 @@ WHERE = {
 
 MOST_NAMES = 4096
 """Addresses that are named; there may be a client for every packet."""
+_ICMP = bytes((icmp.PROTO,))
 _REMEMBERED = 4096  # rewrites whose options are kept
 
 
 class Capture:
     """A Recorder.  What it gives is whole blocks, so the file can be cut behind each.
 
-    `at` is when it begins; the texts tell on what and for what it was made.
+    `at` is when it begins; the texts tell on what and for what it was made.  `is_own` tells
+    addresses of this host, whose own ICMP errors were on no wire before.
     """
 
-    def __init__(self, at: int, *, hardware: str = "", os: str = "", asked: str = "") -> None:
+    def __init__(
+        self,
+        at: int,
+        *,
+        hardware: str = "",
+        os: str = "",
+        asked: str = "",
+        is_own: Callable[[bytes], bool] = lambda _: False,
+    ) -> None:
         self._about = (hardware, os, asked)
+        self._is_own = is_own
         self._began = at
         self._packets = 0
         self._seen = [0] * len(PLACES)
@@ -80,6 +93,9 @@ class Capture:
             named = self._new_names(rewrite)
             known = self._options_of(rewrite)
         self._packets += 1
+        if before[9:10] == _ICMP and self._is_own(before[12:16]):
+            comment = f"{rewrite.step.label} before flow {rewrite.row.id}"
+            came, known = INSIDE, (pcapng.options(None, comment), known[1])
         if before == after:
             comment = f"{rewrite.step.label} unchanged flow {rewrite.row.id}"
             place, outbound = (came, False) if went == INSIDE else (went, True)  # on a wire

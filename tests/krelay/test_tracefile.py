@@ -10,6 +10,8 @@ from krelay.nat import NatTable
 from krelay.row import Hook, Step
 from krelay.trace import Untouched, sight
 from krelay.tracefile import MOST_NAMES, PLACES, WHERE, Capture
+from krelay.wire import ipv4
+from krelay.wire.checksum import checksum
 from krelay.worker import Verdict
 from tests.tools.captures import Read, assert_sound, need_tshark, slow_read, tshark
 from tests.tools.packets import addr, at, policy, template
@@ -32,7 +34,13 @@ class Recorded:
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self.capture = Capture(AT, hardware="x86_64", os="Linux 6.1", asked="trace pcap")
+        self.capture = Capture(
+            AT,
+            hardware="x86_64",
+            os="Linux 6.1",
+            asked="trace pcap",
+            is_own={addr("K"), addr("G")}.__contains__,
+        )
         self.file = bytearray(self.capture.begin())
         self.now = AT
         host.worker.on_rewrite = lambda rewrite, before, after: self._add(
@@ -213,6 +221,25 @@ def test_what_was_not_rewritten_is_there_with_the_reason_and_its_answers() -> No
     told = Untouched(packet, Hook.PREROUTING, Verdict.DROP, "recovering", from_server=True)
     found.file += found.capture.untouched(told, AT)
     assert found.frames()[-1][:2] == ("server side", "drop recovering")
+
+
+def test_an_error_that_the_relay_made_was_on_no_wire_before() -> None:
+    found = recorded("pre C:4000 > K:53")
+    about = template("C:4000 > S:53").build()
+    message = b"\x03\x04\0\0\0\0\5\x14" + about
+    message = message[:2] + checksum(message).to_bytes(2) + message[4:]
+    for src in ("Z", "K"):
+        error = ipv4.build(1, addr(src), addr("C"), message)
+        assert isinstance(found.host.worker.handle(error, Hook.POSTROUTING, 0), bytes)
+    sent = [(place, comment, flags) for place, comment, _, flags in found.frames()[2:]]
+
+    after = ("client side", "U3,U4 after flow 1", 2)
+    assert sent == [
+        ("server side", "U3,U4 before flow 1", 1),
+        after,
+        ("inside", "U3,U4 before flow 1", None),
+        after,
+    ]
 
 
 def test_what_is_lost_stands_in_the_next_frame_of_each_place_and_at_the_end() -> None:
