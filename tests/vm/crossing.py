@@ -32,6 +32,8 @@ NAME = "www.crossing.test"
 ANSWERS = {"server": "192.0.2.71", "server2": "192.0.2.72"}
 """What each server's dnsmasq answers for NAME."""
 GPORT, OTHER_GPORT = 18000, 18001
+RULES = {"uml": "iptables-legacy", "qemu": "nft"}
+"""How a kernel of that kind is told what to queue."""
 SIZE = 20_000_000
 PARTS = (
     "boot", "begin", "nslookup", "dig", "wget", "curl", "download", "upload", "off, on", "gport",
@@ -66,8 +68,9 @@ def cross(
     clock = Clock(tell)
     with World(TOPOLOGY, backends={"client": ends, "server": ends, "relay": relay}) as world:
         clock.lap("boot")
-        _serve(world, size)
+        serve(world, size)
         world.begin(services="tcp/80 udp/53", gport=GPORT)
+        _same("rules", f"rules={RULES.get(relay, '')}" in world.krelay_process.output, True)
         clock.lap("begin")
         for part, act in (
             ("nslookup", _nslookup), ("dig", _dig), ("wget", _wget), ("curl", _curl),
@@ -82,17 +85,18 @@ def cross(
     return clock.seconds
 
 
-def _serve(world: World, size: int) -> None:
+def serve(world: World, size: int) -> None:
+    """DNS and HTTP on both servers, whose answers differ; on the first one a file of that size."""
     for host, answer in ANSWERS.items():
         world.nginx(host, 80)
         world.dnsmasq(host, 53, {NAME: answer})
-        (_files(world, host) / "whose").write_text(host + "\n")
-    content = random.Random(size).randbytes(size)
-    for path in (_files(world, "server") / "big", world.lab.directory / "big"):
+        (files(world, host) / "whose").write_text(host + "\n")
+    content = random.Random(size).randbytes(size)  # the same each time
+    for path in (files(world, "server") / "big", world.lab.directory / "big"):
         path.write_bytes(content)
 
 
-def _files(world: World, host: str) -> Path:
+def files(world: World, host: str) -> Path:
     """What its nginx serves below /files/."""
     return world.lab.directory / f"nginx-{host}" / "www" / "files"
 
@@ -151,7 +155,7 @@ def _upload(world: World) -> None:
     status = ("-o", "/dev/null", "-w", "%{http_code}")
     put = ("curl", "-sS", "-m50", *status, "-T", f"{world.lab.directory}/big", url)
     _same("status of the upload", world.run("client", *put), "201")
-    found = _digest(_files(world, "server") / "from-client")
+    found = _digest(files(world, "server") / "from-client")
     _same("SHA-256 of the upload", found, _digest(world.lab.directory / "big"))
 
 
