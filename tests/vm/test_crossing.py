@@ -10,6 +10,7 @@ def marks(*backends: str) -> pytest.MarkDecorator:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("ends", "relay"), [pytest.param(*pair, marks=marks(*pair)) for pair in COMBINATIONS]
 )

@@ -10,7 +10,7 @@ from tests.net.world import World
 from tests.vm.crossing import TOPOLOGY, files, serve
 from vm import Program
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 STALL = 10.0
 """Seconds: what tcp-relay has unless told otherwise."""
