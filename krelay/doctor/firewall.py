@@ -22,7 +22,7 @@ EPHEMERAL = (1024, 65535)
 """Where a port of a client's choosing may lie."""
 HIGHEST_PRIORITY, LOWEST_PRIORITY = -(1 << 31), (1 << 31) - 1
 CONNTRACK_PRIORITY = -200
-"""NF_IP_PRI_CONNTRACK (linux/netfilter_ipv4.h): before it nothing has a state."""
+"""NF_IP_PRI_CONNTRACK (linux/netfilter_ipv4.h): before it everything is `invalid` (nft_ct.c)."""
 MOST_JUMPS = 32
 """nf_tables allows 16 (NFT_JUMP_STACK_SIZE); iptables refuses loops."""
 
@@ -164,7 +164,10 @@ class _Walk:
     def base(self, base: Chain) -> bool:
         """Whether the packet may come out of it as it was."""
         self._ends = []
-        if self._follow(base, base.priority, 0):
+        early = base.hook == "ingress" or (
+            base.hook in ("prerouting", "output") and base.priority < CONNTRACK_PRIORITY
+        )
+        if self._follow(base, early, 0):
             self._ends.append(_End(base.policy, base, None))
         unharmed = any(end.kind == "accept" for end in self._ends)
         told = [end for end in self._ends if end.kind != "accept"]
@@ -175,20 +178,20 @@ class _Walk:
             self.fates.append(Fate(end.kind, base, end.chain, end.rule, certain))  # type: ignore[arg-type]
         return unharmed or not certain or told[0].kind == "snat"
 
-    def _follow(self, chain: Chain, priority: int, depth: int) -> bool:
+    def _follow(self, chain: Chain, early: bool, depth: int) -> bool:
         """Collects how it may end in this chain; whether it may reach the chain's end."""
         if depth > MOST_JUMPS:
             return True
         leaves = False  # by a return or goto that may apply
         for rule in chain.rules:
-            answer = self._applies(rule, priority)
+            answer = self._applies(rule, early)
             if answer is False:
                 continue
             kind = rule.verdict.kind
             if kind in ("jump", "goto"):
                 key = (chain.tool, chain.family, chain.table, rule.verdict.target)
                 target = self._chains.get(key)
-                falls = self._follow(target, priority, depth + 1) if target else True
+                falls = self._follow(target, early, depth + 1) if target else True
                 if answer and (kind == "goto" or not falls):
                     return leaves or falls
                 leaves |= kind == "goto" and falls
@@ -206,8 +209,8 @@ class _Walk:
                     return leaves
         return True
 
-    def _applies(self, rule: Rule, priority: int) -> bool | None:
-        answers = [(match, holds(match, self.packet, priority)) for match in rule.matches]
+    def _applies(self, rule: Rule, early: bool) -> bool | None:
+        answers = [(match, holds(match, self.packet, early)) for match in rule.matches]
         if any(answer is False for _, answer in answers):
             return False
         unknown = [match for match, answer in answers if answer is None]
@@ -221,13 +224,18 @@ class _Walk:
         return None
 
 
-def holds(match: Match, packet: Packet, priority: int = 0) -> bool | None:
-    """Whether it holds for the packet in a chain of that priority; None if that can't be told."""
-    answer = _holds(match, packet, priority)
+def holds(match: Match, packet: Packet, early: bool = False) -> bool | None:
+    """Whether it holds for the packet, `early`: before connection tracking has seen it.
+
+    None if that can't be told.
+    """
+    if match.field == "direction" and (not packet.tracked or early):
+        return None if packet.tracked is None else False  # no connection that has one
+    answer = _holds(match, packet, early)
     return answer if answer is None else answer is not match.negated
 
 
-def _holds(match: Match, packet: Packet, priority: int) -> bool | None:
+def _holds(match: Match, packet: Packet, early: bool) -> bool | None:
     values = match.values
     match match.field:
         case "proto":
@@ -247,8 +255,10 @@ def _holds(match: Match, packet: Packet, priority: int) -> bool | None:
         case "state":
             if packet.tracked is None:
                 return None
-            if not packet.tracked or priority < CONNTRACK_PRIORITY:
+            if not packet.tracked:
                 return "untracked" in values
+            if early:
+                return "invalid" in values
             return ("established" if packet.reply else "new") in values
         case "direction":
             return ("reply" if packet.reply else "original") in values
@@ -264,7 +274,7 @@ def _holds(match: Match, packet: Packet, priority: int) -> bool | None:
             assert isinstance(mask, int)
             return None if packet.mark is None else packet.mark & mask == value
         case "any of":
-            return _any_of(packet, values, priority)
+            return _any_of(packet, values, early)
         case "never":
             return False
         case _:
@@ -310,12 +320,12 @@ def _flags(packet: Packet, values: tuple[object, ...]) -> bool | None:
     return bool(({"ack"} if packet.reply else {"syn"}) & mask == wanted)
 
 
-def _any_of(packet: Packet, options: tuple[object, ...], priority: int) -> bool | None:
+def _any_of(packet: Packet, options: tuple[object, ...], early: bool) -> bool | None:
     """Whether all conditions of one of the options hold."""
     result: bool | None = False
     for option in options:
         assert isinstance(option, tuple)
-        answers = {holds(match, packet, priority) for match in option}
+        answers = {holds(match, packet, early) for match in option}
         if False in answers:
             continue
         if None not in answers:

@@ -269,7 +269,7 @@ class _Gatherer:
         if not shutil.which("nft"):
             return (), []
         listing = json.loads(_run("nft", "-j", "list", "ruleset") or '{"nftables": []}')
-        text = _run("nft", "-a", "-n", "list", "ruleset")
+        text = _run("nft", "-a", "list", "ruleset")
         self._made_by_iptables = nftrules.made_by_iptables(listing)
         found = nftrules.chains(listing, text)
         ours = [c for c in found if c.family == "ip" and ruleset.instance_of(c.table)]

@@ -108,7 +108,7 @@ def passages(facts: Facts) -> Iterator[Passage]:
                     *comes(asked, ports, "from clients"),
                     Stage("prerouting", u1._replace(oif=""), ports, "from clients", AFTER_OURS),
                     Stage("forward", u1, ports, "to the server"),
-                    Stage("postrouting", u1._replace(iif=""), ports, "to the server"),
+                    Stage("postrouting", u1, ports, "to the server"),
                 ),
             )
             u3 = Packet("udp", server, ports[0], client, None, far, near, reply=True)
@@ -118,7 +118,7 @@ def passages(facts: Facts) -> Iterator[Passage]:
                     *comes(u3._replace(oif=""), ports, "from the server"),
                     Stage("prerouting", u3._replace(oif=""), ports, "from the server", AFTER_OURS),
                     Stage("forward", u3, ports, "to clients"),
-                    Stage("postrouting", u3._replace(iif=""), ports, "to clients"),
+                    Stage("postrouting", u3, ports, "to clients"),
                 ),
             )
 

@@ -61,7 +61,7 @@ def works(world: World) -> bool:
 def test_a_host_in_order_is_ok_before_and_while_it_relays(ready: World) -> None:
     before = ready.rules()
     for number in range(2):
-        status, findings = doctor(ready, "--client", ready.client)
+        status, findings = doctor(ready, ready.client)
         wrong = [f for f in findings if f["level"] != "ok"]
         if number == 0:
             (told,) = wrong
@@ -130,7 +130,7 @@ def test_a_strict_rp_filter_that_drops_clients_of_another_link_is_loosened(ready
         with pytest.raises(TimeoutError):
             ready.exchange(sock, b"who", (ready.relay, 7))
 
-    _, findings = doctor(ready, "--client", ready.client)
+    _, findings = doctor(ready, ready.client)
     told = finding(findings, "rp_filter")
     assert told["level"] == "warning"
     assert "side" in told["text"]
@@ -159,12 +159,12 @@ def test_a_server_whose_answers_go_another_way_is_found_out_by_asking_it(ready: 
     neighbour = ready.lab.address("neighbour")
     ready.lab.run("server", "ip", "route", "replace", "default", "via", neighbour)
     begin(ready)
-    status, findings = doctor(ready, "--client", ready.client)
+    status, findings = doctor(ready, ready.client)
     told = finding(findings, "return")
     assert (status, told["level"]) == (1, "failed")
     type_as_root(ready, told["mend"])
 
-    assert finding(doctor(ready, "--client", ready.client)[1], "return")["level"] == "ok"
+    assert finding(doctor(ready, ready.client)[1], "return")["level"] == "ok"
     assert ready.who("client", 80).startswith(f"{ready.relay}:")
     assert ready.who_udp("client", 7).startswith(f"{ready.relay}:")
 
@@ -175,10 +175,10 @@ def test_the_probe_asks_a_port_where_echo_is_not_answered(ready: World) -> None:
         "table ip t { chain c { type filter hook input priority 0;\n"
         "icmp type echo-request drop;\n}\n}\n",
     )
-    told = finding(doctor(ready, "--client", ready.client)[1], "return")
+    told = finding(doctor(ready, ready.client)[1], "return")
     assert (told["level"], "came back" in told["text"]) == ("ok", True)
     ready.nft("server", "add rule ip t c tcp dport 80 drop\nadd rule ip t c tcp dport 443 drop\n")
-    told = finding(doctor(ready, "--client", ready.client)[1], "return")
+    told = finding(doctor(ready, ready.client)[1], "return")
     assert (told["level"], "can't tell" in told["text"]) == ("warning", True)
 
 

@@ -4,13 +4,15 @@ Each ruleset is put into the relay host while krelay relays.  What the doctor sa
 what really happens, before and after the mends have been run as they are printed.
 """
 
-import json
 import socket
 from collections.abc import Iterator
+from ipaddress import IPv4Address
 from typing import Any, NamedTuple
 
 import pytest
 
+from krelay.doctor import command
+from krelay.doctor.findings import Level
 from tests.net.world import PYTHON, World, greet
 from vm import Result
 
@@ -343,11 +345,12 @@ def world(shared: World) -> Iterator[World]:
                 shared.lab.run("relay", f"{tool}-restore", input=empty)
 
 
-def doctor(world: World, *options: str) -> tuple[int, list[dict[str, Any]]]:
-    """Its exit status and its findings."""
-    done = world.krelay("doctor", "--json", *options, check=False)
-    assert "Traceback" not in done.stderr
-    return done.status, [json.loads(line) for line in done.stdout.splitlines()]
+def doctor(world: World, client: str | None = None) -> tuple[int, list[dict[str, Any]]]:
+    """What the command would say in the relay host: its exit status and its findings."""
+    with world.lab.enter("relay"):
+        findings = command.look(world.root, IPv4Address(client) if client else None)
+    failed = any(finding.level is Level.FAILED for finding in findings)
+    return int(failed), [command.as_values(finding) for finding in findings]
 
 
 def about_rules(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -397,11 +400,11 @@ def test_the_doctor_names_the_rule_and_its_mend_works(
     world: World, case: Case, source: str
 ) -> None:
     world.put(source=source)
-    command = ("nft", "-f", "-") if case.tool == "nft" else (f"{case.tool}-restore", "--noflush")
-    world.lab.run("relay", *command, input=case.rules)
+    load = ("nft", "-f", "-") if case.tool == "nft" else (f"{case.tool}-restore", "--noflush")
+    world.lab.run("relay", *load, input=case.rules)
 
     assert (tcp_passes(world), udp_passes(world)) == (case.tcp, case.udp)
-    status, findings = doctor(world, "--client", world.client)
+    status, findings = doctor(world, world.client)
     wrong = about_rules(findings)
     assert status == (0 if case.tcp and case.udp else 1), findings
     shown = "\n".join(finding["text"] for finding in wrong)
@@ -409,7 +412,7 @@ def test_the_doctor_names_the_rule_and_its_mend_works(
     for finding in wrong:
         type_as_root(world, finding["mend"])
 
-    status, findings = doctor(world, "--client", world.client)
+    status, findings = doctor(world, world.client)
     assert about_rules(findings) == []
     assert status == 0
     seen = world.client if source == "client" else world.relay

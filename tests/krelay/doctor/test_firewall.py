@@ -253,7 +253,11 @@ def test_marks_and_the_loss_of_tracking_are_carried_on() -> None:
     assert fates(drops, THROUGH, "prerouting") == PASSES
 
 
-def test_before_connection_tracking_nothing_has_a_state() -> None:
+def test_before_connection_tracking_everything_is_invalid() -> None:
+    drops_invalid = nft([match(STATE, "invalid", "in"), {"drop": None}], hook="prerouting",
+                        priority=-300, policy="accept")  # fmt: skip
+    assert fates(drops_invalid, THROUGH, "prerouting") == DROPPED
+    assert fates(drops_invalid, THROUGH._replace(tracked=False), "prerouting") == PASSES
     drops_new = [match(STATE, "new", "in"), {"drop": None}]
 
     assert fates(nft(drops_new, hook="prerouting", priority=-300, policy="accept"), THROUGH,
