@@ -35,7 +35,7 @@ PYTHON = (sys.executable, *(("-B",) if sys.dont_write_bytecode else ()))
 TOPOLOGY = relay_topology("172.20.5.0/24", "10.77.3.0/24", clients=2, servers=2, neighbours=1)
 """Nothing in it is a default: client .1, client2 .2, relay .254 | relay .2, server .1, server2 .3,
 neighbour .254."""
-PATIENCE, PATIENCE_VM = 10.0, 60.0
+PATIENCE, PATIENCE_VM = 10.0, 180.0
 GPORT = 18000
 SERVICES = "tcp/80 tcp/443 udp/7 udp/53"
 RESTLESS = re.compile(r"counter packets \d+ bytes \d+|\[\d+:\d+\]|^#.*\n", re.MULTILINE)

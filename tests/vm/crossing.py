@@ -141,11 +141,11 @@ def _wget(world: World) -> None:
 
 def _curl(world: World, path: str = "/by-curl", answer: str = "/by-curl\n") -> None:
     url = f"http://{world.relay}{path}"
-    _same("curl", world.run("client", "curl", "-sS", "-m30", url), answer)
+    _same("curl", world.run("client", "curl", "-sS", "-m60", url), answer)
 
 
 def _download(world: World) -> None:
-    fetch = f"curl -sS -m50 http://{world.relay}/files/big | {guest.BUSYBOX} sha256sum"
+    fetch = f"curl -sS -m150 http://{world.relay}/files/big | {guest.BUSYBOX} sha256sum"
     found = world.run("client", "sh", "-c", fetch).split()[0]
     _same("SHA-256 of the download", found, _digest(world.lab.directory / "big"))
 
@@ -153,7 +153,7 @@ def _download(world: World) -> None:
 def _upload(world: World) -> None:
     url = f"http://{world.relay}/files/from-client"
     status = ("-o", "/dev/null", "-w", "%{http_code}")
-    put = ("curl", "-sS", "-m50", *status, "-T", f"{world.lab.directory}/big", url)
+    put = ("curl", "-sS", "-m150", *status, "-T", f"{world.lab.directory}/big", url)
     _same("status of the upload", world.run("client", *put), "201")
     found = _digest(files(world, "server") / "from-client")
     _same("SHA-256 of the upload", found, _digest(world.lab.directory / "big"))
