@@ -40,7 +40,7 @@ from krelay.ports import RelayPorts
 from krelay.row import Footprint, Hook, Rewrite, Row, Step, Timeouts, key
 from krelay.tracker import State
 
-HORIZON = 16
+HORIZON = 64
 """Seconds after which each row is looked at, at the latest."""
 
 
@@ -335,8 +335,12 @@ class NatTable:
 
     def schedule(self, row: Row) -> None:
         """The row is looked at when its time is over; call this when its state has changed."""
-        at = int(row.expires_at(self._timeouts)) + 1
-        at = min(max(at, self._looked_until), self._looked_until + HORIZON)
+        self._look_at(row, row.expires_at(self._timeouts))
+
+    def _look_at(self, row: Row, when: float) -> None:
+        # Rows that began together are looked at apart, or each look would be a pause for packets.
+        horizon = self._looked_until + HORIZON - row.id % (HORIZON // 2)
+        at = min(max(int(when) + 1, self._looked_until), horizon)
         if row.due != at:
             row.due = at
             self._due.setdefault(at, []).append(row.id)
@@ -392,11 +396,12 @@ class NatTable:
                 row = self._rows.get(row_id)
                 if row is None or row.due != s:
                     continue  # ended, or there is a newer entry
-                if row.expires_at(self._timeouts) <= now:
+                when = row.expires_at(self._timeouts)
+                if when <= now:
                     self.end(row)
                     ended.append(row)
                 else:
-                    self.schedule(row)
+                    self._look_at(row, when)
         self._new_flows.forget(now)
         self.direct.expire(Proto.TCP, now - self._timeouts.tcp_established)
         self.direct.expire(Proto.UDP, now - self._timeouts.udp)

@@ -178,8 +178,11 @@ class Row:
     @property
     def seen_at(self) -> float:
         """When the client or the server was last heard (RFC 4787 REQ-6; never the relay itself)."""
-        rewrites = (self.by(Side.CLIENT), self.by(Side.SERVER))
-        return max((r.seen_at for r in rewrites if r), default=self.created_at)
+        seen = self.created_at
+        for step, rewrite in self.rewrites.items():
+            if rewrite.seen_at > seen and step in SIDES:
+                seen = rewrite.seen_at
+        return seen
 
     @property
     def is_conversation(self) -> bool:
