@@ -30,7 +30,8 @@ Times are seconds that the caller passes in; nothing here reads a clock.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from random import Random
 from typing import NamedTuple
 
@@ -208,6 +209,7 @@ class NatTable:
         if taken or (Proto.TCP, at) in self.direct or outside == row.client:
             raise Refusal("port_taken")
         self.detach(row)
+        self._settle(row)
         row.relay = relay
         self._by_relay[relay] = row
         self._reserve(row, outside)
@@ -224,28 +226,30 @@ class NatTable:
         *,
         relay_addr: bytes | None = None,
         any_client: bool = False,
+        services: Collection[int] = (),
     ) -> Row:
         """A conversation that a client begins.
 
         With source=relay, `relay_addr` is the relay's own address towards the server, and
-        `any_client` tells that this isn't so for clients beside the server only.  Raises Refusal
+        `any_client` tells that this isn't so for clients beside the server only; no port of
+        `services` is taken there, else an answer that comes when the row has gone would be taken
+        for a question of the server's.  Raises Refusal
         (`table_full`, `client_full`, `client_rate`, `no_port`).
         """
         self._make_room(client, now)
         pre, post = Hook.PREROUTING, Hook.POSTROUTING
         hidden = relay_addr or service.addr
 
-        def is_free(port: int, *addrs: bytes) -> bool:
+        def is_free(port: int, addrs: tuple[bytes, ...]) -> bool:
             ends = (Endpoint(addr, port) for addr in addrs)
             return all(self._outside_is_free(Proto.UDP, end, server) for end in ends)
 
         if source is Source.CLIENT:
-            port = self._free_port(client.port, lambda p: is_free(p, client.addr))
+            port = self._free_port(client.port, partial(is_free, addrs=(client.addr,)))
         else:
-            found = self._relay_ports.take(
-                hidden, client.port, lambda p: is_free(p, client.addr, hidden)
-            )
-            if found is None:
+            take, fits = self._relay_ports.take, partial(is_free, addrs=(client.addr, hidden))
+            found = take(hidden, client.port, lambda p: p not in services and fits(p))
+            if found is None and (found := take(hidden, client.port, fits)) is None:
                 raise Refusal("no_port")
             port = found
         row = self._row(Proto.UDP, client, service, server, source, now)
@@ -402,6 +406,8 @@ class NatTable:
                     ended.append(row)
                 else:
                     self._look_at(row, when)
+                    if row.is_conversation:
+                        self._settle(row)
         self._new_flows.forget(now)
         self.direct.expire(Proto.TCP, now - self._timeouts.tcp_established)
         self.direct.expire(Proto.UDP, now - self._timeouts.udp)

@@ -21,7 +21,7 @@ before a genuine client is refused, and two seconds after it everybody is served
 _SLACK = 1e-6
 """Of a gap between two events: what sums of fractions are off by is less."""
 
-LOOKS = 64
+LOOKS = 256
 """Rows looked at for one new flow, at most; what is left is for the next."""
 
 

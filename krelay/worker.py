@@ -380,6 +380,7 @@ class Worker:
             now,
             relay_addr=policy.towards,
             any_client=policy.source is Source.RELAY,
+            services=policy.udp,
         )
 
     def _refuse_direct(self, packet: bytes, header: ipv4.Header, now: float) -> Verdict:

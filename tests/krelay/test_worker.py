@@ -339,6 +339,21 @@ def test_a_relay_port_that_equals_the_clients_port_is_refused() -> None:
     """)
 
 
+def test_no_service_port_is_a_relay_port_so_that_a_late_answer_is_no_question() -> None:
+    """NTP asks from port 123: with that as relay port, S:53 > K:123 would read as S asking K."""
+    host = play(
+        """
+    0     pre   C:123 > K:123                 => C:other > S:123
+    0     post  C:other > S:123               => K:other > S:123
+    0     pre   S:123 > K:other               => S:123 > C:other
+    400   pre   S:123 > K:other               => pass no_row
+    """,
+        on=policy(source=Source.RELAY, udp=frozenset({53, 123})),
+    )
+
+    assert len(host.nat) == 0
+
+
 def test_one_client_port_to_two_services_comes_to_tcp_relay_as_two() -> None:
     play("""
     0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000

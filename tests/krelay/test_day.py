@@ -1,0 +1,618 @@
+"""A day of the relay, twice: as it is, and by a model so plain that it can be read at a sight.
+
+Hundreds of clients talk, fall silent, come back, break off and use their ports again, while a
+tcp-relay opens and closes, settings change, and the clock goes on by a second at a time.  The model
+knows the rules of design.md and of the RFCs as sentences, keeps rows in a list, and looks through
+all of it for each packet.  It foretells each verdict, and holds the table, its timers and its
+counters to its own.  What the relay may choose, a port, the model reads off and checks.
+
+    KRELAY_SEED=123 pytest tests/krelay/test_day.py            that day
+    KRELAY_SEED=5000-5100 pytest tests/krelay/test_day.py      others
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
+from random import Random
+
+import pytest
+
+from krelay.flow import Endpoint, Flow, Proto, Source
+from krelay.nat import Limits, NatTable
+from krelay.relay import Relays
+from krelay.relaymsg import Close, Open, Opened, Refused
+from krelay.row import Hook, Row, Step, Timeouts
+from krelay.worker import Policy, Verdict, Worker
+from tests.tools.packets import ACK, FIN, PSH, RST, SYN, Template, addr, at, policy
+
+DAY = 86_400
+PRE, POST = Hook.PREROUTING, Hook.POSTROUTING
+S, SA, A, P, F, R = SYN, SYN | ACK, ACK, PSH | ACK, FIN | ACK, RST
+OLD, NEW = addr("S"), addr("Z")
+
+Way = tuple[str, Hook, Endpoint, Endpoint, Endpoint, Endpoint, str]
+"""A step, where, what a packet reads, what it becomes, and whose it is."""
+
+
+def seeds() -> range:
+    """The days."""
+    first, dash, end = os.environ.get("KRELAY_SEED", "1").partition("-")
+    return range(int(first), int(end) if dash else int(first) + 1)
+
+
+@dataclass(eq=False)
+class Known:
+    """What the model knows of a row."""
+
+    proto: Proto
+    client: Endpoint
+    service: Endpoint
+    server: Endpoint
+    source: Source
+    began: float
+    gport: int = 0
+    inside: Endpoint | None = None
+    relay: Endpoint | None = None
+    between: Endpoint | None = None
+    """What the server sees, or, of UDP with source=relay, what is seen between the hooks."""
+    id: int = 0
+    heard: float = 0
+    client_acked: bool = False
+    server_answered: bool = False
+    fins: set[str] = field(default_factory=set)
+    reset_at: float | None = None
+    ever_reset_at: float = 0
+    closed_at: float | None = None
+    accepted: bool = False
+    counted: Counter[str] = field(default_factory=Counter)
+    _steps: list[Way] = field(default_factory=list)
+    _relay_then: Endpoint | None = None
+
+    @property
+    def state(self) -> str:
+        if self.proto is Proto.UDP:
+            return "replied" if self.counted["server"] else "unreplied"
+        if self.closed_at is not None:
+            return "closed"
+        if self.reset_at is not None or self.fins == {"client", "server"}:
+            return "closing"
+        return "established" if self.client_acked and self.server_answered else "opening"
+
+    def expires(self, timeouts: Timeouts) -> float:
+        match self.state:
+            case "closed":
+                assert self.closed_at is not None
+                return self.closed_at + 10
+            case "established":
+                return self.heard + timeouts.tcp_established
+            case "opening" | "closing":
+                return max(self.heard, self.ever_reset_at) + timeouts.tcp_transitory
+            case _:
+                dns = self.service.port == 53
+                return self.heard + (timeouts.udp_dns if dns else timeouts.udp)
+
+    def tentative(self) -> bool:
+        """Whether it may be ended for others' sake once it has been silent for two seconds."""
+        if self.proto is Proto.UDP:
+            return self.service.port == 53 or not self.counted["server"]
+        confirmed = self.accepted or self.server_answered
+        return not confirmed and (not self.client_acked or self.reset_at is not None)
+
+    def steps(self) -> list[Way]:
+        """Its packets at each hook: the step, what they read there, and what they become."""
+        if self._relay_then != self.relay or not self._steps:
+            self._relay_then, self._steps = self.relay, self._all_steps()
+        return self._steps
+
+    def _all_steps(self) -> list[Way]:
+        c, k, s = self.client, self.service, self.server
+        if self.proto is Proto.TCP:
+            assert self.inside is not None
+            gate = Endpoint(k.addr, self.gport)
+            found = [
+                ("T1", PRE, c, k, self.inside, gate, "client"),
+                ("T2", POST, gate, self.inside, k, c, "daemon"),
+            ]
+            if self.relay is not None:
+                assert self.between is not None
+                found += [
+                    ("T3", POST, self.relay, s, self.between, s, "daemon"),
+                    ("T4", PRE, s, self.between, s, self.relay, "server"),
+                ]
+            return found
+        assert self.between is not None
+        if self.source is Source.CLIENT:
+            return [
+                ("U12", PRE, c, k, self.between, s, "client"),
+                ("U34", POST, s, self.between, k, c, "server"),
+            ]
+        assert self.relay is not None
+        return [
+            ("U1", PRE, c, k, self.between, s, "client"),
+            ("U2", POST, self.between, s, self.relay, s, "daemon"),
+            ("U3", PRE, s, self.relay, s, self.between, "server"),
+            ("U4", POST, s, self.between, k, c, "daemon"),
+        ]
+
+
+class Day:
+    """A worker, the model beside it, and who talks."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = Random(seed)
+        self.now = float(self.rng.randrange(1000)) + self.rng.random()
+        self.nat = NatTable(Limits(150, 40), rng=Random(seed + 1))
+        self.worker = Worker(self.nat)
+        self.policy: Policy = policy(udp=frozenset({53, 123}), beside=())
+        self.worker.policy = self.policy
+        self.relays = Relays(self.nat, self.policy.source_for)
+        self.timeouts = Timeouts()
+        self.rows: list[Known] = []
+        self.lost: set[tuple[int, str]] = set()  # (id of a Known, step): another took its place
+        self.steps: Counter[str] = Counter()
+        self.passed: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.refused: Counter[bytes] = Counter()
+        self.ended_early = 0
+        self.events = Counter[str]()
+        """What has happened at all, so that a day without it is seen."""
+        self._plans: list[tuple[float, int, Iterator[float]]] = []
+        self._planned = 0
+
+    # The relay's side
+
+    def packet(
+        self, hook: Hook, src: Endpoint, dst: Endpoint, flags: int = 0, proto: Proto = Proto.TCP
+    ) -> bytes | Verdict:
+        """A packet; the model and the worker must say the same of it."""
+        template = Template(Flow(proto, src, dst), b"data", flags)
+        got = self.worker.handle(template.build(), hook, self.now)
+        self.worker.answers.clear()
+        expected = self.expected(hook, src, dst, flags, proto, got)
+        if isinstance(expected, tuple):
+            to = Flow(proto, *expected)
+            assert got == replace(template, flow=to).build(), (self.now, src, dst, flags, expected)
+        else:
+            assert got is expected, (self.now, src, dst, flags)
+        return got
+
+    def expected(
+        self,
+        hook: Hook,
+        src: Endpoint,
+        dst: Endpoint,
+        flags: int,
+        proto: Proto,
+        got: bytes | Verdict,
+    ) -> tuple[Endpoint, Endpoint] | Verdict:
+        opens = proto is Proto.TCP and flags & (S | A | R) == S
+        found = self.find(hook, src, dst, proto)
+        if found and found[1] == "T1" and opens and found[0].state in ("closing", "closed"):
+            found = None  # a port that is used again
+            again = True
+        else:
+            again = False
+        to_us = hook is PRE and dst.addr in self.policy.own
+        if (
+            found is None
+            and to_us
+            and self.policy.serves(proto, dst.port)
+            and (opens or proto is Proto.UDP)
+        ):
+            reason = self.refusal(src)
+            if reason:
+                self.dropped[reason] += 1
+                self.refused[src.addr] += 1
+                return Verdict.DROP
+            assert isinstance(got, bytes), (self.now, src, dst, "should have begun a row")
+            self.begin(src, dst, proto, got)
+            found = self.find(hook, src, dst, proto)
+        assert not again or found is not None
+        if found is None:
+            assert not (to_us and dst.port == self.policy.gport)
+            if hook is POST and src.addr in self.policy.own and src.port == self.policy.gport:
+                self.dropped["no_row"] += 1
+                return Verdict.DROP
+            self.passed["no_row"] += 1
+            return Verdict.PASS
+        row, step, to, who = found
+        self.steps[step] += 1
+        row.counted[step] += 1
+        row.counted[who] += 1
+        if proto is Proto.TCP:
+            self.track(row, who, flags)
+        elif who != "daemon":
+            row.heard = self.now
+        return to
+
+    def find(
+        self, hook: Hook, src: Endpoint, dst: Endpoint, proto: Proto
+    ) -> tuple[Known, str, tuple[Endpoint, Endpoint], str] | None:
+        for row in self.rows:
+            if row.proto is proto:
+                for step, where, a, b, to_a, to_b, who in row.steps():
+                    if (where, a, b) == (hook, src, dst) and (row.id, step) not in self.lost:
+                        return row, step, (to_a, to_b), who
+        return None
+
+    def track(self, row: Known, who: str, flags: int) -> None:
+        if flags & R:
+            if row.reset_at is None:
+                row.reset_at = row.ever_reset_at = self.now
+            return
+        if who == "daemon":
+            return
+        row.heard = self.now
+        row.reset_at = None
+        if who == "client":
+            row.client_acked |= bool(flags & A)
+        else:
+            row.server_answered |= bool(flags & (A | S))
+        if flags & FIN:
+            row.fins.add(who)
+
+    def refusal(self, client: Endpoint) -> str:
+        """Why no row may begin, or nothing; who makes room has been taken out."""
+        before = {row.id for row in self.nat}
+        gone = [row for row in self.rows if row.id not in before]
+        for row in gone:
+            if row.closed_at is None:  # ended early
+                assert row.tentative()
+                assert row.heard <= self.now - 2
+                self.ended_early += 1
+            else:  # lingering, and the table had no other place
+                oldest = min(r.closed_at for r in self.rows if r.closed_at is not None)
+                assert row.closed_at == oldest
+            self.rows.remove(row)
+        live = [row for row in self.rows if row.closed_at is None]
+        # The row that has just begun is in the table and not yet in the model.
+        begun = len(before) > len(self.rows)
+        limits = self.nat.limits
+        own = sum(row.client.addr == client.addr for row in live)
+        if len(live) >= limits.flows or own >= limits.flows_per_client:
+            assert not begun
+            everybody = len(live) >= limits.flows
+            for row in () if gone else live:  # where a limit was lowered, one is not enough
+                if everybody or row.client.addr == client.addr:
+                    silent = self.now - max(row.heard, row.ever_reset_at)
+                    assert not (row.tentative() and silent >= 4), "it should have made room"
+            return "table_full" if everybody else "client_full"
+        assert begun
+        return ""
+
+    def begin(self, client: Endpoint, service: Endpoint, proto: Proto, got: bytes) -> None:
+        row: Row = max(self.nat, key=lambda row: row.id)
+        became = Endpoint(got[12:16], int.from_bytes(got[20:22]))
+        known = Known(
+            proto,
+            client,
+            service,
+            Endpoint(self.policy.server, service.port),
+            self.policy.source_for(client.addr),
+            self.now,
+            id=row.id,
+            heard=self.now,
+        )
+        others = [other for other in self.rows if other.proto is proto]
+        if proto is Proto.TCP:
+            known.gport, known.inside = self.policy.gport, became
+            taken = {
+                o.inside for o in others
+                if o.gport == known.gport and (o.closed_at is None or o.service != service)
+            }  # fmt: skip
+        else:
+            known.between = became
+            taken = {o.between for o in others if o.server == known.server}
+            if known.source is Source.RELAY:
+                known.relay = Endpoint(addr("K"), became.port)
+                ports = {o.relay.port for o in others if o.relay}
+                assert became.port not in ports, "a relay port is never shared"
+                taken |= {Endpoint(client.addr, port) for port in ports}
+            taken |= {
+                Endpoint(client.addr, o.between.port)
+                for o in others
+                if o.between and o.server == known.server and known.source is Source.RELAY
+                and o.between.addr == addr("K")
+            }  # fmt: skip
+        assert became not in taken
+        assert became.addr == client.addr
+        avoided = known.source is Source.RELAY and proto is Proto.UDP
+        avoided = avoided and client.port in self.policy.udp
+        assert became == client or avoided or client in taken, "kept where it is free"
+        assert (became.port < 1024, became.port % 2) == (client.port < 1024, client.port % 2)
+        for step, hook, a, b, *_ in known.steps():
+            for other in others:
+                for name, where, x, y, *_ in other.steps():
+                    if (where, x, y) == (hook, a, b):
+                        assert name == step, (known, other)
+                        self.lost.add((other.id, name))
+        self.rows.append(known)
+
+    def attach(self, row: Known) -> bool:
+        """tcp-relay has accepted, and asks for the server."""
+        port = self.rng.randrange(32768, 60000)
+        relay = Endpoint(addr("K"), port)
+        if any(o.relay == relay for o in self.rows):
+            return False
+        assert row.inside is not None
+        answer = self.relays.handle(Open(1, row.inside, row.gport, relay), self.nobody, self.now)
+        alive = row in self.rows and (row.id, "T1") not in self.lost
+        if not alive or row.closed_at is not None:
+            assert isinstance(answer, Refused), answer
+            return False
+        row.accepted = True
+        seen = row.client.addr if row.source is Source.CLIENT else relay.addr
+        between = Endpoint(seen, port)
+        if between == row.client:
+            assert isinstance(answer, Refused)
+            return False
+        assert isinstance(answer, Opened), answer
+        assert (answer.server, answer.source) == (row.server, row.source)
+        row.relay, row.between = relay, between
+        row.heard = self.now  # the server's leg begins its time
+        return True
+
+    def nobody(self, *_: object) -> None:
+        """What tcp-relay is told unasked."""
+
+    def close(self, row: Known) -> None:
+        """tcp-relay has closed both legs."""
+        if row.relay is None or any(o.relay == row.relay for o in self.rows if o is not row):
+            return  # its row has gone, and its port is another's
+        self.relays.handle(Close(row.relay), self.nobody, self.now)
+        if row in self.rows and row.closed_at is None:
+            row.closed_at = self.now
+
+    def tick(self) -> None:
+        """A second is over."""
+        self.now += 1
+        ended = {row.id for row in self.nat.expire(self.now)}
+        self.relays.on_time(self.now)
+        gone = [row for row in self.rows if row.id in ended]
+        assert len(gone) == len(ended)
+        for row in gone:
+            assert row.expires(self.timeouts) <= self.now
+            self.rows.remove(row)
+        if int(self.now) % 300 == 0:
+            self.compare()
+
+    def compare(self) -> None:
+        """Table, timers and counters say what the model says."""
+        real = {row.id: row for row in self.nat}
+        assert set(real) == {row.id for row in self.rows}
+        for known in self.rows:
+            row = real[known.id]
+            assert row.state == known.state, (row, known)
+            assert row.seen_at == known.heard
+            assert row.expires_at(self.timeouts) == known.expires(self.timeouts)
+            assert self.now < known.expires(self.timeouts) + 2, "it should have gone"
+            for step, rewrite in row.rewrites.items():
+                assert rewrite.packets == known.counted[step.name] or step.name in ("T3", "T4")
+        counts = self.worker.counts
+        steps = {step: number for step, number in self.steps.items() if number}
+        assert {s.name: counts.steps[s] for s in Step if counts.steps[s]} == steps
+        assert counts.passed == self.passed
+        assert counts.dropped == self.dropped
+        assert self.nat.ended_early == self.ended_early
+        per_client = Counter(row.client.addr for row in self.rows if row.closed_at is None)
+        assert self.nat._per_client == per_client
+        footprints = Counter(row.footprint for row in self.nat)
+        assert self.nat.footprints == footprints
+
+    # Who talks
+
+    def plan(self, story: Iterator[float], after: float = 0.0) -> None:
+        """From then on this story goes on; it yields the seconds until its next packet."""
+        self._planned += 1
+        heappush(self._plans, (self.now + after, self._planned, story))
+
+    def run(self, seconds: int) -> None:
+        """Lets that much time pass."""
+        end = self.now + seconds
+        while self.now < end:
+            second = self.now
+            while self._plans and self._plans[0][0] < second + 1:
+                self.now, _, story = heappop(self._plans)
+                wait = next(story, None)
+                if wait is not None:
+                    self._planned += 1
+                    heappush(self._plans, (self.now + wait, self._planned, story))
+            self.now = second
+            self.tick()
+        self.compare()
+
+    def someone(self) -> Endpoint:
+        """A client, often from a port that was used before."""
+        host = self.rng.choice((1, 1, 1, 2, 3, self.rng.randrange(4, 200)))
+        port = self.rng.choice((53, 1023, 5353, self.rng.randrange(40000, 40060)))
+        return Endpoint(bytes((10, 0, 0, host)), port)
+
+    def pause(self, *choices: float) -> float:
+        """One of these, more or less."""
+        return self.rng.choice(choices) * self.rng.uniform(0.8, 1.2)
+
+    def datagrams(self) -> Iterator[float]:
+        """A conversation over UDP: some one-way, some with late answers, some that go on."""
+        client, port = self.someone(), self.rng.choice((53, 53, 123))
+        service = Endpoint(self.rng.choice((addr("K"), addr("G"))), port)
+        for _ in range(self.rng.choice((1, 1, 1, 2, 5))):
+            self.packet(PRE, client, service, proto=Proto.UDP)
+            row = next((r for r in self.rows if (r.client, r.service) == (client, service)), None)
+            if row is None:
+                self.events["datagram refused"] += 1
+                return
+            if row.source is Source.RELAY:
+                assert row.between
+                self.packet(POST, row.between, row.server, proto=Proto.UDP)
+            if self.rng.random() < 0.8:
+                yield self.pause(0.01, 0.05, 4, 25 if port == 53 else 290)
+                self.answer(row)
+            yield self.pause(0.1, 3, 15, 200, 400)
+
+    def answer(self, row: Known) -> None:
+        """The server's datagram, whether the row lives or not."""
+        self.events["late answer" if row not in self.rows else "answer"] += 1
+        assert row.between
+        if row.source is Source.CLIENT:
+            self.packet(POST, row.server, row.between, proto=Proto.UDP)
+        else:
+            assert row.relay
+            got = self.packet(PRE, row.server, row.relay, proto=Proto.UDP)
+            if isinstance(got, bytes):
+                self.packet(POST, row.server, row.between, proto=Proto.UDP)
+
+    def connection(self) -> Iterator[float]:
+        """A connection, from its SYN to wherever it comes."""
+        rng, client, service = self.rng, self.someone(), at(self.rng.choice(("K:80", "K:443")))
+        if not isinstance(self.packet(PRE, client, service, S), bytes):
+            self.events["connection refused"] += 1
+            return
+        row = next(r for r in self.rows if (r.client, r.service) == (client, service))
+        if row.closed_at is not None or row.accepted:
+            return  # a SYN within a connection that is open
+        assert row.inside
+        gate = Endpoint(service.addr, row.gport)
+        self.packet(POST, gate, row.inside, SA)
+        if rng.random() < 0.15:
+            self.events["half-open"] += 1
+            return
+        yield self.pause(0.01, 0.3)
+        self.packet(PRE, client, service, A)
+        yield self.pause(0.001, 0.01, 3)
+        if not self.attach(row):
+            self.events["not attached"] += 1
+            return
+        relay, between, server = row.relay, row.between, row.server
+        assert relay
+        assert between
+        self.packet(POST, relay, server, S)
+        if rng.random() < 0.05:
+            self.events["server silent"] += 1
+            yield self.pause(5, 250)
+            self.close(row)
+            return
+        yield self.pause(0.01, 0.1)
+        self.packet(PRE, server, between, SA)
+        self.packet(POST, relay, server, A)
+        for _ in range(rng.choice((1, 2, 4))):
+            yield self.pause(0.1, 1, 60, 1000, 7300, 8000)
+            for hook, a, b, flags in rng.sample(
+                ((PRE, client, service, P), (POST, relay, server, P), (PRE, server, between, P),
+                 (POST, gate, row.inside, P), (PRE, server, between, A)), 3
+            ):  # fmt: skip
+                self.packet(hook, a, b, flags)
+        kind = rng.choice(
+            ("fins", "fins", "fins", "client reset", "server reset", "forged", "gone")
+        )
+        self.events[kind] += 1
+        match kind:
+            case "fins":
+                for hook, a, b in (
+                    (PRE, client, service), (POST, relay, server), (PRE, server, between),
+                    (POST, gate, row.inside),
+                ):  # fmt: skip
+                    self.packet(hook, a, b, F)
+                    yield self.pause(0.01, 0.1, 100)
+            case "client reset":
+                self.packet(PRE, client, service, R)
+                self.packet(POST, relay, server, R)
+            case "server reset":
+                self.packet(PRE, server, between, R)
+                self.packet(POST, gate, row.inside, R)
+            case "forged":
+                self.packet(PRE, server, between, R)
+                yield self.pause(1, 200, 250)
+                self.packet(PRE, client, service, P)
+                yield self.pause(1, 300, 7000)
+                self.packet(PRE, server, between, P)
+            case "gone":
+                return
+        if rng.random() < 0.9:
+            yield self.pause(0.01, 1)
+            self.close(row)
+            yield self.pause(0.1, 5, 15)
+            self.packet(PRE, server, between, A)
+
+    def flood(self) -> Iterator[float]:
+        """Many flows at once that come to nothing: of many addresses, or of one."""
+        self.events["flood"] += 1
+        one, syns = self.rng.random() < 0.5, self.rng.random() < 0.5
+        for number in range(400):
+            host = 1 if one else number % 250
+            client = Endpoint(bytes((10, 0, 1, host)), 20000 + number)
+            if syns:
+                self.packet(PRE, client, at("K:80"), S)
+            else:
+                self.packet(PRE, client, at("K:123"), proto=Proto.UDP)
+            yield 0.004
+
+    def operator(self) -> Iterator[float]:
+        """Somebody changes settings."""
+        while True:
+            yield self.pause(1800, 3600)
+            self.events["setting"] += 1
+            match self.rng.randrange(5):
+                case 0:
+                    source = self.rng.choice(list(Source))
+                    self.policy = replace(self.policy, source=source, towards=addr("K"))
+                case 1:
+                    self.policy = replace(self.policy, server=self.rng.choice((OLD, NEW)))
+                    for row in self.nat.unanswered():
+                        if row.server.addr != self.policy.server:
+                            self.nat.end(row)
+                    self.rows = [
+                        row for row in self.rows
+                        if row.state != "unreplied" or row.server.addr == self.policy.server
+                    ]  # fmt: skip
+                case 2:
+                    self.timeouts = Timeouts(*(t * self.rng.choice((0.5, 1)) for t in Timeouts()))
+                    self.nat.set_timeouts(self.timeouts)
+                case 3:
+                    self.nat.limits = Limits(self.rng.choice((100, 150, 300)), 40)
+                case 4:
+                    if self.rows:
+                        killed = self.rows.pop(self.rng.randrange(len(self.rows)))
+                        ended = self.nat.get(killed.id)
+                        assert ended
+                        self.nat.end(ended)
+            self.worker.policy = self.policy
+
+    def traffic(self) -> Iterator[float]:
+        """Who begins when."""
+        while True:
+            what = self.rng.random()
+            if what < 0.5:
+                self.plan(self.datagrams())
+            elif what < 0.995:
+                self.plan(self.connection())
+            else:
+                self.plan(self.flood())
+            yield self.rng.expovariate(1 / 28)
+
+
+RARE = {
+    "answer": 1000, "late answer": 200, "half-open": 50, "fins": 100, "forged": 50, "gone": 50,
+    "client reset": 50, "server reset": 50, "server silent": 20, "flood": 5, "setting": 10,
+}  # fmt: skip
+"""What a day must have seen, and how often at least."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", seeds())
+def test_a_day_goes_by_as_the_model_foretells(seed: int) -> None:
+    print(f"KRELAY_SEED={seed}")
+    day = Day(seed)
+    day.plan(day.traffic())
+    day.plan(day.operator())
+    day.run(DAY)
+    print(dict(day.events), dict(day.dropped), day.steps.total(), day.ended_early)
+    missing = {
+        event: day.events[event] for event, least in RARE.items() if day.events[event] < least
+    }
+    assert not missing
+    assert min(day.ended_early, day.dropped["table_full"], day.dropped["client_full"]) > 5
+    assert sum(day.refused.values()) == sum(
+        sum(reasons.values()) for reasons in day.worker.refused.top(1000).values()
+    )

