@@ -9,7 +9,7 @@ from scapy.utils import PcapNgReader
 
 from krelay.wire import pcapng
 from tests.tools.captures import Read, assert_sound, need_tshark, slow_read, tshark
-from tests.tools.packets import template
+from tests.tools.packets import template, with_zero_check
 
 AT = 1_700_000_000_123_456_789
 START = pcapng.section() + pcapng.interface("eth0")
@@ -216,3 +216,20 @@ def test_tshark_reads_the_same(tmp_path: Path) -> None:
     file.write_bytes(broken)
     with pytest.raises(AssertionError):
         assert_sound(file)
+
+
+def test_either_zero_is_a_right_checksum(tmp_path: Path) -> None:
+    need_tshark()
+    packet = template("C:40000 > K:80 [P.]")
+    packet = with_zero_check(packet, packet.flow)
+    built = packet.build()
+    assert built[36:38] == b"\0\0"
+    file = tmp_path / "capture.pcapng"
+    file.write_bytes(
+        pcapng.section()
+        + pcapng.interface("client", link=pcapng.RAW_IP)
+        + pcapng.packet(0, built, AT)
+        + pcapng.packet(0, built[:36] + b"\xff\xff" + built[38:], AT)
+    )
+
+    assert_sound(file)
