@@ -1,0 +1,180 @@
+"""Our packets as the rules of the host see them: what is told, and what lets them by."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from krelay.doctor import iptrules
+from krelay.doctor.facts import Facts
+from krelay.doctor.findings import Finding, Level
+from krelay.doctor.firewall import NEVER, Chain, Match, Rule, Verdict
+from krelay.doctor.passages import check
+from procfs_sim.tree import Config, Service
+from tests.krelay.doctor.test_checks import HEALTHY
+
+MANY = tuple(Service("udp", port, port) for port in range(1001, 1021, 2))
+RANGES = (*MANY, *(Service("udp", low, low + 5) for low in (2000, 3000, 4000)))
+
+
+def base(hook: str, *rules: Rule, policy: str = "accept", **changes: Any) -> Chain:
+    """A base chain of nft."""
+    chain = Chain("nft", "inet", "guard", "c", rules, hook, policy=policy)
+    return replace(chain, **changes)
+
+
+def rule(kind: str, *matches: Match) -> Rule:
+    """A rule without much text."""
+    return Rule(kind, matches, Verdict(kind))
+
+
+def wrong(*chains: Chain, **changes: Any) -> list[Finding]:
+    """The findings that aren't ok."""
+    facts: Facts = replace(HEALTHY, chains=chains, **changes)
+    return [finding for finding in check(facts) if finding.level is not Level.OK]
+
+
+def iptables(*rules: str, tool: str = "iptables") -> tuple[Chain, ...]:
+    """A filter table that drops, with more rules."""
+    head = ["*filter", ":INPUT DROP [0:0]", ":FORWARD DROP [0:0]", ":OUTPUT ACCEPT [0:0]"]
+    return iptrules.chains("\n".join([*head, *rules]), tool)
+
+
+SERVER = "192.168.0.10"
+
+
+@pytest.mark.parametrize(
+    ("chain", "mends"),
+    [
+        (base("input", policy="drop"), [
+            "tcp dport 16000 accept",
+            f"ip saddr {SERVER} tcp sport '{{ 53, 80, 443 }}' ct state established accept"]),
+        (base("output", policy="drop"), [
+            "tcp sport 16000 ct state established accept",
+            f"ip daddr {SERVER} tcp dport '{{ 53, 80, 443 }}' accept"]),
+        (base("forward", policy="drop"), [
+            f"ip daddr {SERVER} udp dport 53 accept",
+            f"ip saddr {SERVER} udp sport 53 ct state established accept"]),
+        (base("prerouting", policy="drop", priority=-310), [
+            "tcp dport '{ 53, 80, 443 }' accept",
+            f"ip saddr {SERVER} tcp sport '{{ 53, 80, 443 }}' accept",
+            "udp dport 53 accept",
+            f"ip saddr {SERVER} udp sport 53 accept"]),
+    ],
+    ids=lambda value: value.hook if isinstance(value, Chain) else "",
+)  # fmt: skip
+def test_a_chain_that_drops_everything_gets_a_rule_for_each_kind_of_ours(
+    chain: Chain, mends: list[str]
+) -> None:
+    findings = wrong(chain)
+
+    assert {f.level for f in findings} == {Level.FAILED}
+    found = {f.mend.removeprefix("nft insert rule inet guard c ") for f in findings}
+    normal = {mend.replace("{ 80, 443, 53 }", "{ 53, 80, 443 }") for mend in found}
+    assert normal == set(mends)
+
+
+def test_what_is_not_relayed_is_not_asked_for() -> None:
+    udp = Config(services=(Service("udp", 53, 53),))
+    tcp = Config(services=(Service("tcp", 80, 80),))
+
+    assert wrong(base("input", policy="drop"), config=udp) == []
+    assert wrong(base("forward", policy="drop"), config=tcp) == []
+    assert wrong(base("input", rule("drop", NEVER))) == []
+
+
+def test_untracked_answers_are_let_by_without_their_state() -> None:
+    notrack = base("prerouting", rule("notrack"), priority=-300, name="early")
+    mends = {f.mend for f in wrong(notrack, base("forward", policy="drop"))}
+
+    assert f"nft insert rule inet guard c ip saddr {SERVER} udp sport 53 accept" in mends
+
+
+def test_rules_of_iptables_that_ours_precede_do_not_count() -> None:
+    raw = iptrules.chains(
+        "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p udp -j DROP\n", "iptables"
+    )
+
+    assert wrong(*raw, backend="iptables") == []
+    assert {f.level for f in wrong(*raw, backend="nft")} == {Level.FAILED}
+
+
+def test_source_nat_is_a_warning_where_it_hides_the_client() -> None:
+    masquerade = base("postrouting", rule("snat"), kind="nat", priority=100)
+    (told,) = wrong(masquerade)
+
+    assert told.level is Level.WARNING
+    assert "won't see the client" in told.text
+    assert told.mend == f"nft insert rule inet guard c ip daddr {SERVER} udp dport 53 accept"
+    assert wrong(masquerade, config=Config(source="relay")) == []
+    assert wrong(masquerade, beside=True) == []
+
+
+def test_what_ends_a_way_is_told_once_and_not_what_lies_behind_it() -> None:
+    first, second = base("forward", policy="drop"), base("postrouting", policy="drop", name="d")
+    told = [f.text for f in wrong(first, second) if "(U1, " in f.text]
+
+    assert ["forward)" in text for text in told] == [True]
+
+
+@pytest.mark.parametrize(
+    ("rules", "tools", "mends"),
+    [
+        ((), (), [
+            "iptables -w -I INPUT -p tcp --dport 16000 -j ACCEPT",
+            f"iptables -w -I FORWARD -d {SERVER} -p udp --dport 53 -j ACCEPT",
+            f"iptables -w -I FORWARD -s {SERVER} -p udp --sport 53 "
+            "-m conntrack --ctstate ESTABLISHED -j ACCEPT"]),
+        ((":DOCKER-USER - [0:0]", "-A FORWARD -j DOCKER-USER"), (), [
+            f"iptables -w -I DOCKER-USER -d {SERVER} -p udp --dport 53 -j ACCEPT"]),
+        ((":ufw-user-input - [0:0]",), ("ufw",), [
+            "ufw allow proto tcp to any port 16000",
+            f"ufw route allow proto udp to {SERVER} port 53"]),
+        ((":ufw-user-input - [0:0]",), (), [
+            "iptables -w -I INPUT -p tcp --dport 16000 -j ACCEPT"]),
+    ],
+    ids=["plain", "docker", "ufw", "ufw without its tool"],
+)  # fmt: skip
+def test_mends_of_iptables_docker_and_ufw(
+    rules: tuple[str, ...], tools: tuple[str, ...], mends: list[str]
+) -> None:
+    found = {f.mend for f in wrong(*iptables(*rules), tools=frozenset(tools))}
+
+    assert [mend for mend in mends if mend not in found] == []
+
+
+def test_mends_of_firewalld_name_the_zone_and_use_a_policy_for_what_is_forwarded() -> None:
+    jump = Rule("jump", (), Verdict("jump", "filter_IN_public"))
+    table = {"table": "firewalld"}
+    chains = (
+        base("input", jump, **table, name="filter_INPUT"),
+        base("", rule("drop"), **table, name="filter_IN_public"),
+        base("forward", rule("drop"), **table, name="filter_FORWARD"),
+    )
+    found = {f.mend for f in wrong(*chains, tools=frozenset({"firewall-cmd"}))}
+
+    assert (
+        "firewall-cmd --permanent --zone=public --add-port=16000/tcp && firewall-cmd --reload"
+        in found
+    )
+    (policy,) = (mend for mend in found if "--new-policy=krelay" in mend)
+    assert f"destination address={SERVER} port port=53 protocol=udp accept'" in policy
+    plain = {f.mend for f in wrong(*chains)}
+    assert "nft insert rule inet firewalld filter_INPUT tcp dport 16000 accept" in plain
+
+
+def test_many_ports_are_as_many_rules_of_iptables_as_multiport_needs() -> None:
+    config = Config(services=RANGES)
+    (mend,) = (f.mend for f in wrong(*iptables(), config=config) if "-d " in f.mend)
+    commands = mend.split(" && ")
+
+    assert len(commands) == 2
+    for command in commands:
+        ports = command.partition("--dports ")[2].split()[0].split(",")
+        assert sum(2 if ":" in port else 1 for port in ports) <= 15
+
+
+def test_no_rules_and_rules_that_let_by_are_ok() -> None:
+    assert [f.text for f in check(HEALTHY)] == ["no rules but krelay's"]
+    (told,) = check(replace(HEALTHY, chains=(base("forward", rule("accept")),)))
+    assert told.text == "the host's rules let by what is relayed (chains: 1)"
