@@ -74,7 +74,7 @@ def say(findings: Iterable[Finding]) -> None:
 
 def line(finding: Finding) -> Text:
     """A finding as people see it."""
-    text = Text(f"{finding.level:7}  ", STYLES[finding.level])
+    text = Text().append(f"{finding.level:7}  ", STYLES[finding.level])
     text.append(f"{finding.check:{_WIDTH}}  ", "bold")
     text.append(finding.text)
     if finding.mend:

@@ -23,8 +23,6 @@ EPHEMERAL = (1024, 65535)
 HIGHEST_PRIORITY, LOWEST_PRIORITY = -(1 << 31), (1 << 31) - 1
 CONNTRACK_PRIORITY = -200
 """NF_IP_PRI_CONNTRACK (linux/netfilter_ipv4.h): before it everything is `invalid` (nft_ct.c)."""
-MOST_JUMPS = 32
-"""nf_tables allows 16 (NFT_JUMP_STACK_SIZE); iptables refuses loops."""
 
 Range = tuple[int, int]
 
@@ -167,7 +165,7 @@ class _Walk:
         early = base.hook == "ingress" or (
             base.hook in ("prerouting", "output") and base.priority < CONNTRACK_PRIORITY
         )
-        if self._follow(base, early, 0):
+        if self._follow(base, early, ()):
             self._ends.append(_End(base.policy, base, None))
         unharmed = any(end.kind == "accept" for end in self._ends)
         told = [end for end in self._ends if end.kind != "accept"]
@@ -178,10 +176,11 @@ class _Walk:
             self.fates.append(Fate(end.kind, base, end.chain, end.rule, certain))  # type: ignore[arg-type]
         return unharmed or not certain or told[0].kind == "snat"
 
-    def _follow(self, chain: Chain, early: bool, depth: int) -> bool:
-        """Collects how it may end in this chain; whether it may reach the chain's end."""
-        if depth > MOST_JUMPS:
-            return True
+    def _follow(self, chain: Chain, early: bool, way: tuple[Chain, ...]) -> bool:
+        """Collects how it may end in this chain; whether it may reach the chain's end.
+
+        `way` led here: a chain is entered once on it, as the kernel allows no loop.
+        """
         leaves = False  # by a return or goto that may apply
         for rule in chain.rules:
             answer = self._applies(rule, early)
@@ -191,7 +190,8 @@ class _Walk:
             if kind in ("jump", "goto"):
                 key = (chain.tool, chain.family, chain.table, rule.verdict.target)
                 target = self._chains.get(key)
-                falls = self._follow(target, early, depth + 1) if target else True
+                here = (*way, chain)
+                falls = not target or target in here or self._follow(target, early, here)
                 if answer and (kind == "goto" or not falls):
                     return leaves or falls
                 leaves |= kind == "goto" and falls

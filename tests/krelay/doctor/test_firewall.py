@@ -200,6 +200,8 @@ def test_jump_comes_back_goto_does_not_and_return_leaves() -> None:
     assert fates(iptables("-m limit --limit 1/s -g a", "-j ACCEPT", more=more), INTO) == MAYBE
     assert fates(iptables("-m limit --limit 1/s -j RETURN", "-j ACCEPT"), INTO) == MAYBE
     assert fates(iptables("-j nowhere", "-j ACCEPT"), INTO) == PASSES
+    accepts = ":c - [0:0]\n-A c -j ACCEPT"
+    assert fates(iptables("-m limit --limit 1/s -j RETURN", "-j c", more=accepts), INTO) == MAYBE
 
 
 def test_who_is_not_named_is_not_among_those_that_a_rule_drops_by_address() -> None:
