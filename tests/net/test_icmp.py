@@ -286,7 +286,8 @@ def segments_to(port: int) -> Callable[[bytes], bool]:
 
 def test_tcp_finds_the_narrow_link_behind_the_relay_and_keeps_df(relayed: World) -> None:
     """Nothing but the router's error tells tcp-relay's kernel: both ends' own links take 1,500."""
-    relayed.lab.run("relay", "ip", "route", "flush", "cache")
+    for host in ("relay", "server"):
+        relayed.lab.run(host, "ip", "route", "flush", "cache")
     before = relayed.values("counters")["icmp_T4"]
     with (
         watching(relayed, "server", segments_to(80)) as watch,
@@ -314,12 +315,12 @@ def test_curl_downloads_and_uploads_over_the_narrow_link(relayed: World) -> None
     url = f"http://{relayed.relay}:8080"
     curl = ("curl", "-sS", "--max-time", "20")
 
+    for host in ("relay", "server"):  # what it knows of the path it would tell as its MSS
+        relayed.lab.run(host, "ip", "route", "flush", "cache")
+    relayed.lab.run("client", *curl, "-T", str(body), f"{url}/files/from-client", timeout=30)
+    assert (files / "from-client").read_bytes() == body.read_bytes()
     relayed.lab.run("client", *curl, "-o", str(got), f"{url}/files/blob", timeout=30)
     assert got.read_bytes() == body.read_bytes()
-    posted = relayed.lab.run(
-        "client", *curl, "--data-binary", f"@{body}", f"{url}/post", timeout=30
-    )
-    assert posted.stdout == "/post\n"
 
 
 @pytest.mark.parametrize("size", [1272, 1273, 1472])
