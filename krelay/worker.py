@@ -67,7 +67,7 @@ class Policy:
     towards: bytes | None = None
     """This host's address on that link."""
     mtu: int = ipv4.MAX_TOTAL
-    """Bytes that it takes."""
+    """Bytes of the largest packet that this link takes."""
     answers: bool = True
     """Whether who is refused for want of room is told so, by RST or ICMP, or never hears of it."""
 

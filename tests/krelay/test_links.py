@@ -54,6 +54,13 @@ def test_a_server_on_the_link_has_neighbours(quiet: Lab) -> None:
     assert view.towards == RELAY[1]
 
 
+def test_the_mtu_is_that_of_the_link_towards_the_server(lab: Lab) -> None:
+    assert seen(lab, "relay").mtu == 1500
+    lab.run("relay", "ip", "link", "set", "eth1", "mtu", "1400")
+    assert seen(lab, "relay").mtu == 1400
+    assert seen(lab, "relay", IPv4Address("10.0.0.1")).mtu == 1500
+
+
 def test_a_server_behind_a_gateway_has_none(quiet: Lab) -> None:
     view = seen(quiet, "client")
     own = IPv4Address("10.0.0.1").packed
