@@ -115,7 +115,7 @@ class Daemon:
     def status(self) -> Values:
         """One value each of everything that is not a counter."""
         now = self._loop.now
-        served = figures(self._queue_num) if self._relaying.queue else None
+        served = [figures(queue.number) for queue in self._relaying.queues]
         tcp = sum(1 for row in self.nat if row.proto is Proto.TCP)
         return {
             "state": self._relaying.state,
@@ -128,7 +128,7 @@ class Daemon:
             **control.tcp_status_values(self._relaying.relays.totals),
             "rules": self._relaying.rules,
             "queue": self._queue_num,
-            "queue_waiting": served.waiting if served else 0,
+            "queue_waiting": sum(each.waiting for each in served if each),
             "recovering": round(max(0.0, self._worker.recovering_until - now), 1),
             "pid": os.getpid(),
         }
@@ -138,14 +138,14 @@ class Daemon:
 
         A tcp-relay's are since it began itself, which may be longer ago.
         """
-        queue = self._relaying.queue
+        queues = self._relaying.queues
         queue_dropped, socket_dropped = self._relaying.dropped()
         return control.counter_values(
             self._worker.counts,
             ended_early=self.nat.ended_early,
             refused=self._worker.refused.top(),
-            errors=queue.errors if queue else 0,
-            overflows=queue.overflows if queue else 0,
+            errors=sum(queue.errors for queue in queues),
+            overflows=sum(queue.overflows for queue in queues),
             queue_dropped=queue_dropped,
             socket_dropped=socket_dropped,
         ) | control.tcp_counter_values(self._relaying.relays.totals)

@@ -99,8 +99,18 @@ class Queue:
     Raises QueueUnavailable if it is taken, not permitted, or unknown to the kernel.
     """
 
-    def __init__(self, number: int, worker: Worker, send: Callable[[bytes], object]) -> None:
+    def __init__(
+        self,
+        number: int,
+        worker: Worker,
+        send: Callable[[bytes], object],
+        *,
+        most: int | None = None,
+        batch: int | None = None,
+    ) -> None:
+        """`most` packets wait in the kernel, and `batch` of them are handled in one turn."""
         self.number = number
+        self._batch = batch or BATCH
         self.overflows = 0
         """How often the kernel told that it had dropped packets for want of buffer."""
         self.errors = 0
@@ -120,7 +130,9 @@ class Queue:
         try:
             self._queue = NetfilterQueue()
             # A kernel that has it as a module loads it now, at the first request.
-            self._queue.bind(number, self._on_packet, max_len=MAX_QUEUED, sock_len=SOCKET_BUFFER)
+            self._queue.bind(
+                number, self._on_packet, max_len=most or MAX_QUEUED, sock_len=SOCKET_BUFFER
+            )
         except (OSError, RuntimeWarning) as error:
             if not _FIGURES.exists():
                 raise QueueUnavailable(
@@ -142,7 +154,7 @@ class Queue:
     def serve(self, _: int = 0) -> None:
         """Handles the packets that wait, BATCH at most.  Raises OSError if the queue is lost."""
         self._now = time.monotonic()
-        self._left = BATCH
+        self._left = self._batch
         try:
             self._queue.run_socket(self)  # type: ignore[arg-type]  # it calls recv alone
         finally:

@@ -51,6 +51,10 @@ LOOK_AFTER = 0.02
 """Seconds between the news that rules were taken out and the look at ours."""
 LOOK_EVERY = 5.0
 """Seconds between looks where nobody tells of changes."""
+MAX_OPENINGS = 1024
+"""SYNs that wait before the kernel drops more; a client repeats its own after a second."""
+OPENINGS_AT_ONCE = 32
+"""SYNs handled before the packets of connections that live have their turn: about a millisecond."""
 _SOON = 0.005
 
 _log = Log("relaying")
@@ -76,6 +80,8 @@ class Relaying:
         self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
         self.relays = Relays(self.nat, self._source_for)
         self.queue: Queue | None = None
+        self.openings: Queue | None = None
+        """That of the SYNs to services."""
         self._config = Config()
         self._loop = loop
         self._name = name
@@ -206,10 +212,19 @@ class Relaying:
 
     def dropped(self) -> tuple[int, int]:
         """Packets the kernel dropped since relaying started: queue full, socket buffer full."""
-        served = figures(self._queue_num) if self.queue else None
-        if served is not None:
-            self._dropped_before = (served.queue_dropped, served.socket_dropped)
+        served = [figures(queue.number) for queue in self.queues]
+        known = [each for each in served if each is not None]
+        if known:
+            self._dropped_before = (
+                sum(each.queue_dropped for each in known),
+                sum(each.socket_dropped for each in known),
+            )
         return self._dropped_before
+
+    @property
+    def queues(self) -> list[Queue]:
+        """Those that are bound."""
+        return [queue for queue in (self.queue, self.openings) if queue is not None]
 
     def _start(self) -> None:
         config = self._config
@@ -227,6 +242,14 @@ class Relaying:
             self.queue = Queue(self._queue_num, self._worker, self._sender.send)
             self._dropped_before, self._overflows_told = (0, 0), 0
             self._loop.add(self.queue.fileno(), select.EPOLLIN, self._serve_queue)
+            self.openings = Queue(
+                ruleset.openings(self._queue_num),
+                self._worker,
+                self._sender.send,
+                most=MAX_OPENINGS,
+                batch=OPENINGS_AT_ONCE,
+            )
+            self._loop.add(self.openings.fileno(), select.EPOLLIN, self._serve_openings)
             self._worker.recovering_until = self._loop.now + RECOVERY if stale else 0.0
             self._gport = config.gport
             self._view = _look(config.real_ip)
@@ -432,16 +455,23 @@ class Relaying:
                     self._backend.remove(self._name)
                 except RulesUnavailable as error:
                     _log.error("rules can't be removed", reason=error, mend="krelay clean")
-            self._loop.remove(self.queue.fileno())
-            self.queue.close()
-            self.queue = None
+            for queue in self.queues:
+                self._loop.remove(queue.fileno())
+                queue.close()
+            self.queue = self.openings = None
         self.nat.clear()
 
     def _serve_queue(self, _: int) -> None:
-        if self.queue is None:
+        self._serve(self.queue)
+
+    def _serve_openings(self, _: int) -> None:
+        self._serve(self.openings)
+
+    def _serve(self, queue: Queue | None) -> None:
+        if queue is None:
             return
         try:
-            self.queue.serve()
+            queue.serve()
         except OSError as error:
             self._fail(f"the queue is lost: {error}")
 

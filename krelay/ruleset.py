@@ -33,6 +33,8 @@ nft replaces a whole table in one transaction.  iptables commits a table at a ti
 is the other way round.  What lies between the two passes no packet wrongly: rewriting without
 anything new to rewrite.
 
+SYNs to services have a queue of their own (`openings`).
+
 No rule has `bypass`: without a worker these packets are dropped, never passed on unrewritten.
 """
 
@@ -78,6 +80,14 @@ class RuleSpec:
 def _services(spec: RuleSpec) -> Ports:
     """The ports of both protocols."""
     return merged([*spec.tcp, *spec.udp])
+
+
+def openings(queue: int) -> int:
+    """The queue of the SYNs to services, beside that of everything else.
+
+    So a flood of SYNs overflows a queue in which nobody else waits.
+    """
+    return queue ^ 0x8000
 
 
 def instance_name(root: str, default_root: str) -> str:
@@ -157,6 +167,7 @@ def nft_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
     servers = "{ " + ", ".join(map(str, spec.servers)) + " }"
     gports = _nft_ports(tuple((p, p) for p in spec.gports))
     queue = f"queue num {spec.queue}"
+    opening = f"tcp flags & (syn | ack) == syn queue num {openings(spec.queue)}"
     errors_in, errors_out = _nft_errors(spec)
     pre = ['iifname "lo" return', *(f"{match} {queue}" for match in errors_in)]
     post = [*(f"{match} {queue}" for match in errors_out), 'oifname "lo" return']
@@ -164,6 +175,7 @@ def nft_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
     post.append(f"tcp sport {gports} fib saddr type local {queue}")
     if tcp:
         pre += [
+            f"tcp dport {tcp} fib daddr type local {opening}",
             f"tcp dport {tcp} fib daddr type local {queue}",
             f"ip saddr {servers} tcp sport {tcp} {queue}",
             f"ip daddr {servers} tcp dport {tcp} {queue}",
@@ -267,6 +279,8 @@ def iptables_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
     out += [f"-p tcp {ports} {from_us} {queue}" for ports in _multiport(gports, "sports")]
     to_tcp, to_udp = _multiport(spec.tcp, "dports"), _multiport(spec.udp, "dports")
     of_tcp, of_udp = _multiport(spec.tcp, "sports"), _multiport(spec.udp, "sports")
+    opening = f"-j NFQUEUE --queue-num {openings(spec.queue)}"
+    into += [f"-p tcp --tcp-flags SYN,ACK SYN {ports} {to_us} {opening}" for ports in to_tcp]
     into += [f"-p tcp {ports} {to_us} {queue}" for ports in to_tcp]
     into += [f"-p udp {ports} {to_us} {queue}" for ports in to_udp]
     for server in spec.servers:

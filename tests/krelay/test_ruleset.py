@@ -54,6 +54,7 @@ def rules(text: str, hook: str) -> list[str]:
     if text.startswith("add table"):
         [body] = re.findall(rf"chain {hook} {{\n.*?;.*?;\n(.*?)\n  }}", text, re.DOTALL)
         lines = [line.strip() for line in body.splitlines()]
+        lines = [line.replace(" queue num 34368", " SYNs") for line in lines]
         return [line.replace(" queue num 1600", " Q") for line in lines]
     lines = re.findall(rf"^-A krelay-{hook} (.*)$", text, re.MULTILINE)
     return [
@@ -63,6 +64,7 @@ def rules(text: str, hook: str) -> list[str]:
         .replace("-m addrtype --dst-type LOCAL", "to-us")
         .replace("-m addrtype --src-type LOCAL", "from-us")
         .replace("-j NFQUEUE --queue-num 1600", "Q")
+        .replace("-j NFQUEUE --queue-num 34368", "SYNs")
         for line in lines
     ]
 
@@ -81,6 +83,7 @@ def test_the_nft_rules_of_prerouting() -> None:
         icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } Q
         icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } Q
         tcp dport { 16000, 17000 } fib daddr type local Q
+        tcp dport { 80, 8000-8100 } fib daddr type local tcp flags & (syn | ack) == syn SYNs
         tcp dport { 80, 8000-8100 } fib daddr type local Q
         ip saddr { 192.168.0.1 } tcp sport { 80, 8000-8100 } Q
         ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } Q
@@ -126,6 +129,7 @@ def test_the_iptables_rules_of_prerouting() -> None:
         error&&quote@24=0xc0a80001 Q
         error&&quote@20=0xc0a80001 Q
         -p tcp dports 16000,17000 to-us Q
+        -p tcp --tcp-flags SYN,ACK SYN dports 80,8000:8100 to-us SYNs
         -p tcp dports 80,8000:8100 to-us Q
         -p udp dports 53 to-us Q
         -s 192.168.0.1 -p tcp sports 80,8000:8100 Q
