@@ -171,16 +171,10 @@ signal() {
 }
 set +e
 echo 1 >$up
-while read -r request; do
+# By a shell without children: when one ends, `read` begins anew and forgets what it has read.
+while request=$(read -r line && echo "$line"); do
     case $request in
-    run*)
-        id=${request#* }
-        # A line is sent again if it seems to be lost, and may be cut.
-        if [ -e $jobs/$id/run ] && [ ! -e $jobs/$id/begun ]; then
-            : >$jobs/$id/begun
-            job $id &
-        fi
-        ;;
+    run*) job ${request#* } & ;;
     signal*) signal ${request#* } ;;
     esac
 done

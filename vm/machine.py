@@ -31,9 +31,6 @@ T = TypeVar("T")
 BOOT = 60.0
 """Seconds for a machine to come up; it takes two or six on an idle machine."""
 
-AGAIN = 0.5
-"""Seconds until a request that nothing has come of is made again."""
-
 _PASSED_ON = ("PATH", "PYTHONPATH", "LANG", "LC_ALL")
 _THERE = {"HOME": "/run", "TMPDIR": "/run", "TERM": "linux", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -219,14 +216,6 @@ class Job:
         self.folder = folder
         self._identity = machine.identity
         self._status: int | None = None
-        self._asked = time.monotonic()
-
-    def _ask_again(self) -> None:
-        """Nothing came of one request in some hundreds to an emulated PC; why, isn't known."""
-        if time.monotonic() - self._asked > AGAIN and not (self.folder / "begun").exists():
-            self._asked = time.monotonic()
-            with suppress(LabError):
-                self.machine.request(f"\nrun {self.folder.name}")
 
     @property
     def pid(self) -> int:
@@ -238,7 +227,6 @@ class Job:
         try:
             text = (self.folder / name).read_text()
         except FileNotFoundError:
-            self._ask_again()
             return None
         return int(text) if text.endswith("\n") else None
 
@@ -272,7 +260,7 @@ class Job:
         if self.poll() is None:
             with suppress(LabError):
                 pid = self.pid  # it has begun: the machine knows whom to signal
-                self.machine.request(f"\nsignal {self.folder.name} {number} {pid}")
+                self.machine.request(f"signal {self.folder.name} {number} {pid}")
 
     def remove(self) -> None:
         """Removes its files."""

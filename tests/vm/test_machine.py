@@ -15,6 +15,7 @@ import pytest
 
 from tests.vm.test_lab import alive, traces, until
 from vm import DEFAULT, Host, Lab, LabError, LabTimeout, Link, Topology, registry
+from vm.machine import Machine
 
 KERNELS = [
     pytest.param("uml", marks=pytest.mark.vm),
@@ -99,6 +100,23 @@ def test_a_program_is_read_while_it_runs_and_ends_by_signal(lab: Lab) -> None:
         deaf.wait(0.05)
     deaf.terminate()
     assert deaf.wait() == -signal.SIGTERM
+
+
+def test_a_request_survives_the_end_of_a_command_in_its_middle(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = lab.start("client", "sleep", "0.3")
+
+    def in_parts(machine: Machine, line: str) -> None:
+        with open(machine.folder / "console.in", "wb", buffering=0) as console:
+            console.write(line[:6].encode())
+            ending.wait()
+            threading.Event().wait(0.3)  # who wrote its status ends a moment later
+            console.write(line[6:].encode() + b"\n")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Machine, "request", in_parts)
+        assert lab.run("client", "echo", "whole", timeout=5.0).stdout == "whole\n"
 
 
 def test_several_threads_run_commands_at_once(lab: Lab) -> None:
