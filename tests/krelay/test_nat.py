@@ -1,5 +1,6 @@
 """The table of rows: expiry against two plain lists, ports, limits, and nothing left behind."""
 
+from collections import Counter
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -654,3 +655,26 @@ def test_steps_are_labelled_as_the_design_names_them() -> None:
     assert [step.label for step in Step] == [
         "T1", "T2", "T3", "T4", "U1", "U2", "U3", "U4", "U1,U2", "U3,U4", "D1", "D2",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_60000_rows_of_source_relay_have_a_port_each_and_beyond_all_ports_it_is_refused() -> None:
+    nat = NatTable(Limits(100_000, 100_000), rng=Random(5))
+    rng = Random(6)
+    ports: Counter[int] = Counter()
+    kept = 0
+    for number in range(64_512):
+        client = Endpoint((10 << 24 | number).to_bytes(4), rng.randrange(1024, 0x10000))
+        service, server = (K53, S53) if number % 2 else (at("K:123"), at("S:123"))
+        row = nat.open_udp(client, service, server, Source.RELAY, 0, relay_addr=K53.addr)
+        assert row.relay
+        ports[row.relay.port] += 1
+        kept += row.relay.port % 2 == client.port % 2
+        if number == 60_000:
+            assert kept > 0.97 * number
+
+    assert (len(ports), max(ports.values())) == (64_512, 1)
+    with pytest.raises(Refusal, match="no_port"):
+        nat.open_udp(at("C:5000"), K53, S53, Source.RELAY, 0, relay_addr=K53.addr)
+    nat.end(next(iter(nat)))
+    assert nat.open_udp(at("C:5000"), K53, S53, Source.RELAY, 0, relay_addr=K53.addr).relay
