@@ -30,6 +30,8 @@ DOWNLOAD = (100 if LONG else 20) << 20
 SYNS = 100_000 if LONG else 20_000
 DATAGRAMS = 50_000 if LONG else 15_000
 FRAGMENTS = 500_000 if LONG else 15_000
+RATES = (0, 10_000) if LONG else (0,)
+"""Packets a second; 0: as fast as it goes."""
 FORGED = "10.128.0.0/9"
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -77,7 +79,8 @@ class Questions:
             for _ in range(3):
                 try:
                     sock.send(text)
-                    assert sock.recv(100) == text
+                    while sock.recv(100) != text:
+                        pass  # late, to a question from this port before
                 except OSError as problem:
                     error = str(problem)
                     self.asked_again += 1
@@ -174,7 +177,7 @@ def now(world: World) -> dict[str, Any]:
     ],
     ids=["syns", "udp-one-address", "udp-many-addresses"],
 )
-@pytest.mark.parametrize("rate", [0, 10_000])
+@pytest.mark.parametrize("rate", RATES)
 def test_a_flood_does_not_disturb_what_runs(
     flooded: World, kind: str, port: int, count: int, clients: int, rate: int
 ) -> None:
@@ -188,7 +191,7 @@ def test_a_flood_does_not_disturb_what_runs(
     assert flooded.values("counters")["errors"] == 0
 
 
-@pytest.mark.parametrize("rate", [0, 10_000])
+@pytest.mark.parametrize("rate", RATES)
 def test_a_flood_of_fragments_takes_bounded_room_and_no_rows(flooded: World, rate: int) -> None:
     """None visits the queue; what the kernel holds of them is what it is told to hold at most."""
     bound = int(flooded.lab.run("relay", "sysctl", "-n", "net.ipv4.ipfrag_high_thresh").stdout)
