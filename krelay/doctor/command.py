@@ -60,10 +60,12 @@ def look(
 def before_start(root: Path) -> list[Finding]:
     """What would keep relaying from beginning or from working: all that has failed.
 
-    Nothing is sent.  The daemon runs already: it has the privileges, whoever asks it to start.
+    Nothing is sent.  The daemon runs already: it has the privileges, whoever asks it to start; and
+    that it has failed before is why it is asked again.
     """
     findings = checks.examine(gather(root))
-    return [f for f in findings if f.level is Level.FAILED and f.check != "privileges"]
+    known = ("privileges", "krelay")
+    return [f for f in findings if f.level is Level.FAILED and f.check not in known]
 
 
 def say(findings: Iterable[Finding]) -> None:

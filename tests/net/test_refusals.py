@@ -145,7 +145,11 @@ def test_a_second_krelay_on_the_same_queue_says_that_it_is_taken(served: World) 
     assert re.match(r"queue 1600 is served by another program", reason)
     command = (*PYTHON, "-m", "krelay", "start", "--root", str(other))
     started = served.lab.run("relay", *command, check=False)
-    assert (started.status, started.stderr) == (1, f"krelay start: {reason}\n")
+    assert (started.status, started.stderr) == (
+        1,
+        "krelay start: queue 1600 is served by another program; "
+        f"mend: krelay daemon --root {other} --queue-num 1601\n",
+    )
     assert served.rules() == rules
     program.terminate()
     assert program.wait() == 0
