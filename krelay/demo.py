@@ -16,6 +16,7 @@ import json
 import os
 import pwd
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -288,8 +289,9 @@ class Play:
         page, cast = self._page, self._cast
         self._echo("1", "start")
         self._wait(self._is_running, "relaying", [])
-        vm, name = f"{sys.executable} -m vm", f"--name {self._lab.name}"
-        krelay = f"{vm} exec {name} relay {sys.executable} -m krelay"
+        python = shlex.quote(sys.executable)
+        vm, name = f"{python} -m vm", f"--name {self._lab.name}"
+        krelay = f"{vm} exec {name} relay {python} -m krelay"
         page.title("Relaying again until you press Enter. In another terminal, as root:")
         for command in (
             f"{vm} exec {name} client curl http://{cast.relay}/",

@@ -7,6 +7,7 @@ is arranged by way of PATH.
 import argparse
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -170,7 +171,7 @@ def test_with_keep_it_relays_again_until_enter() -> None:
         curl = re.search(r"# (.* exec --name krelay-[0-9a-f]{4} client curl .*)", out)
         assert curl
         asked = subprocess.run(
-            [*curl[1].split(), "-sS"],
+            [*shlex.split(curl[1]), "-sS"],
             cwd=ROOT,
             capture_output=True,
             text=True,
