@@ -63,7 +63,7 @@ def _serve(asked: argparse.Namespace, limits: Limits, ready: Callable[[], None])
         resolver = Resolver(loop, asked.host, asked.port)
         engine = Engine(loop, limits)
         proxy = Proxy(engine, resolver)
-        listeners = _listeners(loop, asked, asked.workers > 1, proxy.accepted, proxy.spare)
+        listeners: list[Listener] = []
 
         def stop_accepting() -> None:
             for listener in listeners:
@@ -74,8 +74,10 @@ def _serve(asked: argparse.Namespace, limits: Limits, ready: Callable[[], None])
                 listener.resume()
             service.on_room()
 
+        # Before anybody can see it listening: a signal would find no handler, and end it.
         service = Service(loop, engine, stop_accepting)
         engine.on_room = on_room
+        listeners += _listeners(loop, asked, asked.workers > 1, proxy.accepted, proxy.spare)
         log.Log("proxy").info(
             "listening",
             address=asked.listen or "all",

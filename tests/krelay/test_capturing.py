@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,11 @@ class Scene:
         """Ends what is left."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
-            self.process.communicate()
+        if self.process is not None:
+            self.process.wait()
+            for pipe in (self.process.stdout, self.process.stderr):
+                if pipe is not None:
+                    pipe.close()
         self._listener.close()
 
 
@@ -161,7 +166,8 @@ def test_a_reader_that_has_gone_ends_it_in_peace(scene: Scene, packets_come: boo
         assert os.read(read, 10_000) == BEGIN
         os.close(read)
         if packets_come:
-            daemon.sendall(BLOCK)
+            with suppress(BrokenPipeError):  # it may have noticed by itself
+                daemon.sendall(BLOCK)
         status, said = scene.ended()
 
     assert (status, said) == (0, ["standard output: 0 frames"])

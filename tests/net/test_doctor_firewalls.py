@@ -4,6 +4,7 @@ Each ruleset is put into the relay host while krelay relays.  What the doctor sa
 what really happens, before and after the mends have been run as they are printed.
 """
 
+import shlex
 import socket
 from collections.abc import Iterator
 from ipaddress import IPv4Address
@@ -360,7 +361,7 @@ def about_rules(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def type_as_root(world: World, command: str) -> Result:
     """A mend as it is printed, in a shell of the relay host."""
-    krelay = f'krelay() {{ {" ".join(PYTHON)} -m krelay "$@"; }}; '
+    krelay = f'krelay() {{ {shlex.join(PYTHON)} -m krelay "$@"; }}; '
     return world.lab.run("relay", "sh", "-c", krelay + command)
 
 

@@ -1,6 +1,7 @@
 """Traces and captures of real packets: against the counters, the wires, and tshark's reckoning."""
 
 import re
+import shlex
 import signal
 import socket
 from collections import Counter
@@ -98,7 +99,7 @@ def test_wireshark_may_read_along(world: World) -> None:
     need_tshark()
     world.serve("server", "udp/7")
     world.begin()
-    trace = f"{' '.join(PYTHON)} -m krelay trace --root {world.root} proto=udp --pcap -"
+    trace = f"{shlex.join(PYTHON)} -m krelay trace --root {world.root} proto=udp --pcap -"
     program = world.lab.start(
         "relay", "sh", "-c", f"{trace} | tshark -l -n -i - -T fields -e frame.comment"
     )

@@ -212,7 +212,7 @@ def proxies(tmp_path: Path, server: Server) -> Iterator[Callable[..., Proxy]]:
             proxy = held.enter_context(Proxy(output, server, *options))
             proxy.totals()  # whatever is imported late, is
             with dialled(proxy.port):  # it keeps a spare socket from the first client on
-                pass
+                wait_for(lambda: proxy.totals().get("accepted"), "the first client", _PATIENCE)
             proxy.balance()
             started.append((proxy, proxy.descriptors(), proxy.threads()))
             return proxy

@@ -236,10 +236,10 @@ def table(runs: dict[tuple[str, str], list[dict[str, float]]], wanted: int) -> I
     """The lines of the table: median seconds of each part over the whole runs, and their count.
 
     >>> for line in table({("uml", "qemu"): [dict.fromkeys(PARTS, 1.0)]}, 2):
-    ...     print(line[:68].rstrip())
-    | client, server | relay | whole runs | boot | begin | nslookup | di
-    |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
-    | uml | qemu | 1 of 2 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 | 1
+    ...     print([cell.strip() for cell in line.split("|")[1:5]])
+    ['client, server', 'relay', 'whole runs', 'boot']
+    ['---', '---', '---', '---']
+    ['uml', 'qemu', '1 of 2', '1.0']
     """
     yield f"| client, server | relay | whole runs | {' | '.join(PARTS)} |"
     yield "|---" * (3 + len(PARTS)) + "|"
