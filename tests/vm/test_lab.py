@@ -259,7 +259,8 @@ class Child:
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", OWNER, *arguments],
+            # Not as we are, perhaps under nohup(1), but as from a terminal.
+            ["env", "--default-signal=HUP,INT", sys.executable, "-c", OWNER, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
