@@ -326,13 +326,17 @@ def test_a_program_whose_owner_is_gone_before_it_begins_does_not_begin(
 ) -> None:
     # Seen on a busy machine: killed between fork and prctl, the owner leaves a child for ever.
     slow = tmp_path / "nsenter"
-    wait = 'until [ "$(cut -d" " -f4 /proc/$$/stat)" != $PPID ]; do sleep 0.01; done'
-    slow.write_text(f'#!/bin/sh\n{wait}\nexec {shutil.which("nsenter")} "$@"\n')
+    begun = tmp_path / "begun"  # it knows its owner, who lives
+    is_orphan = '[ "$(cut -d" " -f4 /proc/$$/stat)" != $PPID ]'
+    wait = f"n=0; until {is_orphan} || [ $n = 1000 ]; do n=$((n + 1)); sleep 0.01; done"
+    real = shutil.which("nsenter")
+    slow.write_text(f'#!/bin/sh\n: >{begun}\n{wait}\nexec {real} "$@"\n')
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     with Child() as child:
         assert alive(child.program)
+        until(begun.exists)
         child.process.kill()
         child.process.wait(10)
         until(lambda: not alive(child.program))
