@@ -94,6 +94,33 @@ BAD = [
     ),
     ("services", "tcp/80 tcp/70-90", "'tcp/70-90' and 'tcp/80' overlap; write one range"),
     ("services", "tcp/80 tcp/80!", "'tcp/80' and 'tcp/80!' overlap; write one range"),
+    ("services", "tcp/80 tcp/80=forward", "'tcp/80' and 'tcp/80=forward' overlap; keep one"),
+    (
+        "services",
+        "tcp/22=forward",
+        "'tcp/22=forward' would relay ssh, tcp/22; write tcp/22=forward! if you mean it",
+    ),
+    (
+        "services",
+        "tcp/22!=forward",
+        "'tcp/22!=forward' has its ! in the middle; write it last, =forward!",
+    ),
+    (
+        "services",
+        "tcp/80=splice",
+        "'tcp/80=splice' has a mode that is not forward (like tcp/443=forward)",
+    ),
+    ("services", "tcp/80=", "'tcp/80=' has a mode that is not forward (like tcp/443=forward)"),
+    (
+        "services",
+        "udp/53=forward",
+        "'udp/53=forward': udp is always forwarded; write it without =forward",
+    ),
+    (
+        "services",
+        "tcp/80=forward=forward",
+        "'tcp/80=forward=forward' is not a service (like tcp/80, udp/53 or tcp/8000-8100)",
+    ),
     ("timeouts/udp", "0", "'0' is not a number of seconds (1-604800)"),
     ("timeouts/tcp_established", "1.5", "'1.5' is not a number of seconds (1-604800)"),
     ("limits/flows", "1000001", "'1000001' is not a number of rows (1-1000000)"),
@@ -108,16 +135,16 @@ BAD = [
 
 ports = st.integers(1, 65535)
 ranges = st.lists(ports, min_size=2, max_size=20, unique=True).map(sorted)
-any_text = st.text() | st.text(alphabet="0123456789./-! tcpud\n", max_size=40)
+any_text = st.text() | st.text(alphabet="0123456789./-!= tcpudforwa\n", max_size=40)
 
 
 @st.composite
 def service_lists(draw: st.DrawFn) -> tuple[Service, ...]:
     bounds = draw(ranges)
-    found = [
-        Service(draw(st.sampled_from(["tcp", "udp"])), low, high, True)
-        for low, high in zip(bounds[::2], bounds[1::2], strict=False)
-    ]
+    found = []
+    for low, high in zip(bounds[::2], bounds[1::2], strict=False):
+        proto = draw(st.sampled_from(["tcp", "udp"]))
+        found.append(Service(proto, low, high, True, proto == "tcp" and draw(st.booleans())))
     return tuple(draw(st.permutations(found)))
 
 
@@ -242,3 +269,10 @@ def test_a_value_is_fit_for_the_config() -> None:
     assert parse("real_ip", "10.0.0.1") == IPv4Address("10.0.0.1")
     assert parse("start", "1") is True
     assert parse("services", "tcp/20-25!") == (Service("tcp", 20, 25, True),)
+    text = "tcp/8000-8100=forward tcp/22=forward! tcp/80 udp/53"
+    through = (Service("tcp", 8000, 8100, False, True), Service("tcp", 22, 22, True, True))
+    config = Config(services=parse("services", text))
+    assert config.services[:2] == through
+    assert render("services", config.services) == text
+    assert config.terminated == (Service("tcp", 80, 80),)
+    assert config.forwarded == (*through, Service("udp", 53, 53))
