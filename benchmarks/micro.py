@@ -166,7 +166,7 @@ def _prepared(kind: str, size: int, recorder: Recorder | None = None) -> tuple[W
             for rewrite in row.rewrites.values():
                 rewrite.watched = False
         else:
-            nat.open_udp(client, _RELAY, _SERVER, Source.CLIENT, 0.0)
+            nat.open_forwarded(Proto.UDP, client, _RELAY, _SERVER, Source.CLIENT, 0.0)
     proto = Proto.TCP if kind == "TCP" else Proto.UDP
     to = Endpoint(_RELAY.addr, 9) if kind == "miss" else _RELAY
     packets = [_packet(proto, rng.choice(clients), to) for _ in range(_PACKETS)]

@@ -10,9 +10,10 @@ Look-ups never scan, so the cost of a packet doesn't depend on how many rows liv
     T4   S:80 > C:y  =>  S:80 > K:y                 T3   K:y > S:80   =>  C:y > S:80
     U1,2 C:x > K:53  =>  C:x > S:53                 U3,4 S:53 > C:x   =>  K:53 > C:x
 
-With source=relay UDP takes each step by itself, since the relay's own address may not be the source
-of a packet that is still to be forwarded (it would be a martian).  Between the hooks such a packet
-travels as C:y, y being the relay port, so that it can't be mistaken for anyone else's:
+TCP that is forwarded takes the steps of UDP.  With source=relay these are taken each by itself,
+since the relay's own address may not be the source of a packet that is still to be forwarded (it
+would be a martian).  Between the hooks such a packet travels as C:y, y being the relay port, so
+that it can't be mistaken for anyone else's:
 
     U1   C:x > K:53  =>  C:y > S:53                 U2   C:y > S:53   =>  K:y > S:53
     U3   S:53 > K:y  =>  S:53 > C:y                 U4   S:53 > C:y   =>  K:53 > C:x
@@ -119,7 +120,7 @@ class NatTable:
         self._next_id = 1
         self._per_client: Counter[bytes] = Counter()  # without those in _closed
         self._closed: dict[int, Row] = {}  # lingering, the oldest first: no reason to refuse anyone
-        self._relay_ports = RelayPorts(rng)
+        self._relay_ports = {proto: RelayPorts(rng) for proto in Proto}
         self._new_flows = NewFlows()
         self._tentative = Tentative()
         self._tentative_of: dict[bytes, Tentative] = {}  # the same rows by client
@@ -216,8 +217,9 @@ class NatTable:
         self._add(row, Step.T3, Hook.POSTROUTING, relay, row.server, outside, row.server, now)
         self._add(row, Step.T4, Hook.PREROUTING, row.server, outside, row.server, relay, now)
 
-    def open_udp(
+    def open_forwarded(
         self,
+        proto: Proto,
         client: Endpoint,
         service: Endpoint,
         server: Endpoint,
@@ -228,7 +230,7 @@ class NatTable:
         any_client: bool = False,
         services: Collection[int] = (),
     ) -> Row:
-        """A conversation that a client begins.
+        """A conversation that a client begins, or TCP that is picked up in its midst: U1 to U4.
 
         With source=relay, `relay_addr` is the relay's own address towards the server, and
         `any_client` tells that this isn't so for clients beside the server only; no port of
@@ -242,17 +244,20 @@ class NatTable:
 
         def is_free(port: int, addrs: tuple[bytes, ...]) -> bool:
             ends = (Endpoint(addr, port) for addr in addrs)
-            return all(self._outside_is_free(Proto.UDP, end, server) for end in ends)
+            return all(self._outside_is_free(proto, end, server) for end in ends)
 
         if source is Source.CLIENT:
             port = self._free_port(client.port, partial(is_free, addrs=(client.addr,)))
         else:
-            take, fits = self._relay_ports.take, partial(is_free, addrs=(client.addr, hidden))
+            take, fits = (
+                self._relay_ports[proto].take,
+                partial(is_free, addrs=(client.addr, hidden)),
+            )
             found = take(hidden, client.port, lambda p: p not in services and fits(p))
             if found is None and (found := take(hidden, client.port, fits)) is None:
                 raise Refusal("no_port")
             port = found
-        row = self._row(Proto.UDP, client, service, server, source, now)
+        row = self._row(proto, client, service, server, source, now)
         between = Endpoint(client.addr, port)
         self._reserve(row, between)
         if source is Source.CLIENT:
@@ -266,7 +271,8 @@ class NatTable:
             self._add(row, Step.U2, post, between, server, relay, server, now)
             self._add(row, Step.U3, pre, server, relay, server, between, now)
             self._add(row, Step.U4, post, server, between, service, client, now)
-        row.footprint = Footprint(Proto.UDP, service.port, None, server.addr, any_client)
+        is_tcp = proto is Proto.TCP
+        row.footprint = Footprint(proto, service.port, None, server.addr, any_client, is_tcp)
         return self._enter(row)
 
     def saw_direct(
@@ -287,7 +293,8 @@ class NatTable:
         Raises Refusal.
         """
         at = key(client, server)
-        if at not in self._outside[proto]:
+        holder = self._outside[proto].get(at)
+        if holder is None:
             self.direct.saw(proto, at, now)
             return None
         self._make_room(client, now)
@@ -297,12 +304,13 @@ class NatTable:
         moved = Endpoint(client.addr, port)
         row = self._row(proto, client, server, server, Source.CLIENT, now)
         self._reserve(row, moved)
-        # The answers are caught where this protocol's answers are caught anyway (T4, U3, U3,4).
-        late = proto is Proto.UDP and hook is Hook.PREROUTING
+        # The answers are caught where the holder's are caught (T4, U3, U3,4).
+        forwarded = holder.footprint is not None and holder.footprint.forwarded
+        late = (proto is Proto.UDP or forwarded) and hook is Hook.PREROUTING
         back = Hook.POSTROUTING if late else Hook.PREROUTING
         self._add(row, Step.D1, hook, client, server, moved, server, now)
         self._add(row, Step.D2, back, server, moved, server, client, now)
-        row.footprint = Footprint(proto, server.port, None, server.addr, False)
+        row.footprint = Footprint(proto, server.port, None, server.addr, False, forwarded)
         self._enter(row)
         return row.rewrites[Step.D1]
 
@@ -316,9 +324,19 @@ class NatTable:
         """The TCP row whose server leg begins at this port."""
         return self._by_relay.get(relay)
 
+    def was_killed(self, proto: Proto, outside: Endpoint, server: Endpoint) -> bool:
+        """Whether this is what the server sees of a forwarded row that was killed."""
+        row = self._outside[proto].get(key(outside, server))
+        return row is not None and row.abort_asked and row.is_forwarded
+
     def unanswered(self) -> list[Row]:
-        """The UDP rows whose server has never answered."""
-        return [row for row in self._relayed() if row.state is State.UNREPLIED]
+        """The rows without tcp-relay whose server has never answered."""
+        return [
+            row
+            for row in self._relayed()
+            if row.state is State.UNREPLIED
+            or (row.is_forwarded and not row.tracker.server_answered and not row.abort_asked)
+        ]
 
     def elsewhere(self, server: bytes) -> list[Row]:
         """The rows that live and lead to any other server."""
@@ -335,6 +353,18 @@ class NatTable:
             self._closed[row.id] = row
             self._count_client(row, -1)
             self._settle(row)
+            self.schedule(row)
+
+    def kill(self, row: Row, now: float) -> None:
+        """Ends a forwarded row: no packet of it goes on, each end is told instead (worker.py).
+
+        The row goes soon after both were told, at the latest when its time as `closing` is over.
+        """
+        if row.closed_at is None and row.id in self._rows:
+            row.abort_asked = row.tracker.reset = True
+            row.reset_at = now
+            for rewrite in row.rewrites.values():
+                rewrite.watched = True
             self.schedule(row)
 
     def schedule(self, row: Row) -> None:
@@ -362,8 +392,8 @@ class NatTable:
                 del outside[at]
         if row.inside and row.gport and self._inside.get((row.inside, row.gport)) is row:
             del self._inside[row.inside, row.gport]
-        if row.relay and row.proto is Proto.UDP:
-            self._relay_ports.give_back(*row.relay)
+        if row.relay and row.gport is None:
+            self._relay_ports[row.proto].give_back(*row.relay)
         elif row.relay and self._by_relay.get(row.relay) is row:
             del self._by_relay[row.relay]
         self._settle(row)

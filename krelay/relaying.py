@@ -18,7 +18,7 @@ done where the result is the same as before.
 
 import gc
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
@@ -38,8 +38,8 @@ from krelay.relay import Relays
 from krelay.row import Row, Timeouts
 from krelay.ruleset import RuleSpec
 from krelay.rulewatch import RuleWatcher
-from krelay.worker import Policy, Worker
-from procfs_sim.tree import Config, in_force
+from krelay.worker import Policy, Worker, probes
+from procfs_sim.tree import Config, Service, in_force
 
 STOP_WITHIN = 0.06
 """Seconds: a change is in force within 100 ms."""
@@ -55,6 +55,10 @@ MAX_OPENINGS = 1024
 """SYNs that wait before the kernel drops more; a client repeats its own after a second."""
 OPENINGS_AT_ONCE = 32
 """SYNs handled before the packets of connections that live have their turn: about a millisecond."""
+MOST_TOLD = 1000
+"""Forwarded connections, the newest, whose ends are told when relaying ends.  There is no time for
+more; the others' hear of it from this host, who knows nothing of them, when they next say
+something."""
 _SOON = 0.005
 
 _log = Log("relaying")
@@ -171,16 +175,28 @@ class Relaying:
         if self.queue is None or self._stopping:
             self._finish_stopping()
             return
-        self._worker.policy = replace(self._policy(), tcp=frozenset(), udp=frozenset())
+        nothing: frozenset[int] = frozenset()
+        self._worker.policy = replace(self._policy(), tcp=nothing, udp=nothing, forwarded=nothing)
         now = self._loop.now
+        forwarded = []
         for row in self.nat:
-            if row.gport is not None and row.closed_at is None:
+            if row.closed_at is not None:
+                continue
+            if row.gport is not None:
                 self.relays.abort(row, now)
+            elif row.is_forwarded:
+                forwarded.append(row)
+        for row in forwarded[-MOST_TOLD:]:
+            self.end(row)
         self._wait_for_resets(now + STOP_WITHIN)
 
     def end(self, row: Row) -> None:
-        """Ends a row: TCP by resetting both its legs."""
-        if row.gport is None:
+        """Ends a row: TCP by resetting both its legs, or both ends of what is forwarded."""
+        if row.is_forwarded:
+            self.nat.kill(row, self._loop.now)
+            for packet in probes(row):
+                self._sender.send(packet)
+        elif row.gport is None:
             self.nat.end(row)
         else:
             self.relays.abort(row, self._loop.now)
@@ -232,7 +248,7 @@ class Relaying:
         backend = self._backend or self._probe()
         if backend is None:
             return
-        if _ports(config, "tcp") and (who := self._taken_by(config.gport)):
+        if config.terminated and (who := self._taken_by(config.gport)):
             self._fail(
                 f"port {config.gport}, the gateway port, is in use by {who}; end that, or set gport"
             )
@@ -314,8 +330,9 @@ class Relaying:
             gport=self._gport,
             server=config.real_ip.packed,
             source=Source(config.source),
-            tcp=_ports(config, "tcp"),
-            udp=_ports(config, "udp"),
+            tcp=_ports(s for s in config.services if s.proto == "tcp"),
+            udp=_ports(s for s in config.services if s.proto == "udp"),
+            forwarded=_ports(s for s in config.services if s.forward),
             own=self._view.own,
             beside=self._view.beside,
             towards=self._view.towards,
@@ -333,9 +350,10 @@ class Relaying:
         return ruleset.wanted(
             name=self._name,
             queue=self._queue_num,
-            tcp=((s.first, s.last) for s in config.services if s.proto == "tcp"),
+            tcp=((s.first, s.last) for s in config.terminated),
             udp=((s.first, s.last) for s in config.services if s.proto == "udp"),
-            gport=self._gport,
+            forwarded=((s.first, s.last) for s in config.services if s.forward),
+            gport=self._gport if config.terminated else None,
             server=config.real_ip,
             source_is_relay=config.source == Source.RELAY,
             beside=self._view.beside,
@@ -415,7 +433,9 @@ class Relaying:
         self._on_change()
 
     def _wait_for_resets(self, deadline: float) -> None:
-        alive = any(row.gport is not None and row.closed_at is None for row in self.nat)
+        alive = any(
+            row.closed_at is None and (row.gport is not None or row.abort_asked) for row in self.nat
+        )
         now = self._loop.now
         if alive and now < deadline:
             self._stopping = self._loop.call_at(
@@ -495,10 +515,7 @@ def _look(server: IPv4Address) -> HostView:
     return view
 
 
-def _ports(config: Config, proto: str) -> frozenset[int]:
+def _ports(services: Iterable[Service]) -> frozenset[int]:
     return frozenset(
-        port
-        for service in config.services
-        if service.proto == proto
-        for port in range(service.first, service.last + 1)
+        port for service in services for port in range(service.first, service.last + 1)
     )

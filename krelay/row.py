@@ -33,7 +33,7 @@ class Step(IntEnum):
     T2 = 1
     T3 = 2
     T4 = 3
-    U1 = 4
+    U1 = 4  # U1 to U4: UDP, and TCP that is forwarded
     U2 = 5
     U3 = 6
     U4 = 7
@@ -80,6 +80,8 @@ class Footprint(NamedTuple):
     server: bytes
     any_client: bool
     """Whether the source of any client's packets may have to be changed to the relay's."""
+    forwarded: bool = False
+    """TCP that passes this host, as UDP does: its answers are caught when they go out."""
 
 
 def key(src: Endpoint, dst: Endpoint) -> bytes:
@@ -152,13 +154,20 @@ class Row:
     """TCP: when the RST came that made it `closing`."""
     closed_at: float | None = None
     abort_asked: bool = False
-    """Ended from outside (kill, stop): tcp-relay is to reset both legs."""
+    """Ended from outside (kill, stop): both ends are to be reset, by tcp-relay if it is its."""
+    told: frozenset[Side] = frozenset()
+    """The ends of a forwarded row that know that it was ended."""
     rewrites: dict[Step, Rewrite] = field(default_factory=dict)
     keys: list[tuple[dict[bytes, Rewrite], bytes]] = field(default_factory=list)
     reserved: list[bytes] = field(default_factory=list)
     footprint: Footprint | None = None
     due: int = -1
     """The second in which the table looks at this row next."""
+
+    @property
+    def is_forwarded(self) -> bool:
+        """TCP between client and server themselves, rewritten: no tcp-relay has a part in it."""
+        return self.proto is Proto.TCP and self.gport is None and self.service != self.server
 
     def by(self, side: Side) -> Rewrite | None:
         """The rewrite that counts this side's packets, if it has one yet."""
@@ -189,9 +198,14 @@ class Row:
         """Whether both ends take part for certain, from then on always.
 
         TCP: the client, whose address may be forged until tcp-relay has accepted its connection;
-        in a client's own connection the server.  UDP: the server has answered; a question to a name
-        server is over with its answer, so port 53 has no conversations.
+        in a client's own connection the server.  Forwarded, a handshake of both, and no RST: a
+        client whose address was forged resets what the server answers, or says nothing.  UDP: the
+        server has answered; a question to a name server is over with its answer, so port 53 has no
+        conversations.
         """
+        if self.is_forwarded:
+            tracker = self.tracker
+            return tracker.client_acked and tracker.server_answered and not tracker.reset
         if self.proto is Proto.TCP:
             return self.accepted or self.tracker.server_answered
         return self.service.port != DNS_PORT and self.state is State.REPLIED

@@ -15,6 +15,8 @@ packets into `untracked` for a firewall, and the answers of clients' direct conn
     U3       from S to this host (UDP)
     ICMP     errors                                 ICMP     errors, also to this host
 
+TCP that is forwarded is caught as UDP is.
+
 ICMP errors visit the queue only where what they quote may be ours: a packet to or from a server,
 and on the way in also one of this host's own.  Going out it must be one of a service too, or have
 IP options, behind which ports are not looked for: an error that this host makes itself about the
@@ -74,12 +76,19 @@ class RuleSpec:
     gports: tuple[int, ...]
     servers: tuple[IPv4Address, ...]
     relay_clients: tuple[IPv4Network, ...]
-    """Whose UDP packets may need their source changed to the relay's (step U2)."""
+    """Whose forwarded packets may need their source changed to the relay's (step U2)."""
+    forwarded: Ports = ()
+    """TCP that takes the steps of UDP; `tcp` is what tcp-relay terminates."""
 
+    @property
+    def services(self) -> Ports:
+        """The ports of both protocols."""
+        return merged([*self.tcp, *self.forwarded, *self.udp])
 
-def _services(spec: RuleSpec) -> Ports:
-    """The ports of both protocols."""
-    return merged([*spec.tcp, *spec.udp])
+    @property
+    def any_tcp(self) -> Ports:
+        """The ports of TCP, however it is relayed."""
+        return merged([*self.tcp, *self.forwarded])
 
 
 def openings(queue: int) -> int:
@@ -138,21 +147,27 @@ def wanted(
     queue: int,
     tcp: Iterable[tuple[int, int]],
     udp: Iterable[tuple[int, int]],
-    gport: int,
+    gport: int | None,
     server: IPv4Address,
     source_is_relay: bool,
     beside: Iterable[IPv4Network],
     footprints: Iterable[Footprint],
+    forwarded: Iterable[tuple[int, int]] = (),
 ) -> RuleSpec:
-    """What new flows need, and what the rows that live still need."""
+    """What new flows need, and what the rows that live still need.  No `gport`: none is needed."""
     live = list(footprints)
+
+    def of(proto: Proto, *, through: bool = False) -> list[tuple[int, int]]:
+        return [(f.port, f.port) for f in live if (f.proto, f.forwarded) == (proto, through)]
+
     anyone = source_is_relay or any(f.any_client for f in live)
     return RuleSpec(
         name=name,
         queue=queue,
-        tcp=merged([*tcp, *((f.port, f.port) for f in live if f.proto is Proto.TCP)]),
-        udp=merged([*udp, *((f.port, f.port) for f in live if f.proto is Proto.UDP)]),
-        gports=tuple(sorted({gport, *(f.gport for f in live if f.gport)})),
+        tcp=merged([*tcp, *of(Proto.TCP)]),
+        udp=merged([*udp, *of(Proto.UDP)]),
+        forwarded=merged([*forwarded, *of(Proto.TCP, through=True)]),
+        gports=tuple(sorted({*([gport] if gport else []), *(f.gport for f in live if f.gport)})),
         servers=tuple(sorted({server, *(IPv4Address(f.server) for f in live)})),
         relay_clients=(ANYONE,) if anyone else tuple(sorted(set(beside))),
     )
@@ -163,7 +178,8 @@ def wanted(
 
 def nft_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
     """The rules of PREROUTING, and those of POSTROUTING."""
-    tcp, udp = _nft_ports(spec.tcp), _nft_ports(spec.udp)
+    tcp, udp, any_tcp = map(_nft_ports, (spec.tcp, spec.udp, spec.any_tcp))
+    forwarded = _nft_ports(spec.forwarded)
     servers = "{ " + ", ".join(map(str, spec.servers)) + " }"
     gports = _nft_ports(tuple((p, p) for p in spec.gports))
     queue = f"queue num {spec.queue}"
@@ -171,16 +187,20 @@ def nft_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
     errors_in, errors_out = _nft_errors(spec)
     pre = ['iifname "lo" return', *(f"{match} {queue}" for match in errors_in)]
     post = [*(f"{match} {queue}" for match in errors_out), 'oifname "lo" return']
-    pre.append(f"tcp dport {gports} fib daddr type local {queue}")
-    post.append(f"tcp sport {gports} fib saddr type local {queue}")
-    if tcp:
+    if gports:
+        pre.append(f"tcp dport {gports} fib daddr type local {queue}")
+        post.append(f"tcp sport {gports} fib saddr type local {queue}")
+    if any_tcp:
         pre += [
-            f"tcp dport {tcp} fib daddr type local {opening}",
-            f"tcp dport {tcp} fib daddr type local {queue}",
-            f"ip saddr {servers} tcp sport {tcp} {queue}",
-            f"ip daddr {servers} tcp dport {tcp} {queue}",
+            f"tcp dport {any_tcp} fib daddr type local {opening}",
+            f"tcp dport {any_tcp} fib daddr type local {queue}",
         ]
-        post.append(f"ip daddr {servers} tcp dport {tcp} fib saddr type local {queue}")
+        pre += [f"ip saddr {servers} tcp sport {tcp} {queue}"] if tcp else []
+        pre.append(f"ip daddr {servers} tcp dport {any_tcp} {queue}")
+        post.append(f"ip daddr {servers} tcp dport {any_tcp} fib saddr type local {queue}")
+    if forwarded:
+        pre.append(f"ip saddr {servers} tcp sport {forwarded} fib daddr type local {queue}")
+        post.append(f"ip saddr {servers} tcp sport {forwarded} {queue}")
     if udp:
         pre += [
             f"udp dport {udp} fib daddr type local {queue}",
@@ -189,11 +209,14 @@ def nft_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
         ]
         post.append(f"ip saddr {servers} udp sport {udp} {queue}")
     pre.append(f"ip daddr {NEVER} udp dport 0 tproxy to :9")
-    if udp and spec.relay_clients:
+    if spec.relay_clients:
         clients = "{ " + ", ".join(map(str, spec.relay_clients)) + " }"
-        post.append(f"ip daddr {servers} udp dport {udp} fib saddr type local {queue}")
         match = "" if ANYONE in spec.relay_clients else f"ip saddr {clients} "
-        post.append(f"{match}ip daddr {servers} udp dport {udp} {queue}")
+        if udp:
+            post.append(f"ip daddr {servers} udp dport {udp} fib saddr type local {queue}")
+            post.append(f"{match}ip daddr {servers} udp dport {udp} {queue}")
+        if forwarded:
+            post.append(f"{match}ip daddr {servers} tcp dport {forwarded} {queue}")
     return pre, post
 
 
@@ -228,7 +251,7 @@ def _nft_errors(spec: RuleSpec) -> tuple[list[str], list[str]]:
     servers = "{ " + ", ".join(f"{int(server):#x}" for server in spec.servers) + " }"
     quoted = (f"{errors} @th,192,32 {servers}", f"{errors} @th,160,32 {servers}")
     coming = [f"{errors} fib daddr type local", *quoted]
-    if not (ports := _nft_ports(_services(spec))):
+    if not (ports := _nft_ports(spec.services)):
         return coming, []
     going = [f"{match} @th,{at},16 {ports}" for match, at in zip(quoted, (240, 224), strict=True)]
     return coming, going + [f"{match} @th,68,4 != 5" for match in quoted]
@@ -277,7 +300,9 @@ def iptables_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
     out.append("-o lo -j RETURN")
     into += [f"-p tcp {ports} {to_us} {queue}" for ports in _multiport(gports, "dports")]
     out += [f"-p tcp {ports} {from_us} {queue}" for ports in _multiport(gports, "sports")]
-    to_tcp, to_udp = _multiport(spec.tcp, "dports"), _multiport(spec.udp, "dports")
+    to_tcp, to_udp = _multiport(spec.any_tcp, "dports"), _multiport(spec.udp, "dports")
+    to_forwarded = _multiport(spec.forwarded, "dports")
+    of_forwarded = _multiport(spec.forwarded, "sports")
     of_tcp, of_udp = _multiport(spec.tcp, "sports"), _multiport(spec.udp, "sports")
     opening = f"-j NFQUEUE --queue-num {openings(spec.queue)}"
     into += [f"-p tcp --tcp-flags SYN,ACK SYN {ports} {to_us} {opening}" for ports in to_tcp]
@@ -286,12 +311,15 @@ def iptables_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
     for server in spec.servers:
         into += [f"-s {server} -p tcp {ports} {queue}" for ports in of_tcp]
         into += [f"-d {server} -p tcp {ports} {queue}" for ports in to_tcp]
+        into += [f"-s {server} -p tcp {ports} {to_us} {queue}" for ports in of_forwarded]
         into += [f"-d {server} -p udp {ports} {queue}" for ports in to_udp]
         into += [f"-s {server} -p udp {ports} {to_us} {queue}" for ports in of_udp]
         out += [f"-d {server} -p tcp {ports} {from_us} {queue}" for ports in to_tcp]
+        out += [f"-s {server} -p tcp {ports} {queue}" for ports in of_forwarded]
         out += [f"-s {server} -p udp {ports} {queue}" for ports in of_udp]
         for client in spec.relay_clients:
             out += [f"-s {client} -d {server} -p udp {ports} {queue}" for ports in to_udp]
+            out += [f"-s {client} -d {server} -p tcp {ports} {queue}" for ports in to_forwarded]
         if spec.relay_clients and ANYONE not in spec.relay_clients:
             out += [f"-d {server} -p udp {ports} {from_us} {queue}" for ports in to_udp]
     into.append(f"-d {NEVER}/32 -p udp --dport 0 -m socket -j RETURN")
@@ -334,7 +362,7 @@ def _restore(chain: Chain, rules: list[str], hung: frozenset[str]) -> str:
 def _u32_errors(spec: RuleSpec) -> tuple[list[str], list[str]]:
     """As _nft_errors, in bytes behind the outer header, but for those to this host."""
     into, out = [], []
-    ports = _services(spec)
+    ports = spec.services
     chunks = [ports[at : at + U32_MOST] for at in range(0, len(ports), U32_MOST)]
     for server in spec.servers:
         for address, port in ((24, "28&0xFFFF"), (20, "28>>16")):

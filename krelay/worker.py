@@ -8,7 +8,7 @@ nonsense) takes the general path below it, which is as careful as it is slow.
 What is decided here for packets that no row claims, and why (K is any address of this host):
 
     to K, a service           a row is made; or, TCP and not a SYN, it goes on untouched and the
-                              host refuses it
+                              host refuses it, unless it can be picked up, see below
     which can't be forwarded  its sender is told so by ICMP, as routers do
     to K, the gateway port    refused with a RST: only rewritten packets may reach tcp-relay
     from a client to S        the client's own connection, seen on its way through this router: its
@@ -20,6 +20,19 @@ What is decided here for packets that no row claims, and why (K is any address o
 While a killed krelay's flows may still be taken up again (`recovering_until`), whatever could
 belong to one is dropped instead of passed, since its ends would reset the connection; TCP sends it
 again.
+
+A service may be forwarded though it is TCP: then its packets take the steps of UDP.  What such a
+client sends without a row and in the midst of a connection is picked up where its server sees the
+client itself, as connection tracking does (nf_conntrack_tcp_loose): the mapping is the only one
+there can be, and the server knows whether there is such a connection.  While recovering, a server's
+packet is taken for a reason to ask the client, at every address of this host, by a SYN: in a
+connection it is answered by an ACK (RFC 9293, section 3.10.7.4, "challenge ACK"), which is picked
+up, and elsewhere by a RST.  With source=relay nobody knows which port it was.
+
+A forwarded row that was killed takes nothing to its other end any more.  Each packet of an end is
+answered by a RST with the number that it acknowledges, which it accepts (section 3.10.7.4); and so
+that an end which has nothing to say says something, it is sent a SYN (`probes`).  So nothing need
+be noted of sequence numbers.
 
 No bytes raise an exception.  A packet that isn't what it says goes on as it would without krelay,
 and is counted; the kernel judges it.
@@ -36,7 +49,7 @@ from krelay import icmperror
 from krelay.flow import Endpoint, Flow, Proto, Source
 from krelay.nat import NatTable, Refusal
 from krelay.overload import Pace, Refused
-from krelay.row import SIDES, Hook, Rewrite, Row, Step
+from krelay.row import SIDES, Hook, Rewrite, Row, Step, key
 from krelay.tracker import Side, State, Tracker
 from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
 from krelay.wire.checksum import updated
@@ -68,6 +81,8 @@ class Policy:
     """This host's address on that link."""
     mtu: int = ipv4.MAX_TOTAL
     """Bytes of the largest packet that this link takes."""
+    forwarded: frozenset[int] = frozenset()
+    """Those of `tcp` that take the steps of UDP."""
     answers: bool = True
     """Whether who is refused for want of room is told so, by RST or ICMP, or never hears of it."""
 
@@ -186,7 +201,7 @@ class Worker:
                         if flags & _NOTEWORTHY or rewrite.watched:
                             if self._is_answer(packet, ipv4.MIN_HEADER):
                                 return self._told(packet, hook, self._pass("own"))
-                            if self._opens_again(rewrite, flags):
+                            if self._opens_again(rewrite, flags) or _was_killed(rewrite.row):
                                 return self._told(packet, hook, self._general(packet, hook, now))
                             self._track(rewrite, flags, now)
                         else:
@@ -255,6 +270,8 @@ class Worker:
                     rewrite = self._open_again(rewrite.row, now)
                     if rewrite is None:
                         return self._drop("not_relaying")
+                elif _was_killed(rewrite.row):
+                    return self._tell_end(rewrite, packet, header, flags, now)
                 self._track(rewrite, flags, now)
             else:
                 rewrite.seen_at = now
@@ -302,14 +319,15 @@ class Worker:
             if policy.serves(proto, dst.port):
                 if not policy.may_be_client(src.addr):
                     return self._pass("bad_source")
-                if opens:
+                forwarded = not is_tcp or dst.port in policy.forwarded
+                if is_tcp and not opens and not (forwarded and self._goes_on(src, flags)):
+                    return self._stray(now)
+                if not forwarded:
                     return self._open_tcp(src, dst, now).rewrites[Step.T1]
-                if not is_tcp:
-                    if self._ends_here(packet, header, policy.server):
-                        return self._drop("not_forwarded")
-                    row = self._open_udp(src, dst, now)
-                    return row.by(Side.CLIENT) or Verdict.PASS
-                return self._stray(now)
+                if self._ends_here(packet, header, policy.server):
+                    return self._drop("not_forwarded")
+                row = self._open_forwarded(proto, src, dst, now)
+                return row.by(Side.CLIENT) or Verdict.PASS
             if is_tcp and self._is_gateway(dst.port):
                 return self._refuse_direct(packet, header, now)
             return self._stray(now)
@@ -323,11 +341,51 @@ class Worker:
         if src.addr in policy.own:
             if is_tcp and self._is_gateway(src.port):
                 return self._pass("own") if self._is_answer(packet, at) else self._drop("no_row")
-            if not is_tcp and self._is_minded(proto, dst):
+            if self._is_forwarded_to(proto, dst):
+                if self.nat.was_killed(proto, src, dst):
+                    return self._pass("own")  # our RST, or the SYN before it
                 moved = self.nat.saw_direct(proto, src, dst, now, Hook.POSTROUTING)
                 return moved or self._pass("own")
             return self._pass("own") if opens else self._stray(now)
+        if is_tcp and now < self.recovering_until and not flags & tcp.RST:
+            self._ask_client(src, dst, now)
         return self._stray(now)
+
+    def _goes_on(self, client: Endpoint, flags: int) -> bool:
+        """Whether this packet to a forwarded service, no SYN, may be of a connection unknown."""
+        assert self.policy is not None
+        if flags & (tcp.SYN | tcp.ACK | tcp.RST) != tcp.ACK:
+            return False
+        return self.policy.source_for(client.addr) is Source.CLIENT
+
+    def _ask_client(self, server: Endpoint, client: Endpoint, now: float) -> None:
+        """Asks who a server's packet goes to whether he is in a connection with this host."""
+        policy = self.policy
+        assert policy is not None
+        if server.addr != policy.server or server.port not in policy.forwarded:
+            return
+        if policy.source_for(client.addr) is not Source.CLIENT:
+            return
+        if (Proto.TCP, key(client, server)) in self.nat.direct:
+            return
+        for own in sorted(policy.own):
+            if own[0] != 127 and self._answer_pace.admits(now):
+                self.answers.append(_syn(key(client, Endpoint(own, server.port))))
+
+    def _tell_end(
+        self, rewrite: Rewrite, packet: bytes, header: ipv4.Header, flags: int, now: float
+    ) -> Verdict:
+        """A packet of a row that was killed: its sender is reset, unless it has reset itself."""
+        row = rewrite.row
+        side = SIDES.get(rewrite.step)
+        if side is not None:
+            answer = tcp.reset_for(packet, header)
+            if answer is not None:
+                self.answers.append(answer)
+            row.told |= {side}
+            if len(row.told) == 2:
+                self.nat.close(row, now)
+        return self._drop("killed")
 
     def _ends_here(self, packet: bytes, header: ipv4.Header, server: bytes) -> bool:
         """Whether this first packet of a flow can't be forwarded; its sender is then told.
@@ -357,6 +415,16 @@ class Worker:
         wanted = (proto, dst.port, dst.addr)
         return any((f.proto, f.port, f.server) == wanted for f in self.nat.footprints)
 
+    def _is_forwarded_to(self, proto: Proto, dst: Endpoint) -> bool:
+        """Whether flows without tcp-relay lead there, so that a port of this host may be one's."""
+        assert self.policy is not None
+        if proto is Proto.UDP:
+            return self._is_minded(proto, dst)
+        if dst.addr == self.policy.server and dst.port in self.policy.forwarded:
+            return True
+        wanted = (dst.port, dst.addr)
+        return any(f.forwarded and (f.port, f.server) == wanted for f in self.nat.footprints)
+
     def _is_gateway(self, port: int) -> bool:
         """Whether this is a gateway port, of new flows or of rows that live."""
         assert self.policy is not None
@@ -369,10 +437,11 @@ class Worker:
         source = policy.source_for(client.addr)
         return self.nat.open_tcp(client, service, server, source, policy.gport, now)
 
-    def _open_udp(self, client: Endpoint, service: Endpoint, now: float) -> Row:
+    def _open_forwarded(self, proto: Proto, client: Endpoint, service: Endpoint, now: float) -> Row:
         policy = self.policy
         assert policy is not None
-        return self.nat.open_udp(
+        return self.nat.open_forwarded(
+            proto,
             client,
             service,
             Endpoint(policy.server, service.port),
@@ -380,7 +449,7 @@ class Worker:
             now,
             relay_addr=policy.towards,
             any_client=policy.source is Source.RELAY,
-            services=policy.udp,
+            services=policy.udp if proto is Proto.UDP else policy.tcp,
         )
 
     def _refuse_direct(self, packet: bytes, header: ipv4.Header, now: float) -> Verdict:
@@ -424,17 +493,21 @@ class Worker:
         """
         return (
             flags & (tcp.SYN | tcp.ACK | tcp.RST) == tcp.SYN
-            and rewrite.step in (Step.T1, Step.D1)
+            and rewrite.step in (Step.T1, Step.D1, Step.U12, Step.U1)
             and rewrite.row.tracker.state in (State.CLOSING, State.CLOSED)
         )
 
     def _open_again(self, row: Row, now: float) -> Rewrite | None:
         """The rewrite for that packet; None if the service is none any more.  Raises Refusal."""
-        if row.gport is None:
+        if row.gport is None and not row.is_forwarded:
             row.tracker = Tracker()
             return row.rewrites[Step.D1]
         if self.policy is None or not self.policy.serves(Proto.TCP, row.service.port):
             return None
+        if row.is_forwarded:
+            self.nat.end(row)  # the port it had towards the server is wanted again
+        if row.service.port in self.policy.forwarded:
+            return self._open_forwarded(Proto.TCP, row.client, row.service, now).by(Side.CLIENT)
         return self._open_tcp(row.client, row.service, now).rewrites[Step.T1]
 
     def _track(self, rewrite: Rewrite, flags: int, now: float) -> None:
@@ -468,6 +541,22 @@ class Worker:
         self._reason = reason
         self.counts.dropped[reason] += 1
         return Verdict.DROP
+
+
+def probes(row: Row) -> list[bytes]:
+    """What makes both ends of a forwarded row that was killed say something: a SYN to each."""
+    ends = (row.by(side) for side in (Side.CLIENT, Side.SERVER))
+    return [_syn(rewrite.old) for rewrite in ends if rewrite is not None]
+
+
+def _syn(coming: bytes) -> bytes:
+    """A SYN to where packets of these addresses and ports come from."""
+    sport, dport = int.from_bytes(coming[8:10]), int.from_bytes(coming[10:12])
+    return tcp.build(coming[4:8], coming[:4], dport, sport, tcp.SYN, window=ipv4.MAX_TOTAL)
+
+
+def _was_killed(row: Row) -> bool:
+    return row.abort_asked and row.is_forwarded
 
 
 def _told_by(packet: bytes, at: int) -> bytes:

@@ -74,7 +74,7 @@ def test_parsing_gives_a_value_or_bad_packet(packet: bytes) -> None:
 @given(packets=st.lists(st.tuples(anything, st.sampled_from(Hook)), max_size=4))
 def test_the_worker_gives_a_verdict_in_time(packets: list[tuple[bytes, Hook]]) -> None:
     worker = live_worker()
-    worker.nat.limits = Limits(8, 6, 5)
+    worker.nat.limits = Limits(11, 9, 5)
     for packet, hook in packets:
         counts = worker.counts
         rewritten = sum(counts.steps) + sum(counts.icmp)
@@ -93,7 +93,7 @@ def test_the_worker_gives_a_verdict_in_time(packets: list[tuple[bytes, Hook]]) -
         for answer in worker.answers:
             assert right(answer)
         worker.answers.clear()
-        assert len(worker.nat) <= 8
+        assert len(worker.nat) <= 11
 
 
 def right(packet: bytes) -> bool:
@@ -151,7 +151,9 @@ def test_a_client_whose_ports_are_all_taken_is_refused_after_a_bounded_search(
 
     nat.direct.__class__ = Counting
     with pytest.raises(Refusal) as refusal:
-        nat.open_udp(at("C:40000"), at("K:53"), server, source, 0, relay_addr=addr("K"))
+        nat.open_forwarded(
+            Proto.UDP, at("C:40000"), at("K:53"), server, source, 0, relay_addr=addr("K")
+        )
 
     assert refusal.value.reason == "no_port"
     assert looked <= 2 * TRIES + 2

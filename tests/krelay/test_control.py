@@ -67,8 +67,8 @@ def relay() -> FakeRelay:
     for step, packets, size, seen in ((Step.T1, 12, 2210, 103.1), (Step.T4, 10, 9931, 102)):
         rewrite = tcp.rewrites[step]
         rewrite.packets, rewrite.bytes, rewrite.seen_at = packets, size, seen
-    udp = nat.open_udp(
-        at("D:4000"), at("K:53"), at("S:53"), Source.RELAY, 101.04, relay_addr=addr("K")
+    udp = nat.open_forwarded(
+        Proto.UDP, at("D:4000"), at("K:53"), at("S:53"), Source.RELAY, 101.04, relay_addr=addr("K")
     )
     udp.rewrites[Step.U1].packets, udp.rewrites[Step.U1].bytes = 1, 60
     nat.saw_direct(Proto.TCP, at("C:45678"), at("S:80"), 103)

@@ -34,7 +34,7 @@ def open_tcp(nat: NatTable, client: str = "C:40000", now: float = 0, port: int =
 def open_udp(
     nat: NatTable, client: str = "C:4000", now: float = 0, source: Source = Source.CLIENT
 ) -> Row:
-    return nat.open_udp(at(client), K53, S53, source, now, relay_addr=K53.addr)
+    return nat.open_forwarded(Proto.UDP, at(client), K53, S53, source, now, relay_addr=K53.addr)
 
 
 def held(value: Any) -> int:
@@ -56,7 +56,8 @@ def held(value: Any) -> int:
 
 def left_behind(nat: NatTable) -> dict[str, int]:
     """Every table of the table that isn't empty.  (Those by hook and by protocol are fixed.)"""
-    fixed = {"tables": len(Hook) * len(Proto), "_outside": len(Proto)}
+    protos = len(Proto)
+    fixed = {"tables": len(Hook) * protos, "_outside": protos, "_relay_ports": protos}
     sizes = {name: held(value) - fixed.get(name, 0) for name, value in vars(nat).items()}
     return {name: size for name, size in sizes.items() if size}
 
@@ -219,7 +220,7 @@ def test_rows_live_as_long_as_in_two_plain_lists(
             case "udp" | "other_udp":
                 service = K53 if verb == "udp" else at("K:5000")
                 client = Endpoint(addr("D"), 4000 + what)
-                row = nat.open_udp(client, service, S53, Source.CLIENT, now)
+                row = nat.open_forwarded(Proto.UDP, client, service, S53, Source.CLIENT, now)
                 alive.append(Known(row, now))
             case "close" if what < len(alive) and alive[what].row.proto is Proto.TCP:
                 nat.close(alive[what].row, now)
@@ -276,7 +277,12 @@ def _packet(nat: NatTable, known: Known, who: str, flags: int, now: float) -> No
     ("opened", "timeout"),
     [
         (lambda nat: open_udp(nat), 20),
-        (lambda nat: nat.open_udp(at("C:1"), at("K:123"), at("S:123"), Source.CLIENT, 0), 300),
+        (
+            lambda nat: nat.open_forwarded(
+                Proto.UDP, at("C:1"), at("K:123"), at("S:123"), Source.CLIENT, 0
+            ),
+            300,
+        ),
         (lambda nat: open_tcp(nat), 240),
         (lambda nat: _established(nat), 7440),
     ],
@@ -474,7 +480,9 @@ def test_another_port_is_of_the_same_class_and_parity(wanted: int, seed: int, ta
     nat = NatTable(rng=Random(seed))
     got = []
     for _ in range(taken):
-        relay = nat.open_udp(Endpoint(addr("C"), wanted), K53, S53, Source.CLIENT, 0)
+        relay = nat.open_forwarded(
+            Proto.UDP, Endpoint(addr("C"), wanted), K53, S53, Source.CLIENT, 0
+        )
         got.append(relay.rewrites[Step.U12].src.port)
 
     assert got[0] == wanted
@@ -492,13 +500,16 @@ class Seven(Random):
 
 def test_when_a_parity_is_used_up_the_other_is_taken_and_then_it_is_refused() -> None:
     nat = NatTable(rng=Seven())
-    got = [nat.open_udp(Endpoint(addr("C"), 2), K53, S53, Source.CLIENT, 0) for _ in range(1023)]
+    got = [
+        nat.open_forwarded(Proto.UDP, Endpoint(addr("C"), 2), K53, S53, Source.CLIENT, 0)
+        for _ in range(1023)
+    ]
 
     ports = [row.rewrites[Step.U12].src.port for row in got]
     assert sorted(ports) == list(range(1, 1024))
     assert {port % 2 for port in ports[:511]} == {0}
     with pytest.raises(Refusal) as caught:
-        nat.open_udp(Endpoint(addr("C"), 2), K53, S53, Source.CLIENT, 0)
+        nat.open_forwarded(Proto.UDP, Endpoint(addr("C"), 2), K53, S53, Source.CLIENT, 0)
     assert caught.value.reason == "no_port"
 
 
@@ -611,8 +622,8 @@ def test_footprints_are_counted_and_new_ones_are_told(nat: NatTable) -> None:
 
 
 def test_any_client_is_part_of_a_footprint(nat: NatTable) -> None:
-    row = nat.open_udp(
-        at("C:4000"), K53, S53, Source.RELAY, 0, relay_addr=K53.addr, any_client=True
+    row = nat.open_forwarded(
+        Proto.UDP, at("C:4000"), K53, S53, Source.RELAY, 0, relay_addr=K53.addr, any_client=True
     )
 
     assert row.footprint == Footprint(Proto.UDP, 53, None, S53.addr, True)
@@ -666,7 +677,9 @@ def test_60000_rows_of_source_relay_have_a_port_each_and_beyond_all_ports_it_is_
     for number in range(64_512):
         client = Endpoint((10 << 24 | number).to_bytes(4), rng.randrange(1024, 0x10000))
         service, server = (K53, S53) if number % 2 else (at("K:123"), at("S:123"))
-        row = nat.open_udp(client, service, server, Source.RELAY, 0, relay_addr=K53.addr)
+        row = nat.open_forwarded(
+            Proto.UDP, client, service, server, Source.RELAY, 0, relay_addr=K53.addr
+        )
         assert row.relay
         ports[row.relay.port] += 1
         kept += row.relay.port % 2 == client.port % 2
@@ -675,6 +688,8 @@ def test_60000_rows_of_source_relay_have_a_port_each_and_beyond_all_ports_it_is_
 
     assert (len(ports), max(ports.values())) == (64_512, 1)
     with pytest.raises(Refusal, match="no_port"):
-        nat.open_udp(at("C:5000"), K53, S53, Source.RELAY, 0, relay_addr=K53.addr)
+        nat.open_forwarded(Proto.UDP, at("C:5000"), K53, S53, Source.RELAY, 0, relay_addr=K53.addr)
     nat.end(next(iter(nat)))
-    assert nat.open_udp(at("C:5000"), K53, S53, Source.RELAY, 0, relay_addr=K53.addr).relay
+    assert nat.open_forwarded(
+        Proto.UDP, at("C:5000"), K53, S53, Source.RELAY, 0, relay_addr=K53.addr
+    ).relay

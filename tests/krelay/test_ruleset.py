@@ -371,6 +371,50 @@ def test_rows_keep_what_they_need_in_the_rules() -> None:
     assert spec.relay_clients == (NET,)
 
 
+def test_tcp_that_is_forwarded_is_caught_as_udp_is() -> None:
+    spec = replace(SPEC, forwarded=((443, 443),), gports=())
+    without = replace(SPEC, gports=())
+    added = {
+        hook: [
+            r for r in rules(nft_install(spec), hook) if r not in rules(nft_install(without), hook)
+        ]
+        for hook in ("pre", "post")
+    }
+
+    every, syns = "{ 80, 443, 8000-8100 }", "tcp flags & (syn | ack) == syn SYNs"
+    assert [r for r in added["pre"] if every not in r and "@th" not in r] == [
+        f"ip saddr {{ {S} }} tcp sport {{ 443 }} fib daddr type local Q"
+    ]
+    assert f"tcp dport {every} fib daddr type local {syns}" in added["pre"]
+    assert [r for r in added["post"] if every not in r and "@th" not in r] == [
+        f"ip saddr {{ {S} }} tcp sport {{ 443 }} Q",
+        f"ip saddr {{ {NET} }} ip daddr {{ {S} }} tcp dport {{ 443 }} Q",
+    ]
+    text = iptables_install(spec, frozenset())
+    assert {
+        f"-s {S} -p tcp dports 443 to-us Q".replace("dports", "sports"),
+        "-p tcp --tcp-flags SYN,ACK SYN dports 80,443,8000:8100 to-us SYNs",
+    } <= set(rules(text, "pre"))
+    assert {f"-s {S} -p tcp sports 443 Q", f"-s {NET} -d {S} -p tcp dports 443 Q"} <= set(
+        rules(text, "post")
+    )
+    assert not [r for r in rules(text, "pre") if r.startswith(f"-s {S} -p tcp sports 80,443")]
+
+
+def test_rows_that_are_forwarded_keep_their_rules_and_need_no_gateway_port() -> None:
+    row = Footprint(Proto.TCP, 8080, None, Z.packed, False, True)
+    nothing: tuple[tuple[int, int], ...] = ()
+    spec = wanted(
+        name="krelay", queue=1600, tcp=nothing, udp=nothing, gport=None, server=S,
+        source_is_relay=False, beside=[], footprints=[row], forwarded=[(443, 443)],
+    )  # fmt: skip
+
+    assert (spec.tcp, spec.forwarded, spec.gports) == ((), ((443, 443), (8080, 8080)), ())
+    for text in (nft_install(spec), iptables_install(spec, frozenset())):
+        assert "{  }" not in text
+        assert "16000" not in text
+
+
 def test_anyones_source_is_changed_with_source_relay_and_while_a_row_needs_it() -> None:
     assert spec_for(source_is_relay=True).relay_clients == (ANYONE,)
     row = Footprint(Proto.UDP, 53, None, S.packed, True)

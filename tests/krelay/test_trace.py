@@ -204,7 +204,7 @@ def test_lines_tell_what_was_lost_before_the_next_or_when_all_is_read() -> None:
 def rows() -> dict[str, Row]:
     nat = NatTable(rng=Random(1))
     tcp = nat.open_tcp(at("C:40000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 0)
-    udp = nat.open_udp(at("C:4000"), at("K:53"), at("S:53"), Source.CLIENT, 0)
+    udp = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:53"), at("S:53"), Source.CLIENT, 0)
     other = nat.open_tcp(at("D:40000"), at("K:443"), at("S:443"), Source.CLIENT, 16000, 0)
     other.tracker.resumed()
     return {"tcp": tcp, "udp": udp, "other": other}

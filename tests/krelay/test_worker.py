@@ -1036,7 +1036,7 @@ def rewrite_to(packet: Template, to: Flow) -> Rewrite:
     if to.proto is Proto.TCP:
         row = nat.open_tcp(there.src, there.dst, to.dst, Source.CLIENT, 1, 0)
     else:
-        row = nat.open_udp(there.src, there.dst, to.dst, Source.CLIENT, 0)
+        row = nat.open_forwarded(Proto.UDP, there.src, there.dst, to.dst, Source.CLIENT, 0)
     old, new = (
         f.src.addr + f.dst.addr + f.src.port.to_bytes(2) + f.dst.port.to_bytes(2)
         for f in (there, to)
@@ -1113,8 +1113,11 @@ def test_a_broken_checksum_stays_broken_by_as_much(
 
 def live_worker() -> Worker:
     """A worker with rows of every kind, some of them in each state."""
-    host = Host(policy())
+    host = Host(policy(tcp=frozenset({80, 443, 8443}), forwarded=frozenset({8443})))
     traces = [
+        "0 pre D:8 > K:8443 [S]",  # killed below
+        "0 pre C:8 > K:8443 [S]",
+        "0 pre N:9 > K:8443 [S]",
         *CONNECTED.splitlines(),
         "0 pre C:40002 > K:443 [S]",
         "0 pre C:45678 > S:80 [S]",
@@ -1125,6 +1128,7 @@ def live_worker() -> Worker:
     for line in filter(str.strip, traces):
         time, verb, rest = line.partition("=>")[0].split(None, 2)
         host.run(float(time), verb, rest.strip())
+    host.nat.kill(next(iter(host.nat)), 0)
     return host.worker
 
 
@@ -1139,6 +1143,9 @@ def traffic() -> list[bytes]:
         D:1 > K:80 [S]           D:2 > K:16000 [S]         D:3 > S:80 [S]
         D:1 > K:53               K:16000 > D:7 [.]         K:7 > S:80 [S]
         D:3 > Z:99               K:5 > S:53                D:8 > K:22 [S]
+        C:8 > K:8443 [P.]        S:8443 > C:8 [P.]         C:8 > S:8443 [.]
+        N:9 > K:8443 [F.]        S:8443 > K:9 [.]          K:9 > S:8443 [S]
+        D:8 > K:8443 [P.]        S:8443 > D:8 [R]          D:9 > K:8443 [.]
     """
     texts = [text.strip() for text in re.split(r"\s{2,}", columns) if text.strip()]
     return [

@@ -18,7 +18,7 @@ agree.
     open, resume   tcp-relay asks: the client as it sees it, its gateway port, its relay port,
                    `to` its server
     close          tcp-relay has closed the connection with that relay port
-    set            other values for new flows: gport, server, source, tcp, udp; flows,
+    set            other values for new flows: gport, server, source, tcp, udp, forwarded; flows,
                    flows_per_client, new_flows_per_client, recovering (until when); `off`
 
 Before each line the time until then passes, as it does in the daemon.  A rewritten packet is
@@ -134,7 +134,7 @@ class Host:
                     self._policy = replace(self._policy, server=addr(value))
                 case "source":
                     self._policy = replace(self._policy, source=Source(value))
-                case "tcp" | "udp":
+                case "tcp" | "udp" | "forwarded":
                     ports = frozenset(map(int, filter(None, value.split(","))))
                     self._policy = replace(self._policy, **{name: ports})  # type: ignore[arg-type]
                 case "flows" | "flows_per_client" | "new_flows_per_client":
