@@ -119,20 +119,23 @@ def serving(facts: Facts) -> list[Finding]:
         return [Finding("krelay", OK, f"none is running{here}")]
     if facts.state is not None and facts.state.startswith("failed: "):
         return [Finding("krelay", FAILED, facts.state, f"krelay start{_root(facts)}")]
-    if facts.tcp_relays == 0 and any(s.proto == "tcp" for s in facts.config.services):
+    if facts.tcp_relays == 0 and facts.config.terminated:
         text = "no tcp-relay serves with it: TCP is refused"
         return [Finding("krelay", WARNING, text, f"tcp-relay{_root(facts)} &")]
     return [Finding("krelay", OK, facts.state or "running")]
 
 
 def forwarding(facts: Facts) -> list[Finding]:
-    """UDP, and the clients' own connections to the server, are forwarded by the kernel."""
-    check, needed = "forwarding", any(s.proto == "udp" for s in facts.config.services)
+    """UDP, TCP that is forwarded, and the clients' own connections to the server are forwarded by
+    the kernel."""
+    check, needed = "forwarding", bool(facts.config.forwarded)
     if facts.forwards is None:
         return []
     if not facts.forwards:
+        kinds = {"UDP" if s.proto == "udp" else "forwarded TCP" for s in facts.config.forwarded}
         text = "this host doesn't forward: " + (
-            "UDP won't pass, nor the clients' own connections"
+            f"{' and '.join(sorted(kinds, reverse=True))} won't pass, "
+            "nor the clients' own connections"
             if needed
             else "the clients' own connections to the server won't pass"
         )
@@ -241,7 +244,7 @@ def return_path(facts: Facts) -> list[Finding]:
 def gateway_port(facts: Facts) -> list[Finding]:
     """Nobody but tcp-relay may listen there."""
     check, port = "gateway port", facts.config.gport
-    if not any(s.proto == "tcp" for s in facts.config.services):
+    if not facts.config.terminated:
         return []
     taken = [one for one in facts.listeners if one.proto == "tcp" and one.port == port]
     if not taken:

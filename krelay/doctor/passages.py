@@ -6,6 +6,7 @@ packets that go (ruleset).  So between the two the host sees complete and ordina
     T1  C:x > K:A    comes in    new              T2  K:A > C:x    goes out    established
     T3  K:y > S:80   goes out    new              T4  S:80 > K:y   comes in    established
     U1  C:x > S:53   forwarded   new              U3  S:53 > C:x   forwarded   established
+                     (and TCP that is written =forward)
 
 and before ours, in chains of a priority that is no later than raw, the packets as they were sent.
 """
@@ -76,7 +77,7 @@ def passages(facts: Facts) -> Iterator[Passage]:
     for service in config.services:
         proto, ports = service.proto, (service.first, service.last)
         asked = Packet(proto, client, None, ours, ports[0], near, "", dst_local=True)
-        if proto == "tcp":
+        if proto == "tcp" and not service.forward:
             t1 = asked._replace(dport=config.gport)
             yield Passage(
                 "T1",
@@ -101,7 +102,7 @@ def passages(facts: Facts) -> Iterator[Passage]:
                 ),
             )
         else:
-            u1 = Packet("udp", client, None, server, ports[0], near, far)
+            u1 = Packet(proto, client, None, server, ports[0], near, far)
             yield Passage(
                 "U1",
                 (
@@ -111,7 +112,7 @@ def passages(facts: Facts) -> Iterator[Passage]:
                     Stage("postrouting", u1, ports, "to the server"),
                 ),
             )
-            u3 = Packet("udp", server, ports[0], client, None, far, near, reply=True)
+            u3 = Packet(proto, server, ports[0], client, None, far, near, reply=True)
             yield Passage(
                 "U3",
                 (
@@ -229,7 +230,7 @@ def _mend(facts: Facts, stage: Stage, fate: Fate, ports: tuple[Ports, ...]) -> s
         if to_gate and base.hook == "input":
             return f"ufw allow proto tcp to any port {spans}"
         if base.hook == "forward":
-            return f"ufw route allow proto udp to {server} port {spans}"
+            return f"ufw route allow proto {packet.proto} to {server} port {spans}"
     if base.table == "firewalld" and "firewall-cmd" in facts.tools and not packet.reply:
         ranges = [_span(pair, "-") for pair in ports]
         if to_gate and base.hook == "input":
@@ -239,7 +240,7 @@ def _mend(facts: Facts, stage: Stage, fate: Fate, ports: tuple[Ports, ...]) -> s
         if base.hook == "forward":
             rules = " ".join(
                 f"--add-rich-rule='rule family=ipv4 destination address={server} "
-                f"port port={span} protocol=udp accept'"
+                f"port port={span} protocol={packet.proto} accept'"
                 for span in ranges
             )
             policy = "firewall-cmd --permanent --policy=krelay"

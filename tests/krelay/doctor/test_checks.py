@@ -28,6 +28,7 @@ HEALTHY = Facts(
 )
 TCP_ONLY = Config(services=(Service("tcp", 80, 80),))
 UDP_ONLY = Config(services=(Service("udp", 53, 53),))
+THROUGH = Config(services=(Service("tcp", 443, 443, False, True),))
 BLOCKED = (Chain("nft", "inet", "guard", "forward", (), "forward", policy="drop"),)
 NGINX = Listener("tcp", None, 80, "nginx", 7, "nginx.service")
 RESOLVED = Listener("udp", IPv4Address("127.0.0.53"), 53, "systemd-resolve", 9)
@@ -74,6 +75,8 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
      "no tcp-relay", "tcp-relay &"),
     ("krelay", {"served": True, "state": "running", "tcp_relays": 0, "config": UDP_ONLY}, "ok",
      "running", ""),
+    ("krelay", {"served": True, "state": "running", "tcp_relays": 0, "config": THROUGH}, "ok",
+     "running", ""),
     ("krelay", {"tree_exists": False}, "ok", "there is no /run/krelay", ""),
     ("leftovers", {"leftovers": (Leftover("krelay", "nft", 1600),)}, "warning", "krelay, nft",
      "krelay clean --keep-settings"),
@@ -91,6 +94,8 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("forwarding", {"forwards": False}, "failed", "UDP won't pass",
      "sysctl -w net.ipv4.ip_forward=1"),
     ("forwarding", {"forwards": False, "config": TCP_ONLY}, "warning", "own connections",
+     "sysctl -w net.ipv4.ip_forward=1"),
+    ("forwarding", {"forwards": False, "config": THROUGH}, "failed", "forwarded TCP won't pass",
      "sysctl -w net.ipv4.ip_forward=1"),
     ("forwarding", {"links": (Link("eth0", forwards=False), Link("eth1"))}, "failed", "by eth0",
      "sysctl -w net/ipv4/conf/eth0/forwarding=1"),

@@ -83,6 +83,17 @@ def test_what_is_not_relayed_is_not_asked_for() -> None:
     assert wrong(base("input", rule("drop", NEVER))) == []
 
 
+def test_tcp_that_is_forwarded_passes_where_udp_does() -> None:
+    through = Config(services=(Service("tcp", 443, 443, False, True),))
+
+    assert wrong(base("input", policy="drop"), config=through) == []
+    found = wrong(base("forward", policy="drop"), config=through)
+    assert {f.mend.removeprefix("nft insert rule inet guard c ") for f in found} == {
+        f"ip daddr {SERVER} tcp dport 443 accept",
+        f"ip saddr {SERVER} tcp sport 443 ct state established accept",
+    }
+
+
 def test_untracked_answers_are_let_by_without_their_state() -> None:
     notrack = base("prerouting", rule("notrack"), priority=-300, name="early")
     mends = {f.mend for f in wrong(notrack, base("forward", policy="drop"))}
