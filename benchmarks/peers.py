@@ -197,10 +197,13 @@ def _tcpproxy(lab: Lab, ports: Sequence[int]) -> list[Program]:
     return [_started(lab, [port], *tcpproxy_command(server, port)) for port in ports]
 
 
-def _krelay(lab: Lab, ports: Sequence[int]) -> list[Program]:
-    services = " ".join(f"tcp/{port}" for port in ports)
+def _krelay(lab: Lab, ports: Sequence[int], *, forward: bool = False) -> list[Program]:
+    mode = "=forward" if forward else ""
+    services = " ".join(f"tcp/{port}{mode}" for port in ports)
     root = ground.start_krelay(lab, {"services": services, "gport": str(_GPORT)})
     daemon = lab.programs[-1]
+    if forward:
+        return [daemon]
     command = ("-m", "tcp_relay", "--root", str(root), "--log-level", "warning")
     return [daemon, _started(lab, [_GPORT], *ground.PYTHON, *command)]
 
@@ -232,4 +235,5 @@ NGINX_KEEPING = Peer(
     "nginx transparent", partial(_nginx, transparent=True), NGINX.needs, keeps_client=True
 )
 KRELAY = Peer("krelay and tcp-relay", _krelay, keeps_client=True)
-KEEPING = (HAPROXY_KEEPING, NGINX_KEEPING, KRELAY)
+KRELAY_FORWARD = Peer("krelay, =forward", partial(_krelay, forward=True), keeps_client=True)
+KEEPING = (HAPROXY_KEEPING, NGINX_KEEPING, KRELAY, KRELAY_FORWARD)

@@ -55,6 +55,7 @@ def _to_haproxy(ours: Peer, other: Peer, what: str) -> Goal:
 _PLAIN = (peers.TCPPROXY, (peers.HAPROXY, peers.NGINX))
 _TUNED = (peers.TCPPROXY, BULK_ONLY)
 _KEEPING = (peers.KRELAY, (peers.HAPROXY_KEEPING, peers.NGINX_KEEPING))
+_FORWARDING = (peers.KRELAY_FORWARD, _KEEPING[1])
 _KEPT = ", the client's address kept"
 _COSTS = (CPU_DOWN, CPU_UP, CPU_CONNECTIONS)
 GOALS = (
@@ -70,6 +71,8 @@ GOALS = (
     _to_better(*_KEEPING, CONNECTIONS, _KEPT, at_least=0.1),
     _to_better(*_KEEPING, REQUESTS, _KEPT, at_least=0.1),
     *(_to_haproxy(peers.KRELAY, peers.HAPROXY_KEEPING, cost) for cost in _COSTS),
+    *(_to_better(*_FORWARDING, what, _KEPT) for what in (DOWN, UP, CONNECTIONS, REQUESTS)),
+    *(_to_haproxy(peers.KRELAY_FORWARD, peers.HAPROXY_KEEPING, cost) for cost in _COSTS),
 )
 
 
@@ -94,7 +97,8 @@ def about() -> tuple[str, ...]:
         "ours. For bulk alone also HAProxy that always splices (`splice-request`, "
         "`splice-response`), and nginx with buffers of 64 KB instead of 16. The client's address "
         "is kept by HAProxy with `usesrc clientip`, by nginx with `proxy_bind $remote_addr "
-        "transparent`, by krelay. All share the same cores.",
+        "transparent`, by krelay: with tcp-relay, and with services written `=forward`, whose "
+        "every packet visits the queue. All share the same cores.",
         "CPU: the time of the relay's processes, krelay's and tcp-relay's together. The kernel "
         "books its work in soft interrupts on whichever process it interrupts: a part of what the "
         "relay causes isn't in these figures, and a part of what its neighbours cause is.",
