@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from krelay.doctor import command
+from krelay.doctor import command, gather
 from krelay.doctor.findings import Level
 from tests.net.world import PYTHON, World, greet
 from vm import Result
@@ -327,8 +327,12 @@ def shared() -> Iterator[World]:
 
 
 @pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    """Relaying with no rules of others; afterwards there are none again."""
+def world(shared: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """Relaying with no rules of others; afterwards there are none again.
+
+    ufw and firewalld aren't asked here (test_firewall_tools): they would see the machine's files.
+    """
+    monkeypatch.setattr(gather, "TOOLS", ())
     yield shared
     shared.put(source="client")
     for line in shared.lab.run("relay", "nft", "list", "tables").stdout.splitlines():

@@ -154,24 +154,95 @@ def test_mends_of_iptables_docker_and_ufw(
     assert [mend for mend in mends if mend not in found] == []
 
 
-def test_mends_of_firewalld_name_the_zone_and_use_a_policy_for_what_is_forwarded() -> None:
-    jump = Rule("jump", (), Verdict("jump", "filter_IN_public"))
-    table = {"table": "firewalld"}
-    chains = (
-        base("input", jump, **table, name="filter_INPUT"),
-        base("", rule("drop"), **table, name="filter_IN_public"),
-        base("forward", rule("drop"), **table, name="filter_FORWARD"),
-    )
-    found = {f.mend for f in wrong(*chains, tools=frozenset({"firewall-cmd"}))}
+@pytest.mark.parametrize(
+    ("refusal", "mends"),
+    [
+        ("-A ufw-user-input -p tcp --dport 16000 -j DROP", [
+            "ufw allow proto tcp to any port 16000 && ufw delete allow proto tcp to any port 16000 "
+            "&& ufw prepend allow proto tcp to any port 16000"]),
+        ("-A ufw-user-forward -j REJECT", [
+            f"ufw route allow proto udp to {SERVER} port 53 && "
+            f"ufw route delete allow proto udp to {SERVER} port 53 && "
+            f"ufw route prepend allow proto udp to {SERVER} port 53"]),
+        ("-A ufw-after-input -j DROP", ["ufw allow proto tcp to any port 16000"]),
+        ("-A ufw-before-input -p tcp --dport 16000 -j DROP", [
+            "iptables -w -I INPUT -p tcp --dport 16000 -j ACCEPT"]),
+        ("-A INPUT -p tcp --dport 16000 -j DROP", [
+            "iptables -w -I INPUT -p tcp --dport 16000 -j ACCEPT"]),
+        ("-P OUTPUT DROP", [f"ufw allow out proto tcp to {SERVER} port 80,443,53"]),
+    ],
+)  # fmt: skip
+def test_what_ufw_is_told_is_ahead_of_what_its_users_refuse(refusal: str, mends: list[str]) -> None:
+    chains = [
+        f"{builtin} -j ufw-{part}-{builtin.lower()}"
+        for builtin in ("INPUT", "FORWARD", "OUTPUT")
+        for part in ("before", "user", "after")
+    ]
+    names = [f":{chain.split()[-1]} - [0:0]" for chain in chains]
+    jumps = [f"-A {chain}" for chain in chains]
+    if refusal.startswith("-P"):
+        rules = [*names, ":OUTPUT DROP [0:0]", *jumps]
+    else:
+        rules = [*names, refusal, *jumps]
+    found = [f.mend for f in wrong(*iptables(*rules), tools=frozenset({"ufw"}))]
 
-    assert (
-        "firewall-cmd --permanent --zone=public --add-port=16000/tcp && firewall-cmd --reload"
-        in found
+    assert [mend for mend in mends if mend not in found] == [], found
+
+
+FIREWALLD_IN = "firewall-cmd --permanent --policy=krelay-in "
+
+
+@pytest.mark.parametrize(
+    ("chain", "mend"),
+    [
+        ("filter_INPUT", "--permanent --add-port=16000/tcp && firewall-cmd --reload"),
+        ("filter_IN_public", "--permanent --zone=public --add-port=16000/tcp && "),
+        ("filter_IN_public_allow", "--permanent --zone=public --add-port=16000/tcp && "),
+        ("filter_IN_my_zone_post", "--permanent --zone=my_zone --add-port=16000/tcp && "),
+        ("filter_IN_my_zone_deny", f"{FIREWALLD_IN}--add-egress-zone=HOST; "),
+        ("filter_IN_public_pre", f"{FIREWALLD_IN}--set-priority=-32768; "),
+        ("filter_IN_policy_none", f"{FIREWALLD_IN}--add-rich-rule='rule family=ipv4 "
+            "port port=16000 protocol=tcp accept' && firewall-cmd --reload"),
+    ],
+)  # fmt: skip
+def test_mends_of_firewalld_name_the_zone_where_its_ports_are_looked_at(
+    chain: str, mend: str
+) -> None:
+    chains = (
+        base("input", Rule("", (), Verdict("jump", chain)), name="filter_INPUT", table="firewalld"),
+        base("", rule("drop"), name=chain, table="firewalld"),
     )
-    (policy,) = (mend for mend in found if "--new-policy=krelay" in mend)
-    assert f"destination address={SERVER} port port=53 protocol=udp accept'" in policy
+    if chain == "filter_INPUT":
+        chains = (base("input", policy="drop", name=chain, table="firewalld"),)
+    (found, *_) = (f.mend for f in wrong(*chains, tools=frozenset({"firewall-cmd"})))
+
+    assert mend in found
     plain = {f.mend for f in wrong(*chains)}
     assert "nft insert rule inet firewalld filter_INPUT tcp dport 16000 accept" in plain
+
+
+def test_what_firewalld_doesnt_forward_a_policy_lets_by() -> None:
+    chain = base("forward", rule("drop"), table="firewalld", name="filter_FORWARD")
+    found = {f.mend for f in wrong(chain, tools=frozenset({"firewall-cmd"}))}
+    (policy,) = (mend for mend in found if "--new-policy=krelay;" in mend)
+
+    assert f"destination address={SERVER} port port=53 protocol=udp accept'" in policy
+    assert "--policy=krelay --add-egress-zone=ANY;" in policy
+    (answers,) = found - {policy}
+    assert "ct state established accept" in answers
+
+
+def test_many_ports_are_as_many_rules_of_ufw_as_it_takes() -> None:
+    config = Config(services=RANGES)
+    rules = iptables(":ufw-user-input - [0:0]")
+    (mend,) = (
+        f.mend
+        for f in wrong(*rules, config=config, tools=frozenset({"ufw"}))
+        if f.mend.startswith("ufw route ")
+    )
+    ports = [command.split(" port ")[1].split(",") for command in mend.split(" && ")]
+
+    assert [sum(2 if ":" in port else 1 for port in group) for group in ports] == [14, 2]
 
 
 def test_many_ports_are_as_many_rules_of_iptables_as_multiport_needs() -> None:
