@@ -208,12 +208,11 @@ FIREWALLD_IN = "firewall-cmd --permanent --policy=krelay-in "
 def test_mends_of_firewalld_name_the_zone_where_its_ports_are_looked_at(
     chain: str, mend: str
 ) -> None:
-    chains = (
-        base("input", Rule("", (), Verdict("jump", chain)), name="filter_INPUT", table="firewalld"),
+    jump = [] if chain == "filter_INPUT" else [Rule("", (), Verdict("jump", chain))]
+    chains = [
+        base("input", *jump, policy="drop", name="filter_INPUT", table="firewalld"),
         base("", rule("drop"), name=chain, table="firewalld"),
-    )
-    if chain == "filter_INPUT":
-        chains = (base("input", policy="drop", name=chain, table="firewalld"),)
+    ][: 1 + len(jump)]
     (found, *_) = (f.mend for f in wrong(*chains, tools=frozenset({"firewall-cmd"})))
 
     assert mend in found
