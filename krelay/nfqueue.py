@@ -32,6 +32,7 @@ from netfilterqueue import NetfilterQueue
 
 from krelay.log import Log
 from krelay.verdicts import ROOM, Verdicts
+from krelay.wire import netlink
 from krelay.worker import Verdict, Worker
 
 BATCH = 256
@@ -47,7 +48,6 @@ _FIGURES = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
 
 _SUBSYS_QUEUE, _MSG_CONFIG = 3, 2
 _CFG_PARAMS, _COPY_PACKET = 2, 2
-_REQUEST = 1
 
 _log = Log("queue")
 
@@ -212,13 +212,11 @@ class Queue:
             _log.error("packet dropped by a fault of ours", error=repr(error), at=place)
 
     def _ask_for_whole_packets(self) -> None:
-        params = struct.pack("!IB", COPY_RANGE, _COPY_PACKET)
-        attribute = struct.pack("=HH", 4 + len(params), _CFG_PARAMS) + params.ljust(8, b"\0")
-        body = struct.pack("!BBH", 0, 0, self.number) + attribute
-        head = struct.pack(
-            "=IHHII", 16 + len(body), _SUBSYS_QUEUE << 8 | _MSG_CONFIG, _REQUEST, 0, 0
+        params = netlink.attribute(_CFG_PARAMS, struct.pack("!IB", COPY_RANGE, _COPY_PACKET))
+        request = netlink.message(
+            _SUBSYS_QUEUE, _MSG_CONFIG, 0, params, family=0, resource=self.number
         )
-        self._socket.sendto(head + body, (0, 0))
+        self._socket.sendto(request, (0, 0))
         got = figures(self.number)
         if got is None or got.copy_range < COPY_RANGE - 8:
             self.close()
