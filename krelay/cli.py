@@ -56,7 +56,7 @@ def _up(args: argparse.Namespace) -> int:
     from krelay import client, up
 
     given = {"real_ip": args.real_ip, "gport": args.gport}
-    given |= {"services": args.services, "source": args.source}
+    given |= {"services": args.services, "source": args.source, "datapath": args.datapath}
     values = {name: _checked(name, text) for name, text in given.items() if text is not None}
     options = ["--log-level", args.log_level, "--queue-num", str(args.queue_num)]
     try:
@@ -314,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--gport", metavar="N", help="the gateway port")
     sub.add_argument("--services", metavar="LIST", help='what is relayed, like "tcp/80 udp/53"')
     sub.add_argument("--source", metavar="WHOSE", help="the address the server sees: client, relay")
+    sub.add_argument("--datapath", metavar="PATH", help="what rewrites packets: auto, queue")
     _queue_option(sub)
     sub.add_argument("--log-level", choices=log.LEVELS, default="info", metavar="LEVEL")
 

@@ -127,6 +127,7 @@ class Daemon:
             "tcp_relays": len(self._relay_socket.pids) if self._relay_socket else 0,
             **control.tcp_status_values(self._relaying.relays.totals),
             "rules": self._relaying.rules,
+            "datapath": self._relaying.datapath,
             "queue": self._queue_num,
             "queue_waiting": sum(each.waiting for each in served if each),
             "recovering": round(max(0.0, self._worker.recovering_until - now), 1),

@@ -128,6 +128,11 @@ class Relaying:
         """By what the rules are made: `nft`, `iptables`, or `none`."""
         return self._backend.name if self._backend else "none"
 
+    @property
+    def datapath(self) -> str:
+        """What rewrites packets: `queue`, every one of them visits the worker."""
+        return "queue"
+
     def prepare(self, start: bool) -> None:
         """Finds out how rules can be made, and removes those that a killed krelay left.
 

@@ -124,6 +124,8 @@ class Config:
         Service("tcp", 53, 53),
     )
     source: str = "client"
+    datapath: str = "auto"
+    """`auto`: the kernel takes over what it can; `queue`: every packet visits krelay."""
     timeouts_udp: int = 300
     """Seconds, like all timeouts."""
     timeouts_udp_dns: int = 20
@@ -253,14 +255,20 @@ def _flag(text: str) -> bool:
 
 
 def _source(text: str) -> str:
-    if text not in ("client", "relay"):
-        raise Refused(f"{shown(text)} is neither client nor relay")
-    return text
+    return _either(text, "client", "relay")
+
+
+def _path(text: str) -> str:
+    return _either(text, "auto", "queue")
 
 
 def _refusal(text: str) -> str:
-    if text not in ("reset", "drop"):
-        raise Refused(f"{shown(text)} is neither reset nor drop")
+    return _either(text, "reset", "drop")
+
+
+def _either(text: str, one: str, other: str) -> str:
+    if text not in (one, other):
+        raise Refused(f"{shown(text)} is neither {one} nor {other}")
     return text
 
 
@@ -279,6 +287,7 @@ _TABLE = (
     Setting("start",                       _flag,    _bit,  "1 relay, 0 don't"),
     Setting("services",                    services, _list, "tcp/80 udp/53 tcp/9=forward tcp/22!"),
     Setting("source",                      _source,  str,   "client or relay"),
+    Setting("datapath",                    _path,    str,   "auto or queue"),
     Setting("timeouts/udp",                _seconds, str,   "seconds, 1-604800"),
     Setting("timeouts/udp_dns",            _seconds, str,   "seconds, 1-604800"),
     Setting("timeouts/tcp_transitory",     _seconds, str,   "seconds, 1-604800"),

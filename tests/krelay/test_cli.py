@@ -149,6 +149,7 @@ REFUSED = [
     ("services", "http", "'http' is not a service (like tcp/80, udp/53 or tcp/8000-8100)"),
     ("start", "yes", "'yes' is neither 0 nor 1"),
     ("source", "server", "'server' is neither client nor relay"),
+    ("datapath", "fast", "'fast' is neither auto nor queue"),
     ("timeouts/udp", "0", "'0' is not a number of seconds (1-604800)"),
     ("limits/flows", "x", "'x' is not a number of rows (1-1000000)"),
 ]
@@ -166,7 +167,7 @@ def test_a_bad_value_is_refused_with_the_reason_and_never_written(
     assert (root / key).read_text() == in_force(key, DEFAULTS) + "\n"
 
 
-@pytest.mark.parametrize(("option", "value", "reason"), [REFUSED[0], REFUSED[2], REFUSED[7]])
+@pytest.mark.parametrize(("option", "value", "reason"), [REFUSED[0], REFUSED[2], *REFUSED[7:9]])
 def test_up_refuses_a_bad_value_before_it_starts_anything(
     option: str, value: str, reason: str, run: Run
 ) -> None:

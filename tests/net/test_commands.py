@@ -68,12 +68,14 @@ def test_up_in_an_existing_tree_keeps_it_and_switches_off(world: World) -> None:
     world.start_krelay().terminate()
     world.krelay_process.wait()
     world.write("timeouts/udp", "77")
-    program = up(world, "--source", "relay")
+    program = up(world, "--source", "relay", "--datapath", "queue")
     assert world.who("client", 80).startswith(f"{world.relay}:")
+    assert world.values("status")["datapath"] == "queue"
     program.signal(signal.SIGINT)
 
     assert program.wait() == 130
     assert (world.read("start"), world.read("timeouts/udp")) == ("0", "77")
+    assert world.read("datapath") == "queue"
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,7 @@ def test_up_in_an_existing_tree_keeps_it_and_switches_off(world: World) -> None:
         (("--gport", "0"), "gport: '0' is not a port (1-65535)"),
         (("--services", "tcp/22"), "services: 'tcp/22' would relay ssh"),
         (("--source", "me"), "source: 'me' is neither client nor relay"),
+        (("--datapath", "kernel"), "datapath: 'kernel' is neither auto nor queue"),
         (("--real-ip", "10.77.3.2"), "10.77.3.2 is an address of this host"),
         (("--services", "tcp/16000"), "the gateway port"),
     ],
@@ -106,7 +109,12 @@ def test_set_get_start_stop_and_status(world: World) -> None:
     world.serve("server", "tcp/80")
     before = world.rules()
     world.start_krelay()
-    for key, value in (("real_ip", world.server), ("gport", "18000"), ("services", "tcp/80")):
+    for key, value in (
+        ("real_ip", world.server),
+        ("gport", "18000"),
+        ("services", "tcp/80"),
+        ("datapath", "queue"),
+    ):
         done = world.krelay("set", key, value)
         assert (done.stdout, done.stderr) == ("", "")
         assert world.krelay("get", key).stdout == f"{value}\n"
@@ -120,6 +128,7 @@ def test_set_get_start_stop_and_status(world: World) -> None:
     assert "start=1" in shown
     status = json.loads(world.krelay("status", "--json").stdout)
     assert (status["state"], status["flows_tcp"]) == ("running", 1)
+    assert (status["datapath"], status["queue"]) == ("queue", 1600)
     assert "running" in world.krelay("status").stdout
     assert json.loads(world.krelay("counters", "--json").stdout)["T1"] >= 3
     world.krelay("stop")

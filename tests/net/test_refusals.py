@@ -47,6 +47,7 @@ REFUSED = [
     ("services", f"tcp/{GPORT}", f"'tcp/{GPORT}' holds the gateway port, {GPORT}"),
     ("start", "yes", "'yes' is neither 0 nor 1"),
     ("source", "server", "'server' is neither client nor relay"),
+    ("datapath", "kernel", "'kernel' is neither auto nor queue"),
     ("timeouts/udp", "0", "'0' is not a number of seconds (1-604800)"),
     ("limits/flows", "-1", "'-1' is not a number of rows (1-1000000)"),
     ("limits/new_flows_per_client", "many", "'many' is not a number of rows a second (0-1000000)"),

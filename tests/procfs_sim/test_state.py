@@ -14,6 +14,7 @@ TEXTS = {
     "start": ["1\n", "0", "yes"],
     "services": ["tcp/17000", "tcp/80\nudp/53", "tcp/22", "tcp/9000 tcp/16000"],
     "source": ["relay", "other"],
+    "datapath": ["queue", "kernel"],
     "limits/flows": ["10", "x"],
 }
 
