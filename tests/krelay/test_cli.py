@@ -169,11 +169,18 @@ def test_a_bad_value_is_refused_with_the_reason_and_never_written(
 
 @pytest.mark.parametrize(("option", "value", "reason"), [REFUSED[0], REFUSED[2], *REFUSED[7:9]])
 def test_up_refuses_a_bad_value_before_it_starts_anything(
-    option: str, value: str, reason: str, run: Run
+    option: str, value: str, reason: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = (f"--{option.replace('_', '-')}", value)
+    started: list[object] = []
 
+    def start(*given: object) -> int:  # a test that fails must not start it on this host
+        started.append(given)
+        return 0
+
+    monkeypatch.setattr("krelay.up.run", start)
     assert run("up", *words) == (1, "", f"krelay up: {option}: {reason}\n")
+    assert started == []
 
 
 def test_without_a_daemon_a_value_is_written_and_that_is_said(run: Run, root: Path) -> None:
