@@ -1,10 +1,11 @@
 """Puts the rules of a RuleSpec into the kernel and takes them out again; nothing of anybody else's.
 
-There are two ways in, and the first that works on this kernel is taken: nft with its own `queue`,
-or iptables with its NFQUEUE target (through nf_tables or the older interface, whichever tool
+There are three ways in, and the first that works on this kernel is taken: nft with its own `queue`;
+nft with the NFQUEUE target of iptables, which nft shows but doesn't make, so that rule is a message
+of ours; or iptables with that target (through nf_tables or the older interface, whichever tool
 serves).  What works is found out by doing it: the very rules are installed in a network namespace
 that is made for the purpose and gone a moment later.  Only where a namespace can't be made are they
-tried on the host; both ways are atomic, so a refused attempt leaves nothing.
+tried on the host; all ways are atomic, so a refused attempt leaves nothing.
 
 Merely looking can leave something, too: the older iptables makes a table when it is asked what is
 in it, and iptables over nf_tables leaves its base chains behind when the last rule is gone.  So
@@ -12,9 +13,13 @@ tables are listed only where they are, and those that are empty after our remova
 well.
 """
 
+import ctypes
 import json
+import os
 import shutil
+import socket
 import subprocess
+import threading
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,12 +28,15 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Protocol
 
-from krelay import ruleset
+from krelay import nftmsg, ruleset
 from krelay.ruleset import RuleSpec
+from krelay.wire import netlink
 
 TIMEOUT = 10.0
 """Seconds for one run of nft or iptables; they take milliseconds unless somebody holds a lock."""
 
+_CLONE_NEWNET = 0x40000000
+"""linux/sched.h"""
 _PROBE = RuleSpec(
     name="krelay-probe",
     queue=0,
@@ -37,6 +45,7 @@ _PROBE = RuleSpec(
     gports=(16000,),
     servers=(IPv4Address("192.0.2.1"),),
     relay_clients=(IPv4Network("192.0.2.0/24"),),
+    room=1024,
 )
 
 
@@ -50,8 +59,15 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def install(self, spec: RuleSpec, prefix: tuple[str, ...] = ()) -> None:
-        """Puts the rules in, in place of earlier ones of that name.  Raises RulesUnavailable."""
+    @property
+    def has_maps(self) -> bool:
+        """Whether flows can be handed to the kernel (fastpath.py)."""
+
+    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
+        """Puts the rules in, in place of earlier ones of that name.  Raises RulesUnavailable.
+
+        Not `afresh`: the maps stay as they are, if it has any.
+        """
 
     def remove(self, name: str) -> None:
         """Takes them out, if they are there.  Raises RulesUnavailable."""
@@ -76,22 +92,41 @@ class Backend(Protocol):
 class Nft:
     """Rules in a table of our own."""
 
-    command: str = "nft"
-    name: str = "nft"
+    with_xt: bool = False
+    """Whether the rules that queue are those of iptables' target, for want of nft's own."""
 
-    def install(self, spec: RuleSpec, prefix: tuple[str, ...] = ()) -> None:
-        """One transaction."""
-        _run((*prefix, self.command, "-f", "-"), ruleset.nft_install(spec))
+    @property
+    def name(self) -> str:
+        """With the target it needs."""
+        return "nft with NFQUEUE" if self.with_xt else "nft"
+
+    @property
+    def has_maps(self) -> bool:
+        """Yes."""
+        return True
+
+    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
+        """One transaction; with NFQUEUE a second, until which what is to be queued is dropped."""
+        _run(("nft", "-f", "-"), ruleset.nft_install(spec, afresh=afresh, with_xt=self.with_xt))
+        if self.with_xt and afresh:
+            try:
+                _send_rules(
+                    nftmsg.queue_rule(spec.name, ruleset.WORKER, spec.queue),
+                    nftmsg.queue_rule(spec.name, ruleset.OPENINGS, ruleset.openings(spec.queue)),
+                )
+            except OSError as error:
+                self.remove(spec.name)
+                raise RulesUnavailable(f"the NFQUEUE target in nf_tables: {error}") from None
 
     def remove(self, name: str) -> None:
         """One transaction."""
         if self.present(name):
-            _run((self.command, "-f", "-"), ruleset.nft_remove(name))
+            _run(("nft", "-f", "-"), ruleset.nft_remove(name))
 
     def present(self, name: str) -> bool:
         """Whether the table is there."""
         try:
-            _run((self.command, "list", "table", "ip", name))
+            _run(("nft", "list", "chain", "ip", name, "pre"))
         except RulesUnavailable:
             return False
         return True
@@ -100,10 +135,11 @@ class Nft:
         """By the number of rules in each chain."""
         if not self.present(spec.name):
             return False
-        shown = json.loads(_run((self.command, "-j", "list", "table", "ip", spec.name)))
-        chains = Counter(e["rule"]["chain"] for e in shown["nftables"] if "rule" in e)
-        pre, post = ruleset.nft_rules(spec)
-        return chains == {"pre": len(pre), "post": len(post)}
+        shown = json.loads(_run(("nft", "-j", "--terse", "list", "table", "ip", spec.name)))
+        found = Counter(e["rule"]["chain"] for e in shown["nftables"] if "rule" in e)
+        wanted = ruleset.nft_rules(spec, with_xt=self.with_xt)
+        queues = {ruleset.WORKER, ruleset.OPENINGS} if self.with_xt else set()
+        return found == {chain: len(rules) + (chain in queues) for chain, rules in wanted.items()}
 
     def tables(self, name: str) -> frozenset[str]:
         """The one."""
@@ -117,14 +153,18 @@ class Iptables:
     name: str
     """`iptables`, or `iptables-legacy` or `iptables-nft` where those are told apart."""
 
-    def install(self, spec: RuleSpec, prefix: tuple[str, ...] = ()) -> None:
+    @property
+    def has_maps(self) -> bool:
+        """No."""
+        return False
+
+    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
         """One commit a table; see ruleset.  If the second is refused, the first is taken back."""
-        hung = frozenset[str]() if prefix else self._found(spec.name)[0]
+        hung, _ = self._found(spec.name)
         try:
-            self._restore(ruleset.iptables_install(spec, hung), prefix)
+            self._restore(ruleset.iptables_install(spec, hung))
         except RulesUnavailable:
-            if not prefix:
-                self.remove(spec.name)
+            self.remove(spec.name)
             raise
 
     def remove(self, name: str) -> None:
@@ -169,8 +209,8 @@ class Iptables:
         """Whether this tool is the older interface, not the one over nf_tables."""
         return "legacy" in _version(self.name)
 
-    def _restore(self, text: str, prefix: tuple[str, ...] = ()) -> None:
-        _run((*prefix, f"{self.name}-restore", "--noflush", "-w", "5"), text)
+    def _restore(self, text: str) -> None:
+        _run((f"{self.name}-restore", "--noflush", "-w", "5"), text)
 
     def _found(self, name: str) -> tuple[frozenset[str], frozenset[str]]:
         """The chains of ours that are jumped to, and those that exist."""
@@ -190,6 +230,7 @@ class Iptables:
 
 CANDIDATES: tuple[Backend, ...] = (
     Nft(),
+    Nft(with_xt=True),
     Iptables("iptables"),
     Iptables("iptables-nft"),
     Iptables("iptables-legacy"),
@@ -200,7 +241,7 @@ def same_rules(one: Backend, other: Backend) -> bool:
     """Whether both see the same rules: `iptables` is another name of iptables-nft or -legacy."""
     if isinstance(one, Iptables) and isinstance(other, Iptables):
         return one.is_legacy == other.is_legacy
-    return one == other
+    return isinstance(one, Nft) and isinstance(other, Nft)
 
 
 def probe() -> Backend:
@@ -220,16 +261,46 @@ def probe() -> Backend:
 
 
 def _try(backend: Backend) -> None:
-    if shutil.which("unshare"):
+    """Installs the rules where nobody else sees them.  Raises RulesUnavailable."""
+    outcome: list[Exception | None] = []
+
+    def attempt() -> None:
         try:
-            _run(("unshare", "--net", "true"))
-        except RulesUnavailable:
-            pass  # no namespaces for us: try on the host
-        else:
-            backend.install(_PROBE, ("unshare", "--net"))
-            return
-    backend.install(_PROBE)
-    backend.remove(_PROBE.name)
+            if not _leave_for_a_new_namespace():
+                outcome.append(None)
+                return
+            backend.install(_PROBE)
+        except RulesUnavailable as error:
+            outcome.append(error)
+
+    # Of a thread's own: the rest of the process stays, and the namespace ends with the thread.
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    if outcome == [None]:  # no namespaces for us: try on the host
+        backend.install(_PROBE)
+        backend.remove(_PROBE.name)
+    elif outcome and outcome[0]:
+        raise outcome[0]
+
+
+def _leave_for_a_new_namespace() -> bool:
+    """Moves this thread to a network namespace of its own; whether that was allowed."""
+    return not ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET)
+
+
+def _send_rules(*rules: bytes) -> None:
+    """Puts these in, in one transaction.  Raises OSError."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.FAMILY) as kernel:
+        kernel.settimeout(TIMEOUT)
+        kernel.bind((0, 0))
+        kernel.send(nftmsg.joined(rules))
+        heard = 0
+        while heard < len(rules):
+            for message in netlink.messages(kernel.recv(1 << 16)):
+                heard += 1
+                if message.error:
+                    raise OSError(message.error, os.strerror(message.error))
 
 
 @cache

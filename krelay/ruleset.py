@@ -30,12 +30,19 @@ PREROUTING only where something has asked for it; the `socket` match of iptables
 do that, without switching connection tracking on.  One rule that can never match is there for that
 alone.
 
-nft replaces a whole table in one transaction.  iptables commits a table at a time: POSTROUTING
-(mangle) goes first and PREROUTING (raw), which begins new flows, goes second, in one run; removal
-is the other way round.  What lies between the two passes no packet wrongly: rewriting without
-anything new to rewrite.
+nft replaces a whole table in one transaction, or only its rules, so that its maps stay.  iptables
+commits a table at a time: POSTROUTING (mangle) goes first and PREROUTING (raw), which begins new
+flows, goes second, in one run; removal is the other way round.  What lies between the two passes no
+packet wrongly: rewriting without anything new to rewrite.
 
 SYNs to services have a queue of their own (`openings`).
+
+Before all that comes the fast path, in nft alone: what the worker would do with a packet of a flow
+that was handed over, the kernel does itself (fastpath.py).  There is a map for each step, from the
+addresses and ports that a packet comes with to the one field that the step changes, and a counter.
+Packets that tell how a connection stands go to the worker all the same: SYN, FIN and RST of its
+ends, RST of this host.  A flow that isn't in a map goes to the worker, so with empty maps these
+rules change nothing.
 
 No rule has `bypass`: without a worker these packets are dropped, never passed on unrewritten.
 """
@@ -45,9 +52,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2s
 from ipaddress import IPv4Address, IPv4Network
+from typing import NamedTuple
 
 from krelay.flow import Proto
-from krelay.row import Footprint
+from krelay.row import Footprint, Step
 from krelay.wire import icmp
 
 ANYONE = IPv4Network("0.0.0.0/0")
@@ -79,6 +87,8 @@ class RuleSpec:
     """Whose forwarded packets may need their source changed to the relay's (step U2)."""
     forwarded: Ports = ()
     """TCP that takes the steps of UDP; `tcp` is what tcp-relay terminates."""
+    room: int = 0
+    """Flows that the kernel may be handed; 0: every packet visits the worker."""
 
     @property
     def services(self) -> Ports:
@@ -175,70 +185,186 @@ def wanted(
 
 # nft
 
+WORKER, OPENINGS = "to-worker", "openings"
+"""The chains that send packets to the two queues."""
+_HOOKS = {
+    "pre": "type filter hook prerouting priority -300; policy accept;",
+    "post": "type filter hook postrouting priority 300; policy accept;",
+}
 
-def nft_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
-    """The rules of PREROUTING, and those of POSTROUTING."""
+
+class Change(NamedTuple):
+    """What a step does to the packets that the kernel is handed: it changes one field."""
+
+    hook: str
+    """The chain in which it happens: `pre` or `post`."""
+    field: str
+    towards: bool
+    """Whether these packets go to the service's port, or come from it."""
+
+
+CHANGES = {
+    Step.T1: Change("pre", "dport", True),
+    Step.T2: Change("post", "sport", False),
+    Step.T3: Change("post", "saddr", True),
+    Step.T4: Change("pre", "daddr", False),
+    Step.U12: Change("pre", "daddr", True),
+    Step.U34: Change("post", "saddr", False),
+    Step.U1: Change("pre", "daddr", True),
+    Step.U2: Change("post", "saddr", True),
+    Step.U3: Change("pre", "daddr", False),
+    Step.U4: Change("post", "saddr", False),
+}
+"""Not D1 and D2, which are rare.  What must change a port beside stays with the worker, too."""
+
+
+def map_name(proto: Proto, step: Step) -> str:
+    """The name of the map of a step, and of its counter."""
+    return f"{proto.name.lower()}-{step.name.lower()}"
+
+
+def steps_handed(spec: RuleSpec) -> list[tuple[Proto, Step]]:
+    """The steps for which there are maps."""
+    through = [Step.U12, Step.U34]
+    if spec.relay_clients:
+        through += [Step.U1, Step.U3, Step.U2, Step.U4]
+    steps: list[tuple[Proto, Step]] = []
+    if spec.tcp:
+        steps += [(Proto.TCP, step) for step in (Step.T1, Step.T4, Step.T2, Step.T3)]
+    if spec.forwarded:
+        steps += [(Proto.TCP, step) for step in through]
+    if spec.udp:
+        steps += [(Proto.UDP, step) for step in through]
+    return steps if spec.room else []
+
+
+def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
+    """The rules by chain.  `with_xt`: those that queue are missing, see netfilter.Nft."""
     tcp, udp, any_tcp = map(_nft_ports, (spec.tcp, spec.udp, spec.any_tcp))
     forwarded = _nft_ports(spec.forwarded)
     servers = "{ " + ", ".join(map(str, spec.servers)) + " }"
     gports = _nft_ports(tuple((p, p) for p in spec.gports))
-    queue = f"queue num {spec.queue}"
-    opening = f"tcp flags & (syn | ack) == syn queue num {openings(spec.queue)}"
+    queue = f"goto {WORKER}"
+    opening = f"tcp flags & (syn | ack) == syn goto {OPENINGS}"
     errors_in, errors_out = _nft_errors(spec)
     pre = ['iifname "lo" return', *(f"{match} {queue}" for match in errors_in)]
-    post = [*(f"{match} {queue}" for match in errors_out), 'oifname "lo" return']
+    post = [f"{match} {queue}" for match in errors_out]
+    pre_tcp, pre_udp = ['iifname "lo" return'], ['iifname "lo" return']
+    post_tcp, post_udp = ['oifname "lo" return'], ['oifname "lo" return']
     if gports:
-        pre.append(f"tcp dport {gports} fib daddr type local {queue}")
-        post.append(f"tcp sport {gports} fib saddr type local {queue}")
+        pre_tcp.append(f"tcp dport {gports} fib daddr type local {queue}")
+        post_tcp.append(f"tcp sport {gports} fib saddr type local {queue}")
     if any_tcp:
-        pre += [
+        pre_tcp += [
             f"tcp dport {any_tcp} fib daddr type local {opening}",
             f"tcp dport {any_tcp} fib daddr type local {queue}",
         ]
-        pre += [f"ip saddr {servers} tcp sport {tcp} {queue}"] if tcp else []
-        pre.append(f"ip daddr {servers} tcp dport {any_tcp} {queue}")
-        post.append(f"ip daddr {servers} tcp dport {any_tcp} fib saddr type local {queue}")
+        pre_tcp += [f"ip saddr {servers} tcp sport {tcp} {queue}"] if tcp else []
+        pre_tcp.append(f"ip daddr {servers} tcp dport {any_tcp} {queue}")
+        post_tcp.append(f"ip daddr {servers} tcp dport {any_tcp} fib saddr type local {queue}")
     if forwarded:
-        pre.append(f"ip saddr {servers} tcp sport {forwarded} fib daddr type local {queue}")
-        post.append(f"ip saddr {servers} tcp sport {forwarded} {queue}")
+        pre_tcp.append(f"ip saddr {servers} tcp sport {forwarded} fib daddr type local {queue}")
+        post_tcp.append(f"ip saddr {servers} tcp sport {forwarded} {queue}")
     if udp:
-        pre += [
+        pre_udp += [
             f"udp dport {udp} fib daddr type local {queue}",
             f"ip daddr {servers} udp dport {udp} {queue}",
             f"ip saddr {servers} udp sport {udp} fib daddr type local {queue}",
         ]
-        post.append(f"ip saddr {servers} udp sport {udp} {queue}")
-    pre.append(f"ip daddr {NEVER} udp dport 0 tproxy to :9")
-    if spec.relay_clients:
-        clients = "{ " + ", ".join(map(str, spec.relay_clients)) + " }"
-        match = "" if ANYONE in spec.relay_clients else f"ip saddr {clients} "
+        post_udp.append(f"ip saddr {servers} udp sport {udp} {queue}")
+    pre_udp.append(f"ip daddr {NEVER} udp dport 0 tproxy to :9")
+    clients = _nft_clients(spec)
+    if clients is not None:
         if udp:
-            post.append(f"ip daddr {servers} udp dport {udp} fib saddr type local {queue}")
-            post.append(f"{match}ip daddr {servers} udp dport {udp} {queue}")
+            post_udp.append(f"ip daddr {servers} udp dport {udp} fib saddr type local {queue}")
+            post_udp.append(f"{clients}ip daddr {servers} udp dport {udp} {queue}")
         if forwarded:
-            post.append(f"{match}ip daddr {servers} tcp dport {forwarded} {queue}")
-    return pre, post
+            post_tcp.append(f"{clients}ip daddr {servers} tcp dport {forwarded} {queue}")
+    fast: dict[tuple[Proto, str], list[str]] = {}
+    for proto, step in steps_handed(spec):
+        fast.setdefault((proto, CHANGES[step].hook), []).append(_nft_handed(spec, proto, step))
+    return {
+        "pre": ["meta l4proto tcp goto pre-tcp", "meta l4proto udp goto pre-udp", *pre],
+        "pre-tcp": fast.get((Proto.TCP, "pre"), []) + pre_tcp,
+        "pre-udp": fast.get((Proto.UDP, "pre"), []) + pre_udp,
+        "post": ["meta l4proto tcp goto post-tcp", "meta l4proto udp goto post-udp", *post],
+        "post-tcp": fast.get((Proto.TCP, "post"), []) + post_tcp,
+        "post-udp": fast.get((Proto.UDP, "post"), []) + post_udp,
+        WORKER: [_nft_queue(spec.queue, with_xt)],
+        OPENINGS: [_nft_queue(openings(spec.queue), with_xt)],
+    }
 
 
-def nft_install(spec: RuleSpec) -> str:
-    """One transaction that puts the rules in, in place of any earlier ones of this name."""
-    pre, post = nft_rules(spec)
-    return "\n".join(
-        [
-            nft_remove(spec.name).rstrip(),
-            f"table ip {spec.name} {{",
-            "  chain pre {",
-            "    type filter hook prerouting priority -300; policy accept;",
-            *(f"    {rule}" for rule in pre),
-            "  }",
-            "  chain post {",
-            "    type filter hook postrouting priority 300; policy accept;",
-            *(f"    {rule}" for rule in post),
-            "  }",
-            "}",
-            "",
-        ]
-    )
+def _nft_queue(queue: int, with_xt: bool) -> str:
+    """How a chain of queues ends; the comment is for who looks for the queue of stale rules."""
+    return f'drop comment "queue num {queue}"' if with_xt else f"queue num {queue}"
+
+
+def _nft_handed(spec: RuleSpec, proto: Proto, step: Step) -> str:
+    """The rule by which the kernel takes a step for the flows it was handed."""
+    name, change, p = map_name(proto, step), CHANGES[step], proto.name.lower()
+    terminated = step in (Step.T1, Step.T2, Step.T3, Step.T4)
+    ports = spec.udp if proto is Proto.UDP else spec.tcp if terminated else spec.forwarded
+    if step is Step.T2:
+        ports = tuple((port, port) for port in spec.gports)
+    guard = f"{p} {'dport' if change.towards else 'sport'} {_nft_one_or_more(ports)} "
+    if step is Step.U2:
+        guard = f"{_nft_clients(spec)}{guard}"
+    if proto is Proto.TCP:
+        mine, server = step in (Step.T2, Step.T3), step is Step.T4
+        flags = "rst" if mine else "(fin | rst)" if server else "(fin | syn | rst)"
+        guard += f"tcp flags & {flags} == 0 "
+    key = f"ip saddr . {p} sport . ip daddr . {p} dport"
+    where = "ip" if change.field.endswith("addr") else p
+    return f"{guard}{where} {change.field} set {key} map @{name} counter name {name} accept"
+
+
+def nft_install(spec: RuleSpec, *, afresh: bool = True, with_xt: bool = False) -> str:
+    """One transaction that puts the rules in, in place of any earlier ones of this name.
+
+    Not `afresh`: maps and counters stay, and what stands in them; the chains of queues, too.
+    """
+    name = spec.name
+    rules = nft_rules(spec, with_xt=with_xt)
+    if not afresh:
+        rules = {chain: lines for chain, lines in rules.items() if chain not in (WORKER, OPENINGS)}
+    lines = [nft_remove(name).rstrip()] if afresh else []
+    lines += [f"table ip {name} {{", *_nft_maps(spec)]
+    lines += [f"  chain {chain} {{ {_HOOKS[chain]} }}" for chain in rules if chain in _HOOKS]
+    lines += [f"  chain {chain} {{ }}" for chain in rules if chain not in _HOOKS]
+    lines += ["}"]
+    lines += [f"flush chain ip {name} {chain}" for chain in rules] if not afresh else []
+    lines += [f"table ip {name} {{"]
+    for chain, each in rules.items():
+        lines += [f"  chain {chain} {{", *(f"    {rule}" for rule in each), "  }"]
+    return "\n".join([*lines, "}", ""])
+
+
+def _nft_maps(spec: RuleSpec) -> list[str]:
+    key = "ipv4_addr . inet_service . ipv4_addr . inet_service"
+    lines = []
+    for proto, step in steps_handed(spec):
+        value = "ipv4_addr" if CHANGES[step].field.endswith("addr") else "inet_service"
+        name = map_name(proto, step)
+        lines.append(f"  counter {name} {{ }}")
+        lines.append(f"  map {name} {{ type {key} : {value}; size {spec.room}; counter; }}")
+    return lines
+
+
+def _nft_clients(spec: RuleSpec) -> str | None:
+    """The match of clients whose source may have to be changed; None if there are none."""
+    if not spec.relay_clients:
+        return None
+    if ANYONE in spec.relay_clients:
+        return ""
+    return "ip saddr { " + ", ".join(map(str, spec.relay_clients)) + " } "
+
+
+def _nft_one_or_more(ports: Ports) -> str:
+    """As _nft_ports, but one port without a set, which the kernel compares faster."""
+    if len(ports) == 1 and ports[0][0] == ports[0][1]:
+        return f"{ports[0][0]}"
+    return _nft_ports(ports)
 
 
 def _nft_errors(spec: RuleSpec) -> tuple[list[str], list[str]]:

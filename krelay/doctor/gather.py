@@ -268,8 +268,7 @@ class _Gatherer:
         self._made_by_iptables: frozenset[str] = frozenset()
         if not shutil.which("nft"):
             return (), []
-        listing = json.loads(_run("nft", "-j", "list", "ruleset") or '{"nftables": []}')
-        text = _run("nft", "-a", "list", "ruleset")
+        listing, text = _listed()
         self._made_by_iptables = nftrules.made_by_iptables(listing)
         found = nftrules.chains(listing, text)
         ours = [c for c in found if c.family == "ip" and ruleset.instance_of(c.table)]
@@ -313,6 +312,22 @@ class _Gatherer:
         finally:
             ethtool.close()
         self._add(links=tuple(links))
+
+
+def _listed() -> tuple[dict[str, Any], str]:
+    """All of nft's tables, as JSON and as text; krelay's without the flows in them."""
+    entries: list[dict[str, Any]] = []
+    texts: list[str] = []
+    tables = json.loads(_run("nft", "-j", "list", "tables") or '{"nftables": []}')
+    for entry in tables["nftables"]:
+        if (table := entry.get("table")) is None:
+            continue
+        family, name = table["family"], table["name"]
+        terse = ("--terse",) if family == "ip" and ruleset.instance_of(name) else ()
+        shown = json.loads(_run("nft", "-j", *terse, "list", "table", family, name))
+        entries += shown["nftables"]
+        texts.append(_run("nft", "-a", *terse, "list", "table", family, name))
+    return {"nftables": entries}, "\n".join(texts)
 
 
 def _leads_to_ours(rule: Rule) -> bool:

@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from krelay.doctor.firewall import NEVER, UNSURE, Chain, Chains, Match, Rule, Verdict
+from krelay.ruleset import instance_of
 
 FAMILIES = ("ip", "inet", "netdev")
 
@@ -84,11 +85,12 @@ def chains(listing: Mapping[str, Any], text: str = "") -> Chains:
 
 
 def made_by_iptables(listing: Mapping[str, Any]) -> frozenset[str]:
-    """The tables of family ip that hold matches or targets of iptables."""
+    """The tables of family ip that hold matches or targets of iptables, but for krelay's own."""
     return frozenset(
         rule["table"]
         for entry in listing["nftables"]
         if (rule := entry.get("rule")) and rule["family"] == "ip"
+        if not instance_of(rule["table"])
         if any("xt" in expression for expression in rule["expr"])
     )
 

@@ -1,5 +1,6 @@
 """Rules in a real kernel: in and out without a trace, and nobody else's touched."""
 
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,8 +41,9 @@ def relay() -> Iterator[Lab]:
 
 
 @pytest.fixture
-def backend(relay: Lab) -> Backend:
-    return probe()
+def backend(relay: Lab, request: pytest.FixtureRequest) -> Backend:
+    """Each that works here: the tests may name one."""
+    return getattr(request, "param", None) or probe()
 
 
 def rules() -> str:
@@ -56,7 +58,12 @@ def add(text: str) -> None:
     subprocess.run(["iptables-restore", "--noflush"], input=text, text=True, check=True)
 
 
+BACKENDS = (Nft(with_xt=True), Iptables("iptables"))
+EACH = pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=lambda b: b.name)
+
+
 @pytest.mark.net
+@EACH
 @pytest.mark.parametrize("foreign", ["", FOREIGN])
 def test_what_is_put_in_is_taken_out_without_a_trace(backend: Backend, foreign: str) -> None:
     if foreign:
@@ -74,6 +81,7 @@ def test_what_is_put_in_is_taken_out_without_a_trace(backend: Backend, foreign: 
 
 
 @pytest.mark.net
+@EACH
 def test_other_rules_of_that_name_are_replaced_and_never_doubled(backend: Backend) -> None:
     other = replace(SPEC, gports=(18000,), tcp=((443, 443),))
     backend.install(other)
@@ -87,6 +95,7 @@ def test_other_rules_of_that_name_are_replaced_and_never_doubled(backend: Backen
 
 
 @pytest.mark.net
+@EACH
 def test_two_names_side_by_side_do_not_disturb_each_other(backend: Backend) -> None:
     backend.install(SPEC)
     alone = rules()
@@ -145,15 +154,55 @@ def test_when_the_second_table_is_refused_the_first_is_taken_back(
 
 @pytest.mark.net
 def test_all_of_the_nft_rules_but_for_the_queue_are_taken_by_the_kernel(relay: Lab) -> None:
-    text = ruleset.nft_install(SPEC).replace("queue num 77", "counter")
-    text = text.replace(f"queue num {ruleset.openings(77)}", "counter")
-    for _ in range(2):  # the second replaces the first
-        subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
-        assert rules().count("table ip krelay-test") == 1
-    assert Nft().present(SPEC.name)
+    """Which queue there is is the only thing in which the two ways of nft differ."""
+    for room in (0, 1000):
+        text = ruleset.nft_install(replace(SPEC, room=room, forwarded=((443, 443),)))
+        text = re.sub(r"queue num \d+", "counter", text)
+        for _ in range(2):  # the second replaces the first
+            subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
+            assert rules().count("table ip krelay-test") == 1
+        assert Nft().present(SPEC.name)
     Nft().remove(SPEC.name)
 
     assert rules() == ""
+
+
+@pytest.mark.net
+def test_rules_are_changed_and_the_maps_stay(relay: Lab) -> None:
+    backend, spec = Nft(with_xt=True), replace(SPEC, room=1000)
+    backend.install(spec)
+    element = "udp-u12 { 10.0.0.1 . 4000 . 192.168.0.2 . 53 : 192.168.0.1 }"
+    subprocess.run(["nft", "add", "element", "ip", SPEC.name, *element.split()], check=True)
+    other = replace(spec, gports=(18000,), servers=SPEC.servers[:1])
+    backend.install(other, afresh=False)
+    assert "10.0.0.1 . 4000 . 192.168.0.2 . 53" in rules()
+    assert "18000" in rules()
+    assert "17000" not in rules()
+    assert backend.intact(other)
+    backend.install(spec)
+    assert "10.0.0.1" not in rules()
+
+    backend.remove(SPEC.name)
+    assert rules() == ""
+
+
+@pytest.mark.net
+@pytest.mark.parametrize("chain", ["pre", "post-udp", "to-worker", "openings"])
+def test_a_chain_that_somebody_flushed_is_noticed(relay: Lab, chain: str) -> None:
+    backend = Nft(with_xt=True)
+    backend.install(SPEC)
+    assert backend.intact(SPEC)
+    subprocess.run(["nft", "flush", "chain", "ip", SPEC.name, chain], check=True)
+
+    assert not backend.intact(SPEC)
+
+
+@pytest.mark.net
+def test_looking_for_a_way_changes_nothing_here(relay: Lab) -> None:
+    probe()
+
+    assert rules() == ""
+    assert not probe().present("krelay-probe")
 
 
 def test_what_was_tried_is_told_where_nothing_works(monkeypatch: pytest.MonkeyPatch) -> None:

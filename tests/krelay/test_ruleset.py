@@ -22,9 +22,13 @@ from krelay.ruleset import (
     instance_name,
     iptables_install,
     iptables_remove,
+    map_name,
     merged,
     nft_install,
     nft_remove,
+    nft_rules,
+    queue_of,
+    steps_handed,
     wanted,
 )
 
@@ -51,11 +55,11 @@ port_ranges = st.lists(
 
 def rules(text: str, hook: str) -> list[str]:
     """The rules of a chain, in short: what all have in common is left out."""
-    if text.startswith("add table"):
-        [body] = re.findall(rf"chain {hook} {{\n.*?;.*?;\n(.*?)\n  }}", text, re.DOTALL)
-        lines = [line.strip() for line in body.splitlines()]
-        lines = [line.replace(" queue num 34368", " SYNs") for line in lines]
-        return [line.replace(" queue num 1600", " Q") for line in lines]
+    if "table ip krelay" in text:
+        bodies = re.findall(rf"chain {hook}(?:-tcp|-udp)? {{\n(.*?)\n  }}", text, re.DOTALL)
+        lines = [line.strip() for body in bodies for line in body.splitlines()]
+        lines = [line.replace(" goto openings", " SYNs") for line in lines]
+        return [line.replace(" goto to-worker", " Q") for line in lines]
     lines = re.findall(rf"^-A krelay-{hook} (.*)$", text, re.MULTILINE)
     return [
         re.sub(r"-m multiport --", "", line)
@@ -78,15 +82,19 @@ def lines_of(text: str) -> list[str]:
 
 def test_the_nft_rules_of_prerouting() -> None:
     assert rules(nft_install(SPEC), "pre") == lines_of("""
+        meta l4proto tcp goto pre-tcp
+        meta l4proto udp goto pre-udp
         iifname "lo" return
         icmp type { 3, 11, 12 } fib daddr type local Q
         icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } Q
         icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } Q
+        iifname "lo" return
         tcp dport { 16000, 17000 } fib daddr type local Q
         tcp dport { 80, 8000-8100 } fib daddr type local tcp flags & (syn | ack) == syn SYNs
         tcp dport { 80, 8000-8100 } fib daddr type local Q
         ip saddr { 192.168.0.1 } tcp sport { 80, 8000-8100 } Q
         ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } Q
+        iifname "lo" return
         udp dport { 53 } fib daddr type local Q
         ip daddr { 192.168.0.1 } udp dport { 53 } Q
         ip saddr { 192.168.0.1 } udp sport { 53 } fib daddr type local Q
@@ -96,6 +104,8 @@ def test_the_nft_rules_of_prerouting() -> None:
 
 def test_the_nft_rules_of_postrouting() -> None:
     assert rules(nft_install(SPEC), "post") == lines_of("""
+        meta l4proto tcp goto post-tcp
+        meta l4proto udp goto post-udp
         icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } @th,240,16 { 53, 80, 8000-8100 } Q
         icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } @th,224,16 { 53, 80, 8000-8100 } Q
         icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } @th,68,4 != 5 Q
@@ -103,6 +113,7 @@ def test_the_nft_rules_of_postrouting() -> None:
         oifname "lo" return
         tcp sport { 16000, 17000 } fib saddr type local Q
         ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } fib saddr type local Q
+        oifname "lo" return
         ip saddr { 192.168.0.1 } udp sport { 53 } Q
         ip daddr { 192.168.0.1 } udp dport { 53 } fib saddr type local Q
         ip saddr { 192.168.0.0/24 } ip daddr { 192.168.0.1 } udp dport { 53 } Q
@@ -117,6 +128,100 @@ def test_nft_replaces_the_table_in_one_transaction() -> None:
     assert "hook prerouting priority -300; policy accept;" in text
     assert "hook postrouting priority 300; policy accept;" in text
     assert nft_remove("krelay") == "add table ip krelay\ndelete table ip krelay\n"
+
+
+def test_nft_puts_every_packet_into_one_of_two_queues_or_has_the_place_for_that() -> None:
+    own = nft_rules(SPEC)
+    with_xt = nft_rules(SPEC, with_xt=True)
+
+    assert (own["to-worker"], own["openings"]) == (["queue num 1600"], ["queue num 34368"])
+    assert with_xt == own | {
+        "to-worker": ['drop comment "queue num 1600"'],
+        "openings": ['drop comment "queue num 34368"'],
+    }
+    assert [queue_of(with_xt[chain][0]) for chain in ("to-worker", "openings")] == [1600, 34368]
+
+
+def test_rules_alone_are_replaced_without_the_maps_nor_the_queues() -> None:
+    text = nft_install(replace(SPEC, room=1000), afresh=False)
+
+    assert "delete" not in text
+    assert "queue num" not in text
+    for chain in ("pre", "pre-tcp", "pre-udp", "post", "post-tcp", "post-udp"):
+        assert text.count(f"flush chain ip krelay {chain}\n") == 1
+
+
+# The fast path
+
+KEY = "ip saddr . PROTO sport . ip daddr . PROTO dport"
+
+
+def handed(spec: RuleSpec, hook: str) -> list[str]:
+    """The rules of the fast path, in short."""
+    for_all = [rule for rule in rules(nft_install(spec), hook) if " map @" in rule]
+    return [
+        re.sub(r" map @(\S+) counter name \1 accept$", r" of \1", rule)
+        .replace(KEY.replace("PROTO", "tcp"), "flow")
+        .replace(KEY.replace("PROTO", "udp"), "flow")
+        for rule in for_all
+    ]
+
+
+def test_each_step_of_what_is_relayed_has_its_map_and_ends_have_their_flags_seen() -> None:
+    spec = replace(SPEC, room=1000, relay_clients=())
+
+    assert handed(spec, "pre") == lines_of("""
+        tcp dport { 80, 8000-8100 } tcp flags & (fin | syn | rst) == 0 tcp dport set flow of tcp-t1
+        tcp sport { 80, 8000-8100 } tcp flags & (fin | rst) == 0 ip daddr set flow of tcp-t4
+        udp dport 53 ip daddr set flow of udp-u12
+    """)
+    assert handed(spec, "post") == lines_of("""
+        tcp sport { 16000, 17000 } tcp flags & rst == 0 tcp sport set flow of tcp-t2
+        tcp dport { 80, 8000-8100 } tcp flags & rst == 0 ip saddr set flow of tcp-t3
+        udp sport 53 ip saddr set flow of udp-u34
+    """)
+    assert handed(SPEC, "pre") == handed(SPEC, "post") == []
+
+
+def test_with_clients_of_source_relay_each_of_the_four_steps_has_its_map() -> None:
+    spec = replace(SPEC, room=1000, tcp=(), gports=(), forwarded=((443, 443),))
+    flags = "tcp flags & (fin | syn | rst) == 0"
+
+    assert handed(spec, "pre") == lines_of(f"""
+        tcp dport 443 {flags} ip daddr set flow of tcp-u12
+        tcp dport 443 {flags} ip daddr set flow of tcp-u1
+        tcp sport 443 {flags} ip daddr set flow of tcp-u3
+        udp dport 53 ip daddr set flow of udp-u12
+        udp dport 53 ip daddr set flow of udp-u1
+        udp sport 53 ip daddr set flow of udp-u3
+    """)
+    assert handed(spec, "post") == lines_of(f"""
+        tcp sport 443 {flags} ip saddr set flow of tcp-u34
+        ip saddr {{ 192.168.0.0/24 }} tcp dport 443 {flags} ip saddr set flow of tcp-u2
+        tcp sport 443 {flags} ip saddr set flow of tcp-u4
+        udp sport 53 ip saddr set flow of udp-u34
+        ip saddr {{ 192.168.0.0/24 }} udp dport 53 ip saddr set flow of udp-u2
+        udp sport 53 ip saddr set flow of udp-u4
+    """)
+
+
+def test_the_fast_path_comes_before_every_rule_that_queues() -> None:
+    spec = replace(SPEC, room=1000, forwarded=((443, 443),))
+
+    for lines in nft_rules(spec).values():
+        fast = [at for at, rule in enumerate(lines) if " map @" in rule]
+        assert fast == list(range(len(fast)))
+
+
+def test_every_map_is_there_once_and_as_large_as_wished() -> None:
+    spec = replace(SPEC, room=1000, forwarded=((443, 443),))
+    text = nft_install(spec)
+    names = [map_name(proto, step) for proto, step in steps_handed(spec)]
+
+    assert len(names) == len(set(names)) == 16
+    for name in names:
+        assert len(re.findall(rf"  map {name} {{ type .* size 1000; counter; }}", text)) == 1
+        assert text.count(f"map @{name} counter name {name} accept") == 1
 
 
 # What iptables is told
@@ -211,7 +316,8 @@ def test_iptables_removes_what_is_there_beginning_with_what_comes() -> None:
 @pytest.mark.parametrize("text", [nft_install(SPEC), iptables_install(SPEC, frozenset())])
 def test_no_rule_lets_packets_by_when_nobody_serves_the_queue(text: str) -> None:
     assert "bypass" not in text
-    assert text.count("queue num 1600") + text.count("--queue-num 1600") == 12 + 7
+    rules_that_queue = 12 + 7 if "iptables" in text or "-A krelay" in text else 1
+    assert text.count("queue num 1600") + text.count("--queue-num 1600") == rules_that_queue
 
 
 def test_each_server_has_its_rules() -> None:

@@ -1,40 +1,67 @@
 """Somebody else takes krelay's rules out while it relays: they are put back, and it is said."""
 
+from pathlib import Path
+
 import pytest
 
-from krelay import relaying
+from krelay import relaying, ruleset
+from procfs_sim.tree import DEFAULT_ROOT
 from tests.net.world import PYTHON, World, answers, echo, greet
 
 pytestmark = pytest.mark.net
 
-FLUSHES = {
-    "nft flush ruleset": ("nft", "flush", "ruleset"),
-    "iptables -F": ("sh", "-c", "for t in filter nat mangle raw; do iptables -t $t -F; done"),
-    "one chain": ("iptables", "-t", "raw", "-F", "PREROUTING"),
-    "iptables-restore": (
-        "sh",
-        "-c",
-        "printf '*raw\\nCOMMIT\\n*mangle\\nCOMMIT\\n' | iptables-restore",
-    ),
+NFT = {
+    "nft flush ruleset": "nft flush ruleset",
+    "the table": "nft delete table ip {table}",
+    "one chain": "nft flush chain ip {table} pre",
+    "the chain of the queue": "nft flush chain ip {table} to-worker",
+}
+IPTABLES = {
+    "nft flush ruleset": "nft flush ruleset",
+    "iptables -F": "for t in filter nat mangle raw; do iptables -t $t -F; done",
+    "one chain": "iptables -t raw -F PREROUTING",
+    "iptables-restore": "printf '*raw\\nCOMMIT\\n*mangle\\nCOMMIT\\n' | iptables-restore",
 }
 OURS = "somebody took krelay's rules out; they are put back"
 
 
-def with_path(world: World, path: str) -> None:
-    """`krelay daemon` that finds its tools there alone."""
+def begin_with(world: World, services: str, **programs: str) -> Path:
+    """Relaying by a krelay that finds these programs alone, each by a name of its own; where."""
+    tools = world.lab.directory / "tools"
+    tools.mkdir()
+    for name, program in programs.items():
+        (tools / name).symlink_to(f"/usr/sbin/{program}")
     command = (*PYTHON, "-m", "krelay", "daemon", "--root", str(world.root))
-    world.krelay_process = world.lab.start("relay", "env", f"PATH={path}", *command)
+    world.krelay_process = world.lab.start("relay", "env", f"PATH={tools}", *command)
     world.until(lambda: answers(world.root), "an answer")
+    world.put(gport=18000, services=services, real_ip=world.server)
+    world.start_tcp_relay()
+    world.put(start=1)
+    world.until_state("running")
+    return tools
 
 
-def test_rules_that_are_flushed_come_back_and_a_connection_at_rest_goes_on(world: World) -> None:
+def iptables(flavour: str = "") -> dict[str, str]:
+    """iptables' programs by the names that krelay looks for."""
+    return {f"iptables{of}": f"iptables{flavour}{of}" for of in ("", "-save", "-restore")}
+
+
+@pytest.mark.parametrize("flushes", [NFT, IPTABLES], ids=["nft", "iptables"])
+def test_rules_that_are_flushed_come_back_and_a_connection_at_rest_goes_on(
+    world: World, flushes: dict[str, str]
+) -> None:
     world.serve("server", "tcp/80", "udp/7")
-    world.begin()
+    if flushes is IPTABLES:
+        begin_with(world, "tcp/80 udp/7", **iptables())
+    else:
+        world.begin()
     idle = world.connect("client", 80)
     greet(idle)
     before = world.rules()
-    for number, (name, command) in enumerate(FLUSHES.items()):
-        world.lab.run("relay", *command)
+    table = ruleset.instance_name(str(world.root), DEFAULT_ROOT)
+    assert (f"table ip {table} " in before) is (flushes is NFT)
+    for number, (name, command) in enumerate(flushes.items()):
+        world.lab.run("relay", "sh", "-c", command.format(table=table))
         world.until(lambda: world.rules() == before, f"rules after {name}", timeout=5)
         assert world.who("client", 80).startswith(f"{world.client}:"), name
         assert world.who_udp("client", 7).startswith(f"{world.client}:"), name
@@ -59,17 +86,9 @@ def test_rules_of_others_that_go_are_none_of_our_business(world: World) -> None:
 
 
 def test_rules_that_cannot_be_put_back_end_relaying_with_the_reason(world: World) -> None:
-    """iptables is gone from the PATH of this krelay by then."""
+    """nft is gone from the PATH of this krelay by then."""
     world.serve("server", "tcp/80")
-    tools = world.lab.directory / "tools"
-    tools.mkdir()
-    for name in ("iptables", "iptables-save", "iptables-restore", "nft", "unshare"):
-        (tools / name).symlink_to(f"/usr/sbin/{name}" if name != "unshare" else "/usr/bin/unshare")
-    with_path(world, str(tools))
-    world.put(gport=18000, services="tcp/80", real_ip=world.server)
-    world.start_tcp_relay()
-    world.put(start=1)
-    world.until_state("running")
+    tools = begin_with(world, "tcp/80", nft="nft")
     for tool in tools.iterdir():
         tool.unlink()
     world.lab.run("relay", "nft", "flush", "ruleset")
@@ -82,16 +101,7 @@ def test_rules_that_cannot_be_put_back_end_relaying_with_the_reason(world: World
 
 def test_the_older_interface_is_looked_at_every_few_seconds(world: World) -> None:
     world.serve("server", "tcp/80", "udp/7")
-    tools = world.lab.directory / "tools"
-    tools.mkdir()
-    for name in ("iptables", "iptables-save", "iptables-restore"):
-        (tools / name).symlink_to(f"/usr/sbin/{name.replace('iptables', 'iptables-legacy')}")
-    (tools / "unshare").symlink_to("/usr/bin/unshare")
-    with_path(world, str(tools))
-    world.put(gport=18000, services="tcp/80 udp/7", real_ip=world.server)
-    world.start_tcp_relay()
-    world.put(start=1)
-    world.until_state("running")
+    begin_with(world, "tcp/80 udp/7", **iptables("-legacy"))
     world.lab.run("relay", "iptables-legacy", "-t", "raw", "-F")
     world.lab.run("relay", "iptables-legacy", "-t", "mangle", "-F")
 

@@ -1,0 +1,157 @@
+"""Messages to nf_tables for what the nft tool can't do, or not fast enough.  Pure.
+
+Elements of maps, thousands a second, for which a process each would be far too slow; and a rule
+with a target of iptables in a table of our own, which nft shows but doesn't make.  Numbers are
+those of linux/netfilter/nf_tables.h; the names of the constants are its own, shortened.
+
+An element's key is that of every map of the fast path (ruleset.py): source address, source port,
+destination address, destination port, each in a field of four bytes, ports padded.
+"""
+
+import struct
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from krelay.wire import netlink
+
+SUBSYSTEM = 10
+NEW_RULE, NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT, NEW_OBJECT, GET_OBJECT = 6, 12, 13, 14, 18, 19
+COUNTER_OBJECT = 1
+"""NFT_OBJECT_COUNTER."""
+
+_RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS = 1, 2, 4
+_EXPR_NAME, _EXPR_DATA, _LIST_ELEM = 1, 2, 1
+_TARGET_NAME, _TARGET_REVISION, _TARGET_INFO = 1, 2, 3
+_SET_TABLE, _SET_NAME, _SET_ELEMENTS = 1, 2, 3
+_ELEM_KEY, _ELEM_DATA, _ELEM_EXPR, _ELEM_EXPRESSIONS = 1, 2, 7, 11
+_DATA_VALUE = 1
+_COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
+_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA = 1, 2, 3, 4
+
+# A list of one element: LIST, ELEM, KEY, VALUE, each the head of an attribute; then the key.
+_KEY = struct.Struct("=HHHHHHHH4s2s2x4s2s2x")
+# The same with data of four bytes behind the key, a port padded: DATA, VALUE.
+_PAIR = struct.Struct("=HHHHHHHH4s2s2x4s2s2xHHHH4s")
+_NESTED = 0x8000
+
+
+class Count(NamedTuple):
+    """What a counter of the kernel says."""
+
+    packets: int
+    bytes: int
+
+
+def queue_rule(table: str, chain: str, queue: int) -> bytes:
+    """A rule at the head of that chain that queues, by the NFQUEUE target of iptables.
+
+    Its first revision: struct xt_NFQ_info (linux/netfilter/xt_NFQUEUE.h).
+    """
+    target = netlink.nested(
+        _LIST_ELEM,
+        netlink.text(_EXPR_NAME, "target"),
+        netlink.nested(
+            _EXPR_DATA,
+            netlink.text(_TARGET_NAME, "NFQUEUE"),
+            netlink.number(_TARGET_REVISION, 0),
+            netlink.attribute(_TARGET_INFO, struct.pack("=H", queue)),
+        ),
+    )
+    return netlink.message(
+        SUBSYSTEM,
+        NEW_RULE,
+        netlink.CREATE | netlink.ACK,
+        netlink.text(_RULE_TABLE, table)
+        + netlink.text(_RULE_CHAIN, chain)
+        + netlink.nested(_RULE_EXPRESSIONS, target),
+    )
+
+
+class Elements:
+    """Requests about the elements of one map."""
+
+    def __init__(self, table: str, name: str) -> None:
+        self._where = netlink.text(_SET_TABLE, table) + netlink.text(_SET_NAME, name)
+
+    def add(self, key: bytes, value: bytes, sequence: int = 0) -> bytes:
+        """Puts one in; replaces none (the kernel refuses another value).  `key` as row.key makes
+        it; `value` is an address or a port."""
+        size = len(value)
+        data = _PAIR.pack(
+            *(44, _NESTED | _SET_ELEMENTS, 40, _NESTED | _LIST_ELEM),
+            *(24, _NESTED | _ELEM_KEY, 20, _DATA_VALUE),
+            *(key[:4], key[8:10], key[4:8], key[10:]),
+            *(12, _NESTED | _ELEM_DATA, 4 + size, _DATA_VALUE),
+            value,
+        )
+        return self._request(NEW_ELEMENT, netlink.CREATE, data, sequence)
+
+    def delete(self, key: bytes, sequence: int = 0, *, tell: bool = False) -> bytes:
+        """Takes one out.  `tell`: what it was is sent back, its counter with it."""
+        return self._request(DELETE_ELEMENT, netlink.ECHO if tell else 0, self._key(key), sequence)
+
+    def get(self, key: bytes, sequence: int = 0) -> bytes:
+        """Asks for one; no part of a batch."""
+        return self._request(GET_ELEMENT, 0, self._key(key), sequence)
+
+    def _key(self, key: bytes) -> bytes:
+        return _KEY.pack(
+            *(32, _NESTED | _SET_ELEMENTS, 28, _NESTED | _LIST_ELEM),
+            *(24, _NESTED | _ELEM_KEY, 20, _DATA_VALUE),
+            *(key[:4], key[8:10], key[4:8], key[10:]),
+        )
+
+    def _request(self, kind: int, flags: int, elements: bytes, sequence: int) -> bytes:
+        return netlink.message(SUBSYSTEM, kind, flags, self._where + elements, sequence=sequence)
+
+
+def get_counters(table: str) -> bytes:
+    """Asks for all named counters of a table."""
+    attributes = netlink.text(_OBJ_TABLE, table) + netlink.number(_OBJ_TYPE, COUNTER_OBJECT)
+    return netlink.message(SUBSYSTEM, GET_OBJECT, netlink.DUMP, attributes)
+
+
+def element_count(message: netlink.Message) -> Count | None:
+    """The counter of the one element that a message shows; None if it shows none."""
+    for kind, elements in netlink.attributes(message.attributes):
+        if kind != _SET_ELEMENTS:
+            continue
+        for _, element in netlink.attributes(elements):
+            for inside, value in netlink.attributes(element):
+                if inside == _ELEM_EXPR:
+                    return _counter_of(value)
+                if inside == _ELEM_EXPRESSIONS:
+                    found = (_counter_of(each) for _, each in netlink.attributes(value))
+                    return next((count for count in found if count is not None), None)
+    return None
+
+
+def counters_of(message: netlink.Message) -> Iterator[tuple[str, str, Count]]:
+    """Table, name and value of the named counter that a message shows."""
+    parts = dict(netlink.attributes(message.attributes))
+    if _OBJ_NAME in parts and _OBJ_DATA in parts and _OBJ_TABLE in parts:
+        yield (_name(parts[_OBJ_TABLE]), _name(parts[_OBJ_NAME]), _count(parts[_OBJ_DATA]))
+
+
+def _counter_of(expression: bytes) -> Count | None:
+    parts = dict(netlink.attributes(expression))
+    if _name(parts.get(_EXPR_NAME, b"")) != "counter" or _EXPR_DATA not in parts:
+        return None
+    return _count(parts[_EXPR_DATA])
+
+
+def _count(data: bytes) -> Count:
+    parts = dict(netlink.attributes(data))
+    return Count(
+        int.from_bytes(parts.get(_COUNTER_PACKETS, b"")),
+        int.from_bytes(parts.get(_COUNTER_BYTES, b"")),
+    )
+
+
+def _name(value: bytes) -> str:
+    return value.partition(b"\0")[0].decode(errors="replace")
+
+
+def joined(messages: Iterable[bytes]) -> bytes:
+    """A batch of these, which happens as a whole or not at all."""
+    return netlink.batch(SUBSYSTEM, b"".join(messages))
