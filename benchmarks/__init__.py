@@ -3,13 +3,15 @@
     figures       series of readings, their medians, ratios and goals, as Markdown and JSON  (pure)
     ------------------------------------------------------------------------------------------
     ground        what every measurement stands on: a krelay in a lab, a sender, counters, progress
-    udp           packets/s: forwarding, conntrack DNAT, krelay's queue path, scapy
+    paths         the ways that UDP takes: forwarding, conntrack DNAT, krelay, scapy
+    udp           packets/s on them, and what they cost
     rows          the cost of a packet with 10 and with 50,000 live rows
     proxies       TCP by way of a relay: bulk, connections, requests, and their cost
     idle          memory of an idle connection, and what thousands of them cost the others
     peers         HAProxy, nginx, socat and ours, as both have them measured
     web           nginx, wrk and curl around them
-    processes     processor time and memory of programs
+    processes     processor time and memory of programs, and time of cores
+    alone         a core to itself for the relay host, so that its cost can be seen
     micro         Worker.handle by itself: needs no root
     plots         the same as pictures
     sender, scapy_worker, bulk, echo   programs of their own, run in a host of the lab

@@ -21,19 +21,33 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from shutil import which
+from typing import NamedTuple
 
-from benchmarks import sender
+from benchmarks import processes, sender
 from krelay import client, nfqueue
 from krelay.ruleset import DEFAULT_QUEUE
 from vm import Lab, LabError
 
 PYTHON = (sys.executable, "-B", "-P")
 """-P: only what is installed is imported, nothing that lies beside a program."""
+WITH_BENCHMARKS = {"PYTHONPATH": str(Path(__file__).parents[1])}
+"""The environment of a program that imports from this package, which isn't installed."""
 SOURCE_PORT = 40000
 SERVICE_PORT = 5000
 WARM_UP = 0.5
 TRAIN = 32
 """Datagrams per call of the sender that nothing keeps up with."""
+QUEUE, AUTO = "krelay, queue path", "krelay"
+DATAPATHS = {QUEUE: {"datapath": "queue"}, AUTO: {"datapath": "auto"}}
+"""The ways that packets take through krelay, by name: the settings for each."""
+_DNAT = """\
+table ip benchmark {{
+    chain prerouting {{
+        type nat hook prerouting priority dstnat
+        ip daddr {relay} {proto} dport {{ {ports} }} dnat to {server}
+    }}
+}}
+"""
 
 
 class CannotMeasure(Exception):
@@ -74,16 +88,12 @@ def machine() -> dict[str, str]:
 
 
 def _busy(seconds: float) -> float:
-    """The share of all cores' time that isn't idle (proc_stat(5): 4th idle, 5th iowait)."""
-
-    def times() -> tuple[int, int]:
-        numbers = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        return sum(numbers), numbers[3] + numbers[4]
-
-    total, idle = times()
+    """The share of all cores' time that isn't idle."""
+    before = processes.cores()["cpu"]
     time.sleep(seconds)
-    total_after, idle_after = times()
-    return 1 - (idle_after - idle) / max(1, total_after - total)
+    after = processes.cores()["cpu"]
+    busy, idle = after.busy - before.busy, after.idle - before.idle
+    return busy / max(busy + idle, 0.01)
 
 
 @dataclass(slots=True)
@@ -134,9 +144,14 @@ def pinned(core: int) -> tuple[str, ...]:
     return () if core < 0 else ("taskset", "--cpu-list", str(core))
 
 
+def root_of(lab: Lab) -> Path:
+    """The file tree of the krelay in the lab's relay host."""
+    return lab.directory / "krelay"
+
+
 def start_krelay(lab: Lab, settings: Mapping[str, str], core: int = -1) -> Path:
     """A krelay daemon that relays in the lab's relay host; its file tree."""
-    root = lab.directory / "krelay"
+    root = root_of(lab)
     wanted = {"real_ip": lab.address("server"), **settings, "start": "1"}
     for name, value in wanted.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -160,38 +175,84 @@ def live_rows(root: Path) -> int:
     return int(client.ask_json(root, "show status json")[0]["flows"])
 
 
+def dnat(lab: Lab, proto: str, ports: Iterable[int]) -> None:
+    """What the kernel has for the purpose: destination NAT by nft, with connection tracking."""
+    rules = _DNAT.format(
+        relay=lab.address("relay", "client"),
+        proto=proto,
+        ports=", ".join(map(str, ports)),
+        server=lab.address("server"),
+    )
+    lab.run("relay", "nft", "-f", "-", input=rules)
+
+
+class Passed(NamedTuple):
+    """What has come to the server in some time."""
+
+    packets: int
+    seconds: float
+    spent: float
+    """What a meter has shown meanwhile."""
+
+    @property
+    def rate(self) -> float:
+        """Packets per second."""
+        return self.packets / self.seconds
+
+
 def rate_of(
-    lab: Lab, to: str, seconds: float, *, per_call: int = 1, endpoints: int | None = None
+    lab: Lab,
+    to: str,
+    seconds: float,
+    *,
+    per_call: int = 1,
+    size: int = sender.SMALL,
+    endpoints: int | None = None,
 ) -> float:
     """UDP packets per second that reach the server from the client, sent to the address `to`.
 
-    One flow, or with `endpoints` that many by turns.  Waits before for the warm-up, and after
-    until no queue holds any.
+    One flow of packets of `size` bytes, or with `endpoints` small ones of that many by turns.
+    Waits before for the warm-up, and after until no queue holds any.
     """
-    what: tuple[object, ...] = (
-        "one",
-        to,
-        SERVICE_PORT,
-        SOURCE_PORT,
-        seconds + 2 * WARM_UP,
-        cores()[0],
-        per_call,
-    )
-    if endpoints is not None:
-        what = ("many", to, SERVICE_PORT, lab.address("client"), *what[4:6], endpoints)
-    command = (*PYTHON, sender.__file__, *map(str, what))
+    if endpoints is None:
+        return send_one(lab, to, seconds, per_call=per_call, size=size).rate
+    what = ("many", to, SERVICE_PORT, lab.address("client"))
+    return _pass(lab, seconds, time.monotonic, *what, _for(seconds), cores()[0], endpoints).rate
+
+
+def send_one(
+    lab: Lab,
+    to: str,
+    seconds: float,
+    meter: Callable[[], float] = time.monotonic,
+    *,
+    per_call: int = 1,
+    size: int = sender.SMALL,
+    pace: int = 0,
+) -> Passed:
+    """The same for one flow, with what the meter has shown: at most `pace` a second, if not 0."""
+    what = ("one", to, SERVICE_PORT, SOURCE_PORT, _for(seconds), cores()[0], per_call, size, pace)
+    return _pass(lab, seconds, meter, *what)
+
+
+def _for(seconds: float) -> float:
+    """How long a sender must send for a reading of so many seconds."""
+    return seconds + 2 * WARM_UP
+
+
+def _pass(lab: Lab, seconds: float, meter: Callable[[], float], *what: object) -> Passed:
     before = received(lab)
-    source = lab.start("client", *command)
+    source = lab.start("client", *PYTHON, sender.__file__, *map(str, what))
     lab.wait(lambda: received(lab) > before + 10 or source.poll() is not None, "first packets")
     time.sleep(WARM_UP)
-    first, began = received(lab), time.monotonic()
+    first, began, unspent = received(lab), time.monotonic(), meter()
     time.sleep(seconds)
-    last, ended = received(lab), time.monotonic()
+    last, ended, spent = received(lab), time.monotonic(), meter()
     if source.wait(seconds + 10) != 0:
         raise CannotMeasure(f"the sender failed: {source.output.strip()[-300:]}")
     lab.programs.remove(source)
     settle(lab)
-    return (last - first) / (ended - began)
+    return Passed(last - first, ended - began, spent - unspent)
 
 
 def received(lab: Lab) -> int:
@@ -216,16 +277,30 @@ def settle(lab: Lab, queues: tuple[int, ...] = (DEFAULT_QUEUE, 0)) -> None:
     lab.wait(empty, "the queue drained", 30)
 
 
-def check_udp(lab: Lab, to: str) -> None:
+def queue_visits(lab: Lab) -> int:
+    """Packets that the kernel has handed to the relay's queues since these were bound."""
+    with lab.enter("relay"):
+        return parse_visits(Path("/proc/thread-self/net/netfilter/nfnetlink_queue").read_text())
+
+
+def parse_visits(text: str) -> int:
+    """Reads the kernel's figures of queues: each numbers its packets, in the last column but one.
+
+    One count for all queues together (net/netfilter/nfnetlink_queue.c, seq_show).
+    """
+    return sum(int(line.split()[-2]) for line in text.splitlines())
+
+
+def check_udp(lab: Lab, to: str, port: int = SERVICE_PORT) -> None:
     """Sees a datagram through the path, whole and with the client's address, or CannotMeasure."""
     with lab.enter("server"):
         sink = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with lab.enter("client"):
         source = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with sink, source:
-        sink.bind(("", SERVICE_PORT))
+        sink.bind(("", port))
         source.bind(("", SOURCE_PORT))
-        source.sendto(b"through", (to, SERVICE_PORT))
+        source.sendto(b"through", (to, port))
         if not select.select([sink], [], [], 5.0)[0]:
             raise CannotMeasure(f"no datagram to {to} reaches the server")
         data, sender_address = sink.recvfrom(100)
@@ -244,6 +319,11 @@ def offer_trains(lab: Lab) -> bool:
     return not lab.run(
         "client", "ip", "link", "set", "eth0", "gso_max_segs", "1", check=False
     ).status
+
+
+def rows_ended(lab: Lab) -> None:
+    """Waits until krelay has no row left, so that none ends while something else is measured."""
+    lab.wait(lambda: not live_rows(root_of(lab)), "an end of all rows", 30)
 
 
 @contextmanager

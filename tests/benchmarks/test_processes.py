@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import processes
-from benchmarks.processes import Memory, parse_rollup, parse_stat
+from benchmarks.processes import Memory, parse_cores, parse_rollup, parse_stat
 from vm import Program
 from vm.lab import Local
 
@@ -27,6 +27,16 @@ def test_the_name_of_a_process_may_hold_anything() -> None:
 def test_sizes_are_bytes() -> None:
     text = "5580-7ffd ---p 00000000 00:00 0  [rollup]\nRss: 884 kB\nPss: 385 kB\nPss_Dirty: 68 kB\n"
     assert parse_rollup(text) == Memory(884 * 1024, 385 * 1024)
+
+
+def test_what_a_core_waits_for_or_is_denied_is_idle_time() -> None:
+    text = "cpu  11 2 3 40 50 6 7 80 9 1\ncpu0 1 2 3 4 5 6 7 8 9 1\nintr 5 0 0\nctxt 99\n"
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    cores = parse_cores(text)
+    assert cores.keys() == {"cpu", "cpu0"}
+    assert cores["cpu0"].idle == pytest.approx((4 + 5 + 8) * tick)
+    assert cores["cpu0"].busy == pytest.approx((1 + 2 + 3 + 6 + 7) * tick)  # guests' is in users'
+    assert cores["cpu"].idle == pytest.approx((40 + 50 + 80) * tick)
 
 
 @contextmanager
@@ -59,6 +69,16 @@ def test_others_and_no_program_at_all_do_not_count() -> None:
         assert processes.cpu_seconds([]) == 0
         both = processes.cpu_seconds([busy, idle])
         assert both == processes.cpu_seconds([busy]) + processes.cpu_seconds([idle])
+
+
+def test_threads_of_children_count_as_their_program() -> None:
+    run = "import subprocess, sys, threading, time\n"
+    run += "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+    run += "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    with started(run + THEN_WAIT) as program:
+        threads = processes.threads([program])
+    assert program.pid in threads
+    assert len(set(threads)) == 3
 
 
 def test_memory_that_a_program_takes_is_seen() -> None:
