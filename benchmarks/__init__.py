@@ -5,6 +5,7 @@
     ground        what every measurement stands on: a krelay in a lab, a sender, counters, progress
     paths         the ways that UDP takes: forwarding, conntrack DNAT, krelay, scapy
     udp           packets/s on them, and what they cost
+    dns           questions and answers per second on them, from ports kept and from new ones
     rows          the cost of a packet with 10 and with 50,000 live rows
     proxies       TCP by way of a relay: bulk, connections, requests, and their cost
     idle          memory of an idle connection, and what thousands of them cost the others
@@ -14,7 +15,7 @@
     alone         a core to itself for the relay host, so that its cost can be seen
     micro         Worker.handle by itself: needs no root
     plots         the same as pictures
-    sender, scapy_worker, bulk, echo   programs of their own, run in a host of the lab
+    sender, asker, scapy_worker, bulk, echo   programs of their own, run in a host of the lab
 
 Machines are shared and noisy, so no absolute figure means much.  What is compared is therefore
 measured by turns (A B C, A B C, A B C), and the median of each is taken.

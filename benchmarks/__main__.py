@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import idle, micro, proxies, rows, udp
+from benchmarks import dns, idle, micro, proxies, rows, udp
 from benchmarks.figures import (
     Goal,
     Group,
@@ -41,6 +41,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "udp": Part(udp.TITLE, udp.measure, udp.about(), udp.GOALS),
+    "dns": Part(dns.TITLE, dns.measure, dns.about(), dns.GOALS),
     "proxies": Part(proxies.TITLE, proxies.measure, proxies.about(), proxies.GOALS),
     "idle": Part(idle.TITLE, idle.measure, idle.about(), idle.GOALS),
     "rows": Part(rows.TITLE, rows.measure, rows.about(), rows.GOALS),
