@@ -6,7 +6,7 @@
     paths         the ways that UDP takes: forwarding, conntrack DNAT, krelay, scapy
     udp           packets/s on them, and what they cost
     dns           questions and answers per second on them, from ports kept and from new ones
-    rows          the cost of a packet with 10 and with 50,000 live rows
+    flows         10 and 50,000 flows: set-up, memory, the cost of a packet
     proxies       TCP by way of a relay: bulk, connections, requests, and their cost
     idle          memory of an idle connection, and what thousands of them cost the others
     peers         HAProxy, nginx, socat and ours, as both have them measured

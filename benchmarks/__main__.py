@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import dns, idle, micro, proxies, rows, udp
+from benchmarks import dns, flows, idle, micro, proxies, udp
 from benchmarks.figures import (
     Goal,
     Group,
@@ -44,7 +44,7 @@ PARTS = {
     "dns": Part(dns.TITLE, dns.measure, dns.about(), dns.GOALS),
     "proxies": Part(proxies.TITLE, proxies.measure, proxies.about(), proxies.GOALS),
     "idle": Part(idle.TITLE, idle.measure, idle.about(), idle.GOALS),
-    "rows": Part(rows.TITLE, rows.measure, rows.about(), rows.GOALS),
+    "flows": Part(flows.TITLE, flows.measure, flows.about(), flows.GOALS),
     "micro": Part(micro.TITLE, micro.measure, micro.about(), micro.GOALS, needs_root=False),
 }
 
