@@ -32,19 +32,30 @@ Times are seconds that the caller passes in; nothing here reads a clock.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from functools import partial
 from random import Random
 from typing import NamedTuple
 
 from krelay.flow import Endpoint, Proto, Source
 from krelay.overload import NewFlows, Tentative
 from krelay.ports import RelayPorts
-from krelay.row import Footprint, Hook, Rewrite, Row, Step, Timeouts, key
+from krelay.row import (
+    Footprint,
+    Hook,
+    Rewrite,
+    Row,
+    Step,
+    Table,
+    Timeouts,
+    answering,
+    deltas,
+    key,
+)
 from krelay.tracker import State
+from krelay.wire.checksum import ONES
 
 HORIZON = 64
 """Seconds after which each row is looked at, at the latest."""
-
+_SPREAD = HORIZON // 2
 
 TRIES = 512
 """Ports of each parity that are looked at where the wanted one is taken: below 1024 all of them.
@@ -103,7 +114,7 @@ class NatTable:
     def __init__(
         self, limits: Limits | None = None, timeouts: Timeouts | None = None, *, rng: Random
     ) -> None:
-        self.tables: dict[tuple[Hook, Proto], dict[bytes, Rewrite]] = {
+        self.tables: dict[tuple[Hook, Proto], Table] = {
             (hook, proto): {} for hook in Hook for proto in Proto
         }
         self.direct = DirectFlows()
@@ -177,19 +188,20 @@ class NatTable:
         """
         self._make_room(client, now, is_new=inside is None)
         if inside is None:
-            port = self._free_port(
-                client.port,
-                lambda p: self._inside_is_free(Endpoint(client.addr, p), gport, service),
-            )
-            inside = Endpoint(client.addr, port)
-        row = self._row(Proto.TCP, client, service, server, source, now)
+            inside = client
+            if not self._inside_is_free(inside, gport, service):
+                port = self._other_port(
+                    client.port,
+                    lambda p: self._inside_is_free(Endpoint(client.addr, p), gport, service),
+                )
+                inside = Endpoint(client.addr, port)
+        row = self._row(_TCP, client, service, server, source, now)
         row.gport = gport
         row.inside = inside
-        row.footprint = Footprint(Proto.TCP, service.port, gport, server.addr, False)
+        row.footprint = Footprint(_TCP, service.port, gport, server.addr, False)
         self._inside[inside, gport] = row
-        gateway = Endpoint(service.addr, gport)
-        self._add(row, Step.T1, Hook.PREROUTING, client, service, inside, gateway, now)
-        self._add(row, Step.T2, Hook.POSTROUTING, gateway, inside, service, client, now)
+        to_gateway = key(inside, Endpoint(service.addr, gport))
+        self._add(row, _T1T2, _PRE_POST, key(client, service), to_gateway, now)
         return self._enter(row)
 
     def attach(self, row: Row, relay: Endpoint, now: float) -> None:
@@ -213,9 +225,8 @@ class NatTable:
         self._settle(row)
         row.relay = relay
         self._by_relay[relay] = row
-        self._reserve(row, outside)
-        self._add(row, Step.T3, Hook.POSTROUTING, relay, row.server, outside, row.server, now)
-        self._add(row, Step.T4, Hook.PREROUTING, row.server, outside, row.server, relay, now)
+        self._reserve(row, at)
+        self._add(row, _T3T4, _POST_PRE, key(relay, row.server), at, now)
 
     def open_forwarded(
         self,
@@ -239,40 +250,30 @@ class NatTable:
         (`table_full`, `client_full`, `client_rate`, `no_port`).
         """
         self._make_room(client, now)
-        pre, post = Hook.PREROUTING, Hook.POSTROUTING
-        hidden = relay_addr or service.addr
-
-        def is_free(port: int, addrs: tuple[bytes, ...]) -> bool:
-            ends = (Endpoint(addr, port) for addr in addrs)
-            return all(self._outside_is_free(proto, end, server) for end in ends)
-
-        if source is Source.CLIENT:
-            port = self._free_port(client.port, partial(is_free, addrs=(client.addr,)))
-        else:
-            take, fits = (
-                self._relay_ports[proto].take,
-                partial(is_free, addrs=(client.addr, hidden)),
-            )
-            found = take(hidden, client.port, lambda p: p not in services and fits(p))
-            if found is None and (found := take(hidden, client.port, fits)) is None:
-                raise Refusal("no_port")
-            port = found
         row = self._row(proto, client, service, server, source, now)
-        between = Endpoint(client.addr, port)
-        self._reserve(row, between)
-        if source is Source.CLIENT:
-            self._add(row, Step.U12, pre, client, service, between, server, now)
-            self._add(row, Step.U34, post, server, between, service, client, now)
+        if source is _CLIENT:
+            outside = self._seen_as(proto, client, server)
+            self._reserve(row, outside)
+            self._add(row, _U12U34, _PRE_POST, key(client, service), outside, now)
         else:
-            row.relay = relay = Endpoint(hidden, port)
-            if relay != between:
-                self._reserve(row, relay)
-            self._add(row, Step.U1, pre, client, service, between, server, now)
-            self._add(row, Step.U2, post, between, server, relay, server, now)
-            self._add(row, Step.U3, pre, server, relay, server, between, now)
-            self._add(row, Step.U4, post, server, between, service, client, now)
-        is_tcp = proto is Proto.TCP
-        row.footprint = Footprint(proto, service.port, None, server.addr, any_client, is_tcp)
+            hidden = relay_addr or service.addr
+
+            def is_free(port: int) -> bool:
+                ends = (Endpoint(addr, port) for addr in (client.addr, hidden))
+                return all(self._is_free(proto, key(end, server)) for end in ends)
+
+            take = self._relay_ports[proto].take
+            port = take(hidden, client.port, lambda p: p not in services and is_free(p))
+            if port is None and (port := take(hidden, client.port, is_free)) is None:
+                raise Refusal("no_port")
+            row.relay = Endpoint(hidden, port)
+            between, outside = key(Endpoint(client.addr, port), server), key(row.relay, server)
+            self._reserve(row, between)
+            if outside != between:
+                self._reserve(row, outside)
+            self._add(row, _U1U4, _PRE_POST, key(client, service), between, now)
+            self._add(row, _U2U3, _POST_PRE, between, outside, now)
+        row.footprint = Footprint(proto, service.port, None, server.addr, any_client, proto is _TCP)
         return self._enter(row)
 
     def saw_direct(
@@ -298,18 +299,14 @@ class NatTable:
             self.direct.saw(proto, at, now)
             return None
         self._make_room(client, now)
-        port = self._free_port(
-            client.port, lambda p: self._outside_is_free(proto, Endpoint(client.addr, p), server)
-        )
-        moved = Endpoint(client.addr, port)
+        moved = self._seen_as(proto, client, server)
         row = self._row(proto, client, server, server, Source.CLIENT, now)
         self._reserve(row, moved)
         # The answers are caught where the holder's are caught (T4, U3, U3,4).
         forwarded = holder.footprint is not None and holder.footprint.forwarded
         late = (proto is Proto.UDP or forwarded) and hook is Hook.PREROUTING
         back = Hook.POSTROUTING if late else Hook.PREROUTING
-        self._add(row, Step.D1, hook, client, server, moved, server, now)
-        self._add(row, Step.D2, back, server, moved, server, client, now)
+        self._add(row, (Step.D1, Step.D2), (hook, back), at, moved, now)
         row.footprint = Footprint(proto, server.port, None, server.addr, False, forwarded)
         self._enter(row)
         return row.rewrites[Step.D1]
@@ -373,8 +370,9 @@ class NatTable:
 
     def _look_at(self, row: Row, when: float) -> None:
         # Rows that began together are looked at apart, or each look would be a pause for packets.
-        horizon = self._looked_until + HORIZON - row.id % (HORIZON // 2)
-        at = min(max(int(when) + 1, self._looked_until), horizon)
+        at = self._looked_until + HORIZON - row.id % _SPREAD
+        if when < at - 1:
+            at = max(int(when) + 1, self._looked_until)
         if row.due != at:
             row.due = at
             self._due.setdefault(at, []).append(row.id)
@@ -383,9 +381,9 @@ class NatTable:
         """Takes the row out at once.  Harmless if it is out already."""
         if self._rows.pop(row.id, None) is None:
             return
-        for table, at in row.keys:
-            if (rewrite := table.get(at)) is not None and rewrite.row is row:
-                del table[at]
+        for rewrite in row.rewrites.values():
+            if rewrite.table.get(rewrite.old) is rewrite:
+                del rewrite.table[rewrite.old]
         outside = self._outside[row.proto]
         for at in row.reserved:
             if outside.get(at) is row:
@@ -400,11 +398,12 @@ class NatTable:
         if self._closed.pop(row.id, None) is None:
             self._count_client(row, -1)
         # A row and its rewrites point at each other; let go here, so that no collector is needed.
-        row.keys.clear()
         row.rewrites.clear()
         if row.footprint:
-            self.footprints[row.footprint] -= 1
-            if not self.footprints[row.footprint]:
+            others = self.footprints[row.footprint] - 1
+            if others:
+                self.footprints[row.footprint] = others
+            else:
                 del self.footprints[row.footprint]
 
     def clear(self) -> list[Row]:
@@ -458,6 +457,12 @@ class NatTable:
         """
         limits = self.limits
         rate = limits.new_flows_per_client if is_new else 0
+        if (
+            not rate
+            and len(self._rows) < limits.flows
+            and self._per_client.get(client.addr, 0) < limits.flows_per_client
+        ):
+            return  # as nearly always
         if rate and not self._new_flows.admits(client.addr, rate, now):
             raise Refusal("client_rate")
         if self._per_client[client.addr] >= limits.flows_per_client:
@@ -491,9 +496,11 @@ class NatTable:
             self.ended_early += 1
 
     def _count_client(self, row: Row, by: int) -> None:
-        self._per_client[row.client.addr] += by
-        if not self._per_client[row.client.addr]:
-            del self._per_client[row.client.addr]
+        addr = row.client.addr
+        if number := self._per_client.get(addr, 0) + by:
+            self._per_client[addr] = number
+        else:
+            del self._per_client[addr]
 
     def _row(
         self,
@@ -512,36 +519,44 @@ class NatTable:
         self._rows[row.id] = row
         self._count_client(row, +1)
         self._tentative.add(row, row.created_at)
-        self._tentative_of.setdefault(row.client.addr, Tentative()).add(row, row.created_at)
+        tentative = self._tentative_of.get(row.client.addr)
+        if tentative is None:
+            tentative = self._tentative_of[row.client.addr] = Tentative()
+        tentative.add(row, row.created_at)
         self.schedule(row)
         if row.footprint:
-            new = not self.footprints[row.footprint]
-            self.footprints[row.footprint] += 1
-            if new:
+            others = self.footprints.get(row.footprint, 0)
+            self.footprints[row.footprint] = others + 1
+            if not others:
                 self.on_footprint()
         return row
 
     def _add(
         self,
         row: Row,
-        step: Step,
-        hook: Hook,
-        src: Endpoint,
-        dst: Endpoint,
-        to_src: Endpoint,
-        to_dst: Endpoint,
+        steps: tuple[Step, Step],
+        hooks: tuple[Hook, Hook],
+        old: bytes,
+        new: bytes,
         now: float,
     ) -> None:
-        """Packets from `src` to `dst` leave as from `to_src` to `to_dst`."""
-        at = key(src, dst)
-        table = self.tables[hook, row.proto]
-        table[at] = row.rewrites[step] = Rewrite(row, step, at, key(to_src, to_dst), now)
-        row.keys.append((table, at))
+        """Packets with the twelve bytes `old` leave with `new`: the first step, at the first hook.
 
-    def _reserve(self, row: Row, outside: Endpoint) -> None:
-        at = key(outside, row.server)
-        self._outside[row.proto][at] = row
-        row.reserved.append(at)
+        What answers these is changed back: the second step, at the second hook.
+        """
+        tables, proto, rewrites = self.tables, row.proto, row.rewrites
+        ip_delta, l4_delta = forth = deltas(old, new)
+        table, step = tables[hooks[0], proto], steps[0]
+        table[old] = rewrites[step] = Rewrite(row, step, table, old, new, forth, now)
+
+        old, new = answering(new), answering(old)
+        back = -ip_delta % ONES, -l4_delta % ONES
+        table, step = tables[hooks[1], proto], steps[1]
+        table[old] = rewrites[step] = Rewrite(row, step, table, old, new, back, now)
+
+    def _reserve(self, row: Row, outside: bytes) -> None:
+        self._outside[row.proto][outside] = row
+        row.reserved += (outside,)
 
     def detach(self, row: Row) -> None:
         """tcp-relay won't use its port towards the server, if it has one."""
@@ -551,18 +566,30 @@ class NatTable:
             del self._by_relay[row.relay]
         for step in (Step.T3, Step.T4):
             rewrite = row.rewrites.pop(step)
-            for table, at in [pair for pair in row.keys if pair[0].get(pair[1]) is rewrite]:
-                del table[at]
-                row.keys.remove((table, at))
+            if rewrite.table.get(rewrite.old) is rewrite:
+                del rewrite.table[rewrite.old]
         for at in row.reserved:
             if self._outside[row.proto].get(at) is row:
                 del self._outside[row.proto][at]
-        row.reserved.clear()
+        row.reserved = ()
         row.relay = None
 
-    def _outside_is_free(self, proto: Proto, outside: Endpoint, server: Endpoint) -> bool:
-        at = key(outside, server)
-        return at not in self._outside[proto] and (proto, at) not in self.direct
+    def _seen_as(self, proto: Proto, client: Endpoint, server: Endpoint) -> bytes:
+        """What packets to the server are to read there, if it sees the client's address.
+
+        Raises Refusal.
+        """
+        at = key(client, server)
+        if not self._is_free(proto, at):
+            port = self._other_port(
+                client.port,
+                lambda p: self._is_free(proto, key(Endpoint(client.addr, p), server)),
+            )
+            at = key(Endpoint(client.addr, port), server)
+        return at
+
+    def _is_free(self, proto: Proto, outside: bytes) -> bool:
+        return outside not in self._outside[proto] and (proto, outside) not in self.direct
 
     def _inside_is_free(self, inside: Endpoint, gport: int, service: Endpoint) -> bool:
         """Whether tcp-relay's host takes a new connection from there for a new one.
@@ -573,13 +600,11 @@ class NatTable:
         row = self._inside.get((inside, gport))
         return row is None or (row.closed_at is not None and row.service == service)
 
-    def _free_port(self, wanted: int, is_free: Callable[[int], bool]) -> int:
-        """The wanted port, or another of its class (below 1024 or not), if possible its parity.
+    def _other_port(self, wanted: int, is_free: Callable[[int], bool]) -> int:
+        """Another than the wanted port, of its class (below 1024 or not), if possible its parity.
 
         RFC 4787, REQ-3a and REQ-4.  Raises Refusal (`no_port`).
         """
-        if is_free(wanted):
-            return wanted
         low, high = (1, 1023) if wanted < 1024 else (1024, 0xFFFF)
         start, ports = self._rng.randint(low, high), high - low + 1
         for parity in (wanted % 2, 1 - wanted % 2):
@@ -588,3 +613,11 @@ class NatTable:
                 if port % 2 == parity and is_free(port):
                     return port
         raise Refusal("no_port")
+
+
+_TCP, _CLIENT = Proto.TCP, Source.CLIENT
+_PRE_POST = Hook.PREROUTING, Hook.POSTROUTING
+_POST_PRE = Hook.POSTROUTING, Hook.PREROUTING
+_T1T2, _T3T4 = (Step.T1, Step.T2), (Step.T3, Step.T4)
+_U12U34, _U1U4, _U2U3 = (Step.U12, Step.U34), (Step.U1, Step.U4), (Step.U2, Step.U3)
+# By these names: looking one up in its class takes ten times as long.

@@ -249,13 +249,13 @@ def test_a_closed_row_is_no_obstacle_to_who_resumes_between_its_ports(world: Wor
 def test_a_refused_resume_takes_nothing_from_the_row_that_lives(world: World) -> None:
     """The same client ports from another relay port: the live row keeps its packets."""
     row = world.connected()
-    keys = [(table, at_) for table, at_ in row.keys]
+    found = [(rewrite.table, rewrite.old) for rewrite in row.rewrites.values()]
 
     answer = world.relays.handle(Resume(2, C, 16000, at("K:40000"), S), world.two, 1)
 
     assert isinstance(answer, Refused)
     assert world.nat.accepted(C, 16000) is row
-    assert all(table[at_].row is row for table, at_ in keys)
+    assert all(table[at_].row is row for table, at_ in found)
 
 
 # lost

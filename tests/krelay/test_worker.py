@@ -15,7 +15,7 @@ from scapy.layers.inet import ICMP, IP, UDP
 
 from krelay.flow import Flow, Proto, Source
 from krelay.nat import Limits, NatTable
-from krelay.row import Hook, Rewrite, Step, Timeouts
+from krelay.row import Hook, Rewrite, Step, Timeouts, deltas
 from krelay.wire import BadPacket, ipv4
 from krelay.worker import ANSWERS_AT_ONCE, Verdict, Worker, flow_of, readdressed
 from tests.tools.packets import (
@@ -1041,7 +1041,8 @@ def rewrite_to(packet: Template, to: Flow) -> Rewrite:
         f.src.addr + f.dst.addr + f.src.port.to_bytes(2) + f.dst.port.to_bytes(2)
         for f in (there, to)
     )
-    return Rewrite(row, Step.T1 if to.proto is Proto.TCP else Step.U12, old, new, 0)
+    step = Step.T1 if to.proto is Proto.TCP else Step.U12
+    return Rewrite(row, step, {}, old, new, deltas(old, new), 0)
 
 
 @given(rewritings())
