@@ -85,10 +85,16 @@ class Policy:
     """Those of `tcp` that take the steps of UDP."""
     answers: bool = True
     """Whether who is refused for want of room is told so, by RST or ICMP, or never hears of it."""
+    _beside: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    """The same as numbers: mask and address."""
+
+    def __post_init__(self) -> None:
+        numbers = tuple((int(net.netmask), int(net.network_address)) for net in self.beside)
+        object.__setattr__(self, "_beside", numbers)
 
     def serves(self, proto: Proto, port: int) -> bool:
         """Whether new flows to this port of the relay are relayed."""
-        return port in (self.tcp if proto is Proto.TCP else self.udp)
+        return port in (self.tcp if proto is _TCP else self.udp)
 
     def may_be_client(self, addr: bytes) -> bool:
         """Whether a packet may come from there; the kernel drops others only behind PREROUTING.
@@ -100,13 +106,13 @@ class Policy:
 
     def source_for(self, client: bytes) -> Source:
         """Whose address the server must see, so that its answers come back through the relay."""
-        if self.source is Source.RELAY or client == self.server:
-            return Source.RELAY
+        if self.source is _RELAY or client == self.server:
+            return _RELAY
         number = int.from_bytes(client)
-        for net in self.beside:
-            if number & int(net.netmask) == int(net.network_address):
-                return Source.RELAY
-        return Source.CLIENT
+        for mask, net in self._beside:
+            if number & mask == net:
+                return _RELAY
+        return self.source
 
 
 @dataclass(slots=True)
@@ -133,6 +139,12 @@ _MIN_UDP = ipv4.MIN_HEADER + udp.HEADER
 _MIN_TCP = ipv4.MIN_HEADER + tcp.HEADER
 _FLAGS = ipv4.MIN_HEADER + tcp.FLAGS
 _NOTEWORTHY = tcp.FIN | tcp.SYN | tcp.RST
+_OPENING = tcp.SYN | tcp.ACK | tcp.RST
+"""Flags that are just SYN in what begins a connection."""
+_TCP, _UDP = Proto.TCP, Proto.UDP
+_RELAY, _PREROUTING, _T1 = Source.RELAY, Hook.PREROUTING, Step.T1
+_CLIENT, _DAEMON = Side.CLIENT, Side.DAEMON
+# By these names: looking one up in its class takes ten times as long.
 _MOST_ANSWERS = 256
 ANSWERS = 1000
 """Answers of our own to refused packets, a second; the rest are refused in silence (RFC 1812,
@@ -236,15 +248,15 @@ class Worker:
             if header.is_fragment:
                 raise BadPacket("fragment")
             at = header.length
-            if header.proto == Proto.UDP:
-                proto = Proto.UDP
+            if header.proto == udp.PROTO:
+                proto = _UDP
                 if header.total < at + udp.HEADER:
                     raise BadPacket("short_header")
                 length = int.from_bytes(packet[at + 4 : at + 6])
                 if not udp.HEADER <= length <= header.total - at:
                     raise BadPacket("bad_length")
-            elif header.proto == Proto.TCP:
-                proto = Proto.TCP
+            elif header.proto == tcp.PROTO:
+                proto = _TCP
                 if header.total < at + tcp.HEADER:
                     raise BadPacket("short_header")
             elif header.proto == icmp.PROTO:
@@ -256,15 +268,17 @@ class Worker:
                 return self._drop(bad.reason)  # whole, it might have been a row's
             return self._pass(bad.reason)
 
-        tables = self._tcp if proto is Proto.TCP else self._udp
+        tables = self._tcp if proto is _TCP else self._udp
         rewrite = tables[hook].get(packet[ipv4.ADDRESSES] + packet[at : at + 4])
         try:
             if rewrite is None:
                 found = self._stranger(packet, header, proto, hook, now)
                 if not isinstance(found, Rewrite):
                     return found
+                if packet[0] == ipv4.PLAIN:  # the usual way is open to it now
+                    return self.handle(packet, hook, now)
                 rewrite = found
-            if proto is Proto.TCP:
+            if proto is _TCP:
                 flags = packet[at + tcp.FLAGS]
                 if self._opens_again(rewrite, flags):
                     rewrite = self._open_again(rewrite.row, now)
@@ -311,11 +325,11 @@ class Worker:
         policy = self.policy
         if policy is None:
             return self._pass("not_relaying")
-        is_tcp = proto is Proto.TCP
+        is_tcp = proto is _TCP
         flags = packet[at + tcp.FLAGS] if is_tcp else 0
-        opens = is_tcp and flags & (tcp.SYN | tcp.ACK | tcp.RST) == tcp.SYN
+        opens = is_tcp and flags & _OPENING == tcp.SYN
 
-        if hook == Hook.PREROUTING and dst.addr in policy.own:
+        if hook == _PREROUTING and dst.addr in policy.own:
             if policy.serves(proto, dst.port):
                 if not policy.may_be_client(src.addr):
                     return self._pass("bad_source")
@@ -323,15 +337,15 @@ class Worker:
                 if is_tcp and not opens and not (forwarded and self._goes_on(src, flags)):
                     return self._stray(now)
                 if not forwarded:
-                    return self._open_tcp(src, dst, now).rewrites[Step.T1]
+                    return self._open_tcp(src, dst, now).rewrites[_T1]
                 if self._ends_here(packet, header, policy.server):
                     return self._drop("not_forwarded")
                 row = self._open_forwarded(proto, src, dst, now)
-                return row.by(Side.CLIENT) or Verdict.PASS
+                return row.by(_CLIENT) or Verdict.PASS
             if is_tcp and self._is_gateway(dst.port):
                 return self._refuse_direct(packet, header, now)
             return self._stray(now)
-        if hook == Hook.PREROUTING:
+        if hook == _PREROUTING:
             if self._is_minded(proto, dst):
                 if self._ends_here(packet, header, dst.addr):
                     return self._drop("not_forwarded")
@@ -354,7 +368,7 @@ class Worker:
     def _goes_on(self, client: Endpoint, flags: int) -> bool:
         """Whether this packet to a forwarded service, no SYN, may be of a connection unknown."""
         assert self.policy is not None
-        if flags & (tcp.SYN | tcp.ACK | tcp.RST) != tcp.ACK:
+        if flags & _OPENING != tcp.ACK:
             return False
         return self.policy.source_for(client.addr) is Source.CLIENT
 
@@ -449,7 +463,7 @@ class Worker:
             now,
             relay_addr=policy.towards,
             any_client=policy.source is Source.RELAY,
-            services=policy.udp if proto is Proto.UDP else policy.tcp,
+            services=policy.udp if proto is _UDP else policy.tcp,
         )
 
     def _refuse_direct(self, packet: bytes, header: ipv4.Header, now: float) -> Verdict:
@@ -492,7 +506,7 @@ class Worker:
         RFC 9293, section 3.6.1: a port may be used again.
         """
         return (
-            flags & (tcp.SYN | tcp.ACK | tcp.RST) == tcp.SYN
+            flags & _OPENING == tcp.SYN
             and rewrite.step in (Step.T1, Step.D1, Step.U12, Step.U1)
             and rewrite.row.tracker.state in (State.CLOSING, State.CLOSED)
         )
@@ -519,7 +533,7 @@ class Worker:
             rewrite.seen_at = now
         elif not tracker.reset:
             row.reset_at = now
-        tracker.saw(SIDES.get(rewrite.step, Side.DAEMON), flags)
+        tracker.saw(SIDES.get(rewrite.step, _DAEMON), flags)
         after = tracker.state
         if after is not before:
             for each in row.rewrites.values():
