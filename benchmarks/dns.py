@@ -79,7 +79,6 @@ table ip asker {{
 }}
 """
 """asker.py has no sockets: the kernel would refuse the answers."""
-_LIMITS = {"limits/flows": "1000000", "limits/flows_per_client": "1000000"}
 _COMPLETED = re.compile(r"^\s*Queries completed:\s+(\d+)", re.MULTILINE)
 _LOST = re.compile(r"^\s*Queries lost:\s+(\d+)", re.MULTILINE)
 _PER_SECOND = re.compile(r"^\s*Queries per second:\s+([\d.]+)$", re.MULTILINE)
@@ -132,7 +131,7 @@ def measure(wish: Wish, progress: Progress) -> None:
 
 def set_up(lab: Lab, way: str) -> str:
     """The way, seen to work, with a server behind it; the address that is asked."""
-    to = paths.prepare(lab, way, paths.DNS, timeout=ROW_SECONDS, settings=_LIMITS)
+    to = paths.prepare(lab, way, paths.DNS, timeout=ROW_SECONDS, settings=ground.NO_LIMITS)
     ground.check_udp(lab, to, paths.DNS)
     directory, server = lab.directory, lab.address("server")
     name, _, domain = asker.NAME.partition(".")

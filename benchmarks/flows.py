@@ -48,7 +48,6 @@ GOALS = (
         SET_UP.format(DNAT),
     ),
 )
-_LIMITS = {"limits/flows": "100000", "limits/flows_per_client": "65536"}
 _DAY = 86400
 _AT_ONCE = 1000
 """New flows under way: fewer than the kernel's queue holds, so that none is lost."""
@@ -99,7 +98,9 @@ def _round(wish: Wish, turn: int, way: str, progress: Progress, stack: ExitStack
     for flows in (FEW, MANY):
         lab = stack.enter_context(Lab())
         core = ground.cores()[1]
-        to = paths.prepare(lab, way, ground.SERVICE_PORT, core=core, timeout=_DAY, settings=_LIMITS)
+        to = paths.prepare(
+            lab, way, ground.SERVICE_PORT, core=core, timeout=_DAY, settings=ground.NO_LIMITS
+        )
         ground.check_udp(lab, to)
         ground.discard_at_server(lab)
         before = memory(lab)

@@ -40,6 +40,8 @@ TRAIN = 32
 QUEUE, AUTO = "krelay, queue path", "krelay"
 DATAPATHS = {QUEUE: {"datapath": "queue"}, AUTO: {"datapath": "auto"}}
 """The ways that packets take through krelay, by name: the settings for each."""
+NO_LIMITS = {"limits/flows": "1000000", "limits/flows_per_client": "1000000"}
+"""One client opens more flows here in a minute than others in a week."""
 _DNAT = """\
 table ip benchmark {{
     chain prerouting {{

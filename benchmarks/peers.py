@@ -2,7 +2,9 @@
 
 Two families.  The plain ones make the server see the relay's address.  The others keep the
 client's: HAProxy and nginx by transparent sockets, for which the relay's kernel must deliver what
-the server sends back to the client's address; krelay by its rules.
+the server sends back to the client's address; the kernel's own NAT and IPVS, and krelay's
+forwarding, by rewriting each packet of one connection from end to end; krelay with tcp-relay by its
+rules.
 
 All have one thread or one worker, log nothing, listen with a long backlog and may hold thousands of
 connections.  TCP_NODELAY is set by default in all but socat.  nginx and socat have to be told that
@@ -197,10 +199,30 @@ def _tcpproxy(lab: Lab, ports: Sequence[int]) -> list[Program]:
     return [_started(lab, [port], *tcpproxy_command(server, port)) for port in ports]
 
 
-def _krelay(lab: Lab, ports: Sequence[int], *, forward: bool = False) -> list[Program]:
+def _dnat(lab: Lab, ports: Sequence[int]) -> list[Program]:
+    ground.dnat(lab, "tcp", ports)
+    return []
+
+
+def _ipvs(lab: Lab, ports: Sequence[int]) -> list[Program]:
+    """A virtual server of one real server, whose gateway is the relay: "masquerading", which keeps
+    the client's address (ipvsadm(8)).
+    """
+    for port in ports:
+        service = ("-t", f"{lab.address('relay', 'client')}:{port}")
+        lab.run("relay", "ipvsadm", "-A", *service, "-s", "rr")
+        lab.run("relay", "ipvsadm", "-a", *service, "-r", f"{lab.address('server')}:{port}", "-m")
+    return []
+
+
+def _krelay(
+    lab: Lab, ports: Sequence[int], *, datapath: str, forward: bool = False
+) -> list[Program]:
     mode = "=forward" if forward else ""
     services = " ".join(f"tcp/{port}{mode}" for port in ports)
-    root = ground.start_krelay(lab, {"services": services, "gport": str(_GPORT)})
+    settings = {"services": services, "gport": str(_GPORT), **ground.DATAPATHS[datapath]}
+    # Rows of forwarded connections that have ended stay for minutes (RFC 5382), up to the limit.
+    root = ground.start_krelay(lab, settings | ground.NO_LIMITS)
     daemon = lab.programs[-1]
     if forward:
         return [daemon]
@@ -234,6 +256,19 @@ HAPROXY_KEEPING = Peer(
 NGINX_KEEPING = Peer(
     "nginx transparent", partial(_nginx, transparent=True), NGINX.needs, keeps_client=True
 )
-KRELAY = Peer("krelay and tcp-relay", _krelay, keeps_client=True)
-KRELAY_FORWARD = Peer("krelay, =forward", partial(_krelay, forward=True), keeps_client=True)
-KEEPING = (HAPROXY_KEEPING, NGINX_KEEPING, KRELAY, KRELAY_FORWARD)
+DNAT = Peer("conntrack DNAT", _dnat, ("nft",), keeps_client=True)
+IPVS = Peer("IPVS", _ipvs, ("/proc/net/ip_vs", "ipvsadm"), keeps_client=True)
+
+
+def _krelay_peer(name: str, datapath: str, forward: bool = False) -> Peer:
+    start = partial(_krelay, datapath=datapath, forward=forward)
+    return Peer(name, start, keeps_client=True)
+
+
+KRELAY = _krelay_peer("krelay and tcp-relay", ground.AUTO)
+KRELAY_QUEUE = _krelay_peer("krelay and tcp-relay, queue path", ground.QUEUE)
+FORWARD = _krelay_peer("krelay, =forward", ground.AUTO, forward=True)
+FORWARD_QUEUE = _krelay_peer("krelay, =forward, queue path", ground.QUEUE, forward=True)
+OURS = (KRELAY, KRELAY_QUEUE, FORWARD, FORWARD_QUEUE)
+"""Those with a queue."""
+KEEPING = (HAPROXY_KEEPING, NGINX_KEEPING, DNAT, IPVS, *OURS)

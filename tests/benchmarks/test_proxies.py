@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import idle, peers, proxies, web
+from benchmarks import alone, idle, peers, proxies, web
 from benchmarks.ground import CannotMeasure, Progress, Wish
 from benchmarks.peers import Peer
 from tests.benchmarks.needs import need
@@ -35,6 +35,7 @@ def test_goals_name_series_that_are_measured() -> None:
         proxies.CPU_DOWN,
         proxies.CPU_UP,
         proxies.CPU_CONNECTIONS,
+        proxies.VISITS,
     )
     measured = {quantity.format(way.name) for quantity in quantities for way in WAYS}
     for goal in proxies.GOALS:
@@ -57,6 +58,29 @@ def test_bulk_goes_both_ways_and_the_right_address_is_seen(peer: Peer, big: Path
         way = proxies.set_up(lab, peer, big)
         assert web.download(lab, way.address, 5).bytes == 100_000
         assert web.upload(lab, way.address, 0.05, big).bytes > 0
+
+
+@pytest.mark.net
+def test_a_download_through_the_queue_is_counted_there_by_its_segments(big: Path) -> None:
+    need(*web.NEEDS)
+    with Lab() as lab:
+        way = proxies.set_up(lab, peers.FORWARD_QUEUE, big)
+        readings = proxies._downloads(way, 5)
+    assert readings[proxies.DOWN, "MB/s"] > 0
+    assert readings[proxies.VISITS, "visits/GB"] > 1e9 / 1500  # segments of 1,448 bytes at most
+
+
+@pytest.mark.net
+def test_what_has_no_queue_has_no_visits_and_its_cost_is_seen_all_the_same(big: Path) -> None:
+    need(*web.NEEDS, *peers.DNAT.needs)
+    if why := alone.impossible():
+        pytest.skip(why)
+    with Lab() as lab:
+        way = proxies.set_up(lab, peers.DNAT, big)
+        assert proxies._downloads(way, 1).keys() == {(proxies.DOWN, "MB/s")}
+        for cost in (proxies._cost_down, proxies._cost_up):
+            [value] = cost(way, 0.5).values()
+            assert value > 0
 
 
 @pytest.mark.net
