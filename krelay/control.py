@@ -50,6 +50,8 @@ class Relay(Protocol):
 
     nat: NatTable
 
+    def counted(self, rows: Iterable[Row]) -> Iterator[Row]: ...
+    def traced(self, filters: Sequence[Filter]) -> None: ...
     def status(self) -> Values: ...
     def counters(self) -> Values: ...
     def config_in_force(self) -> Values: ...
@@ -81,7 +83,9 @@ def answer(line: str, relay: Relay, now: float) -> Iterator[str] | Trace:
         case ["show", "nat", *rest]:
             as_json = "json" in rest
             wanted = parse_filter([word for word in rest if word != "json"])
-            rows = (row for row in relay.nat if wanted.admits(row))
+            likely = wanted.in_any_state
+            rows = relay.counted(row for row in relay.nat if likely.admits(row))
+            rows = (row for row in rows if wanted.admits(row))
             timeouts = relay.nat.timeouts
             return _lines((row_values(row, timeouts, now) for row in rows), as_json)
         case ["show", "status", *rest]:
@@ -175,6 +179,7 @@ def row_values(row: Row, timeouts: Any, now: float) -> dict[str, Value]:
 def counter_values(
     counts: Counts,
     *,
+    steps: Sequence[int],
     ended_early: int,
     refused: Mapping[bytes, dict[str, int]],
     errors: int,
@@ -182,11 +187,11 @@ def counter_values(
     queue_dropped: int,
     socket_dropped: int,
 ) -> dict[str, Value]:
-    """All counters by name: steps, drops and passes by reason, who was refused, the queue's.
+    """All counters by name: `steps`, drops and passes by reason, who was refused, the queue's.
 
     `icmp_T4` are ICMP errors that were translated as packets of step T4 are.
     """
-    values: dict[str, Value] = dict(_by_step(counts.steps))
+    values: dict[str, Value] = dict(_by_step(steps))
     values |= {f"icmp_{step}": count for step, count in _by_step(counts.icmp)}
     dropped = {"table_full": 0, "client_full": 0, "client_rate": 0} | dict(
         sorted(counts.dropped.items())

@@ -97,6 +97,8 @@ class ControlSocket:
             for client in tracers:
                 client.saw_untouched(what)
 
+        # Only what visits the worker can be shown; a row may come into the state that is wanted.
+        self._relay.traced([t.filter.in_any_state for c in tracers if (t := c.tracing)])
         worker.on_rewrite = rewritten if REWRITE in wanted else None
         worker.on_untouched = untouched if wanted - {REWRITE} else None
 

@@ -8,8 +8,9 @@ import gc
 import os
 import select
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from random import SystemRandom
 
@@ -26,12 +27,15 @@ from krelay.rawsend import RawSender
 from krelay.relaying import Relaying
 from krelay.relaysock import RelaySocket
 from krelay.row import Row
+from krelay.trace import Filter
 from krelay.worker import Worker
 from procfs_sim.ondisk import FileTree, TreeWatcher
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import DEFAULT_ROOT, SETTINGS, Config, in_force
 
 TICK = 1.0
+COUNTED_TOGETHER = 64
+"""Rows for which the kernel is asked at once before they are shown."""
 LOOK_AFTER = 0.1
 """Seconds between a change of links, addresses or routes and the look at all that have changed."""
 
@@ -143,6 +147,7 @@ class Daemon:
         queue_dropped, socket_dropped = self._relaying.dropped()
         return control.counter_values(
             self._worker.counts,
+            steps=self._relaying.step_counts(),
             ended_early=self.nat.ended_early,
             refused=self._worker.refused.top(),
             errors=sum(queue.errors for queue in queues),
@@ -157,6 +162,17 @@ class Daemon:
         return {"generation": self._state.generation} | {
             name: in_force(name, config) for name in SETTINGS
         }
+
+    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows, with what the kernel has counted for them until now."""
+        every = iter(rows)
+        while some := list(islice(every, COUNTED_TOGETHER)):
+            self._relaying.count(some)
+            yield from some
+
+    def traced(self, filters: Sequence[Filter]) -> None:
+        """Somebody traces the rows that one of these admits: the worker sees all their packets."""
+        self._relaying.fast.traced(lambda row: any(each.admits(row) for each in filters))
 
     def kill(self, row: Row) -> None:
         """Ends a row: a TCP one by resetting both its legs."""

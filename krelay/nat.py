@@ -39,6 +39,7 @@ from krelay.flow import Endpoint, Proto, Source
 from krelay.overload import NewFlows, Tentative
 from krelay.ports import RelayPorts
 from krelay.row import (
+    SIDES,
     Footprint,
     Hook,
     Rewrite,
@@ -50,9 +51,12 @@ from krelay.row import (
     deltas,
     key,
 )
-from krelay.tracker import State
+from krelay.tracker import Side, State
 from krelay.wire.checksum import ONES
+from krelay.wire.tcp import ACK
 
+BUSY = 4
+"""Packets of one direction after each of which a row is thought about anew (on_changed)."""
 HORIZON = 64
 """Seconds after which each row is looked at, at the latest."""
 _SPREAD = HORIZON // 2
@@ -122,6 +126,14 @@ class NatTable:
         """What the live rows need of the rules."""
         self.on_footprint: Callable[[], None] = lambda: None
         """Called when a row needs something of the rules that no row needed before."""
+        self.on_changed: Callable[[Row], None] = lambda row: None
+        """Called when a row's state has changed, or its port towards the server, or it is busy."""
+        self.on_closed: Callable[[Row, float], None] = lambda row, now: None
+        """Called when both legs of a row have been closed."""
+        self.on_ended: Callable[[Row], None] = lambda row: None
+        """Called before a row goes, or gives up its port towards the server."""
+        self.on_late: Callable[[list[Row]], None] = lambda rows: None
+        """Called before rows expire: some may have been heard of elsewhere (`heard`)."""
         self.limits = limits or Limits()
         self.ended_early = 0
         """Rows ended to make room for others."""
@@ -227,6 +239,7 @@ class NatTable:
         self._by_relay[relay] = row
         self._reserve(row, at)
         self._add(row, _T3T4, _POST_PRE, key(relay, row.server), at, now)
+        self.on_changed(row)
 
     def open_forwarded(
         self,
@@ -351,6 +364,7 @@ class NatTable:
             self._count_client(row, -1)
             self._settle(row)
             self.schedule(row)
+            self.on_closed(row, now)
 
     def kill(self, row: Row, now: float) -> None:
         """Ends a forwarded row: no packet of it goes on, each end is told instead (worker.py).
@@ -360,9 +374,33 @@ class NatTable:
         if row.closed_at is None and row.id in self._rows:
             row.abort_asked = row.tracker.reset = True
             row.reset_at = now
-            for rewrite in row.rewrites.values():
-                rewrite.watched = True
-            self.schedule(row)
+            self.changed(row)
+
+    def changed(self, row: Row) -> None:
+        """What is known of a TCP connection has changed, and with it perhaps its state."""
+        tracker = row.tracker
+        watched = tracker.state is State.OPENING or tracker.reset
+        for rewrite in row.rewrites.values():
+            rewrite.watched = watched
+        self.schedule(row)
+        self.on_changed(row)
+
+    def heard(self, rewrite: Rewrite, packets: int, size: int, now: float) -> None:
+        """So many packets, and bytes in all, were rewritten elsewhere, the last just now.
+
+        Those of a TCP connection's ends were neither SYN of a client, nor FIN nor RST.
+        """
+        rewrite.packets += packets
+        rewrite.bytes += size
+        rewrite.seen_at = max(rewrite.seen_at, now)
+        row = rewrite.row
+        tracker = row.tracker
+        if row.proto is Proto.UDP or tracker.reset or row.id not in self._rows:
+            return
+        before = tracker.state
+        tracker.saw(SIDES.get(rewrite.step, Side.DAEMON), ACK)
+        if tracker.state is not before:
+            self.changed(row)
 
     def schedule(self, row: Row) -> None:
         """The row is looked at when its time is over; call this when its state has changed."""
@@ -381,6 +419,7 @@ class NatTable:
         """Takes the row out at once.  Harmless if it is out already."""
         if self._rows.pop(row.id, None) is None:
             return
+        self.on_ended(row)
         for rewrite in row.rewrites.values():
             if rewrite.table.get(rewrite.old) is rewrite:
                 del rewrite.table[rewrite.old]
@@ -417,7 +456,8 @@ class NatTable:
 
     def expire(self, now: float) -> list[Row]:
         """Ends the rows whose time is over, and returns them.  Cheap: looks only at rows due."""
-        ended = []
+        ended: list[Row] = []
+        late: list[Row] = []
         second = int(now)
         if second - self._looked_until > len(self._due):
             due = sorted(s for s in self._due if s <= second)
@@ -431,18 +471,29 @@ class NatTable:
                     continue  # ended, or there is a newer entry
                 when = row.expires_at(self._timeouts)
                 if when <= now:
-                    self.end(row)
-                    ended.append(row)
+                    late.append(row)
                 else:
-                    self._look_at(row, when)
-                    if row.is_conversation:
-                        self._settle(row)
+                    self._look_again(row, when)
+        if late:
+            self.on_late(late)
+        for row in late:
+            when = row.expires_at(self._timeouts)
+            if when <= now:
+                self.end(row)
+                ended.append(row)
+            else:
+                self._look_again(row, when)
         self._new_flows.forget(now)
         self.direct.expire(Proto.TCP, now - self._timeouts.tcp_established)
         self.direct.expire(Proto.UDP, now - self._timeouts.udp)
         return ended
 
     # Inside
+
+    def _look_again(self, row: Row, when: float) -> None:
+        self._look_at(row, when)
+        if row.is_conversation:
+            self._settle(row)
 
     def _relayed(self) -> Iterator[Row]:
         """All rows but those of clients' own conversations."""
@@ -562,6 +613,7 @@ class NatTable:
         """tcp-relay won't use its port towards the server, if it has one."""
         if row.relay is None:
             return
+        self.on_ended(row)
         if self._by_relay.get(row.relay) is row:
             del self._by_relay[row.relay]
         for step in (Step.T3, Step.T4):

@@ -9,7 +9,7 @@ destination address, destination port, each in a field of four bytes, ports padd
 """
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from krelay.wire import netlink
@@ -126,11 +126,12 @@ def element_count(message: netlink.Message) -> Count | None:
     return None
 
 
-def counters_of(message: netlink.Message) -> Iterator[tuple[str, str, Count]]:
-    """Table, name and value of the named counter that a message shows."""
+def named_counter(message: netlink.Message) -> tuple[str, Count] | None:
+    """Name and value of the named counter that a message shows; None if it shows none."""
     parts = dict(netlink.attributes(message.attributes))
-    if _OBJ_NAME in parts and _OBJ_DATA in parts and _OBJ_TABLE in parts:
-        yield (_name(parts[_OBJ_TABLE]), _name(parts[_OBJ_NAME]), _count(parts[_OBJ_DATA]))
+    if message.kind != NEW_OBJECT or _OBJ_NAME not in parts or _OBJ_DATA not in parts:
+        return None
+    return _name(parts[_OBJ_NAME]), _count(parts[_OBJ_DATA])
 
 
 def _counter_of(expression: bytes) -> Count | None:

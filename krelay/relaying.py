@@ -18,6 +18,7 @@ done where the result is the same as before.
 
 import gc
 import select
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -26,7 +27,9 @@ from ipaddress import IPv4Address
 from krelay import listeners, netfilter, ruleset
 from krelay.doctor import checks
 from krelay.doctor.facts import Facts, Path
+from krelay.fastpath import FastPath
 from krelay.flow import Source
+from krelay.kernelmaps import KernelMaps, MapsLost
 from krelay.links import HostView, look
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
@@ -35,7 +38,7 @@ from krelay.netfilter import Backend, RulesUnavailable
 from krelay.nfqueue import Queue, QueueUnavailable, figures
 from krelay.rawsend import RawSender
 from krelay.relay import Relays
-from krelay.row import Row, Timeouts
+from krelay.row import Row, Step, Timeouts
 from krelay.ruleset import RuleSpec
 from krelay.rulewatch import RuleWatcher
 from krelay.worker import Policy, Worker, probes
@@ -59,6 +62,15 @@ MOST_TOLD = 1000
 """Forwarded connections, the newest, whose ends are told when relaying ends.  There is no time for
 more; the others' hear of it from this host, who knows nothing of them, when they next say
 something."""
+LEAST_ROOM, MOST_ROOM = 1 << 10, 1 << 18
+"""Flows that each of the kernel's maps has room for: it takes eleven bytes for each in advance.
+What finds no room stays with the worker."""
+COUNT_EVERY = 0.1
+"""Seconds between looks at what the kernel has counted, of a part of the rows each (fastpath)."""
+TOLD_TOGETHER = 512
+"""Flows handed over, or taken back, before packets have their turn: some milliseconds."""
+MOST_LOSSES, LOSSES_WITHIN = 5, 60.0
+"""So many losses of the kernel's maps within so many seconds, and nothing is handed over again."""
 _SOON = 0.005
 
 _log = Log("relaying")
@@ -82,7 +94,9 @@ class Relaying:
     ) -> None:
         self.nat: NatTable = worker.nat
         self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
+        self.nat.on_late = self.count
         self.relays = Relays(self.nat, self._source_for)
+        self.fast = FastPath(self.nat, self._tell_kernel_soon)
         self.queue: Queue | None = None
         self.openings: Queue | None = None
         """That of the SYNs to services."""
@@ -102,6 +116,15 @@ class Relaying:
         self._gport: int | None = None
         """The gateway port of new flows: the config's, as soon as it is listened on."""
         self._view = HostView(frozenset(), (), None, False)
+        self._maps: KernelMaps | None = None
+        self._no_maps = ""
+        """Why nothing is handed to the kernel though it is wished."""
+        self._maps_lost_at: deque[float] = deque(maxlen=MOST_LOSSES)
+        self._loss_warning = Throttle()
+        self._telling = False
+        self._counting: Timer | None = None
+        self._handed_steps: Counter[Step] = Counter()
+        """Packets that the kernel has rewritten by maps which are no more."""
         self._rule_watcher: RuleWatcher | None = None
         self._looking: Timer | None = None
         self._look_at: float | None = None
@@ -130,8 +153,12 @@ class Relaying:
 
     @property
     def datapath(self) -> str:
-        """What rewrites packets: `queue`, every one of them visits the worker."""
-        return "queue"
+        """`kernel`: flows are handed to it; `queue`, with the reason where it isn't by wish."""
+        if self.fast.room:
+            return "kernel"
+        if self.queue is None or self._config.datapath == "queue":
+            return "queue"
+        return f"queue ({self._no_maps})"
 
     def prepare(self, start: bool) -> None:
         """Finds out how rules can be made, and removes those that a killed krelay left.
@@ -199,6 +226,7 @@ class Relaying:
         """Ends a row: TCP by resetting both its legs, or both ends of what is forwarded."""
         if row.is_forwarded:
             self.nat.kill(row, self._loop.now)
+            self._tell_kernel()  # before an end answers, past the worker
             for packet in probes(row):
                 self._sender.send(packet)
         elif row.gport is None:
@@ -277,9 +305,7 @@ class Relaying:
             self._worker.policy = self._policy()
             spec = self._wanted()
             self._watch_rules(backend)
-            backend.install(spec)
-            self._spec = spec
-            self._rules_announced(ours=True)
+            self._install(spec, afresh=True)
         except (QueueUnavailable, RulesUnavailable, OSError) as error:
             self._fail(str(error))
             return
@@ -290,6 +316,7 @@ class Relaying:
             services=in_force("services", config),
             source=config.source,
             rules=backend.name,
+            datapath=self.datapath,
             queue=self._queue_num,
             after="a killed krelay" if stale else None,
         )
@@ -363,7 +390,38 @@ class Relaying:
             source_is_relay=config.source == Source.RELAY,
             beside=self._view.beside,
             footprints=self.nat.footprints,
+            room=self._room(),
         )
+
+    def _room(self) -> int:
+        """How many flows the kernel may be handed in each step."""
+        self._no_maps = ""
+        if self._config.datapath == "queue":
+            return 0
+        if self._backend is None or not self._backend.has_maps:
+            self._no_maps = "the rules are those of iptables; the kernel's path needs nft"
+            return 0
+        if len(self._maps_lost_at) == MOST_LOSSES:
+            self._no_maps = "the kernel's maps were lost again and again"
+            return 0
+        return min(max(LEAST_ROOM, self._config.limits_flows), MOST_ROOM)
+
+    def _install(self, spec: RuleSpec, *, afresh: bool) -> None:
+        """Puts these rules in force; `afresh` also their maps.  Raises RulesUnavailable."""
+        assert self._backend is not None
+        if afresh:
+            self._leave_maps()
+        self._backend.install(spec, afresh=afresh)
+        self._spec = spec
+        if afresh and spec.room:
+            try:
+                self._maps = KernelMaps(self._name)
+            except OSError as error:
+                raise RulesUnavailable(f"no socket to nf_tables: {error}") from None
+            if self._rule_watcher is not None:
+                self._rule_watcher.ignore(self._maps.port)
+            self.fast.begin(spec.room)
+        self._rules_announced(ours=True)
 
     def _refresh_rules(self) -> None:
         """Changes the rules if the config, the rows or the links need others."""
@@ -373,11 +431,9 @@ class Relaying:
         if spec == self._spec:
             return
         try:
-            self._backend.install(spec)
-            self._spec = spec
+            self._install(spec, afresh=self._spec is None or spec.room != self._spec.room)
         except RulesUnavailable as error:
             self._fail(f"rules can't be changed: {error}")
-        self._rules_announced(ours=True)
 
     # Rules that somebody else takes out
 
@@ -411,7 +467,7 @@ class Relaying:
         try:
             if self._backend.intact(self._spec):
                 return
-            self._backend.install(self._spec)
+            self._install(self._wanted(), afresh=True)
         except RulesUnavailable as error:
             self._fail(f"somebody took krelay's rules out, and they can't be put back: {error}")
             return
@@ -421,7 +477,93 @@ class Relaying:
                 again=before or None,
                 mend="to stop relaying, krelay stop",
             )
-        self._rules_announced(ours=True)
+
+    # Flows that the kernel has
+
+    def count(self, rows: Iterable[Row]) -> None:
+        """Adds to these rows what the kernel has counted for them."""
+        if self._maps is None or not (handed := self.fast.handed(rows)):
+            return
+        try:
+            self.fast.read(self._maps.read(handed), self._loop.now)
+        except MapsLost as error:
+            self._maps_lost(error)
+
+    def step_counts(self) -> list[int]:
+        """Packets rewritten by each Step, by the worker and by the kernel."""
+        steps = Counter(self._handed_steps)
+        if self._maps is not None:
+            try:
+                steps += self._maps_totals()
+            except MapsLost as error:
+                self._maps_lost(error)
+        return [
+            count + steps[step] for step, count in zip(Step, self._worker.counts.steps, strict=True)
+        ]
+
+    def _maps_totals(self) -> Counter[Step]:
+        assert self._maps is not None
+        found: Counter[Step] = Counter()
+        for (_, step), packets in self._maps.totals().items():
+            found[step] += packets
+        return found
+
+    def _tell_kernel_soon(self) -> None:
+        if not self._telling:
+            self._telling = True
+            self._loop.call_soon(self._tell_kernel)
+
+    def _tell_kernel(self) -> None:
+        """What was handed over, and taken back, in this turn of the loop."""
+        self._telling = False
+        if self._maps is None or (changes := self.fast.changes(TOLD_TOGETHER)) is None:
+            return
+        try:
+            self.fast.told(changes, self._maps.change(changes), self._loop.now)
+        except MapsLost as error:
+            self._maps_lost(error)
+        if self._counting is None:
+            self._count_by_turns()
+
+    def _count_by_turns(self) -> None:
+        self._counting = None
+        if self._maps is None or not self.fast.rows:
+            return
+        self.count(self.fast.due(self._loop.now, COUNT_EVERY))
+        self._counting = self._loop.call_at(self._loop.now + COUNT_EVERY, self._count_by_turns)
+
+    def _maps_lost(self, error: MapsLost) -> None:
+        """Somebody has changed the maps: they are made anew, with all that should be in them."""
+        now = self._loop.now
+        self._maps_lost_at.append(now)
+        while self._maps_lost_at[0] < now - LOSSES_WITHIN:
+            self._maps_lost_at.popleft()
+        if (before := self._loss_warning.admit(now)) is not None:
+            _log.warning(
+                "the kernel's maps of flows aren't as krelay left them; made anew",
+                reason=error,
+                again=before or None,
+            )
+        try:
+            self._install(self._wanted(), afresh=True)
+        except RulesUnavailable as failure:
+            self._fail(f"rules can't be changed: {failure}")
+
+    def _leave_maps(self) -> None:
+        """The maps are about to go: what they have counted is kept."""
+        if self._counting is not None:
+            self._counting.cancel()
+            self._counting = None
+        if self._maps is not None:
+            with suppress(MapsLost):
+                self._maps.renew()
+                self.fast.read(self._maps.read(self.fast.handed(self.nat)), self._loop.now)
+            with suppress(MapsLost):
+                self._maps.renew()
+                self._handed_steps += self._maps_totals()
+            self._maps.close()
+            self._maps = None
+        self.fast.end()
 
     def _probe(self) -> Backend | None:
         try:
@@ -473,6 +615,7 @@ class Relaying:
             self._loop.remove(self._rule_watcher.fileno())
             self._rule_watcher.close()
             self._rule_watcher = None
+        self._leave_maps()
         if self.queue is not None:
             self.dropped()
             if self._backend is not None:

@@ -163,6 +163,7 @@ def wanted(
     beside: Iterable[IPv4Network],
     footprints: Iterable[Footprint],
     forwarded: Iterable[tuple[int, int]] = (),
+    room: int = 0,
 ) -> RuleSpec:
     """What new flows need, and what the rows that live still need.  No `gport`: none is needed."""
     live = list(footprints)
@@ -180,6 +181,7 @@ def wanted(
         gports=tuple(sorted({*([gport] if gport else []), *(f.gport for f in live if f.gport)})),
         servers=tuple(sorted({server, *(IPv4Address(f.server) for f in live)})),
         relay_clients=(ANYONE,) if anyone else tuple(sorted(set(beside))),
+        room=room,
     )
 
 

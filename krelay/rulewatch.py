@@ -7,8 +7,11 @@ alike (linux/netfilter/nf_tables.h).  What was *added* is of no interest: nobody
 ours away by that.
 """
 
+import ctypes
 import errno
 import socket
+import struct
+import sys
 from collections.abc import Iterator
 
 from krelay.wire import netlink
@@ -20,6 +23,10 @@ REMOVALS = frozenset({2, 5, 8})
 TABLE = 1
 """NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE."""
 BUFFER = 1 << 20
+_ATTACH_FILTER = 26
+"""SO_ATTACH_FILTER (asm-generic/socket.h)."""
+_INSTRUCTION, _PROGRAM = struct.Struct("=HBBI"), struct.Struct("@HP")
+"""struct sock_filter and struct sock_fprog (linux/filter.h)."""
 
 
 class RuleWatcher:
@@ -38,6 +45,22 @@ class RuleWatcher:
     def fileno(self) -> int:
         """Readable when something was announced."""
         return self._socket.fileno()
+
+    def ignore(self, port: int) -> None:
+        """What the socket with this netlink port does is not announced from now on.
+
+        By a filter on the port in each message's header; a load of classic BPF is in network order.
+        """
+        told = int.from_bytes(port.to_bytes(4, sys.byteorder))
+        program = b"".join(
+            _INSTRUCTION.pack(*each)
+            for each in ((0x20, 0, 0, 12), (0x15, 0, 1, told), (6, 0, 0, 0), (6, 0, 0, 0xFFFFFFFF))
+        )
+        kept = ctypes.create_string_buffer(program, len(program))
+        count = len(program) // _INSTRUCTION.size
+        self._socket.setsockopt(
+            socket.SOL_SOCKET, _ATTACH_FILTER, _PROGRAM.pack(count, ctypes.addressof(kept))
+        )
 
     def drain(self) -> frozenset[str] | None:
         """The tables from which something was taken since; None: any, for messages were lost."""

@@ -9,7 +9,7 @@ new destination, `=> SRC >` a new source; of an ICMP error also the packet it is
 that wasn't rewritten has its verdict and the reason in front, by the words of the counters.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from krelay.flow import Endpoint, Proto
@@ -63,6 +63,11 @@ class Filter:
     client_port: int | None = None
     state: str | None = None
     service: tuple[Proto, int] | None = None
+
+    @property
+    def in_any_state(self) -> "Filter":
+        """The same, whatever state a row is in."""
+        return replace(self, state=None)
 
     def admits(self, row: Row) -> bool:
         """Whether the row is among them."""

@@ -47,7 +47,7 @@ from ipaddress import IPv4Network
 
 from krelay import icmperror
 from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.nat import NatTable, Refusal
+from krelay.nat import BUSY, NatTable, Refusal
 from krelay.overload import Pace, Refused
 from krelay.row import SIDES, Hook, Rewrite, Row, Step, key
 from krelay.tracker import Side, State, Tracker
@@ -197,6 +197,8 @@ class Worker:
                     if rewrite is not None and length == size - 20:
                         rewrite.seen_at = now
                         rewrite.packets += 1
+                        if not rewrite.packets % BUSY:
+                            self.nat.on_changed(rewrite.row)
                         rewrite.bytes += size
                         self.counts.steps[rewrite.step] += 1
                         if l4_check:
@@ -219,6 +221,8 @@ class Worker:
                         else:
                             rewrite.seen_at = now
                         rewrite.packets += 1
+                        if not rewrite.packets % BUSY:
+                            self.nat.on_changed(rewrite.row)
                         rewrite.bytes += size
                         self.counts.steps[rewrite.step] += 1
                         l4_check = packet[36] << 8 | packet[37]
@@ -292,6 +296,8 @@ class Worker:
         except Refusal as refusal:
             return self._refuse(packet, header, hook, refusal.reason, now)
         rewrite.packets += 1
+        if not rewrite.packets % BUSY:
+            self.nat.on_changed(rewrite.row)
         rewrite.bytes += header.total
         self.counts.steps[rewrite.step] += 1
         new = readdressed(packet, header, rewrite)
@@ -534,11 +540,8 @@ class Worker:
         elif not tracker.reset:
             row.reset_at = now
         tracker.saw(SIDES.get(rewrite.step, _DAEMON), flags)
-        after = tracker.state
-        if after is not before:
-            for each in row.rewrites.values():
-                each.watched = after is State.OPENING or tracker.reset
-            self.nat.schedule(row)
+        if tracker.state is not before:
+            self.nat.changed(row)
 
     def _stray(self, now: float) -> Verdict:
         """A packet that is nobody's, or that of a flow which a killed krelay knew."""

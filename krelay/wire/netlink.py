@@ -90,6 +90,12 @@ def batch(subsystem: int, messages: bytes) -> bytes:
     return messages.join(ends)
 
 
+def acknowledged(request: bytes) -> bytes:
+    """The same request, to be acknowledged also if all is well."""
+    length, kind, flags, sequence, port = _HEAD.unpack_from(request)
+    return _HEAD.pack(length, kind, flags | ACK, sequence, port) + request[HEAD:]
+
+
 def attribute(kind: int, value: bytes) -> bytes:
     """One attribute, padded."""
     return _ATTRIBUTE.pack(4 + len(value), kind) + value + bytes(-len(value) % 4)

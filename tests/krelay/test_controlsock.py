@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -16,6 +16,7 @@ from krelay.flow import Source
 from krelay.loop import Loop
 from krelay.nat import NatTable
 from krelay.row import Hook, Row, Step
+from krelay.trace import Filter
 from krelay.worker import Verdict, Worker
 from tests.tools.captures import slow_read
 from tests.tools.packets import at, policy, template
@@ -48,6 +49,12 @@ class FakeRelay:
     """What the daemon is to the control socket."""
 
     nat: NatTable
+
+    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        return iter(rows)
+
+    def traced(self, filters: Sequence[Filter]) -> None:
+        pass
 
     def status(self) -> Values:
         return {"state": "running"}

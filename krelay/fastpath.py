@@ -1,0 +1,251 @@
+"""Flows handed to the kernel: which they are, what it is still to be told, what it has counted.
+
+The worker makes every decision; what it decides for a flow's packets is a Rewrite, and a Rewrite
+can be handed over: from then on the kernel does the same by itself, from a map (ruleset.py), and
+these packets don't visit the queue any more.  The NAT table stays the one truth.  The kernel's maps
+are a cache of it: whatever isn't in them goes to the worker, who knows the flow.  So nothing need
+be handed over in time; but what was handed over must be taken back when its row ends.
+
+When a rewrite is handed over, since that costs as much as some visits to the queue:
+
+    TCP    all four steps when tcp-relay has accepted the connection and has a port towards the
+           server: then it isn't a SYN from a forged address.  Forwarded: when it is established
+    UDP    each direction after BUSY packets: who has asked and been answered that often has more
+           to say, while a question to a name server is over after two
+
+It is taken back, so that the worker sees every packet, when an end was reset and may live on, when
+the row was killed, and while somebody traces it; and RETIRE seconds after tcp-relay has closed the
+connection, when its last packets are through.  Packets that change how a connection stands (SYN,
+FIN and RST of its ends) visit the worker all the time.
+
+Two kinds stay with the worker for good: the steps D1 and D2, and those that must change a port
+beside the field that their step always changes, which is the case where a port was taken.
+
+What the kernel counts for a rewrite is read and added to the rewrite's own count: before a row
+expires or is shown, when a rewrite is taken back, and by turns, so that each row is looked at once
+a second while there are LOOKS of them at most, and less often where there are more.  The kernel
+doesn't tell when a packet came, so a row counts as heard of at the time of the look, never before
+it was.  It goes late by that, but never early.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import NamedTuple
+
+from krelay.flow import Proto
+from krelay.nat import BUSY, NatTable
+from krelay.nftmsg import Count
+from krelay.row import SIDES, Rewrite, Row, Step
+from krelay.ruleset import CHANGES
+
+RETIRE = 1.0
+"""Seconds from the end of a connection until it is taken back."""
+LOOKS = 1500
+"""Rows that are looked at a second, about a hundredth of a core."""
+_NOTHING = Count(0, 0)
+_FIELDS = {
+    "saddr": slice(0, 4),
+    "daddr": slice(4, 8),
+    "sport": slice(8, 10),
+    "dport": slice(10, 12),
+}
+
+
+class Changes(NamedTuple):
+    """What the kernel is to be told: first what it has to give back, then what it gets."""
+
+    back: list[Rewrite]
+    over: list[Rewrite]
+
+
+class FastPath:
+    """What of the rows in `nat` the kernel has."""
+
+    def __init__(self, nat: NatTable, on_pending: Callable[[], None] = lambda: None) -> None:
+        self.room = 0
+        """Rewrites that each map has room for; 0: nothing is handed over."""
+        self._nat = nat
+        self._on_pending = on_pending
+        self._traced: Callable[[Row], bool] = lambda row: False
+        self._handed: dict[Rewrite, Count] = {}  # with what the kernel had counted when last read
+        self._over: dict[Rewrite, None] = {}
+        self._back: dict[Rewrite, Count] = {}
+        self._filled: Counter[tuple[Proto, Step]] = Counter()  # with those in _over and _back
+        self._ring: deque[Row] = deque()
+        self._in_ring: set[Row] = set()
+        self._retiring: deque[tuple[float, Row]] = deque()
+        nat.on_ended = self.take_back
+        nat.on_closed = self._closed
+        nat.on_changed = self.consider
+
+    def __len__(self) -> int:
+        """Rewrites that the kernel has, or will have."""
+        return len(self._handed) + len(self._over)
+
+    @property
+    def rows(self) -> int:
+        """Rows of which the kernel has any, or had lately."""
+        return len(self._in_ring)
+
+    def begin(self, room: int) -> None:
+        """The maps are there, and empty."""
+        self._forget()
+        self.room = room
+        self._consider_all()
+
+    def end(self) -> None:
+        """The maps are gone."""
+        self._forget()
+        self.room = 0
+
+    def consider(self, row: Row) -> None:
+        """Hands over what of this row is fit for it now, and takes back what isn't."""
+        if not self.room:
+            return
+        fit = _is_steady(row) and not self._traced(row)
+        for rewrite in row.rewrites.values():
+            if not fit:
+                self._take(rewrite)
+            elif row.proto is Proto.TCP or rewrite.packets >= BUSY:
+                self._hand(rewrite)
+
+    def take_back(self, row: Row) -> None:
+        """Nothing of this row is the kernel's any more."""
+        for rewrite in row.rewrites.values():
+            self._take(rewrite)
+
+    def traced(self, is_traced: Callable[[Row], bool]) -> None:
+        """From now on these rows are traced, and no others."""
+        self._traced = is_traced
+        self._consider_all()
+
+    def changes(self, most: int) -> Changes | None:
+        """The next so many that the kernel is to be told; None if nothing is new.
+
+        They count as told; `told` must follow.  A flow is given back before another that comes
+        with the same addresses and ports is handed over.
+        """
+        back = list(islice(self._back, most))
+        over = list(islice(self._over, most)) if len(back) == len(self._back) else []
+        if not back and not over:
+            return None
+        for rewrite in over:
+            del self._over[rewrite]
+            self._handed[rewrite] = _NOTHING
+        return Changes(back, over)
+
+    def told(self, changes: Changes, final: Iterable[tuple[Rewrite, Count]], now: float) -> None:
+        """The kernel has taken these changes; what it had counted for those it gave back."""
+        before = {rewrite: self._back.pop(rewrite) for rewrite in changes.back}
+        for rewrite in before:
+            self._filled[rewrite.row.proto, rewrite.step] -= 1
+        for rewrite, count in final:
+            self._heard(rewrite, before[rewrite], count, now)
+        if self._back or self._over:
+            self._on_pending()
+
+    def read(self, counts: Iterable[tuple[Rewrite, Count]], now: float) -> None:
+        """What the kernel has counted for rewrites that it has."""
+        for rewrite, count in counts:
+            before = self._handed.get(rewrite)
+            if before is not None:
+                self._handed[rewrite] = count
+                self._heard(rewrite, before, count, now)
+
+    def handed(self, rows: Iterable[Row]) -> list[Rewrite]:
+        """The rewrites of these rows that the kernel has and whose counts a row shows."""
+        return [
+            rewrite
+            for row in rows
+            for rewrite in row.rewrites.values()
+            if rewrite in self._handed and rewrite.step in SIDES
+        ]
+
+    def due(self, now: float, seconds: float) -> list[Row]:
+        """The rows whose turn it is to be looked at, when so much time has passed since before.
+
+        Also takes back those that have retired.
+        """
+        while self._retiring and self._retiring[0][0] <= now:
+            self.take_back(self._retiring.popleft()[1])
+        rows: list[Row] = []
+        most = max(1, int(LOOKS * seconds))
+        for _ in range(len(self._ring)):
+            if len(rows) == most:
+                break
+            row = self._ring.popleft()
+            if any(each in self._handed or each in self._over for each in row.rewrites.values()):
+                rows.append(row)
+            else:
+                self._in_ring.discard(row)
+        self._ring.extend(rows)
+        return rows
+
+    def _hand(self, rewrite: Rewrite) -> None:
+        if rewrite in self._handed or rewrite in self._over:
+            return
+        if (before := self._back.pop(rewrite, None)) is not None:
+            self._handed[rewrite] = before
+            return
+        at = rewrite.row.proto, rewrite.step
+        if self._filled[at] >= self.room or not is_simple(rewrite):
+            return
+        self._filled[at] += 1
+        self._over[rewrite] = None
+        if rewrite.row not in self._in_ring:
+            self._in_ring.add(rewrite.row)
+            self._ring.append(rewrite.row)
+        self._on_pending()
+
+    def _take(self, rewrite: Rewrite) -> None:
+        if rewrite in self._over:
+            del self._over[rewrite]
+            self._filled[rewrite.row.proto, rewrite.step] -= 1
+        elif (before := self._handed.pop(rewrite, None)) is not None:
+            self._back[rewrite] = before
+            self._on_pending()
+
+    def _closed(self, row: Row, now: float) -> None:
+        self._retiring.append((now + RETIRE, row))
+
+    def _heard(self, rewrite: Rewrite, before: Count, count: Count, now: float) -> None:
+        packets = count.packets - before.packets
+        if packets > 0:
+            self._nat.heard(rewrite, packets, count.bytes - before.bytes, now)
+
+    def _consider_all(self) -> None:
+        for row in self._nat:
+            self.consider(row)
+
+    def _forget(self) -> None:
+        for each in (self._handed, self._over, self._back, self._filled, self._ring):
+            each.clear()
+        self._in_ring.clear()
+        self._retiring.clear()
+
+
+def new_value(rewrite: Rewrite) -> bytes:
+    """What the map of its step holds for this rewrite: an address or a port."""
+    return rewrite.new[_FIELDS[CHANGES[rewrite.step].field]]
+
+
+def is_simple(rewrite: Rewrite) -> bool:
+    """Whether this rewrite changes nothing but the one field that its step changes in a map."""
+    change = CHANGES.get(rewrite.step)
+    if change is None:
+        return False
+    field = _FIELDS[change.field]
+    old, new = rewrite.old, rewrite.new
+    return old[: field.start] == new[: field.start] and old[field.stop :] == new[field.stop :]
+
+
+def _is_steady(row: Row) -> bool:
+    """Whether the worker has nothing to learn from this row's packets but their number."""
+    if row.proto is Proto.UDP:
+        return True
+    if row.closed_at is not None or row.tracker.reset or row.service == row.server:
+        return False
+    if row.is_forwarded:
+        return not row.abort_asked and row.is_conversation
+    return row.relay is not None

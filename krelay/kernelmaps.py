@@ -1,0 +1,169 @@
+"""The kernel's maps of handed flows: written and read, thousands a second, on one socket.
+
+Each call waits for the kernel's answer, which takes some microseconds an element and some tens for
+a transaction; so what a turn of the loop has gathered goes together.  A transaction happens as a
+whole or not at all.  If one fails, or the answer is not what it must be, somebody else has changed
+the maps: MapsLost is raised, and whoever owns them makes them anew.
+"""
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from krelay import nftmsg
+from krelay.fastpath import Changes, new_value
+from krelay.flow import Proto
+from krelay.nftmsg import Count, Elements
+from krelay.row import SIDES, Rewrite, Step
+from krelay.ruleset import CHANGES, map_name
+from krelay.wire import netlink
+
+TOGETHER = 256
+"""Elements in one transaction, or asked for at once: a millisecond."""
+TIMEOUT = 5.0
+"""Seconds: somebody else's transaction may be under way."""
+_BUFFER = 4 << 20
+_SNDBUFFORCE, _RCVBUFFORCE = 32, 33
+"""asm-generic/socket.h"""
+_RECEIVE = 1 << 17
+
+
+class MapsLost(Exception):
+    """The kernel's maps aren't as they were left.  The text is the kernel's reason."""
+
+
+class KernelMaps:
+    """The maps of one table.  Raises OSError without privilege."""
+
+    def __init__(self, table: str) -> None:
+        self._table = table
+        self._elements = {
+            (proto, step): Elements(table, map_name(proto, step))
+            for proto in Proto
+            for step in CHANGES
+        }
+        self._socket = _connected()
+
+    @property
+    def port(self) -> int:
+        """Of this socket: the changes it makes are announced with it."""
+        return int(self._socket.getsockname()[0])
+
+    def change(self, changes: Changes) -> list[tuple[Rewrite, Count]]:
+        """Carries them out; what was counted for those that were given back.  Raises MapsLost."""
+        final: list[tuple[Rewrite, Count]] = []
+        for some in _slices(changes.back):
+            requests = [
+                self._map(each).delete(each.old, at, tell=each.step in SIDES)
+                for at, each in enumerate(some, 1)
+            ]
+            final += [
+                (some[message.sequence - 1], count)
+                for message in self._transaction(requests)
+                if (count := nftmsg.element_count(message)) is not None
+                and 1 <= message.sequence <= len(some)
+            ]
+        for some in _slices(changes.over):
+            self._transaction(
+                [
+                    self._map(each).add(each.old, new_value(each), at)
+                    for at, each in enumerate(some, 1)
+                ]
+            )
+        return final
+
+    def read(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
+        """What the kernel has counted for each.  Raises MapsLost if it doesn't have one of them."""
+        for some in _slices(rewrites):
+            requests = (self._map(each).get(each.old, at) for at, each in enumerate(some, 1))
+            self._send(b"".join(requests))
+            for at, message in enumerate(self._answers(len(some)), 1):
+                count = nftmsg.element_count(message)
+                if message.error or count is None or message.sequence != at:
+                    raise MapsLost(os.strerror(message.error or errno.EPROTO))
+                yield some[at - 1], count
+
+    def totals(self) -> dict[tuple[Proto, Step], int]:
+        """Packets by step that the kernel has rewritten itself.  Raises MapsLost."""
+        names = {map_name(*at): at for at in self._elements}
+        self._send(nftmsg.get_counters(self._table))
+        found = {}
+        for message in self._answers(None):
+            if message.error:
+                raise MapsLost(os.strerror(message.error))
+            named = nftmsg.named_counter(message)
+            if named is not None and named[0] in names:
+                found[names[named[0]]] = named[1].packets
+        return found
+
+    def renew(self) -> None:
+        """Asks by another socket from now on: after MapsLost, answers may still be on their way.
+
+        Raises MapsLost.
+        """
+        self._socket.close()
+        try:
+            self._socket = _connected()
+        except OSError as error:
+            raise MapsLost(str(error)) from None
+
+    def close(self) -> None:
+        """Leaves the maps as they are."""
+        self._socket.close()
+
+    def _map(self, rewrite: Rewrite) -> Elements:
+        return self._elements[rewrite.row.proto, rewrite.step]
+
+    def _transaction(self, requests: list[bytes]) -> list[netlink.Message]:
+        """Carries these out; what the kernel tells of it."""
+        requests[-1] = netlink.acknowledged(requests[-1])
+        self._send(nftmsg.joined(requests))
+        told = []
+        for message in self._answers(None, until=len(requests)):
+            if message.error:
+                raise MapsLost(os.strerror(message.error))
+            told.append(message)
+        return told
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._socket.send(data)
+        except OSError as error:
+            raise MapsLost(str(error)) from None
+
+    def _answers(self, count: int | None, *, until: int | None = None) -> Iterator[netlink.Message]:
+        """So many messages; or until the acknowledgement of that one, or the end of a dump."""
+        heard = 0
+        give_up = time.monotonic() + TIMEOUT
+        while time.monotonic() < give_up:
+            try:
+                data = self._socket.recv(_RECEIVE)
+            except OSError as error:
+                raise MapsLost(str(error)) from None
+            for message in netlink.messages(data):
+                if message.subsystem == 0 and message.kind == netlink.DONE:
+                    return
+                yield message
+                heard += 1
+                if heard == count or (message.error is not None and message.sequence == until):
+                    return
+        raise MapsLost("the kernel doesn't answer")
+
+
+def _connected() -> socket.socket:
+    kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.FAMILY)
+    try:
+        kernel.bind((0, 0))
+        kernel.settimeout(TIMEOUT)
+        for option in (_RCVBUFFORCE, _SNDBUFFORCE):
+            kernel.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+    except OSError:
+        kernel.close()
+        raise
+    return kernel
+
+
+def _slices(rewrites: Sequence[Rewrite]) -> Iterable[Sequence[Rewrite]]:
+    return (rewrites[at : at + TOGETHER] for at in range(0, len(rewrites), TOGETHER))
