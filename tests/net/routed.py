@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from procfs_sim import DEFAULTS
 from tests.net.world import World
 from vm import Host, Link, Topology
 
@@ -35,9 +36,9 @@ ROUTED = Topology(
 
 
 @contextmanager
-def routed() -> Iterator[World]:
+def routed(datapath: str = DEFAULTS.datapath) -> Iterator[World]:
     """A world of these hosts, in which nothing runs yet."""
-    with World(ROUTED, behind="far") as world:
+    with World(ROUTED, behind="far", datapath=datapath) as world:
         world.lab.run("relay", "ip", "route", "add", "10.77.1.0/24", "via", "10.77.2.1")
         world.lab.run("far", "ip", "route", "add", "172.20.3.0/24", "via", "172.20.2.2")
         yield world

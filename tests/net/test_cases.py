@@ -158,8 +158,8 @@ def test_a_direct_datagram_from_the_port_of_a_relayed_one_disturbs_nobody(
         assert relaying.exchange(first, to.encode(), (to, 7)) == to.encode()
 
 
-def test_relay_ports_keep_clear_of_the_clients_direct_connections() -> None:
-    with World() as world:
+def test_relay_ports_keep_clear_of_the_clients_direct_connections(datapath: str) -> None:
+    with World(datapath=datapath) as world:
         world.serve("server", "tcp/80")
         sysctl = ("sysctl", "-qw", "net.ipv4.ip_local_port_range=40000 40015")
         world.lab.run("relay", *sysctl)

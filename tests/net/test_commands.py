@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,9 @@ pytestmark = pytest.mark.net
 
 def up(world: World, *options: str) -> Program:
     """`krelay up`, until it says that it relays."""
-    values = ("--real-ip", world.server, "--gport", "18000", "--services", "tcp/80 udp/7")
-    command = (*PYTHON, "-m", "krelay", "up", "--root", str(world.root), *values, *options)
+    given = ("--root", str(world.root), "--datapath", world.datapath, "--real-ip", world.server)
+    values = (*given, "--gport", "18000", "--services", "tcp/80 udp/7")
+    command = (*PYTHON, "-m", "krelay", "up", *values, *options)
     program = world.lab.start("relay", *command)
     world.until(lambda: "Ctrl-C ends it" in program.output or program.poll() is not None, "up")
     assert program.poll() is None, program.output
@@ -190,8 +192,12 @@ def test_nat_lists_rows_with_the_columns_of_the_contract(world: World) -> None:
         f"proto=udp state=replied client={world.client}:40002 service={world.relay}:7 "
         f"server={world.server}:7 source=client age="
     )
-    (row,) = map(json.loads, world.krelay("nat", "proto=udp", "--json").stdout.splitlines())
-    assert row["packets"] == [1, 1]
+
+    def counted() -> dict[str, Any] | None:
+        (row,) = map(json.loads, world.krelay("nat", "proto=udp", "--json").stdout.splitlines())
+        return row if row["packets"] == [1, 1] else None
+
+    row = world.soon(counted, "a datagram each way")
     assert row["bytes"] == [20 + 8 + 3, 20 + 8 + len(f"{world.client}:40002\n")]
     shown = world.krelay("nat", f"client={world.client}:40001").stdout
     assert "established" in shown

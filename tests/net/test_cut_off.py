@@ -18,9 +18,9 @@ SLACK = 2.5
 
 
 @pytest.fixture
-def relay() -> Iterator[World]:
+def relay(datapath: str) -> Iterator[World]:
     """Relaying with a short stall limit."""
-    with World() as world:
+    with World(datapath=datapath) as world:
         world.serve("server", "tcp/80")
         world.start_krelay()
         world.put(services="tcp/80", real_ip=world.server)

@@ -12,7 +12,7 @@ from tests.net.test_doctor_firewalls import doctor, type_as_root
 from tests.net.world import GPORT, PYTHON, SERVICES, World
 from vm import Program
 
-pytestmark = pytest.mark.net
+pytestmark = [pytest.mark.net, pytest.mark.one_datapath("what it finds is the host's")]
 
 
 def finding(findings: list[dict[str, Any]], check: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from krelay.doctor.findings import Level
 from tests.net.world import PYTHON, World, greet
 from vm import Result
 
-pytestmark = pytest.mark.net
+pytestmark = [pytest.mark.net, pytest.mark.one_datapath("what it finds is the host's")]
 
 IP_TRANSPARENT = 19  # linux/in.h
 WITHIN = 0.4

@@ -17,7 +17,10 @@ from tests.net.test_doctor_firewalls import about_rules
 from tests.net.world import GPORT, PYTHON, World
 from vm import Program, Result
 
-pytestmark = pytest.mark.net
+pytestmark = [
+    pytest.mark.net,
+    pytest.mark.one_datapath("slow; test_firewall has what firewalls see"),
+]
 
 PATIENCE = 60.0
 """Seconds for what is typed: firewall-cmd takes a fifth of one, half a dozen times for a mend."""

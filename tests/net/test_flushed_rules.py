@@ -34,7 +34,7 @@ def begin_with(world: World, services: str, **programs: str) -> Path:
     command = (*PYTHON, "-m", "krelay", "daemon", "--root", str(world.root))
     world.krelay_process = world.lab.start("relay", "env", f"PATH={tools}", *command)
     world.until(lambda: answers(world.root), "an answer")
-    world.put(gport=18000, services=services, real_ip=world.server)
+    world.put(gport=18000, services=services, real_ip=world.server, datapath=world.datapath)
     world.start_tcp_relay()
     world.put(start=1)
     world.until_state("running")

@@ -62,7 +62,7 @@ def test_the_server_sees_the_client_and_the_row_says_so(through: World) -> None:
         assert sock.recv(1) == b""
     [row] = through.until(lambda: forwarded(through, "state=closing"), "both FINs")
     assert row["expires"] <= 240  # type: ignore[operator]
-    assert through.values("counters")["U1"] > 3
+    through.soon(lambda: through.values("counters")["U1"] > 3, "its packets counted")
 
 
 def test_with_source_relay_the_server_sees_a_relay_port(world: World) -> None:
@@ -127,7 +127,9 @@ def test_a_rst_passes_in_both_directions(through: World) -> None:
         assert mine in established(through)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     through.until(lambda: mine not in established(through), "the server's end reset")
-    assert [row["state"] for row in forwarded(through)] == ["closing"]
+    through.soon(
+        lambda: [row["state"] for row in forwarded(through)] == ["closing"], "the RST seen"
+    )
     with through.connect("client", PORT) as sock:
         mine = greet(sock)
         through.run("server", "ss", "-K", "dst", through.client, "dport", mine.partition(":")[2])
@@ -220,8 +222,8 @@ def test_a_trace_has_each_packet_by_its_steps(through: World) -> None:
     assert seen[1].startswith("U3,U4 ")
 
 
-def test_the_narrow_link_behind_the_relay_is_found() -> None:
-    with routed() as world:
+def test_the_narrow_link_behind_the_relay_is_found(datapath: str) -> None:
+    with routed(datapath) as world:
         world.serve("server", "tcp/443", "tcp/80")
         world.begin(services="tcp/443=forward")
         with world.connect("client", PORT) as sock:

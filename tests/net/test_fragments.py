@@ -25,10 +25,10 @@ OFFSET, MORE = 0x1FFF, 0x2000
 
 
 @pytest.fixture(scope="module", params=["client", "client, conntrack", "relay", "relay, conntrack"])
-def relayed(request: pytest.FixtureRequest) -> Iterator[World]:
+def relayed(request: pytest.FixtureRequest, datapath: str) -> Iterator[World]:
     """A world with that source, and connection tracking in the relay host or not."""
     source, _, tracking = request.param.partition(", ")
-    with routed() as world:
+    with routed(datapath) as world:
         world.serve("server", "udp/7", "tcp/80")
         world.begin(source=source)
         if tracking:
@@ -161,9 +161,11 @@ def numbered(packet: bytes, number: int) -> bytes:
     return packet[:4] + number.to_bytes(2) + packet[6:]
 
 
-def test_fragments_without_an_end_take_bounded_room_and_disturb_nothing_that_is_whole() -> None:
+def test_fragments_without_an_end_take_bounded_room_and_disturb_nothing_that_is_whole(
+    datapath: str,
+) -> None:
     """RFC 4787, REQ-14a: the kernel's bound, net.ipv4.ipfrag_high_thresh, is that of krelay."""
-    with routed() as world:
+    with routed(datapath) as world:
         for name, value in (("low_thresh", 0), ("high_thresh", FLOOD_LIMIT), ("time", 1)):
             world.lab.run("relay", "sysctl", "-qw", f"net.ipv4.ipfrag_{name}={value}")
         world.serve("server", "udp/7", "tcp/80")

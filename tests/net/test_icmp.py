@@ -42,8 +42,8 @@ class Ends(NamedTuple):
         return re.sub(r":([xy])\b", lambda m: ":" + self.names[m[1]], text)
 
 
-def under_way(source: str) -> Iterator[Ends]:
-    with routed() as world:
+def under_way(source: str, datapath: str) -> Iterator[Ends]:
+    with routed(datapath) as world:
         world.serve("server", "tcp/80", "tcp/443", "udp/7")
         world.begin(services=SERVICES, source=source)
         assert world.who_udp("client", 7, bind=UDP_PORT)
@@ -64,9 +64,9 @@ def under_way(source: str) -> Iterator[Ends]:
 
 
 @pytest.fixture(scope="module", params=["client", "relay"])
-def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
+def ends(request: pytest.FixtureRequest, datapath: str) -> Iterator[Ends]:
     """Both conversations, with that source."""
-    yield from under_way(request.param)
+    yield from under_way(request.param, datapath)
 
 
 # who sends what, and what arrives where; with either source
@@ -199,11 +199,11 @@ def test_an_error_with_a_bad_checksum_is_dropped_and_counted(ends: Ends, where: 
 
 def test_ping_never_visits_the_queue(ends: Ends) -> None:
     world = ends.world
-    before = world.values("counters")
+    before = world.complete(lambda: world.values("counters"))
     for to in (world.relay, world.server):
         assert ping(world, to)
 
-    assert world.values("counters") == before
+    assert world.complete(lambda: world.values("counters")) == before
 
 
 # Tools
@@ -224,9 +224,9 @@ def both_ways(world: World, *command: str) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def relayed() -> Iterator[World]:
+def relayed(datapath: str) -> Iterator[World]:
     """A world with source=client, and a server whose other ports are closed."""
-    with routed() as world:
+    with routed(datapath) as world:
         world.serve("server", "tcp/80", "tcp/443", "udp/7")
         world.begin(services=SERVICES)
         yield world
@@ -347,9 +347,11 @@ TRACKING = "table ip tracking { chain in { type filter hook input priority 0; ct
 
 @pytest.mark.parametrize("tracking", [False, True], ids=["", "conntrack"])
 @pytest.mark.parametrize("source", ["client", "relay"])
-def test_the_relays_own_narrow_link_is_told_of_as_well(source: str, tracking: bool) -> None:
+def test_the_relays_own_narrow_link_is_told_of_as_well(
+    source: str, tracking: bool, datapath: str
+) -> None:
     """About the first packet by krelay, about later ones by its host's kernel."""
-    with World(relay_topology("172.20.5.0/24", "10.77.3.0/24")) as world:
+    with World(relay_topology("172.20.5.0/24", "10.77.3.0/24"), datapath=datapath) as world:
         world.serve("server", "udp/7")
         for host, wire in (("relay", "eth1"), ("server", "eth0")):
             world.lab.run(host, "ip", "link", "set", wire, "mtu", "1200")
@@ -375,9 +377,11 @@ def test_the_relays_own_narrow_link_is_told_of_as_well(source: str, tracking: bo
 
 
 @pytest.mark.parametrize("source", ["client", "relay"])
-def test_a_server_that_is_gone_from_the_link_is_told_to_both_kinds_of_client(source: str) -> None:
+def test_a_server_that_is_gone_from_the_link_is_told_to_both_kinds_of_client(
+    source: str, datapath: str
+) -> None:
     """The relay host's own error, about packets as they left: to whom they belonged before."""
-    with World() as world:
+    with World(datapath=datapath) as world:
         world.begin(source=source)
         for setting in ("retrans_time_ms=50", "mcast_solicit=2"):
             world.lab.run("relay", "sysctl", "-qw", f"net.ipv4.neigh.eth1.{setting}")
@@ -410,12 +414,12 @@ STRICT = FIREWALL.replace(RELATED, f"ct state invalid drop\n{RELATED}").replace(
 )
 
 
-def test_with_connection_tracking_and_a_firewall_errors_arrive_as_well() -> None:
+def test_with_connection_tracking_and_a_firewall_errors_arrive_as_well(datapath: str) -> None:
     """Connection tracking sees an error as it sees the packet that it quotes, and it is related.
 
     What the firewall rejects by itself is rejected as without krelay.
     """
-    with routed() as world:
+    with routed(datapath) as world:
         world.serve("server", "tcp/80")
         world.begin(services=SERVICES.replace("udp/7 ", ""))
         world.nft("relay", STRICT)

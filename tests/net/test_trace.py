@@ -47,7 +47,7 @@ def test_a_capture_has_what_was_counted_and_what_the_wires_had(world: World) -> 
     world.begin()
     world.who("client2", 80)  # steps are counted, but not in the capture
     world.until(lambda: world.rows("state=closed"), "its end")
-    before = world.values("counters")
+    before = world.complete(lambda: world.values("counters"))
     file = world.lab.directory / "trace.pcapng"
     program = capture(world, str(file))
     with world.lab.capture("client") as client, world.lab.capture("server") as server:
@@ -57,7 +57,7 @@ def test_a_capture_has_what_was_counted_and_what_the_wires_had(world: World) -> 
         with world.connect("client", 80) as sock:
             greet(sock)
         world.until(lambda: len(world.rows("state=closed")) == 3, "their end")
-        after = world.values("counters")
+        after = world.complete(lambda: world.values("counters"))
         blocks = ended(world, program, file)
         arrived = {"client side": received(client), "server side": received(server)}
 

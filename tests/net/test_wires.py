@@ -21,11 +21,11 @@ WIRES = ("client", "server")
 
 
 @pytest.fixture(scope="module")
-def captures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def captures(datapath: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """A capture of each wire while `dig` and then `curl` ask the relay."""
     need_tshark()
     folder = tmp_path_factory.mktemp("wires")
-    with World(DEFAULT) as world:
+    with World(DEFAULT, datapath=datapath) as world:
         world.nginx("server", 80)
         world.dnsmasq("server", 53, {NAME: ADDRESS})
         world.begin(services="tcp/80 udp/53", gport=16000)

@@ -19,13 +19,14 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from procfs_sim import DEFAULT_ROOT
+from procfs_sim import DEFAULT_ROOT, DEFAULTS
 from tests.net.programs import server
 from vm import Lab, Program, Result, Topology, relay_topology
 
@@ -38,14 +39,22 @@ neighbour .254."""
 PATIENCE, PATIENCE_VM = 10.0, 180.0
 GPORT = 18000
 SERVICES = "tcp/80 tcp/443 udp/7 udp/53"
-RESTLESS = re.compile(r"counter packets \d+ bytes \d+|\[\d+:\d+\]|^#.*\n", re.MULTILINE)
+RESTLESS = re.compile(r"packets \d+ bytes \d+|\[\d+:\d+\]|^#.*\n", re.MULTILINE)
+FLOWS = re.compile(
+    r"(^\tmap .*\{\n(?:\t\t(?!elements).*\n)*)\t\telements = \{([^}]*)\}\n", re.MULTILINE
+)
+"""A map of nft's: what it is, and what stands in it, flows that the kernel was handed."""
+AGREES_WITHIN = 2.0
+"""Seconds after which krelay's figures have all that the kernel did by itself.  Half as many are
+promised; the machine may be busy."""
 
 
 class World:
     """A lab and what runs in it.
 
     `tree` names the file tree below the lab's directory; `backends` are the lab's; `behind` is the
-    host on the relay's link towards the server, if that is a router.
+    host on the relay's link towards the server, if that is a router; `datapath` is the setting that
+    each krelay begins with.
     """
 
     def __init__(
@@ -54,7 +63,9 @@ class World:
         tree: str = "run",
         backends: str | Mapping[str, str] = "netns",
         behind: str = "server",
+        datapath: str = DEFAULTS.datapath,
     ) -> None:
+        self.datapath = datapath
         self.lab = Lab(topology, backends=backends)
         self.patience = PATIENCE_VM if self.lab.backends else PATIENCE
         """Seconds that a condition is waited for, and that a command may take."""
@@ -143,6 +154,8 @@ class World:
             self.krelay_process = program
         self.until(lambda: program.poll() is not None or self.answers(root), "an answer")
         assert program.poll() is None, program.output
+        if self.datapath != DEFAULTS.datapath:
+            self.put(tree, datapath=self.datapath)
         return program
 
     def start_tcp_relay(self, *options: str, tree: Path | None = None) -> Program:
@@ -165,6 +178,12 @@ class World:
         self.start_tcp_relay()
         self.put(start=1)
         self.until_state("running")
+        assert self.datapath != "queue" or not self.in_kernel
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether the kernel is handed flows, as krelay says."""
+        return bool(self.values("status")["datapath"] == "kernel")
 
     def kill(self, program: Program) -> None:
         """kill -9, and waits for the end."""
@@ -250,13 +269,35 @@ class World:
         found: dict[str, Any] = json.loads(line)
         return found
 
+    def soon(self, condition: Callable[[], T | None], what: str) -> T:
+        """What a condition on krelay's figures found: at once where every packet visits krelay.
+
+        What the kernel did by itself may be missing from them for AGREES_WITHIN.
+        """
+        if self.in_kernel:
+            return self.until(condition, what, AGREES_WITHIN)
+        found = condition()
+        assert found, what
+        return found
+
+    def complete(self, read: Callable[[], T]) -> T:
+        """Figures of krelay's, once they have everything that happened before the call."""
+        if self.in_kernel:
+            time.sleep(AGREES_WITHIN)  # nothing tells what is still to come
+        return read()
+
     def rules(self, host: str = "relay") -> str:
-        """All rules of a host as nft and iptables show them, without counts."""
+        """All rules of a host as nft and iptables show them, without counts and flows."""
         found = [
             self.lab.run(host, *command).stdout
             for command in (("nft", "-s", "list", "ruleset"), ("iptables-save",))
         ]
-        return RESTLESS.sub("", "\n".join(found))
+        return FLOWS.sub(r"\1", RESTLESS.sub("", "\n".join(found)))
+
+    def handed(self) -> int:
+        """Entries of the maps in the relay host: flows that the kernel was handed, by steps."""
+        shown = self.lab.run("relay", "nft", "list", "ruleset").stdout
+        return sum(entries.count(",") + 1 for _, entries in FLOWS.findall(shown))
 
     def nft(self, host: str, text: str) -> None:
         """Puts rules into a host."""
