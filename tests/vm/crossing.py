@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from procfs_sim import DEFAULTS
 from tests.net.world import World
 from vm import LabError, TopologyError, guest, relay_topology
 from vm.errors import LabTimeout
@@ -62,11 +63,16 @@ class Clock:
 
 
 def cross(
-    ends: str, relay: str, size: int = SIZE, tell: Callable[[str], object] = lambda _: None
+    ends: str,
+    relay: str,
+    datapath: str = DEFAULTS.datapath,
+    size: int = SIZE,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> dict[str, float]:
     """One run; the seconds of each of its PARTS.  Raises Wrong, LabError."""
     clock = Clock(tell)
-    with World(TOPOLOGY, backends={"client": ends, "server": ends, "relay": relay}) as world:
+    backends = {"client": ends, "server": ends, "relay": relay}
+    with World(TOPOLOGY, backends=backends, datapath=datapath) as world:
         clock.lap("boot")
         serve(world, size)
         world.begin(services="tcp/80 udp/53", gport=GPORT)
@@ -204,6 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=1, metavar="N", help="of each (default: 1)")
     parser.add_argument("--ends", choices=ENDS, help="what client and server are (default: each)")
     parser.add_argument("--relay", choices=RELAYS, help="what the relay is (default: each)")
+    parser.add_argument(
+        "--datapath",
+        choices=("auto", "queue"),
+        default=DEFAULTS.datapath,
+        help=f"the relay's setting (default: {DEFAULTS.datapath})",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     options = parser.parse_args(arguments)
     chosen = [
@@ -220,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 tell(f"run {number} of {options.runs}: {ends}, relay {relay}")
                 try:
                     with _silent():
-                        runs[ends, relay].append(cross(ends, relay, tell=tell))
+                        runs[ends, relay].append(cross(ends, relay, options.datapath, tell=tell))
                 except (Wrong, LabError, TopologyError, AssertionError) as error:
                     failures.append(f"run {number}, {ends}, relay {relay}: {error}")
                     tell(failures[-1])
