@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -422,6 +423,25 @@ def upload(sock: socket.socket, seed: int, size: int) -> None:
         sock.shutdown(socket.SHUT_WR)
         with sock.makefile() as answer:
             assert answer.read() == f"{size} {server.digest(seed, size)}\n"
+
+
+def doubled(rules: str) -> list[str]:
+    """The rules, of those that World.rules shows, that stand twice in one chain.
+
+    >>> doubled("table ip a {\\n chain b {\\n  drop\\n  drop\\n }\\n chain c {\\n  drop\\n }\\n}")
+    ['drop']
+    >>> doubled("-A b -j DROP\\n-A c -j DROP\\n-A b -j DROP")
+    ['-A b -j DROP']
+    """
+    seen, table, chain = Counter[tuple[str, str, str]](), "", ""
+    for line in map(str.strip, rules.splitlines()):
+        if line.startswith("table "):
+            table = line
+        elif line.endswith("{"):
+            chain = line
+        elif line.strip("}"):
+            seen[table, chain, line] += 1
+    return [line for (_, _, line), times in seen.items() if times > 1]
 
 
 @contextmanager
