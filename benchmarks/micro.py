@@ -1,5 +1,7 @@
 """Worker.handle by itself: nanoseconds a packet, in this process, with no kernel about.
 
+And what a row costs besides: its first packet, what tcp-relay says about it, its end.
+
 Packets are those of randomly chosen rows, so that large tables cost the misses of the cache that
 they cost in earnest.  The collector is off, as in the daemon.
 
@@ -16,18 +18,24 @@ from collections.abc import Callable, Sequence
 from random import Random
 from statistics import median
 from types import MethodType
+from typing import TypeVar
 
 from benchmarks.figures import Goal
 from benchmarks.ground import Progress, Wish
 from krelay import worker as worker_module
 from krelay.flow import Endpoint, Proto, Source
 from krelay.nat import Limits, NatTable
+from krelay.relay import Relays
+from krelay.relaymsg import Close, Open, emit, parse_request
 from krelay.row import Hook, Rewrite
 from krelay.trace import Lines, Recorder
 from krelay.tracefile import Capture
 from krelay.tracker import Side
 from krelay.wire import tcp
 from krelay.worker import Policy, Verdict, Worker
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 TITLE = "Worker.handle by itself"
 SIZES = (10, 1_000, 50_000)
@@ -37,6 +45,10 @@ KINDS = ("UDP", "TCP", "miss")
 TRACED_SIZE = 1_000
 CUT_OUT, LINES, CAPTURED = "tracing cut out", "shown as lines", "captured"
 PRESENT = "tracing there, nobody traces"
+FIRST_UDP, FIRST_TCP = "UDP, first packet of a flow", "TCP, SYN of a connection"
+OPEN, CLOSE = "open, read and answered", "close, read"
+END_UDP, END_TCP = "UDP, row ended", "TCP, row ended"
+MESSAGE_UNIT, ROW_UNIT = "ns a message", "ns a row"
 
 
 def _traced(kind: str, how: str) -> str:
@@ -48,6 +60,8 @@ GOALS = (
         Goal(f"{kind}, 50,000 rows to 10", NAME.format(kind, 50_000), NAME.format(kind, 10))
         for kind in KINDS
     ),
+    Goal("UDP, first packet of a flow to later ones", FIRST_UDP, NAME.format("UDP", 1_000)),
+    Goal("TCP, SYN of a connection to later packets", FIRST_TCP, NAME.format("TCP", 1_000)),
     *(
         Goal(
             f"{kind}, nobody traces, to no tracing", _traced(kind, PRESENT), _traced(kind, CUT_OUT)
@@ -61,6 +75,7 @@ GOALS = (
     ),
 )
 _PACKETS = 4096
+_ROWS, _ROWS_A_TURN = 1_000, 50
 _TURN = 256
 """Packets of a turn: done before another program has the processor."""
 _LEAST_SECONDS = 0.2
@@ -75,6 +90,8 @@ def about() -> tuple[str, ...]:
         "A miss is a UDP packet that no row and no service asks for: it takes the general path.",
         "Tracing cut out: `handle` without the few lines that ask whether somebody traces; both by "
         "turns, and of each the best turn. Lines and captures are made and thrown away.",
+        f"First packets, messages of tcp-relay and ends of rows: {_ROWS:,} of each, for as many "
+        "clients, one kind after the other.",
     )
 
 
@@ -100,6 +117,8 @@ def measure(wish: Wish, progress: Progress) -> None:
                 both = _nanoseconds([worker.handle, twin], packets)
                 for how, costs in zip((PRESENT, CUT_OUT), both, strict=True):
                     progress.take(turn, wish.rounds, _traced(kind, how), UNIT, min(costs))
+            for (name, unit), cost in _lives().items():
+                progress.take(turn, wish.rounds, name, unit, cost)
     finally:
         gc.enable()
         gc.unfreeze()
@@ -148,15 +167,70 @@ def _nanoseconds(
     return found
 
 
-def _prepared(kind: str, size: int, recorder: Recorder | None = None) -> tuple[Worker, list[bytes]]:
-    """A worker with that many rows, and packets for it; all that is rewritten is recorded."""
-    rng = Random(size)
-    nat = NatTable(Limits(flows=2 * size, flows_per_client=2 * size), rng=rng)
+def _lives() -> dict[tuple[str, str], float]:
+    """What rows cost besides their later packets, by name and unit."""
+    clock = time.perf_counter_ns
+    clients = [Endpoint(bytes((10, 0, 1, 1 + n % 100)), 1024 + n) for n in range(_ROWS)]
+    first = {
+        proto: [_packet(proto, client, _RELAY, tcp.SYN) for client in clients] for proto in Proto
+    }
+    ports = [Endpoint(_RELAY.addr, 30000 + n) for n in range(_ROWS)]
+    asked = [emit(Open(n, clients[n], _GPORT, ports[n])) for n in range(_ROWS)]
+    told = [emit(Close(port)) for port in ports]
+    costs: dict[tuple[str, str], list[float]] = {}
+
+    def each(name: str, unit: str, do: Callable[[T], R], things: Sequence[T]) -> list[R]:
+        results: list[R] = []
+        for at in range(0, len(things), _ROWS_A_TURN):
+            some = things[at : at + _ROWS_A_TURN]
+            began = clock()
+            results += [do(thing) for thing in some]
+            costs.setdefault((name, unit), []).append((clock() - began) / len(some))
+        return results
+
+    until = clock() + _LEAST_SECONDS * 1e9 * 6
+    while clock() < until:
+        worker = _worker(_ROWS)
+        nat = worker.nat
+        relays = Relays(nat, lambda client: Source.CLIENT)
+
+        def come(packet: bytes, worker: Worker = worker) -> bytes | Verdict:
+            return worker.handle(packet, Hook.PREROUTING, 1.0)
+
+        def answered(message: bytes, relays: Relays = relays) -> bytes:
+            answer = relays.handle(parse_request(message), _unheard, 1.0)
+            return emit(answer) if answer else b""
+
+        assert all(isinstance(new, bytes) for new in each(FIRST_UDP, UNIT, come, first[Proto.UDP]))
+        each(END_UDP, ROW_UNIT, nat.end, list(nat))
+        assert all(isinstance(new, bytes) for new in each(FIRST_TCP, UNIT, come, first[Proto.TCP]))
+        assert all(b"server" in answer for answer in each(OPEN, MESSAGE_UNIT, answered, asked))
+        each(CLOSE, MESSAGE_UNIT, answered, told)
+        assert all(row.closed_at for row in nat)
+        each(END_TCP, ROW_UNIT, nat.end, list(nat))
+    return {at: median(found) for at, found in costs.items()}
+
+
+def _unheard(_: object) -> None:
+    """Nobody listens."""
+
+
+def _worker(rows: int) -> Worker:
+    """A worker that relays, with room for so many rows."""
+    rng = Random(rows)
+    nat = NatTable(Limits(flows=2 * rows, flows_per_client=2 * rows), rng=rng)
     worker = Worker(nat)
     ports = frozenset((_RELAY.port,))
     worker.policy = Policy(
         _GPORT, _SERVER.addr, Source.CLIENT, ports, ports, frozenset((_RELAY.addr,))
     )
+    return worker
+
+
+def _prepared(kind: str, size: int, recorder: Recorder | None = None) -> tuple[Worker, list[bytes]]:
+    """A worker with that many rows, and packets for it; all that is rewritten is recorded."""
+    worker, rng = _worker(size), Random(size)
+    nat = worker.nat
     clients = [Endpoint(bytes((10, 0, 1 + n // 50000, 1 + n % 100)), 1024 + n) for n in range(size)]
     for client in clients:
         if kind == "TCP":
@@ -181,10 +255,10 @@ def _prepared(kind: str, size: int, recorder: Recorder | None = None) -> tuple[W
     return worker, packets
 
 
-def _packet(proto: Proto, src: Endpoint, dst: Endpoint) -> bytes:
+def _packet(proto: Proto, src: Endpoint, dst: Endpoint, flags: int = tcp.ACK) -> bytes:
     """64 bytes; the checksums are what they are, as the worker only adds to them."""
     ports = src.port.to_bytes(2) + dst.port.to_bytes(2)
     head = b"\x45\0\0\x40\0\0\x40\0\x40" + bytes((proto,)) + b"\x12\x34" + src.addr + dst.addr
     if proto is Proto.UDP:
         return head + ports + (44).to_bytes(2) + b"\x56\x78" + bytes(36)
-    return head + ports + bytes(8) + b"\x50\x10\xff\xff\x56\x78\0\0" + bytes(24)
+    return head + ports + bytes(8) + bytes((0x50, flags)) + b"\xff\xff\x56\x78\0\0" + bytes(24)
