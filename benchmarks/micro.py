@@ -60,8 +60,8 @@ GOALS = (
         Goal(f"{kind}, 50,000 rows to 10", NAME.format(kind, 50_000), NAME.format(kind, 10))
         for kind in KINDS
     ),
-    Goal("UDP, first packet of a flow to later ones", FIRST_UDP, NAME.format("UDP", 1_000)),
-    Goal("TCP, SYN of a connection to later packets", FIRST_TCP, NAME.format("TCP", 1_000)),
+    Goal("UDP, first packet of a flow to later ones", FIRST_UDP, _traced("UDP", PRESENT)),
+    Goal("TCP, SYN of a connection to later packets", FIRST_TCP, _traced("TCP", PRESENT)),
     *(
         Goal(
             f"{kind}, nobody traces, to no tracing", _traced(kind, PRESENT), _traced(kind, CUT_OUT)

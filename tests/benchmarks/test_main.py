@@ -64,7 +64,8 @@ def test_the_micro_benchmark_reads_each_kind_at_each_size_each_round(
     progress = Progress("micro")
     micro.measure(Wish(rounds=2, seconds=1), progress)
     kinds = len(micro.KINDS)
-    assert len(progress.readings) == kinds * 2 + kinds * 2 + 4
+    rows = 6
+    assert len(progress.readings) == kinds * 2 + kinds * 2 + 4 + rows
     named = {goal.above for goal in micro.GOALS[kinds:]} | {
         str(goal.below) for goal in micro.GOALS[kinds:]
     }
