@@ -22,7 +22,7 @@ import subprocess
 import threading
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -94,16 +94,14 @@ class Nft:
 
     with_xt: bool = False
     """Whether the rules that queue are those of iptables' target, for want of nft's own."""
+    has_maps: bool = True
+    """Whether this kernel takes the rules of the fast path: RuleSpec.room."""
 
     @property
     def name(self) -> str:
         """With the target it needs."""
-        return "nft with NFQUEUE" if self.with_xt else "nft"
-
-    @property
-    def has_maps(self) -> bool:
-        """Yes."""
-        return True
+        name = "nft with NFQUEUE" if self.with_xt else "nft"
+        return name if self.has_maps else f"{name}, without maps"
 
     def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
         """One transaction; with NFQUEUE a second, until which what is to be queued is dropped."""
@@ -230,7 +228,9 @@ class Iptables:
 
 CANDIDATES: tuple[Backend, ...] = (
     Nft(),
+    Nft(has_maps=False),
     Nft(with_xt=True),
+    Nft(with_xt=True, has_maps=False),
     Iptables("iptables"),
     Iptables("iptables-nft"),
     Iptables("iptables-legacy"),
@@ -263,13 +263,14 @@ def probe() -> Backend:
 def _try(backend: Backend) -> None:
     """Installs the rules where nobody else sees them.  Raises RulesUnavailable."""
     outcome: list[Exception | None] = []
+    spec = _PROBE if backend.has_maps else replace(_PROBE, room=0)
 
     def attempt() -> None:
         try:
             if not _leave_for_a_new_namespace():
                 outcome.append(None)
                 return
-            backend.install(_PROBE)
+            backend.install(spec)
         except RulesUnavailable as error:
             outcome.append(error)
 
@@ -278,7 +279,7 @@ def _try(backend: Backend) -> None:
     thread.start()
     thread.join()
     if outcome == [None]:  # no namespaces for us: try on the host
-        backend.install(_PROBE)
+        backend.install(spec)
         backend.remove(_PROBE.name)
     elif outcome and outcome[0]:
         raise outcome[0]

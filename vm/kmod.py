@@ -25,6 +25,7 @@ RELAY = {
             "nfnetlink_queue",
             "nf_tables",
             "nft_queue",
+            "nft_objref",
             "nft_fib_ipv4",
             "nft_fib_inet",
             "nft_tproxy",
