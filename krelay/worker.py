@@ -144,6 +144,9 @@ _OPENING = tcp.SYN | tcp.ACK | tcp.RST
 _TCP, _UDP = Proto.TCP, Proto.UDP
 _RELAY, _PREROUTING, _T1 = Source.RELAY, Hook.PREROUTING, Step.T1
 _CLIENT, _DAEMON = Side.CLIENT, Side.DAEMON
+_BEGINNINGS = (Step.T1, Step.D1, Step.U12, Step.U1)
+"""The steps that a client's first packet can take."""
+_ENDED = (State.CLOSING, State.CLOSED)
 # By these names: looking one up in its class takes ten times as long.
 _MOST_ANSWERS = 256
 ANSWERS = 1000
@@ -513,8 +516,8 @@ class Worker:
         """
         return (
             flags & _OPENING == tcp.SYN
-            and rewrite.step in (Step.T1, Step.D1, Step.U12, Step.U1)
-            and rewrite.row.tracker.state in (State.CLOSING, State.CLOSED)
+            and rewrite.step in _BEGINNINGS
+            and rewrite.row.tracker.state in _ENDED
         )
 
     def _open_again(self, row: Row, now: float) -> Rewrite | None:
