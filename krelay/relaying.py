@@ -41,7 +41,7 @@ from krelay.relay import Relays
 from krelay.row import Row, Step, Timeouts
 from krelay.ruleset import RuleSpec
 from krelay.rulewatch import RuleWatcher
-from krelay.worker import Policy, Worker, probes
+from krelay.worker import Policy, Worker, asks, probes
 from procfs_sim.tree import Config, Service, in_force
 
 STOP_WITHIN = 0.06
@@ -54,6 +54,11 @@ LOOK_AFTER = 0.02
 """Seconds between the news that rules were taken out and the look at ours."""
 LOOK_EVERY = 5.0
 """Seconds between looks where nobody tells of changes."""
+ASK_AFTER = (0.0, 1.0)
+"""Seconds after rules were put back at which the ends of connections are asked; twice, since a RST
+may still be under way, and what is sent may be lost."""
+ASKED_AT_ONCE = 64
+"""Connections whose ends are asked before packets have their turn."""
 MAX_OPENINGS = 1024
 """SYNs that wait before the kernel drops more; a client repeats its own after a second."""
 OPENINGS_AT_ONCE = 32
@@ -477,6 +482,23 @@ class Relaying:
                 again=before or None,
                 mend="to stop relaying, krelay stop",
             )
+        for wait in ASK_AFTER:
+            self._loop.call_at(self._loop.now + wait, lambda: self._ask_ends(list(self.nat)))
+
+    def _ask_ends(self, rows: list[Row]) -> None:
+        """Has the ends of these TCP connections find out whether their peers are still there.
+
+        What went on unrewritten while rules were gone was answered by a RST, mostly to one end
+        alone; the other might wait for ever.
+        """
+        if self.queue is None or self._stopping:
+            return
+        for row in rows[:ASKED_AT_ONCE]:
+            if row.is_forwarded or row.gport is not None:
+                for packet in asks(row):
+                    self._sender.send(packet)
+        if rest := rows[ASKED_AT_ONCE:]:
+            self._loop.call_at(self._loop.now + _SOON, lambda: self._ask_ends(rest))
 
     # Flows that the kernel has
 

@@ -569,6 +569,18 @@ def probes(row: Row) -> list[bytes]:
     return [_syn(rewrite.old) for rewrite in ends if rewrite is not None]
 
 
+def asks(row: Row) -> list[bytes]:
+    """What makes every end of a TCP row say something to its peer: a SYN to each.
+
+    An end that lives answers by an ACK, which a peer that lives ignores and one that has forgotten
+    the connection answers by a RST: so nobody waits for who is gone.  Of what tcp-relay terminates
+    there are four ends, the two in the middle on this host.
+    """
+    if row.is_forwarded:
+        return probes(row)
+    return [_syn(rewrite.old) for rewrite in row.rewrites.values()]
+
+
 def _syn(coming: bytes) -> bytes:
     """A SYN to where packets of these addresses and ports come from."""
     sport, dport = int.from_bytes(coming[8:10]), int.from_bytes(coming[10:12])

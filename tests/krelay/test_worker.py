@@ -17,7 +17,7 @@ from krelay.flow import Flow, Proto, Source
 from krelay.nat import Limits, NatTable
 from krelay.row import Hook, Rewrite, Step, Timeouts, deltas
 from krelay.wire import BadPacket, ipv4
-from krelay.worker import ANSWERS_AT_ONCE, Verdict, Worker, flow_of, readdressed
+from krelay.worker import ANSWERS_AT_ONCE, Verdict, Worker, asks, flow_of, readdressed
 from tests.tools.packets import (
     Template,
     addr,
@@ -28,7 +28,7 @@ from tests.tools.packets import (
     with_zero_check,
     with_zero_ip_check,
 )
-from tests.tools.script import RECORD_ROUTE, Host, play
+from tests.tools.script import RECORD_ROUTE, Host, describe, play
 from tests.tools.strategies import mutated, rewritings
 
 RELAY = policy(source=Source.RELAY)
@@ -1322,3 +1322,19 @@ def test_a_port_named_twice_must_be_the_same_both_times() -> None:
 
 def test_endpoints_of_scripts_are_read_with_and_without_letters() -> None:
     assert at("10.0.0.1:40000") == at("C:40000")
+
+
+@pytest.mark.parametrize(
+    ("script", "ends"),
+    [
+        (CONNECTED, "K:80 > C:40000, S:80 > K:45678, C:40000 > K:16000, C:45678 > S:80"),
+        ("0 pre C:40000 > K:80 [S] => C:40000 > K:16000", "K:80 > C:40000, C:40000 > K:16000"),
+    ],
+)
+def test_all_ends_of_a_terminated_connection_are_asked_in_the_name_of_their_peers(
+    script: str, ends: str
+) -> None:
+    [row] = play(script).nat
+
+    asked = sorted(describe(packet) for packet in asks(row))
+    assert asked == sorted(f"{end} [S]" for end in ends.split(", "))

@@ -73,6 +73,33 @@ def test_rules_that_are_flushed_come_back_and_a_connection_at_rest_goes_on(
     assert "krelay" not in world.rules()
 
 
+@pytest.mark.parametrize("source", ["client", "relay"])
+@pytest.mark.parametrize("port", [80, 443], ids=["terminated", "forwarded"])
+def test_who_was_cut_off_while_rules_were_gone_is_told_and_does_not_wait(
+    world: World, port: int, source: str
+) -> None:
+    """What went on as it was is answered by a RST, mostly to one end: the other stood still."""
+    world.serve("server", "tcp/80", "tcp/443")
+    world.begin(services="tcp/80 tcp/443=forward", source=source)
+    idle = world.connect("client2", port)
+    greet(idle)
+    before = world.rules()
+    for number in range(3):
+        download = world.download("client", port, number, 1 << 30)
+        world.until(lambda d=download: d.received > 1 << 20, "some of it")  # type: ignore[misc]
+        world.lab.run("relay", "nft", "flush", "ruleset")
+        enough = download.received + (16 << 20)  # more than is on the way
+        world.until(
+            lambda d=download, e=enough: d.ended or d.received > e,  # type: ignore[misc]
+            "its end, or that it goes on",
+            timeout=5,  # less than it waits itself
+        )
+        download.socket.close()
+        world.until(lambda: world.rules() == before, "rules", timeout=5)
+        assert world.who("client", port)
+    echo(idle, b"still there")
+
+
 def test_rules_of_others_that_go_are_none_of_our_business(world: World) -> None:
     world.serve("server", "tcp/80")
     world.begin()

@@ -374,6 +374,11 @@ class Download:
         except OSError as error:
             self._error = error
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return not self._thread.is_alive()
+
     def finish(self, timeout: float = 60.0) -> None:
         """Waits for the end; fails unless all bytes came as they were sent."""
         self.join(timeout)
