@@ -59,12 +59,17 @@ class KernelMaps:
                 self._map(each).delete(each.old, at, tell=each.step in SIDES)
                 for at, each in enumerate(some, 1)
             ]
-            final += [
-                (some[message.sequence - 1], count)
+            # The kernel tells of elements that went in their order, and with the sequence number 0.
+            gone = [
+                nftmsg.element_count(message)
                 for message in self._transaction(requests)
-                if (count := nftmsg.element_count(message)) is not None
-                and 1 <= message.sequence <= len(some)
+                if message.kind == nftmsg.DELETE_ELEMENT
             ]
+            told = [each for each in some if each.step in SIDES]
+            counts = [count for count in gone if count is not None]
+            if not len(told) == len(gone) == len(counts):
+                raise MapsLost(os.strerror(errno.EPROTO))
+            final += zip(told, counts, strict=True)
         for some in _slices(changes.over):
             self._transaction(
                 [
