@@ -288,6 +288,7 @@ def test_tcp_finds_the_narrow_link_behind_the_relay_and_keeps_df(relayed: World)
     """Nothing but the router's error tells tcp-relay's kernel: both ends' own links take 1,500."""
     for host in ("relay", "server"):
         relayed.lab.run(host, "ip", "route", "flush", "cache")
+    relayed.finish_packets("relay", "eth1")
     before = relayed.values("counters")["icmp_T4"]
     with (
         watching(relayed, "server", segments_to(80)) as watch,

@@ -43,6 +43,7 @@ def wires(datapath: str) -> Iterator[World]:
         for host in HOSTS:
             # Neighbours are asked for by ARP, which is no IP.
             world.nft(host, DEAF)
+        world.finish_packets("relay", "eth0", "eth1")
         world.begin(services=SERVICES)
         yield world
 
