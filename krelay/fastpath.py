@@ -165,7 +165,8 @@ class FastPath:
     def due(self, now: float, seconds: float) -> list[Row]:
         """The rows whose turn it is to be looked at, when so much time has passed since before.
 
-        Also takes back those that have retired.
+        Also takes back those that have retired; until then they aren't looked at, since what was
+        counted for them is told with that.
         """
         while self._retiring and self._retiring[0][0] <= now:
             self.take_back(self._retiring.popleft()[1])
@@ -180,7 +181,7 @@ class FastPath:
             else:
                 self._in_ring.discard(row)
         self._ring.extend(rows)
-        return rows
+        return [row for row in rows if row.closed_at is None]
 
     def _hand(self, rewrite: Rewrite) -> None:
         if rewrite in self._handed or rewrite in self._over:

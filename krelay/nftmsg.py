@@ -34,6 +34,14 @@ _KEY = struct.Struct("=HHHHHHHH4s2s2x4s2s2x")
 _PAIR = struct.Struct("=HHHHHHHH4s2s2x4s2s2xHHHH4s")
 _NESTED = 0x8000
 
+# A counter as Linux writes it, from its name to its bytes; then these, and the packets.  To find it
+# takes an eighth of the time that it takes to walk there; what is written otherwise is walked to.
+_COUNTER = netlink.text(_EXPR_NAME, "counter") + struct.pack(
+    "=HHHH", 28, _EXPR_DATA, 12, _COUNTER_BYTES
+)
+_COUNTED = struct.Struct("!Q4sQ")
+_PACKETS = struct.pack("=HH", 12, _COUNTER_PACKETS)
+
 
 class Count(NamedTuple):
     """What a counter of the kernel says."""
@@ -113,6 +121,11 @@ def get_counters(table: str) -> bytes:
 
 def element_count(message: netlink.Message) -> Count | None:
     """The counter of the one element that a message shows; None if it shows none."""
+    at = message.body.find(_COUNTER)
+    if at >= 0 and len(message.body) >= at + len(_COUNTER) + _COUNTED.size:
+        size, head, packets = _COUNTED.unpack_from(message.body, at + len(_COUNTER))
+        if head == _PACKETS:
+            return Count(packets, size)
     for kind, elements in netlink.attributes(message.attributes):
         if kind != _SET_ELEMENTS:
             continue

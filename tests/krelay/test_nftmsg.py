@@ -104,6 +104,17 @@ def test_the_count_of_an_element_is_read() -> None:
     assert nftmsg.element_count(gone) == Count(7, 0x12345)
 
 
+@pytest.mark.parametrize(
+    ("usual", "other"), [("1c000200", "1c000280"), ("0c000200 00000000", "0c000280 00000000")]
+)
+def test_a_count_that_is_written_in_another_way_is_read_as_well(usual: str, other: str) -> None:
+    """Attributes may be marked as nested, or not."""
+    body = ANSWER.replace(usual, other)
+
+    assert body != ANSWER
+    assert nftmsg.element_count(answer(words(body))) == Count(7, 0x12345)
+
+
 def test_the_count_is_found_among_several_expressions() -> None:
     """A kernel that has more than one for an element gives a list of them."""
     count = netlink.nested(
