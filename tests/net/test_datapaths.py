@@ -1,5 +1,6 @@
 """One truth, whichever way packets take: rows, counters, expiry and traces tell what has passed."""
 
+import os
 import re
 import socket
 import time
@@ -19,6 +20,9 @@ MANY = 200
 PAYLOAD = 700
 SIZE = 5_000_000
 MSS = 1448
+MB = 1 << 20
+LONG = bool(os.environ.get("KRELAY_LONG"))
+DOWNLOAD, RATE = (1000 * MB, 200 * MB) if LONG else (40 * MB, 20 * MB)
 
 
 @pytest.fixture
@@ -33,6 +37,12 @@ def udp_row(world: World, sock: socket.socket) -> dict[str, Any] | None:
     """The row of a client's datagrams, if there is one."""
     rows = world.rows(f"proto=udp client={world.client}:{sock.getsockname()[1]}")
     return rows[0] if rows else None
+
+
+def visits(world: World) -> int:
+    """Packets that the relay's queues have been given (net/netfilter/nfnetlink_queue.c)."""
+    shown = world.run("relay", "cat", "/proc/net/netfilter/nfnetlink_queue")
+    return sum(int(line.split()[7]) for line in shown.splitlines())
 
 
 def test_the_setting_is_in_force_and_told(busy: World, datapath: str) -> None:
@@ -123,6 +133,45 @@ def test_a_conversation_lives_while_it_talks_and_its_timeout_longer(busy: World)
         assert busy.exchange(sock, b"anew", (busy.relay, 7)) == b"anew"
         again = busy.until(lambda: udp_row(busy, sock), "a new row")
         assert again["id"] != row["id"]
+
+
+@pytest.mark.parametrize("port", [80, 443], ids=["terminated", "forwarded"])
+def test_a_running_download_visits_the_queue_with_each_packet_or_with_none(
+    busy: World, port: int
+) -> None:
+    download = busy.download("client", port, 3, DOWNLOAD, rate=RATE)
+    busy.until(lambda: download.received > DOWNLOAD // 8, "a download under way")
+    before, begun = visits(busy), download.received
+    busy.until(lambda: download.received > DOWNLOAD * 3 // 4, "most of it", 60)
+    packets, size = visits(busy) - before, download.received - begun
+    if busy.in_kernel:
+        assert packets == 0
+    else:
+        assert packets > size // MSS
+    download.finish()
+
+
+def test_a_trace_takes_its_own_flows_back_and_leaves_the_others(busy: World) -> None:
+    others = busy.lab.address("client2")
+
+    def quiet(sock: socket.socket) -> bool:
+        """Whether what is said there doesn't visit the queue."""
+        before = visits(busy)
+        for _ in range(20):
+            echo(sock, b"said")
+        return visits(busy) == before
+
+    with busy.connect("client", 80) as one, busy.connect("client2", 80) as other:
+        greet(one)
+        greet(other)
+        busy.soon(lambda: quiet(one) == quiet(other) == busy.in_kernel, "both handed over or none")
+        with control_socket(busy.root) as trace, trace.makefile() as lines:
+            trace.sendall(f"trace client={others}\n".encode())
+            busy.until(lambda: not quiet(other), "the traced one in the queue")
+            assert quiet(one) == busy.in_kernel
+            assert others in next(lines)
+        busy.soon(lambda: quiet(other) == busy.in_kernel, "handed over again")
+        assert quiet(one) == busy.in_kernel
 
 
 def test_a_trace_that_begins_late_has_each_packet_from_then_on(busy: World) -> None:
