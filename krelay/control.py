@@ -186,6 +186,7 @@ def counter_values(
     overflows: int,
     queue_dropped: int,
     socket_dropped: int,
+    copies_lost: int = 0,
 ) -> dict[str, Value]:
     """All counters by name: `steps`, drops and passes by reason, who was refused, the queue's.
 
@@ -205,6 +206,7 @@ def counter_values(
     values["queue_overflow"] = queue_dropped
     values["socket_overflow"] = socket_dropped
     values["overflow_notices"] = overflows
+    values["copies_lost"] = copies_lost
     return values
 
 

@@ -120,7 +120,7 @@ class Daemon:
         """One value each of everything that is not a counter."""
         now = self._loop.now
         served = [figures(queue.number) for queue in self._relaying.queues]
-        tcp = sum(1 for row in self.nat if row.proto is Proto.TCP)
+        tcp = self.nat.count(Proto.TCP)
         return {
             "state": self._relaying.state,
             "generation": self._state.generation,
@@ -154,6 +154,7 @@ class Daemon:
             overflows=sum(queue.overflows for queue in queues),
             queue_dropped=queue_dropped,
             socket_dropped=socket_dropped,
+            copies_lost=self._relaying.copies_lost,
         ) | control.tcp_counter_values(self._relaying.relays.totals)
 
     def config_in_force(self) -> Values:
@@ -172,7 +173,7 @@ class Daemon:
 
     def traced(self, filters: Sequence[Filter]) -> None:
         """Somebody traces the rows that one of these admits: the worker sees all their packets."""
-        self._relaying.fast.traced(lambda row: any(each.admits(row) for each in filters))
+        self._relaying.trace(filters)
 
     def kill(self, row: Row) -> None:
         """Ends a row: a TCP one by resetting both its legs."""

@@ -103,6 +103,21 @@ class KernelMaps:
                 found[names[named[0]]] = named[1].packets
         return found
 
+    def learnt(self, names: Sequence[str], client: bytes, port: bytes) -> str | None:
+        """The set of these that has a question from there.  Raises MapsLost."""
+        requests = (
+            nftmsg.get_learnt(self._table, name, client, port, at)
+            for at, name in enumerate(names, 1)
+        )
+        self._send(b"".join(requests))
+        found = None
+        for message in self._answers(len(names)):
+            if message.error not in (None, errno.ENOENT):
+                raise MapsLost(os.strerror(message.error))
+            if message.error is None and 1 <= message.sequence <= len(names):
+                found = names[message.sequence - 1]
+        return found
+
     def renew(self) -> None:
         """Asks by another socket from now on: after MapsLost, answers may still be on their way.
 

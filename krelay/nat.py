@@ -31,14 +31,16 @@ Times are seconds that the caller passes in; nothing here reads a clock.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from random import Random
 from typing import NamedTuple
 
 from krelay.flow import Endpoint, Proto, Source
+from krelay.learnt import LearntFlow, LearntFlows
 from krelay.overload import NewFlows, Tentative
 from krelay.ports import RelayPorts
 from krelay.row import (
+    DNS_PORT,
     SIDES,
     Footprint,
     Hook,
@@ -134,6 +136,13 @@ class NatTable:
         """Called before a row goes, or gives up its port towards the server."""
         self.on_late: Callable[[list[Row]], None] = lambda rows: None
         """Called before rows expire: some may have been heard of elsewhere (`heard`)."""
+        self.learnt = LearntFlows()
+        """Those that the kernel relays by itself; the worker has no part in them."""
+        self.ask_kernel: Callable[[bytes, bytes], bytes | None] = lambda client, port: None
+        """Called when it matters whether the kernel has learnt a flow of this client's address and
+        port of which nothing has been told yet: the address of this host that was asked."""
+        self._learning_of: frozenset[bytes] = frozenset()  # addresses of this host
+        self._learning_for = b""  # the server
         self.limits = limits or Limits()
         self.ended_early = 0
         """Rows ended to make room for others."""
@@ -157,14 +166,25 @@ class NatTable:
         self._looked_until = 0
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) + len(self.learnt)
 
     def __iter__(self) -> Iterator[Row]:
-        return iter(list(self._rows.values()))
+        yield from list(self._rows.values())
+        for question, flow in self.learnt:
+            yield self._row_of(question, flow)
+
+    def count(self, proto: Proto) -> int:
+        """Rows of this protocol."""
+        learnt = len(self.learnt) if proto is Proto.UDP else 0
+        return learnt + sum(1 for row in self._rows.values() if row.proto is proto)
 
     def get(self, row_id: int) -> Row | None:
         """The row with this number."""
-        return self._rows.get(row_id)
+        row = self._rows.get(row_id)
+        if row is None:
+            found = (row for row in self if row.id == row_id)
+            row = next(found, None)
+        return row
 
     @property
     def timeouts(self) -> Timeouts:
@@ -262,6 +282,8 @@ class NatTable:
         for a question of the server's.  Raises Refusal
         (`table_full`, `client_full`, `client_rate`, `no_port`).
         """
+        if proto is Proto.UDP and (known := self.adopt(key(client, service), now)) is not None:
+            return known
         self._make_room(client, now)
         row = self._row(proto, client, service, server, source, now)
         if source is _CLIENT:
@@ -308,6 +330,8 @@ class NatTable:
         """
         at = key(client, server)
         holder = self._outside[proto].get(at)
+        if holder is None and proto is Proto.UDP:
+            holder = self.adopt(answering(at), now)
         if holder is None:
             self.direct.saw(proto, at, now)
             return None
@@ -352,6 +376,55 @@ class NatTable:
         """The rows that live and lead to any other server."""
         rows = self._relayed()
         return [row for row in rows if row.server.addr != server and row.closed_at is None]
+
+    # What the kernel has learnt by itself
+
+    def learns(self, addresses: frozenset[bytes], server: bytes) -> None:
+        """From now on the kernel learns flows to these addresses of this host, for that server."""
+        self._learning_of |= addresses  # what was learnt of others still lives
+        self._learning_for = server
+
+    def learn(self, copies: Iterable[tuple[int, bytes]], now: float) -> None:
+        """The kernel has relayed these packets: the hook of each, and its first 28 bytes.
+
+        Questions are copied as they came (PREROUTING), answers as they went on (POSTROUTING).
+        """
+        get = self.learnt.get
+        for hook, head in copies:
+            if hook == _PRE:
+                question = head[12:24]
+                flow = get(question) or self._begin_learnt(question, head, now)
+                if flow is not None:
+                    flow.asked += 1
+                    flow.asked_bytes += head[2] << 8 | head[3]
+                    flow.heard_at = now
+            else:
+                question = answering(head[12:24])
+                flow = get(question)
+                if flow is not None:
+                    flow.answered += 1
+                    flow.answered_bytes += head[2] << 8 | head[3]
+                    flow.heard_at = now
+                elif (rewrite := self._of_question(question)) is not None and (
+                    back := rewrite.row.by(Side.SERVER)
+                ) is not None:
+                    self.heard(back, 1, head[2] << 8 | head[3], now)
+
+    def adopt(self, at: bytes, now: float) -> Row | None:
+        """The row of what was learnt, if a packet with these twelve bytes is a question or an
+        answer of it; from then on it is the worker's."""
+        if not self._learning_of:
+            return None
+        if at[4:8] in self._learning_of:
+            self._catch_up(at, now)
+            return self._adopt(at)
+        question = answering(at)  # but for the address that was asked
+        self._catch_up(question, now)
+        found = self._learnt_as(question)
+        flow = self.learnt.get(found) if found is not None else None
+        if found is None or flow is None or flow.server != at[:4]:
+            return None
+        return self._adopt(found)
 
     # Ending rows
 
@@ -418,6 +491,7 @@ class NatTable:
     def end(self, row: Row) -> None:
         """Takes the row out at once.  Harmless if it is out already."""
         if self._rows.pop(row.id, None) is None:
+            self._end_shown(row)
             return
         self.on_ended(row)
         for rewrite in row.rewrites.values():
@@ -452,6 +526,7 @@ class NatTable:
             self.end(row)
         self._due.clear()
         self.direct = DirectFlows()
+        self.learnt.clear()
         return ended
 
     def expire(self, now: float) -> list[Row]:
@@ -483,12 +558,83 @@ class NatTable:
                 ended.append(row)
             else:
                 self._look_again(row, when)
+        self.learnt.expire(now, self._timeouts.udp_dns)
         self._new_flows.forget(now)
         self.direct.expire(Proto.TCP, now - self._timeouts.tcp_established)
         self.direct.expire(Proto.UDP, now - self._timeouts.udp)
         return ended
 
     # Inside
+
+    def _begin_learnt(self, question: bytes, head: bytes, now: float) -> LearntFlow | None:
+        """A flow that begins with this question; None if there is a row of it, or no room."""
+        if (rewrite := self._of_question(question)) is not None:
+            self.heard(rewrite, 1, head[2] << 8 | head[3], now)
+            return None
+        return self._begin(question, now)
+
+    def _begin(self, question: bytes, now: float) -> LearntFlow | None:
+        try:
+            self._make_room(Endpoint(question[:4], 0), now)
+        except Refusal:
+            return None
+        flow = LearntFlow(self._next_id, self._learning_for, now)
+        self._next_id += 1
+        self.learnt.begin(question, flow, now + self._timeouts.udp_dns)
+        return flow
+
+    def _of_question(self, question: bytes) -> Rewrite | None:
+        return self.tables[Hook.PREROUTING, Proto.UDP].get(question)
+
+    def _catch_up(self, at: bytes, now: float) -> None:
+        """Asks the kernel where the first of these two ends may have been learnt, but isn't known.
+
+        Copies take some milliseconds; who must decide meanwhile asks.
+        """
+        if int.from_bytes(at[10:]) != DNS_PORT or self._learnt_as(at) is not None:
+            return
+        asked = self.ask_kernel(at[:4], at[8:10])
+        if asked is not None:
+            question = at[:4] + asked + at[8:]
+            if self._of_question(question) is None:
+                self._begin(question, now)  # its copy is counted when it comes
+
+    def _learnt_as(self, outside: bytes) -> bytes | None:
+        """The question of what was learnt from this address and port, to whichever address."""
+        if not len(self.learnt):
+            return None
+        found = (outside[:4] + address + outside[8:] for address in self._learning_of)
+        return next((each for each in found if self.learnt.get(each) is not None), None)
+
+    def _row_of(self, question: bytes, flow: LearntFlow, *, enter: bool = False) -> Row:
+        """The row that tells of a learnt flow; only if it enters the table are its packets its."""
+        sport, dport = int.from_bytes(question[8:10]), int.from_bytes(question[10:])
+        client, service = Endpoint(question[:4], sport), Endpoint(question[4:8], dport)
+        server = Endpoint(flow.server, dport)
+        row = Row(flow.id, Proto.UDP, client, service, server, Source.CLIENT, flow.began_at)
+        outside = key(client, server)
+        tables = self.tables if enter else _nowhere()
+        self._add(row, _U12U34, _PRE_POST, question, outside, flow.began_at, tables)
+        there, back = row.rewrites[Step.U12], row.rewrites[Step.U34]
+        there.packets, there.bytes = flow.asked, flow.asked_bytes
+        back.packets, back.bytes = flow.answered, flow.answered_bytes
+        there.seen_at = flow.heard_at
+        if enter:
+            self._reserve(row, outside)
+            row.footprint = Footprint(Proto.UDP, dport, None, flow.server, False, False)
+            self._enter(row)
+        return row
+
+    def _adopt(self, question: bytes) -> Row | None:
+        flow = self.learnt.remove(question)
+        return None if flow is None else self._row_of(question, flow, enter=True)
+
+    def _end_shown(self, row: Row) -> None:
+        """Takes out what was learnt, of which this row was made to be shown."""
+        question = key(row.client, row.service)
+        flow = self.learnt.get(question)
+        if flow is not None and flow.id == row.id:
+            self.learnt.remove(question)
 
     def _look_again(self, row: Row, when: float) -> None:
         self._look_at(row, when)
@@ -497,7 +643,7 @@ class NatTable:
 
     def _relayed(self) -> Iterator[Row]:
         """All rows but those of clients' own conversations."""
-        return (row for row in self._rows.values() if row.service != row.server)
+        return (row for row in self if row.service != row.server)
 
     def _make_room(self, client: Endpoint, now: float, *, is_new: bool = True) -> None:
         """Sees to it that one more row is within the limits, or raises Refusal.
@@ -510,21 +656,22 @@ class NatTable:
         rate = limits.new_flows_per_client if is_new else 0
         if (
             not rate
-            and len(self._rows) < limits.flows
-            and self._per_client.get(client.addr, 0) < limits.flows_per_client
+            and len(self) < limits.flows
+            and self._of_client(client.addr) < limits.flows_per_client
         ):
             return  # as nearly always
         if rate and not self._new_flows.admits(client.addr, rate, now):
             raise Refusal("client_rate")
-        if self._per_client[client.addr] >= limits.flows_per_client:
+        client_is_full = self._of_client(client.addr) >= limits.flows_per_client
+        if client_is_full and not self._end_learnt(client.addr):
             self._end_early(self._tentative_of.get(client.addr), now)
-        if self._is_full():
+        if self._is_full() and not self._end_learnt():
             self._end_early(self._tentative, now)
         if self._is_full():
             raise Refusal("table_full")
-        if self._per_client[client.addr] >= limits.flows_per_client:
+        if self._of_client(client.addr) >= limits.flows_per_client:
             raise Refusal("client_full")
-        if len(self._rows) >= limits.flows:
+        if len(self) >= limits.flows:
             self.end(next(iter(self._closed.values())))
         if rate:
             self._new_flows.began(client.addr, rate, now)
@@ -538,7 +685,18 @@ class NatTable:
                 del self._tentative_of[row.client.addr]
 
     def _is_full(self) -> bool:
-        return len(self._rows) - len(self._closed) >= self.limits.flows
+        return len(self) - len(self._closed) >= self.limits.flows
+
+    def _of_client(self, addr: bytes) -> int:
+        """Rows of this client, but for those that are closed."""
+        return self._per_client.get(addr, 0) + self.learnt.of_client(addr)
+
+    def _end_learnt(self, client: bytes | None = None) -> bool:
+        """The oldest of what the kernel has learnt makes room; whether there was one."""
+        if not self.learnt.remove_oldest(client):
+            return False
+        self.ended_early += 1
+        return True
 
     def _end_early(self, tentative: Tentative | None, now: float) -> None:
         row = tentative.spare(now) if tentative else None
@@ -590,12 +748,13 @@ class NatTable:
         old: bytes,
         new: bytes,
         now: float,
+        tables: dict[tuple[Hook, Proto], Table] | None = None,
     ) -> None:
         """Packets with the twelve bytes `old` leave with `new`: the first step, at the first hook.
 
         What answers these is changed back: the second step, at the second hook.
         """
-        tables, proto, rewrites = self.tables, row.proto, row.rewrites
+        tables, proto, rewrites = tables or self.tables, row.proto, row.rewrites
         ip_delta, l4_delta = forth = deltas(old, new)
         table, step = tables[hooks[0], proto], steps[0]
         table[old] = rewrites[step] = Rewrite(row, step, table, old, new, forth, now)
@@ -641,7 +800,11 @@ class NatTable:
         return at
 
     def _is_free(self, proto: Proto, outside: bytes) -> bool:
-        return outside not in self._outside[proto] and (proto, outside) not in self.direct
+        return (
+            outside not in self._outside[proto]
+            and (proto, outside) not in self.direct
+            and not (proto is Proto.UDP and self._learnt_as(outside) is not None)
+        )
 
     def _inside_is_free(self, inside: Endpoint, gport: int, service: Endpoint) -> bool:
         """Whether tcp-relay's host takes a new connection from there for a new one.
@@ -668,8 +831,14 @@ class NatTable:
 
 
 _TCP, _CLIENT = Proto.TCP, Source.CLIENT
+_PRE = Hook.PREROUTING
 _PRE_POST = Hook.PREROUTING, Hook.POSTROUTING
 _POST_PRE = Hook.POSTROUTING, Hook.PREROUTING
 _T1T2, _T3T4 = (Step.T1, Step.T2), (Step.T3, Step.T4)
 _U12U34, _U1U4, _U2U3 = (Step.U12, Step.U34), (Step.U1, Step.U4), (Step.U2, Step.U3)
 # By these names: looking one up in its class takes ten times as long.
+
+
+def _nowhere() -> dict[tuple[Hook, Proto], Table]:
+    """Tables in which nobody looks anything up."""
+    return {(hook, Proto.UDP): {} for hook in Hook}

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from krelay import nftmsg, ruleset
-from krelay.ruleset import RuleSpec
+from krelay.ruleset import Learning, RuleSpec
 from krelay.wire import netlink
 
 TIMEOUT = 10.0
@@ -46,6 +46,9 @@ _PROBE = RuleSpec(
     servers=(IPv4Address("192.0.2.1"),),
     relay_clients=(IPv4Network("192.0.2.0/24"),),
     room=1024,
+    learning=Learning(
+        IPv4Address("192.0.2.1"), (IPv4Address("192.0.2.2"),), (IPv4Network("192.0.2.0/24"),)
+    ),
 )
 
 
@@ -137,7 +140,9 @@ class Nft:
         found = Counter(e["rule"]["chain"] for e in shown["nftables"] if "rule" in e)
         wanted = ruleset.nft_rules(spec, with_xt=self.with_xt)
         queues = {ruleset.WORKER, ruleset.OPENINGS} if self.with_xt else set()
-        return found == {chain: len(rules) + (chain in queues) for chain, rules in wanted.items()}
+        return found == Counter(
+            {chain: len(rules) + (chain in queues) for chain, rules in wanted.items()}
+        )
 
     def tables(self, name: str) -> frozenset[str]:
         """The one."""
@@ -263,7 +268,7 @@ def probe() -> Backend:
 def _try(backend: Backend) -> None:
     """Installs the rules where nobody else sees them.  Raises RulesUnavailable."""
     outcome: list[Exception | None] = []
-    spec = _PROBE if backend.has_maps else replace(_PROBE, room=0)
+    spec = _PROBE if backend.has_maps else replace(_PROBE, room=0, learning=None)
 
     def attempt() -> None:
         try:

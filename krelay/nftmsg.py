@@ -113,6 +113,15 @@ class Elements:
         return netlink.message(SUBSYSTEM, kind, flags, self._where + elements, sequence=sequence)
 
 
+def get_learnt(table: str, name: str, client: bytes, port: bytes, sequence: int) -> bytes:
+    """Asks a set of learnt questions for this address and port."""
+    key = netlink.attribute(_DATA_VALUE, client + port + bytes(2))
+    element = netlink.nested(_LIST_ELEM, netlink.nested(_ELEM_KEY, key))
+    attributes = netlink.text(_SET_TABLE, table) + netlink.text(_SET_NAME, name)
+    attributes += netlink.nested(_SET_ELEMENTS, element)
+    return netlink.message(SUBSYSTEM, GET_ELEMENT, 0, attributes, sequence=sequence)
+
+
 def get_counters(table: str) -> bytes:
     """Asks for all named counters of a table."""
     attributes = netlink.text(_OBJ_TABLE, table) + netlink.number(_OBJ_TYPE, COUNTER_OBJECT)

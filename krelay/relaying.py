@@ -19,28 +19,30 @@ done where the result is the same as before.
 import gc
 import select
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network, collapse_addresses
 
 from krelay import listeners, netfilter, ruleset
 from krelay.doctor import checks
 from krelay.doctor.facts import Facts, Path
 from krelay.fastpath import FastPath
-from krelay.flow import Source
+from krelay.flow import Proto, Source
 from krelay.kernelmaps import KernelMaps, MapsLost
 from krelay.links import HostView, look
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
 from krelay.nat import Limits, NatTable
 from krelay.netfilter import Backend, RulesUnavailable
+from krelay.nflog import Copies
 from krelay.nfqueue import Queue, QueueUnavailable, figures
 from krelay.rawsend import RawSender
 from krelay.relay import Relays
-from krelay.row import Row, Step, Timeouts
-from krelay.ruleset import RuleSpec
+from krelay.row import DNS_PORT, Row, Step, Timeouts
+from krelay.ruleset import LEARNING_MOST, LEARNT, Learning, RuleSpec
 from krelay.rulewatch import RuleWatcher
+from krelay.trace import Filter
 from krelay.worker import Policy, Worker, asks, probes
 from procfs_sim.tree import Config, Service, in_force
 
@@ -70,6 +72,11 @@ something."""
 LEAST_ROOM, MOST_ROOM = 1 << 10, 1 << 18
 """Flows that each of the kernel's maps has room for: it takes eleven bytes for each in advance.
 What finds no room stays with the worker."""
+COPIES_TOGETHER = 2048
+"""Copies of packets taken note of before packets have their turn: some milliseconds."""
+LOOPBACK = 127
+NO_CLIENTS = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")))
+"""Policy.may_be_client."""
 COUNT_EVERY = 0.1
 """Seconds between looks at what the kernel has counted, of a part of the rows each (fastpath)."""
 TOLD_TOGETHER = 512
@@ -100,6 +107,7 @@ class Relaying:
         self.nat: NatTable = worker.nat
         self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
         self.nat.on_late = self.count
+        self.nat.ask_kernel = self._learnt_address
         self.relays = Relays(self.nat, self._source_for)
         self.fast = FastPath(self.nat, self._tell_kernel_soon)
         self.queue: Queue | None = None
@@ -121,6 +129,9 @@ class Relaying:
         self._gport: int | None = None
         """The gateway port of new flows: the config's, as soon as it is listened on."""
         self._view = HostView(frozenset(), (), None, False)
+        self._copies: Copies | None = None
+        self._traced_clients: frozenset[bytes] | None = frozenset()
+        """Whose questions are traced; None: everybody's."""
         self._maps: KernelMaps | None = None
         self._no_maps = ""
         """Why nothing is handed to the kernel though it is wished."""
@@ -308,9 +319,9 @@ class Relaying:
             self._gport = config.gport
             self._view = _look(config.real_ip)
             self._worker.policy = self._policy()
-            spec = self._wanted()
+            self._listen_for_copies()
             self._watch_rules(backend)
-            self._install(spec, afresh=True)
+            self._install(self._wanted(), afresh=True)
         except (QueueUnavailable, RulesUnavailable, OSError) as error:
             self._fail(str(error))
             return
@@ -395,7 +406,36 @@ class Relaying:
             source_is_relay=config.source == Source.RELAY,
             beside=self._view.beside,
             footprints=self.nat.footprints,
-            room=self._room(),
+            room=(room := self._room()),
+            answered_within=config.timeouts_udp_dns,
+            learning=self._learning() if room else None,
+        )
+
+    def _learning(self) -> Learning | None:
+        """The questions that the kernel may relay without asking the worker first.
+
+        None where the worker has more to decide than the kernel can: a source to be changed, a
+        rate to be kept, a trace to be shown, a table that is full.
+        """
+        config, policy = self._config, self._worker.policy
+        if (
+            self._copies is None
+            or policy is None
+            or policy.source is Source.RELAY
+            or DNS_PORT not in policy.udp
+            or config.limits_new_flows_per_client
+            or self._traced_clients is None
+            or len(self.nat) - len(self.nat.learnt) >= config.limits_flows
+        ):
+            return None
+        own = sorted(policy.own)
+        addresses = [IPv4Address(each) for each in own if each[0] != LOOPBACK]
+        strangers = [IPv4Network(each) for each in (*own, policy.server, *self._traced_clients)]
+        strangers += [*policy.beside, *NO_CLIENTS]
+        return Learning(
+            config.real_ip,
+            tuple(addresses[:LEARNING_MOST]),
+            tuple(collapse_addresses(strangers)),
         )
 
     def _room(self) -> int:
@@ -418,6 +458,10 @@ class Relaying:
             self._leave_maps()
         self._backend.install(spec, afresh=afresh)
         self._spec = spec
+        if spec.learning is not None:
+            addresses = frozenset(each.packed for each in spec.learning.addresses)
+            self._read_copies()
+            self.nat.learns(addresses, spec.learning.server.packed)
         if afresh and spec.room:
             try:
                 self._maps = KernelMaps(self._name)
@@ -436,7 +480,7 @@ class Relaying:
         if spec == self._spec:
             return
         try:
-            self._install(spec, afresh=self._spec is None or spec.room != self._spec.room)
+            self._install(spec, afresh=self._spec is None or spec.maps != self._spec.maps)
         except RulesUnavailable as error:
             self._fail(f"rules can't be changed: {error}")
 
@@ -501,6 +545,45 @@ class Relaying:
             self._loop.call_at(self._loop.now + _SOON, lambda: self._ask_ends(rest))
 
     # Flows that the kernel has
+
+    def trace(self, filters: Sequence[Filter]) -> None:
+        """The rows that one of these admits are traced: the worker sees all their packets."""
+        questions = [each for each in filters if each.may_admit(Proto.UDP, DNS_PORT)]
+        clients = [each.client_addr for each in questions if each.client_addr is not None]
+        self._traced_clients = frozenset(clients) if len(clients) == len(questions) else None
+        self._refresh_rules()
+        self.fast.traced(lambda row: any(each.admits(row) for each in filters))
+
+    def _listen_for_copies(self) -> None:
+        try:
+            self._copies = Copies(self._queue_num)
+        except OSError as error:
+            _log.info("the kernel learns no questions", group=self._queue_num, reason=error)
+            return
+        self._loop.add(self._copies.fileno(), select.EPOLLIN, self._read_copies)
+
+    def _read_copies(self, _: int = 0) -> None:
+        """What the kernel tells of questions and answers that it has relayed."""
+        if self._copies is not None and (copies := self._copies.read(COPIES_TOGETHER)):
+            self.nat.learn(copies, self._loop.now)
+
+    def _learnt_address(self, client: bytes, port: bytes) -> bytes | None:
+        """The address of this host that was asked, if the kernel has learnt such a question."""
+        learning = self._spec.learning if self._spec is not None else None
+        if self._maps is None or learning is None:
+            return None
+        addresses = dict(zip(LEARNT, learning.addresses, strict=False))
+        try:
+            found = self._maps.learnt(list(addresses), client, port)
+        except MapsLost as error:
+            self._maps_lost(error)
+            return None
+        return addresses[found].packed if found is not None else None
+
+    @property
+    def copies_lost(self) -> int:
+        """How often the kernel had more to tell of what it has learnt than there was room for."""
+        return self._copies.lost if self._copies is not None else 0
 
     def count(self, rows: Iterable[Row]) -> None:
         """Adds to these rows what the kernel has counted for them."""
@@ -638,6 +721,11 @@ class Relaying:
             self._rule_watcher.close()
             self._rule_watcher = None
         self._leave_maps()
+        if self._copies is not None:
+            self._read_copies()
+            self._loop.remove(self._copies.fileno())
+            self._copies.close()
+            self._copies = None
         if self.queue is not None:
             self.dropped()
             if self._backend is not None:

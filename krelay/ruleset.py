@@ -55,7 +55,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import NamedTuple
 
 from krelay.flow import Proto
-from krelay.row import Footprint, Step
+from krelay.row import DNS_PORT, Footprint, Step
 from krelay.wire import icmp
 
 ANYONE = IPv4Network("0.0.0.0/0")
@@ -71,6 +71,20 @@ DEFAULT_QUEUE = 1600
 
 Ports = tuple[tuple[int, int], ...]
 """Ranges, both ends included, in order, none touching another."""
+
+
+class Learning(NamedTuple):
+    """What the kernel relays by itself without asking first, and tells of by copies (learnt.py).
+
+    Questions to a name server: flows of one packet each way.
+    """
+
+    server: IPv4Address
+    """Where questions go."""
+    addresses: tuple[IPv4Address, ...]
+    """Of this host, to which they come; LEARNING_MOST at most."""
+    strangers: tuple[IPv4Network, ...]
+    """Sources about whose questions the worker decides; none may be in another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +103,14 @@ class RuleSpec:
     """TCP that takes the steps of UDP; `tcp` is what tcp-relay terminates."""
     room: int = 0
     """Flows that the kernel may be handed; 0: every packet visits the worker."""
+    answered_within: int = 20
+    """Seconds that the kernel waits for the answer to a question that it has learnt."""
+    learning: Learning | None = None
+
+    @property
+    def maps(self) -> tuple[int, int]:
+        """What maps are made for: with other values they are other maps."""
+        return self.room, self.answered_within
 
     @property
     def services(self) -> Ports:
@@ -164,6 +186,8 @@ def wanted(
     footprints: Iterable[Footprint],
     forwarded: Iterable[tuple[int, int]] = (),
     room: int = 0,
+    answered_within: int = 20,
+    learning: Learning | None = None,
 ) -> RuleSpec:
     """What new flows need, and what the rows that live still need.  No `gport`: none is needed."""
     live = list(footprints)
@@ -182,11 +206,21 @@ def wanted(
         servers=tuple(sorted({server, *(IPv4Address(f.server) for f in live)})),
         relay_clients=(ANYONE,) if anyone else tuple(sorted(set(beside))),
         room=room,
+        answered_within=answered_within,
+        learning=learning if room else None,
     )
 
 
 # nft
 
+LEARNING_MOST = 4
+"""Addresses of this host at which the kernel learns."""
+LEARNT = tuple(f"learnt-{at}" for at in range(LEARNING_MOST))
+"""Chains that learn, one an address of this host, and the sets of questions without an answer."""
+ANSWERED = 1
+"""Seconds that a question is known in the kernel after its answer."""
+LEARNT_LENGTH = 576
+"""Bytes of a question: longer ones might not fit the link to the server, so the worker looks."""
 WORKER, OPENINGS = "to-worker", "openings"
 """The chains that send packets to the two queues."""
 _HOOKS = {
@@ -282,9 +316,12 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
             post_udp.append(f"{clients}ip daddr {servers} udp dport {udp} {queue}")
         if forwarded:
             post_tcp.append(f"{clients}ip daddr {servers} tcp dport {forwarded} {queue}")
+    questions, answers, chains = _nft_learning(spec, spec.learning)
+    pre_udp[1:1] = questions
     fast: dict[tuple[Proto, str], list[str]] = {}
     for proto, step in steps_handed(spec):
         fast.setdefault((proto, CHANGES[step].hook), []).append(_nft_handed(spec, proto, step))
+    fast.setdefault((Proto.UDP, "post"), []).extend(answers)
     return {
         "pre": ["meta l4proto tcp goto pre-tcp", "meta l4proto udp goto pre-udp", *pre],
         "pre-tcp": fast.get((Proto.TCP, "pre"), []) + pre_tcp,
@@ -294,7 +331,52 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
         "post-udp": fast.get((Proto.UDP, "post"), []) + post_udp,
         WORKER: [_nft_queue(spec.queue, with_xt)],
         OPENINGS: [_nft_queue(openings(spec.queue), with_xt)],
+    } | (chains if spec.room else {})
+
+
+def _nft_learning(
+    spec: RuleSpec, learning: Learning | None
+) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    """The rules for questions, those for answers, and the chains that learn: one an address.
+
+    A question is learnt where there is only one way to relay it: its client's address and port are
+    free towards the server, and the packet is as plain as they come.  After its answer it is known
+    for as long as it takes until the copies have told of it, and a second answer has come.
+    """
+    if learning is None:
+        return [], [], {name: [] for name in LEARNT}
+    flow, back = "ip saddr . udp sport", "ip daddr . udp dport"
+    copied = f"log group {spec.queue} snaplen 28"
+    names = dict(zip(LEARNT, learning.addresses, strict=False))
+    ways = ", ".join(f"{address} : goto {name}" for name, address in names.items())
+    questions = [
+        # A client's own conversation with the server: its port is not free.
+        f"ip daddr {learning.server} udp dport {DNS_PORT} update @minded {{ {flow} }}",
+        f"udp dport {DNS_PORT} ip daddr vmap {{ {ways} }}",
+    ]
+    strangers = ", ".join(map(str, learning.strangers))
+    chains: dict[str, list[str]] = {name: [] for name in LEARNT}
+    chains |= {
+        name: [
+            f"ip saddr {{ {strangers} }} goto {WORKER}",
+            f"ip hdrlength != 5 goto {WORKER}",
+            f"ip ttl < 2 goto {WORKER}",
+            f"ip length > {LEARNT_LENGTH} goto {WORKER}",
+            f"{flow} @minded goto {WORKER}",
+            *(f"{flow} @{other} goto {WORKER}" for other in names if other != name),
+            f"update @{name} {{ {flow} }} {copied} ip daddr set {learning.server} "
+            f"counter name udp-u12 accept",
+            f"goto {WORKER}",
+        ]
+        for name in names
     }
+    answers = [
+        f"udp sport {DNS_PORT} ip saddr {learning.server} {back} @{name} "
+        f"update @{name} {{ {back} timeout {ANSWERED}s }} "
+        f"ip saddr set {address} {copied} counter name udp-u34 accept"
+        for name, address in names.items()
+    ]
+    return questions, answers, chains
 
 
 def _nft_queue(queue: int, with_xt: bool) -> str:
@@ -350,6 +432,12 @@ def _nft_maps(spec: RuleSpec) -> list[str]:
         name = map_name(proto, step)
         lines.append(f"  counter {name} {{ }}")
         lines.append(f"  map {name} {{ type {key} : {value}; size {spec.room}; counter; }}")
+    if spec.room:
+        lines += [
+            f"  set {name} {{ type ipv4_addr . inet_service; flags dynamic, timeout; "
+            f"size {spec.room}; timeout {spec.answered_within}s; }}"
+            for name in ("minded", *LEARNT)
+        ]
     return lines
 
 

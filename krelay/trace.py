@@ -64,6 +64,10 @@ class Filter:
     state: str | None = None
     service: tuple[Proto, int] | None = None
 
+    def may_admit(self, proto: Proto, port: int) -> bool:
+        """Whether rows of this service may be among them."""
+        return self.proto in (None, proto) and self.service in (None, (proto, port))
+
     @property
     def in_any_state(self) -> "Filter":
         """The same, whatever state a row is in."""

@@ -267,7 +267,7 @@ class Worker:
                 if header.total < at + tcp.HEADER:
                     raise BadPacket("short_header")
             elif header.proto == icmp.PROTO:
-                return self._icmp(packet, header, hook)
+                return self._icmp(packet, header, hook, now)
             else:
                 raise BadPacket("other_protocol")
         except BadPacket as bad:
@@ -308,10 +308,12 @@ class Worker:
             self.on_rewrite(rewrite, packet, new)
         return new
 
-    def _icmp(self, packet: bytes, header: ipv4.Header, hook: int) -> bytes | Verdict:
+    def _icmp(self, packet: bytes, header: ipv4.Header, hook: int, now: float) -> bytes | Verdict:
         """An ICMP error about a row's packet is translated.  Raises BadPacket."""
         own = self.policy.own if self.policy else frozenset()
         found = icmperror.translate(packet, header, hook, self.nat.tables, own)
+        if found is None and self._adopt_quoted(packet, header, now):
+            found = icmperror.translate(packet, header, hook, self.nat.tables, own)
         if found is None:
             return self._pass("icmp_no_row")
         for rewrite in found.by:
@@ -323,6 +325,11 @@ class Worker:
         self.answers.append(found.packet)
         self._reason = ""
         return Verdict.DROP
+
+    def _adopt_quoted(self, packet: bytes, header: ipv4.Header, now: float) -> bool:
+        """Whether this error is about a packet of a flow that the kernel has learnt: a row now."""
+        quote = icmp.quoted(packet, header)
+        return quote.proto == udp.PROTO and self.nat.adopt(quote.answers, now) is not None
 
     def _stranger(
         self, packet: bytes, header: ipv4.Header, proto: Proto, hook: int, now: float
@@ -372,7 +379,8 @@ class Worker:
             return self._pass("own") if opens else self._stray(now)
         if is_tcp and now < self.recovering_until and not flags & tcp.RST:
             self._ask_client(src, dst, now)
-        return self._stray(now)
+        known = None if is_tcp else self.nat.adopt(key(src, dst), now)
+        return (known and known.by(Side.SERVER)) or self._stray(now)
 
     def _goes_on(self, client: Endpoint, flags: int) -> bool:
         """Whether this packet to a forwarded service, no SYN, may be of a connection unknown."""

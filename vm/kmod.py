@@ -26,6 +26,8 @@ RELAY = {
             "nf_tables",
             "nft_queue",
             "nft_objref",
+            "nft_log",
+            "nfnetlink_log",
             "nft_fib_ipv4",
             "nft_fib_inet",
             "nft_tproxy",

@@ -358,6 +358,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
         overflows=2,
         queue_dropped=3,
         socket_dropped=4,
+        copies_lost=9,
     )
 
     assert list(values.items()) == [
@@ -395,6 +396,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
         ("queue_overflow", 3),
         ("socket_overflow", 4),
         ("overflow_notices", 2),
+        ("copies_lost", 9),
     ]
 
 

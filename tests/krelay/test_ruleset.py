@@ -16,6 +16,7 @@ from krelay.ruleset import (
     ANYONE,
     MULTIPORT_MOST,
     U32_MOST,
+    Learning,
     Ports,
     RuleSpec,
     chains,
@@ -203,6 +204,55 @@ def test_with_clients_of_source_relay_each_of_the_four_steps_has_its_map() -> No
         ip saddr {{ 192.168.0.0/24 }} udp dport 53 ip saddr set flow of udp-u2
         udp sport 53 ip saddr set flow of udp-u4
     """)
+
+
+LEARNING = Learning(
+    S, (IPv4Address("10.0.0.254"), IPv4Address("192.168.0.2")), (NET, IPv4Network("127.0.0.0/8"))
+)
+
+
+def test_questions_are_learnt_where_there_is_one_way_to_relay_them() -> None:
+    spec = replace(SPEC, room=1000, learning=LEARNING)
+    made = nft_rules(spec)
+    asked = "ip saddr . udp sport"
+
+    assert made["pre-udp"][made["pre-udp"].index('iifname "lo" return') :][:3] == [
+        'iifname "lo" return',
+        f"ip daddr 192.168.0.1 udp dport 53 update @minded {{ {asked} }}",
+        "udp dport 53 ip daddr vmap { 10.0.0.254 : goto learnt-0, 192.168.0.2 : goto learnt-1 }",
+    ]
+    assert made["learnt-1"] == [
+        "ip saddr { 192.168.0.0/24, 127.0.0.0/8 } goto to-worker",
+        "ip hdrlength != 5 goto to-worker",
+        "ip ttl < 2 goto to-worker",
+        "ip length > 576 goto to-worker",
+        f"{asked} @minded goto to-worker",
+        f"{asked} @learnt-0 goto to-worker",
+        f"update @learnt-1 {{ {asked} }} log group 1600 snaplen 28 "
+        "ip daddr set 192.168.0.1 counter name udp-u12 accept",
+        "goto to-worker",
+    ]
+    assert [rule for rule in made["post-udp"] if "learnt" in rule] == [
+        f"udp sport 53 ip saddr 192.168.0.1 ip daddr . udp dport @{name} "
+        f"update @{name} {{ ip daddr . udp dport timeout 1s }} "
+        f"ip saddr set {address} log group 1600 snaplen 28 counter name udp-u34 accept"
+        for name, address in (("learnt-0", "10.0.0.254"), ("learnt-1", "192.168.0.2"))
+    ]
+    queued = next(at for at, rule in enumerate(made["post-udp"]) if "to-worker" in rule)
+    assert all("learnt" not in rule for rule in made["post-udp"][queued:])
+
+
+def test_where_nothing_is_learnt_the_chains_are_empty_and_the_sets_stay() -> None:
+    with_it, without = (replace(SPEC, room=9, learning=each) for each in (LEARNING, None))
+
+    assert {chain for chain in nft_rules(without) if "learnt" in chain} == {
+        chain for chain in nft_rules(with_it) if "learnt" in chain
+    }
+    assert not any("learnt" in rule for rules in nft_rules(without).values() for rule in rules)
+    for spec in (with_it, without):
+        sets = re.findall(r"  set (\S+) {.* size 9; timeout 20s; }", nft_install(spec))
+        assert sets == ["minded", "learnt-0", "learnt-1", "learnt-2", "learnt-3"]
+    assert "learnt" not in nft_install(SPEC)
 
 
 def test_the_fast_path_comes_before_every_rule_that_queues() -> None:
