@@ -62,11 +62,19 @@ class Changes(NamedTuple):
 class FastPath:
     """What of the rows in `nat` the kernel has."""
 
-    def __init__(self, nat: NatTable, on_pending: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        nat: NatTable,
+        on_pending: Callable[[], None] = lambda: None,
+        at_once: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_pending` is called when the kernel is to be told of something, `at_once` when that
+        must be done before it returns."""
         self.room = 0
         """Rewrites that each map has room for; 0: nothing is handed over."""
         self._nat = nat
         self._on_pending = on_pending
+        self._at_once = at_once
         self._traced: Callable[[Row], bool] = lambda row: False
         self._handed: dict[Rewrite, Count] = {}  # with what the kernel had counted when last read
         self._over: dict[Rewrite, None] = {}
@@ -76,12 +84,18 @@ class FastPath:
         self._in_ring: set[Row] = set()
         self._retiring: deque[tuple[float, Row]] = deque()
         nat.on_ended = self.take_back
+        nat.on_displaced = self._displaced
         nat.on_closed = self._closed
         nat.on_changed = self.consider
 
     def __len__(self) -> int:
         """Rewrites that the kernel has, or will have."""
         return len(self._handed) + len(self._over)
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether the kernel still has what it is to give back."""
+        return bool(self._back)
 
     @property
     def rows(self) -> int:
@@ -186,18 +200,20 @@ class FastPath:
     def _hand(self, rewrite: Rewrite) -> None:
         if rewrite in self._handed or rewrite in self._over:
             return
+        if rewrite.table.get(rewrite.old) is not rewrite:
+            return  # its packets are another row's now
         if (before := self._back.pop(rewrite, None)) is not None:
             self._handed[rewrite] = before
-            return
-        at = rewrite.row.proto, rewrite.step
-        if self._filled[at] >= self.room or not is_simple(rewrite):
-            return
-        self._filled[at] += 1
-        self._over[rewrite] = None
+        else:
+            at = rewrite.row.proto, rewrite.step
+            if self._filled[at] >= self.room or not is_simple(rewrite):
+                return
+            self._filled[at] += 1
+            self._over[rewrite] = None
+            self._on_pending()
         if rewrite.row not in self._in_ring:
             self._in_ring.add(rewrite.row)
             self._ring.append(rewrite.row)
-        self._on_pending()
 
     def _take(self, rewrite: Rewrite) -> None:
         if rewrite in self._over:
@@ -208,7 +224,13 @@ class FastPath:
             self._on_pending()
 
     def _closed(self, row: Row, now: float) -> None:
-        self._retiring.append((now + RETIRE, row))
+        if row in self._in_ring:
+            self._retiring.append((now + RETIRE, row))
+
+    def _displaced(self, row: Row) -> None:
+        self.take_back(row)
+        if self._back:
+            self._at_once()
 
     def _heard(self, rewrite: Rewrite, before: Count, count: Count, now: float) -> None:
         packets = count.packets - before.packets

@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 from krelay.flow import Endpoint, Proto, Source
 from krelay.learnt import LearntFlow, LearntFlows
-from krelay.overload import NewFlows, Tentative
+from krelay.overload import EARLY, LOOKS, NewFlows, Tentative
 from krelay.ports import RelayPorts
 from krelay.row import (
     DNS_PORT,
@@ -134,8 +134,12 @@ class NatTable:
         """Called when both legs of a row have been closed."""
         self.on_ended: Callable[[Row], None] = lambda row: None
         """Called before a row goes, or gives up its port towards the server."""
+        self.on_displaced: Callable[[Row], None] = lambda row: None
+        """Called before another row's packets come to read as those of this row do.  Nobody but the
+        worker may rewrite such packets when this returns."""
         self.on_late: Callable[[list[Row]], None] = lambda rows: None
-        """Called before rows expire: some may have been heard of elsewhere (`heard`)."""
+        """Called before rows go for their silence: some may have been heard of elsewhere
+        (`heard`)."""
         self.learnt = LearntFlows()
         """Those that the kernel relays by itself; the worker has no part in them."""
         self.ask_kernel: Callable[[bytes, bytes], bytes | None] = lambda client, port: None
@@ -468,10 +472,11 @@ class NatTable:
         rewrite.seen_at = max(rewrite.seen_at, now)
         row = rewrite.row
         tracker = row.tracker
-        if row.proto is Proto.UDP or tracker.reset or row.id not in self._rows:
+        if row.proto is Proto.UDP or row.id not in self._rows:
             return
-        before = tracker.state
+        before, reset = tracker.state, tracker.reset
         tracker.saw(SIDES.get(rewrite.step, Side.DAEMON), ACK)
+        tracker.reset = reset  # they came before the RST, which wasn't theirs
         if tracker.state is not before:
             self.changed(row)
 
@@ -699,10 +704,15 @@ class NatTable:
         return True
 
     def _end_early(self, tentative: Tentative | None, now: float) -> None:
-        row = tentative.spare(now) if tentative else None
-        if row is not None:
-            self.end(row)
-            self.ended_early += 1
+        for _ in range(LOOKS):
+            row = tentative.spare(now) if tentative else None
+            if row is None:
+                return
+            self.on_late([row])
+            if row.is_tentative and row.seen_at <= now - EARLY:
+                self.end(row)
+                self.ended_early += 1
+                return
 
     def _count_client(self, row: Row, by: int) -> None:
         addr = row.client.addr
@@ -757,11 +767,15 @@ class NatTable:
         tables, proto, rewrites = tables or self.tables, row.proto, row.rewrites
         ip_delta, l4_delta = forth = deltas(old, new)
         table, step = tables[hooks[0], proto], steps[0]
+        if old in table:
+            self.on_displaced(table[old].row)
         table[old] = rewrites[step] = Rewrite(row, step, table, old, new, forth, now)
 
         old, new = answering(new), answering(old)
         back = -ip_delta % ONES, -l4_delta % ONES
         table, step = tables[hooks[1], proto], steps[1]
+        if old in table:
+            self.on_displaced(table[old].row)
         table[old] = rewrites[step] = Rewrite(row, step, table, old, new, back, now)
 
     def _reserve(self, row: Row, outside: bytes) -> None:

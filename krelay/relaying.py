@@ -109,7 +109,7 @@ class Relaying:
         self.nat.on_late = self.count
         self.nat.ask_kernel = self._learnt_address
         self.relays = Relays(self.nat, self._source_for)
-        self.fast = FastPath(self.nat, self._tell_kernel_soon)
+        self.fast = FastPath(self.nat, self._tell_kernel_soon, self._take_back_now)
         self.queue: Queue | None = None
         self.openings: Queue | None = None
         """That of the SYNs to services."""
@@ -242,7 +242,7 @@ class Relaying:
         """Ends a row: TCP by resetting both its legs, or both ends of what is forwarded."""
         if row.is_forwarded:
             self.nat.kill(row, self._loop.now)
-            self._tell_kernel()  # before an end answers, past the worker
+            self._take_back_now()  # before an end answers, past the worker
             for packet in probes(row):
                 self._sender.send(packet)
         elif row.gport is None:
@@ -629,6 +629,11 @@ class Relaying:
             self._maps_lost(error)
         if self._counting is None:
             self._count_by_turns()
+
+    def _take_back_now(self) -> None:
+        """The kernel has nothing any more that it is to give back."""
+        while self.fast.gives_back:
+            self._tell_kernel()
 
     def _count_by_turns(self) -> None:
         self._counting = None

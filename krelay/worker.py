@@ -545,13 +545,13 @@ class Worker:
         """Takes note of a packet's TCP flags."""
         row = rewrite.row
         tracker = row.tracker
-        before = tracker.state
+        before, reset = tracker.state, tracker.reset
         if not flags & tcp.RST:  # RFC 7857: a RST doesn't keep a row alive
             rewrite.seen_at = now
-        elif not tracker.reset:
+        elif not reset:
             row.reset_at = now
         tracker.saw(SIDES.get(rewrite.step, _DAEMON), flags)
-        if tracker.state is not before:
+        if tracker.state is not before or tracker.reset is not reset:
             self.nat.changed(row)
 
     def _stray(self, now: float) -> Verdict:

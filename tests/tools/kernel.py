@@ -1,0 +1,328 @@
+"""The kernel's part of the fast path, slowly: maps of flows, and the rules that look into them.
+
+It reads the very text that nft is given, by a small reader of its own, and does what nft(8) says
+such a rule does.  So it knows neither which steps there are nor what they change, and a packet that
+no such rule rewrites visits the worker.  A map behaves as the kernel's do: what is put in twice,
+taken out or read though it isn't there, or doesn't fit, is refused.
+
+`Datapath` is a table, its worker and tcp-relay's requests, with such a kernel before the worker or
+without: joined as krelay's shell joins them.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network
+from random import Random
+
+from krelay import ruleset
+from krelay.fastpath import Changes, FastPath
+from krelay.flow import Endpoint, Flow, Proto, Source
+from krelay.nat import Limits, NatTable
+from krelay.nftmsg import Count
+from krelay.relay import Relays
+from krelay.row import SIDES, Hook, Rewrite, Row, Step
+from krelay.ruleset import RuleSpec
+from krelay.worker import Policy, Verdict, Worker
+from tests.tools.packets import ACK, FIN, RST, SYN, Template
+
+_RULE = re.compile(
+    r"(?P<guard>.*?) ?\b(?P<layer>ip|tcp|udp) (?P<field>[sd]addr|[sd]port) set "
+    r"ip saddr \. (?P<proto>tcp|udp) sport \. ip daddr \. (?P=proto) dport "
+    r"map @(?P<map>[\w-]+) counter name (?P=map) accept"
+)
+_MATCH = re.compile(r"(ip|tcp|udp) (saddr|daddr|sport|dport|flags &) (\{[^}]*\}|\([^)]*\)|\S+)(.*)")
+_FLAGS = {"fin": FIN, "syn": SYN, "rst": RST, "ack": ACK}
+
+Fields = dict[str, int]
+"""What a rule sees of a packet: addresses and ports as numbers, and flags."""
+
+
+class Refused(Exception):
+    """The kernel refuses a change or a question."""
+
+
+@dataclass
+class Element:
+    """One entry of a map."""
+
+    value: int
+    packets: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class FastRule:
+    """A rule that looks into a map, as it was read."""
+
+    map: str
+    proto: Proto
+    field: str
+    guards: tuple[Callable[[Fields], bool], ...]
+
+
+class FakeKernel:
+    """Maps by name; their keys are source, source port, destination, destination port."""
+
+    def __init__(self) -> None:
+        self.room = 0
+        self.maps: dict[str, dict[tuple[int, ...], Element]] = {}
+        self.counters: Counter[str] = Counter()
+        self.rules: dict[str, list[FastRule]] = {}
+        """By chain."""
+
+    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
+        """Puts these rules in; `afresh` also empty maps.  What was counted by step stays."""
+        if afresh:
+            self.maps, self.room = {}, spec.room
+        self.rules = _rules(spec)
+        for rules in self.rules.values():
+            for rule in rules:
+                self.maps.setdefault(rule.map, {})
+
+    def rewritten(self, packet: Template, hook: Hook) -> Template | None:
+        """What becomes of a packet, if a rule rewrites it."""
+        (src, dst), proto = packet.flow[1:], packet.flow.proto
+        seen = {
+            "saddr": int.from_bytes(src.addr),
+            "sport": src.port,
+            "daddr": int.from_bytes(dst.addr),
+            "dport": dst.port,
+            "flags": packet.flags,
+        }
+        base = {Hook.PREROUTING: "pre", Hook.POSTROUTING: "post"}[hook]
+        for rule in self.rules.get(f"{base}-{proto}", ()):
+            element = self.maps[rule.map].get(tuple(seen.values())[:4])
+            if rule.proto is proto and all(guard(seen) for guard in rule.guards) and element:
+                element.packets += 1
+                element.bytes += len(packet.build())
+                self.counters[rule.map] += 1
+                seen[rule.field] = element.value
+                ends = (
+                    Endpoint(seen[f"{end}addr"].to_bytes(4), seen[f"{end}port"]) for end in "sd"
+                )
+                return replace(packet, flow=Flow(proto, *ends))
+        return None
+
+    # As krelay.kernelmaps.KernelMaps
+
+    def change(self, changes: Changes) -> list[tuple[Rewrite, Count]]:
+        """Carries them out, or raises Refused; what was counted for those given back."""
+        final = []
+        for rewrite in changes.back:
+            element = self._map(rewrite).pop(_key(rewrite.old), None)
+            if element is None:
+                raise Refused(f"{rewrite.step.name} of row {rewrite.row.id} isn't there")
+            if rewrite.step in SIDES:
+                final.append((rewrite, Count(element.packets, element.bytes)))
+        for rewrite in changes.over:
+            elements = self._map(rewrite)
+            if _key(rewrite.old) in elements:
+                raise Refused(f"{rewrite.step.name} of row {rewrite.row.id} is there already")
+            if len(elements) >= self.room:
+                raise Refused("the map is full")
+            elements[_key(rewrite.old)] = Element(_value(rewrite))
+        return final
+
+    def read(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
+        """What was counted for each, or raises Refused."""
+        for rewrite in rewrites:
+            element = self._map(rewrite).get(_key(rewrite.old))
+            if element is None:
+                raise Refused(f"{rewrite.step.name} of row {rewrite.row.id} isn't there")
+            yield rewrite, Count(element.packets, element.bytes)
+
+    def total(self, proto: Proto, step: Step) -> int:
+        """Packets that were rewritten by this step."""
+        return self.counters[_name(proto, step)]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.maps.values()))
+
+    def _map(self, rewrite: Rewrite) -> dict[tuple[int, ...], Element]:
+        name = _name(rewrite.row.proto, rewrite.step)
+        if name not in self.maps:
+            raise Refused(f"there is no map {name}")
+        return self.maps[name]
+
+
+@lru_cache
+def _name(proto: Proto, step: Step) -> str:
+    return f"{proto}-{step.name.lower()}"
+
+
+@lru_cache(4096)
+def _key(old: bytes) -> tuple[int, ...]:
+    return tuple(map(int.from_bytes, (old[:4], old[8:10], old[4:8], old[10:])))
+
+
+def _value(rewrite: Rewrite) -> int:
+    """The one thing that this rewrite changes; where it changes nothing, what its kind does."""
+    parts = (slice(0, 4), slice(4, 8), slice(8, 10), slice(10, 12))
+    changed = [part for part in parts if rewrite.old[part] != rewrite.new[part]]
+    if not changed:
+        assert rewrite.step in (Step.T3, Step.T4), rewrite.step
+        changed = [parts[0] if rewrite.step is Step.T3 else parts[1]]
+    assert len(changed) == 1, f"{rewrite.step.name} changes more than one thing"
+    return int.from_bytes(rewrite.new[changed[0]])
+
+
+@lru_cache
+def _rules(spec: RuleSpec) -> dict[str, list[FastRule]]:
+    """The rules that look into maps, which must come first in their chains."""
+    found: dict[str, list[FastRule]] = {}
+    for chain, lines in ruleset.nft_rules(spec).items():
+        kinds = ["map @" in line for line in lines]
+        assert kinds == sorted(kinds, reverse=True), f"{chain}: another rule comes before"
+        found[chain] = [_rule(line) for line in lines if "map @" in line]
+    return found
+
+
+def _rule(line: str) -> FastRule:
+    read = _RULE.fullmatch(line)
+    assert read, line
+    assert read["layer"] == ("ip" if read["field"].endswith("addr") else read["proto"]), line
+    guards, rest = [], read["guard"]
+    while rest:
+        match = _MATCH.match(rest)
+        assert match, line
+        layer, name, value, rest = match.groups()
+        assert layer in ("ip", read["proto"]), line
+        if name == "flags &":
+            assert rest.startswith(" == 0"), line
+            rest = rest.removeprefix(" == 0")
+            mask = sum(_FLAGS[word] for word in value.strip("()").split(" | "))
+            guards.append(_without(mask))
+        else:
+            guards.append(_within(name, value.strip("{ }").split(", ")))
+        rest = rest.strip()
+    return FastRule(read["map"], Proto[read["proto"].upper()], read["field"], tuple(guards))
+
+
+def _without(mask: int) -> Callable[[Fields], bool]:
+    return lambda seen: not seen["flags"] & mask
+
+
+def _within(name: str, texts: list[str]) -> Callable[[Fields], bool]:
+    ranges = []
+    for text in texts:
+        if "." in text:
+            net = IPv4Network(text)
+            ranges.append((int(net[0]), int(net[-1])))
+        else:
+            low, _, high = text.partition("-")
+            ranges.append((int(low), int(high or low)))
+    return lambda seen: any(low <= seen[name] <= high for low, high in ranges)
+
+
+@dataclass
+class Datapath:
+    """A worker with its table and the answers to tcp-relay; with `room`, a kernel before it."""
+
+    policy: Policy
+    room: int = 0
+    limits: Limits = field(default_factory=Limits)
+    seed: int = 1
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.nat = NatTable(self.limits, rng=Random(self.seed))
+        self.worker = Worker(self.nat)
+        self.worker.policy = self.policy
+        self.relays = Relays(self.nat, lambda client: self.policy.source_for(client))
+        self.kernel = FakeKernel()
+        self.pending = False
+        self.told = 0
+        """How often the kernel was told of something at once."""
+        self.fast = FastPath(self.nat, self._pend, self._take_back_now)
+        self.nat.on_late = self.count
+        self._spec: RuleSpec | None = None
+        self._needs_more = False
+        self.nat.on_footprint = self._need_more
+        self.refresh()
+
+    def set(self, policy: Policy) -> None:
+        """What new flows get from now on."""
+        self.policy = self.worker.policy = policy
+        self.refresh()
+
+    def restart(self) -> None:
+        """The maps are made anew, and what they had counted is added before."""
+        self.count(self.nat)
+        self._spec = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Rules follow from what is relayed and from the rows that live."""
+        if not self.room:
+            return
+        policy = self.policy
+        self._needs_more = False
+        spec = ruleset.wanted(
+            name="krelay",
+            queue=1600,
+            tcp=((port, port) for port in policy.tcp - policy.forwarded),
+            udp=((port, port) for port in policy.udp),
+            forwarded=((port, port) for port in policy.forwarded),
+            gport=policy.gport,
+            server=IPv4Address(policy.server),
+            source_is_relay=policy.source is Source.RELAY,
+            beside=policy.beside,
+            footprints=self.nat.footprints,
+            room=self.room,
+        )
+        if spec != self._spec:
+            afresh = self._spec is None or spec.room != self._spec.room
+            if afresh:
+                self.fast.end()
+            self.kernel.install(spec, afresh=afresh)
+            self._spec = spec
+            if afresh:
+                self.fast.begin(self.room)
+        self.turn()
+
+    def packet(self, packet: Template, hook: Hook) -> bytes | Verdict:
+        """What becomes of a packet, whoever decides; then the turn is over."""
+        fast = self.kernel.rewritten(packet, hook)
+        if fast is not None:
+            return fast.build()
+        verdict = self.worker.handle(packet.build(), hook, self.now)
+        self.turn()
+        return verdict
+
+    def turn(self, most: int = 512) -> None:
+        """The kernel is told what is new, in so many pieces as it takes."""
+        if self._needs_more:
+            self.refresh()
+        while self.pending:
+            self.pending = False
+            if (changes := self.fast.changes(most)) is not None:
+                self.fast.told(changes, self.kernel.change(changes), self.now)
+
+    def count(self, rows: Iterable[Row]) -> None:
+        """Adds what the kernel has counted for these rows."""
+        self.fast.read(self.kernel.read(self.fast.handed(rows)), self.now)
+
+    def steps(self) -> dict[str, int]:
+        """Packets by step, whoever has rewritten them; none that are zero."""
+        counts = self.worker.counts.steps
+        found = {
+            step.name: counts[step] + sum(self.kernel.total(proto, step) for proto in Proto)
+            for step in Step
+        }
+        return {name: number for name, number in found.items() if number}
+
+    def _pend(self) -> None:
+        self.pending = True
+
+    def _need_more(self) -> None:
+        self._needs_more = True
+
+    def _take_back_now(self) -> None:
+        self.told += 1
+        while self.fast.gives_back:
+            changes = self.fast.changes(512)
+            assert changes is not None
+            self.fast.told(changes, self.kernel.change(changes), self.now)
