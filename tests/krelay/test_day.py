@@ -6,6 +6,9 @@ knows the rules of design.md and of the RFCs as sentences, keeps rows in a list,
 all of it for each packet.  It foretells each verdict, and holds the table, its timers and its
 counters to its own.  What the relay may choose, a port, the model reads off and checks.
 
+The day goes by once as if every packet visited the worker, and once with a kernel before it that is
+handed flows.  The model knows nothing of that: nobody can tell, but for rows that go a little late.
+
     KRELAY_SEED=123 pytest tests/krelay/test_day.py            that day
     KRELAY_SEED=5000-5100 pytest tests/krelay/test_day.py      others
 """
@@ -20,11 +23,11 @@ from random import Random
 import pytest
 
 from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.nat import Limits, NatTable
-from krelay.relay import Relays
+from krelay.nat import Limits
 from krelay.relaymsg import Close, Open, Opened, Refused
-from krelay.row import Hook, Row, Step, Timeouts
-from krelay.worker import Policy, Verdict, Worker
+from krelay.row import SIDES, Hook, Row, Timeouts
+from krelay.worker import Policy, Verdict
+from tests.tools.kernel import Datapath
 from tests.tools.packets import ACK, FIN, PSH, RST, SYN, Template, addr, at, policy
 
 DAY = 86_400
@@ -140,14 +143,14 @@ class Known:
 class Day:
     """A worker, the model beside it, and who talks."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, room: int) -> None:
         self.rng = Random(seed)
-        self.now = float(self.rng.randrange(1000)) + self.rng.random()
-        self.nat = NatTable(Limits(150, 40), rng=Random(seed + 1))
-        self.worker = Worker(self.nat)
         self.policy: Policy = policy(udp=frozenset({53, 123}), beside=())
-        self.worker.policy = self.policy
-        self.relays = Relays(self.nat, self.policy.source_for)
+        now = float(self.rng.randrange(1000)) + self.rng.random()
+        self.path = Datapath(self.policy, room, Limits(150, 40), seed + 1, now)
+        self.nat, self.worker, self.relays = self.path.nat, self.path.worker, self.path.relays
+        self.late = 1.0 if room else 0.0
+        """Seconds between a packet and the look at it, at most."""
         self.timeouts = Timeouts()
         self.rows: list[Known] = []
         self.lost: set[tuple[int, str]] = set()  # (id of a Known, step): another took its place
@@ -163,12 +166,20 @@ class Day:
 
     # The relay's side
 
+    @property
+    def now(self) -> float:
+        return self.path.now
+
+    @now.setter
+    def now(self, now: float) -> None:
+        self.path.now = now
+
     def packet(
         self, hook: Hook, src: Endpoint, dst: Endpoint, flags: int = 0, proto: Proto = Proto.TCP
     ) -> bytes | Verdict:
         """A packet; the model and the worker must say the same of it."""
         template = Template(Flow(proto, src, dst), b"data", flags)
-        got = self.worker.handle(template.build(), hook, self.now)
+        got = self.path.packet(template, hook)
         self.worker.answers.clear()
         expected = self.expected(hook, src, dst, flags, proto, got)
         if isinstance(expected, tuple):
@@ -338,6 +349,7 @@ class Day:
             return False
         assert row.inside is not None
         answer = self.relays.handle(Open(1, row.inside, row.gport, relay), self.nobody, self.now)
+        self.path.turn()
         alive = row in self.rows and (row.id, "T1") not in self.lost
         if not alive or row.closed_at is not None:
             assert isinstance(answer, Refused), answer
@@ -362,14 +374,17 @@ class Day:
         if row.relay is None or any(o.relay == row.relay for o in self.rows if o is not row):
             return  # its row has gone, and its port is another's
         self.relays.handle(Close(row.relay), self.nobody, self.now)
+        self.path.turn()
         if row in self.rows and row.closed_at is None:
             row.closed_at = self.now
 
     def tick(self) -> None:
         """A second is over."""
         self.now += 1
+        self.path.count(self.path.fast.due(self.now, 1))
         ended = {row.id for row in self.nat.expire(self.now)}
         self.relays.on_time(self.now)
+        self.path.turn()
         gone = [row for row in self.rows if row.id in ended]
         assert len(gone) == len(ended)
         for row in gone:
@@ -380,19 +395,24 @@ class Day:
 
     def compare(self) -> None:
         """Table, timers and counters say what the model says."""
+        self.path.count(self.nat)
         real = {row.id: row for row in self.nat}
         assert set(real) == {row.id for row in self.rows}
         for known in self.rows:
             row = real[known.id]
             assert row.state == known.state, (row, known)
-            assert row.seen_at == known.heard
-            assert row.expires_at(self.timeouts) == known.expires(self.timeouts)
-            assert self.now < known.expires(self.timeouts) + 2, "it should have gone"
+            retiring = 2 * self.late if known.state == "closed" else 0  # it isn't looked at
+            assert 0 <= row.seen_at - known.heard <= self.late + retiring
+            expires = known.expires(self.timeouts)
+            assert 0 <= row.expires_at(self.timeouts) - expires <= self.late
+            assert self.now < expires + self.late + 2, "it should have gone"
             for step, rewrite in row.rewrites.items():
-                assert rewrite.packets == known.counted[step.name] or step.name in ("T3", "T4")
+                counted = known.counted[step.name]
+                assert rewrite.packets == counted or step.name in ("T3", "T4") or (
+                    self.path.room and step not in SIDES and rewrite.packets < counted
+                )  # fmt: skip
         counts = self.worker.counts
-        steps = {step: number for step, number in self.steps.items() if number}
-        assert {s.name: counts.steps[s] for s in Step if counts.steps[s]} == steps
+        assert self.path.steps() == {step: n for step, n in self.steps.items() if n}
         assert counts.passed == self.passed
         assert counts.dropped == self.dropped
         assert self.nat.ended_early == self.ended_early
@@ -577,7 +597,18 @@ class Day:
                         ended = self.nat.get(killed.id)
                         assert ended
                         self.nat.end(ended)
-            self.worker.policy = self.policy
+            self.path.set(self.policy)
+
+    def tracer(self) -> Iterator[float]:
+        """Somebody looks at some clients' packets for a while."""
+        while True:
+            self.path.fast.traced(lambda row: False)
+            self.path.turn()
+            yield self.pause(600, 5000)
+            client = self.someone().addr
+            self.path.fast.traced(lambda row, traced=client: row.client.addr == traced)  # type: ignore[misc]
+            self.path.turn()
+            yield self.pause(10, 900)
 
     def traffic(self) -> Iterator[float]:
         """Who begins when."""
@@ -601,12 +632,17 @@ RARE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", seeds())
-def test_a_day_goes_by_as_the_model_foretells(seed: int) -> None:
+@pytest.mark.parametrize("room", [0, 30, 1000], ids=["queue", "little room", "room for all"])
+def test_a_day_goes_by_as_the_model_foretells(seed: int, room: int) -> None:
     print(f"KRELAY_SEED={seed}")
-    day = Day(seed)
+    day = Day(seed, room)
     day.plan(day.traffic())
     day.plan(day.operator())
+    if room:
+        day.plan(day.tracer())
     day.run(DAY)
+    assert bool(day.path.kernel.counters.total() > 1000) == bool(room)
+    assert len(day.path.kernel) == len(day.path.fast)
     print(dict(day.events), dict(day.dropped), day.steps.total(), day.ended_early)
     missing = {
         event: day.events[event] for event, least in RARE.items() if day.events[event] < least
