@@ -238,7 +238,7 @@ class FastPath:
             self._nat.heard(rewrite, packets, count.bytes - before.bytes, now)
 
     def _consider_all(self) -> None:
-        for row in self._nat:
+        for row in self._nat.workers:
             self.consider(row)
 
     def _forget(self) -> None:

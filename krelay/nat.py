@@ -177,6 +177,11 @@ class NatTable:
         for question, flow in self.learnt:
             yield self._row_of(question, flow)
 
+    @property
+    def workers(self) -> list[Row]:
+        """The rows whose packets the worker knows: without those that the kernel has learnt."""
+        return list(self._rows.values())
+
     def count(self, proto: Proto) -> int:
         """Rows of this protocol."""
         learnt = len(self.learnt) if proto is Proto.UDP else 0

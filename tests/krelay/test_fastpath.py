@@ -359,6 +359,22 @@ def test_maps_that_are_made_anew_get_all_that_should_be_in_them() -> None:
     assert shown(udp)[0] == [BUSY + 4, BUSY]
 
 
+def test_what_the_kernel_has_learnt_by_itself_is_not_handed_to_it() -> None:
+    """The table makes rows of it to be shown, which have no packets."""
+    d = datapath()
+    d.nat.learns(d.policy.own, d.policy.server)
+    head = template("C:4000 > K:53").build()[:28]
+    d.nat.learn([(PRE, head)] * 2 * BUSY, 0)
+    assert len(d.nat) == 1
+    d.fast.traced(lambda row: False)
+    d.restart()
+    assert (len(d.fast), d.fast.changes(10)) == (0, None)
+    adopted = d.nat.adopt(head[12:24], 0)
+    d.restart()
+    assert adopted is not None
+    assert handed(d, adopted) == {Step.U12}
+
+
 # Ports that are used again
 
 
