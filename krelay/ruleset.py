@@ -44,6 +44,11 @@ Packets that tell how a connection stands go to the worker all the same: SYN, FI
 ends, RST of this host.  A flow that isn't in a map goes to the worker, so with empty maps these
 rules change nothing.
 
+What a datagram costs the kernel is mostly how many rules it meets, so those that most of them need
+stand before any others, and what no rule asks for leaves early.  Measured, where relaying a packet
+takes 1,700 ns: comparing a field 5 ns, an interface 12, its name 33, finding a port in a set 40,
+among ranges 100, a look-up of routes (`fib`) 95, in a map of flows 60.
+
 No rule has `bypass`: without a worker these packets are dropped, never passed on unrewritten.
 """
 
@@ -229,6 +234,11 @@ _HOOKS = {
 }
 
 
+_CAME_IN = "iif != 0"
+"""In POSTROUTING: forwarded.  What this host makes has come in by no interface; before Linux 5.7
+nothing has, there."""
+
+
 class Change(NamedTuple):
     """What a step does to the packets that the kernel is handed: it changes one field."""
 
@@ -260,15 +270,17 @@ def map_name(proto: Proto, step: Step) -> str:
 
 
 def steps_handed(spec: RuleSpec) -> list[tuple[Proto, Step]]:
-    """The steps for which there are maps."""
+    """The steps for which there are maps, in the order in which a packet is looked for."""
     through = [Step.U12, Step.U34]
     if spec.relay_clients:
         through += [Step.U1, Step.U3, Step.U2, Step.U4]
     steps: list[tuple[Proto, Step]] = []
     if spec.tcp:
-        steps += [(Proto.TCP, step) for step in (Step.T1, Step.T4, Step.T2, Step.T3)]
+        steps += [(Proto.TCP, step) for step in (Step.T4, Step.T2, Step.T3)]
     if spec.forwarded:
         steps += [(Proto.TCP, step) for step in through]
+    if spec.tcp:
+        steps.append((Proto.TCP, Step.T1))  # the last, since it may be asked of every packet
     if spec.udp:
         steps += [(Proto.UDP, step) for step in through]
     return steps if spec.room else []
@@ -278,15 +290,15 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
     """The rules by chain.  `with_xt`: those that queue are missing, see netfilter.Nft."""
     tcp, udp, any_tcp = map(_nft_ports, (spec.tcp, spec.udp, spec.any_tcp))
     forwarded = _nft_ports(spec.forwarded)
-    servers = "{ " + ", ".join(map(str, spec.servers)) + " }"
+    servers = _nft_servers(spec)
     gports = _nft_ports(tuple((p, p) for p in spec.gports))
     queue = f"goto {WORKER}"
     opening = f"tcp flags & (syn | ack) == syn goto {OPENINGS}"
     errors_in, errors_out = _nft_errors(spec)
-    pre = ['iifname "lo" return', *(f"{match} {queue}" for match in errors_in)]
+    pre = ['iif "lo" return', *(f"{match} {queue}" for match in errors_in)]
     post = [f"{match} {queue}" for match in errors_out]
-    pre_tcp, pre_udp = ['iifname "lo" return'], ['iifname "lo" return']
-    post_tcp, post_udp = ['oifname "lo" return'], ['oifname "lo" return']
+    pre_tcp, pre_udp = ['iif "lo" return'], ['iif "lo" return']
+    post_tcp, post_udp = ['oif "lo" return'], ['oif "lo" return']
     if gports:
         pre_tcp.append(f"tcp dport {gports} fib daddr type local {queue}")
         post_tcp.append(f"tcp sport {gports} fib saddr type local {queue}")
@@ -297,7 +309,8 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
         ]
         pre_tcp += [f"ip saddr {servers} tcp sport {tcp} {queue}"] if tcp else []
         pre_tcp.append(f"ip daddr {servers} tcp dport {any_tcp} {queue}")
-        post_tcp.append(f"ip daddr {servers} tcp dport {any_tcp} fib saddr type local {queue}")
+    if tcp:
+        post_tcp.append(f"ip daddr {servers} tcp dport {tcp} fib saddr type local {queue}")
     if forwarded:
         pre_tcp.append(f"ip saddr {servers} tcp sport {forwarded} fib daddr type local {queue}")
         post_tcp.append(f"ip saddr {servers} tcp sport {forwarded} {queue}")
@@ -309,26 +322,29 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
         ]
         post_udp.append(f"ip saddr {servers} udp sport {udp} {queue}")
     pre_udp.append(f"ip daddr {NEVER} udp dport 0 tproxy to :9")
-    clients = _nft_clients(spec)
-    if clients is not None:
+    if spec.relay_clients:
+        clients = _nft_clients(spec, "saddr")
         if udp:
             post_udp.append(f"ip daddr {servers} udp dport {udp} fib saddr type local {queue}")
             post_udp.append(f"{clients}ip daddr {servers} udp dport {udp} {queue}")
         if forwarded:
             post_tcp.append(f"{clients}ip daddr {servers} tcp dport {forwarded} {queue}")
+    if forwarded:
+        local = f"ip daddr {servers} tcp dport {forwarded} fib saddr type local {queue}"
+        post_tcp += [f"{_CAME_IN} return", local]
     questions, answers, chains = _nft_learning(spec, spec.learning)
     pre_udp[1:1] = questions
-    fast: dict[tuple[Proto, str], list[str]] = {}
+    fast: dict[str, list[str]] = {}
     for proto, step in steps_handed(spec):
-        fast.setdefault((proto, CHANGES[step].hook), []).append(_nft_handed(spec, proto, step))
-    fast.setdefault((Proto.UDP, "post"), []).extend(answers)
+        fast.setdefault(_chain_of(proto, step), []).append(_nft_handed(spec, proto, step))
+    fast.setdefault("post-udp", []).extend(answers)
     return {
-        "pre": ["meta l4proto tcp goto pre-tcp", "meta l4proto udp goto pre-udp", *pre],
-        "pre-tcp": fast.get((Proto.TCP, "pre"), []) + pre_tcp,
-        "pre-udp": fast.get((Proto.UDP, "pre"), []) + pre_udp,
-        "post": ["meta l4proto tcp goto post-tcp", "meta l4proto udp goto post-udp", *post],
-        "post-tcp": fast.get((Proto.TCP, "post"), []) + post_tcp,
-        "post-udp": fast.get((Proto.UDP, "post"), []) + post_udp,
+        "pre": [*fast.get("pre", []), *_nft_by_protocol("pre"), *pre],
+        "pre-tcp": fast.get("pre-tcp", []) + pre_tcp,
+        "pre-udp": fast.get("pre-udp", []) + pre_udp,
+        "post": [*fast.get("post", []), *_nft_udp_done(spec), *_nft_by_protocol("post"), *post],
+        "post-tcp": fast.get("post-tcp", []) + post_tcp,
+        "post-udp": fast.get("post-udp", []) + post_udp,
         WORKER: [_nft_queue(spec.queue, with_xt)],
         OPENINGS: [_nft_queue(openings(spec.queue), with_xt)],
     } | (chains if spec.room else {})
@@ -384,23 +400,62 @@ def _nft_queue(queue: int, with_xt: bool) -> str:
     return f'drop comment "queue num {queue}"' if with_xt else f"queue num {queue}"
 
 
+def _chain_of(proto: Proto, step: Step) -> str:
+    """Where the kernel takes this step: that of most UDP packets before anything else."""
+    hook = CHANGES[step].hook
+    if proto is Proto.UDP and step in (Step.U12, Step.U34):
+        return hook
+    return f"{hook}-{proto.name.lower()}"
+
+
+def _nft_by_protocol(hook: str) -> list[str]:
+    return [f"ip protocol {name} goto {hook}-{name}" for name in ("tcp", "udp")]
+
+
+def _nft_udp_done(spec: RuleSpec) -> list[str]:
+    """What none of the rules of UDP in POSTROUTING asks for: most of what is forwarded."""
+    if not spec.udp or ANYONE in spec.relay_clients:
+        return []
+    others = f"ip saddr != {_nft_servers(spec)} "
+    if spec.relay_clients:
+        others += f"{_nft_clients(spec, 'saddr', '!=')}{_CAME_IN} "
+    return [f"ip protocol udp {others}accept"]
+
+
 def _nft_handed(spec: RuleSpec, proto: Proto, step: Step) -> str:
     """The rule by which the kernel takes a step for the flows it was handed."""
-    name, change, p = map_name(proto, step), CHANGES[step], proto.name.lower()
-    terminated = step in (Step.T1, Step.T2, Step.T3, Step.T4)
-    ports = spec.udp if proto is Proto.UDP else spec.tcp if terminated else spec.forwarded
-    if step is Step.T2:
-        ports = tuple((port, port) for port in spec.gports)
-    guard = f"{p} {'dport' if change.towards else 'sport'} {_nft_one_or_more(ports)} "
-    if step is Step.U2:
-        guard = f"{_nft_clients(spec)}{guard}"
+    name, change, chain = map_name(proto, step), CHANGES[step], _chain_of(proto, step)
+    guard = _nft_guard(spec, proto, step)
+    if chain == change.hook:
+        guard = f"ip protocol {proto.name.lower()} {guard}"
     if proto is Proto.TCP:
         mine, server = step in (Step.T2, Step.T3), step is Step.T4
         flags = "rst" if mine else "(fin | rst)" if server else "(fin | syn | rst)"
         guard += f"tcp flags & {flags} == 0 "
-    key = f"ip saddr . {p} sport . ip daddr . {p} dport"
-    where = "ip" if change.field.endswith("addr") else p
+    key = "ip saddr . th sport . ip daddr . th dport"
+    where = "ip" if change.field.endswith("addr") else proto.name.lower()
     return f"{guard}{where} {change.field} set {key} map @{name} counter name {name} accept"
+
+
+def _nft_guard(spec: RuleSpec, proto: Proto, step: Step) -> str:
+    """What spares most packets that aren't of this step the look-up in its map.
+
+    It need not be exact.  Several ports are no guard: finding one among them costs as much as such
+    a look-up.  The server's address tells instead, or nothing does.
+    """
+    clients = ""
+    if step in (Step.U1, Step.U2, Step.U4):
+        clients = _nft_clients(spec, "daddr" if step is Step.U4 else "saddr")
+    if step is Step.T2:
+        return f"th sport {_nft_ports(tuple((port, port) for port in spec.gports))} "
+    terminated = step in (Step.T1, Step.T3, Step.T4)
+    ports = spec.udp if proto is Proto.UDP else spec.tcp if terminated else spec.forwarded
+    towards = CHANGES[step].towards
+    if len(ports) == 1 and ports[0][0] == ports[0][1]:
+        return f"{clients}th {'dport' if towards else 'sport'} {_nft_ports(ports)} "
+    if step in (Step.T1, Step.U12, Step.U1):
+        return clients
+    return f"{clients}ip {'daddr' if towards else 'saddr'} {_nft_servers(spec)} "
 
 
 def nft_install(spec: RuleSpec, *, afresh: bool = True, with_xt: bool = False) -> str:
@@ -441,20 +496,22 @@ def _nft_maps(spec: RuleSpec) -> list[str]:
     return lines
 
 
-def _nft_clients(spec: RuleSpec) -> str | None:
-    """The match of clients whose source may have to be changed; None if there are none."""
-    if not spec.relay_clients:
-        return None
+def _nft_servers(spec: RuleSpec) -> str:
+    return "{ " + ", ".join(map(str, spec.servers)) + " }"
+
+
+def _nft_clients(spec: RuleSpec, field: str, relation: str = "==") -> str:
+    """The match of clients whose source may have to be changed; of anyone, none.
+
+    One network is matched by its mask, since that of a length in whole bytes becomes a comparison
+    of one to three bytes otherwise, which takes the kernel five times as long.
+    """
     if ANYONE in spec.relay_clients:
         return ""
-    return "ip saddr { " + ", ".join(map(str, spec.relay_clients)) + " } "
-
-
-def _nft_one_or_more(ports: Ports) -> str:
-    """As _nft_ports, but one port without a set, which the kernel compares faster."""
-    if len(ports) == 1 and ports[0][0] == ports[0][1]:
-        return f"{ports[0][0]}"
-    return _nft_ports(ports)
+    if len(spec.relay_clients) == 1:
+        net = spec.relay_clients[0]
+        return f"ip {field} & {net.netmask} {relation} {net.network_address} "
+    return f"ip {field} {relation} {{ {', '.join(map(str, spec.relay_clients))} }} "
 
 
 def _nft_errors(spec: RuleSpec) -> tuple[list[str], list[str]]:

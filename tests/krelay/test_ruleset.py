@@ -34,7 +34,7 @@ from krelay.ruleset import (
 )
 
 S, Z = IPv4Address("192.168.0.1"), IPv4Address("192.168.0.99")
-NET = IPv4Network("192.168.0.0/24")
+NET, OTHER = IPv4Network("192.168.0.0/24"), IPv4Network("10.9.0.0/16")
 MOST_CHAIN_NAME = 28
 """linux/netfilter/x_tables.h: XT_EXTENSION_MAXNAMELEN is 29, with the zero behind it."""
 
@@ -83,19 +83,19 @@ def lines_of(text: str) -> list[str]:
 
 def test_the_nft_rules_of_prerouting() -> None:
     assert rules(nft_install(SPEC), "pre") == lines_of("""
-        meta l4proto tcp goto pre-tcp
-        meta l4proto udp goto pre-udp
-        iifname "lo" return
+        ip protocol tcp goto pre-tcp
+        ip protocol udp goto pre-udp
+        iif "lo" return
         icmp type { 3, 11, 12 } fib daddr type local Q
         icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } Q
         icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } Q
-        iifname "lo" return
+        iif "lo" return
         tcp dport { 16000, 17000 } fib daddr type local Q
         tcp dport { 80, 8000-8100 } fib daddr type local tcp flags & (syn | ack) == syn SYNs
         tcp dport { 80, 8000-8100 } fib daddr type local Q
         ip saddr { 192.168.0.1 } tcp sport { 80, 8000-8100 } Q
         ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } Q
-        iifname "lo" return
+        iif "lo" return
         udp dport { 53 } fib daddr type local Q
         ip daddr { 192.168.0.1 } udp dport { 53 } Q
         ip saddr { 192.168.0.1 } udp sport { 53 } fib daddr type local Q
@@ -105,20 +105,21 @@ def test_the_nft_rules_of_prerouting() -> None:
 
 def test_the_nft_rules_of_postrouting() -> None:
     assert rules(nft_install(SPEC), "post") == lines_of("""
-        meta l4proto tcp goto post-tcp
-        meta l4proto udp goto post-udp
+        ip protocol udp ip saddr != { 192.168.0.1 } ip saddr & 255.255.255.0 != 192.168.0.0 iif != 0 accept
+        ip protocol tcp goto post-tcp
+        ip protocol udp goto post-udp
         icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } @th,240,16 { 53, 80, 8000-8100 } Q
         icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } @th,224,16 { 53, 80, 8000-8100 } Q
         icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } @th,68,4 != 5 Q
         icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } @th,68,4 != 5 Q
-        oifname "lo" return
+        oif "lo" return
         tcp sport { 16000, 17000 } fib saddr type local Q
         ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } fib saddr type local Q
-        oifname "lo" return
+        oif "lo" return
         ip saddr { 192.168.0.1 } udp sport { 53 } Q
         ip daddr { 192.168.0.1 } udp dport { 53 } fib saddr type local Q
-        ip saddr { 192.168.0.0/24 } ip daddr { 192.168.0.1 } udp dport { 53 } Q
-    """)
+        ip saddr & 255.255.255.0 == 192.168.0.0 ip daddr { 192.168.0.1 } udp dport { 53 } Q
+    """)  # noqa: E501
 
 
 def test_nft_replaces_the_table_in_one_transaction() -> None:
@@ -154,55 +155,71 @@ def test_rules_alone_are_replaced_without_the_maps_nor_the_queues() -> None:
 
 # The fast path
 
-KEY = "ip saddr . PROTO sport . ip daddr . PROTO dport"
+KEY = "ip saddr . th sport . ip daddr . th dport"
 
 
 def handed(spec: RuleSpec, hook: str) -> list[str]:
     """The rules of the fast path, in short."""
     for_all = [rule for rule in rules(nft_install(spec), hook) if " map @" in rule]
     return [
-        re.sub(r" map @(\S+) counter name \1 accept$", r" of \1", rule)
-        .replace(KEY.replace("PROTO", "tcp"), "flow")
-        .replace(KEY.replace("PROTO", "udp"), "flow")
+        re.sub(r" map @(\S+) counter name \1 accept$", r" of \1", rule).replace(KEY, "flow")
         for rule in for_all
     ]
 
 
 def test_each_step_of_what_is_relayed_has_its_map_and_ends_have_their_flags_seen() -> None:
-    spec = replace(SPEC, room=1000, relay_clients=())
+    spec = replace(SPEC, room=1000, relay_clients=(), tcp=((80, 80),), gports=(16000,))
 
     assert handed(spec, "pre") == lines_of("""
-        tcp dport { 80, 8000-8100 } tcp flags & (fin | syn | rst) == 0 tcp dport set flow of tcp-t1
-        tcp sport { 80, 8000-8100 } tcp flags & (fin | rst) == 0 ip daddr set flow of tcp-t4
-        udp dport 53 ip daddr set flow of udp-u12
+        ip protocol udp th dport { 53 } ip daddr set flow of udp-u12
+        th sport { 80 } tcp flags & (fin | rst) == 0 ip daddr set flow of tcp-t4
+        th dport { 80 } tcp flags & (fin | syn | rst) == 0 tcp dport set flow of tcp-t1
     """)
     assert handed(spec, "post") == lines_of("""
-        tcp sport { 16000, 17000 } tcp flags & rst == 0 tcp sport set flow of tcp-t2
-        tcp dport { 80, 8000-8100 } tcp flags & rst == 0 ip saddr set flow of tcp-t3
-        udp sport 53 ip saddr set flow of udp-u34
+        ip protocol udp th sport { 53 } ip saddr set flow of udp-u34
+        th sport { 16000 } tcp flags & rst == 0 tcp sport set flow of tcp-t2
+        th dport { 80 } tcp flags & rst == 0 ip saddr set flow of tcp-t3
     """)
     assert handed(SPEC, "pre") == handed(SPEC, "post") == []
+
+
+def test_several_ports_are_not_looked_for_where_the_map_or_the_servers_address_tells_sooner() -> (
+    None
+):
+    spec = replace(SPEC, room=1000, relay_clients=(), udp=((53, 53), (5000, 5010)))
+
+    assert handed(spec, "pre") == lines_of("""
+        ip protocol udp ip daddr set flow of udp-u12
+        ip saddr { 192.168.0.1 } tcp flags & (fin | rst) == 0 ip daddr set flow of tcp-t4
+        tcp flags & (fin | syn | rst) == 0 tcp dport set flow of tcp-t1
+    """)
+    assert handed(spec, "post") == lines_of("""
+        ip protocol udp ip saddr { 192.168.0.1 } ip saddr set flow of udp-u34
+        th sport { 16000, 17000 } tcp flags & rst == 0 tcp sport set flow of tcp-t2
+        ip daddr { 192.168.0.1 } tcp flags & rst == 0 ip saddr set flow of tcp-t3
+    """)
 
 
 def test_with_clients_of_source_relay_each_of_the_four_steps_has_its_map() -> None:
     spec = replace(SPEC, room=1000, tcp=(), gports=(), forwarded=((443, 443),))
     flags = "tcp flags & (fin | syn | rst) == 0"
+    beside = "& 255.255.255.0 == 192.168.0.0"
 
     assert handed(spec, "pre") == lines_of(f"""
-        tcp dport 443 {flags} ip daddr set flow of tcp-u12
-        tcp dport 443 {flags} ip daddr set flow of tcp-u1
-        tcp sport 443 {flags} ip daddr set flow of tcp-u3
-        udp dport 53 ip daddr set flow of udp-u12
-        udp dport 53 ip daddr set flow of udp-u1
-        udp sport 53 ip daddr set flow of udp-u3
+        ip protocol udp th dport {{ 53 }} ip daddr set flow of udp-u12
+        th dport {{ 443 }} {flags} ip daddr set flow of tcp-u12
+        ip saddr {beside} th dport {{ 443 }} {flags} ip daddr set flow of tcp-u1
+        th sport {{ 443 }} {flags} ip daddr set flow of tcp-u3
+        ip saddr {beside} th dport {{ 53 }} ip daddr set flow of udp-u1
+        th sport {{ 53 }} ip daddr set flow of udp-u3
     """)
     assert handed(spec, "post") == lines_of(f"""
-        tcp sport 443 {flags} ip saddr set flow of tcp-u34
-        ip saddr {{ 192.168.0.0/24 }} tcp dport 443 {flags} ip saddr set flow of tcp-u2
-        tcp sport 443 {flags} ip saddr set flow of tcp-u4
-        udp sport 53 ip saddr set flow of udp-u34
-        ip saddr {{ 192.168.0.0/24 }} udp dport 53 ip saddr set flow of udp-u2
-        udp sport 53 ip saddr set flow of udp-u4
+        ip protocol udp th sport {{ 53 }} ip saddr set flow of udp-u34
+        th sport {{ 443 }} {flags} ip saddr set flow of tcp-u34
+        ip saddr {beside} th dport {{ 443 }} {flags} ip saddr set flow of tcp-u2
+        ip daddr {beside} th sport {{ 443 }} {flags} ip saddr set flow of tcp-u4
+        ip saddr {beside} th dport {{ 53 }} ip saddr set flow of udp-u2
+        ip daddr {beside} th sport {{ 53 }} ip saddr set flow of udp-u4
     """)
 
 
@@ -216,8 +233,8 @@ def test_questions_are_learnt_where_there_is_one_way_to_relay_them() -> None:
     made = nft_rules(spec)
     asked = "ip saddr . udp sport"
 
-    assert made["pre-udp"][made["pre-udp"].index('iifname "lo" return') :][:3] == [
-        'iifname "lo" return',
+    assert made["pre-udp"][made["pre-udp"].index('iif "lo" return') :][:3] == [
+        'iif "lo" return',
         f"ip daddr 192.168.0.1 udp dport 53 update @minded {{ {asked} }}",
         "udp dport 53 ip daddr vmap { 10.0.0.254 : goto learnt-0, 192.168.0.2 : goto learnt-1 }",
     ]
@@ -253,6 +270,31 @@ def test_where_nothing_is_learnt_the_chains_are_empty_and_the_sets_stay() -> Non
         sets = re.findall(r"  set (\S+) {.* size 9; timeout 20s; }", nft_install(spec))
         assert sets == ["minded", "learnt-0", "learnt-1", "learnt-2", "learnt-3"]
     assert "learnt" not in nft_install(SPEC)
+
+
+DONE = "ip protocol udp ip saddr != { 192.168.0.1 } "
+
+
+@pytest.mark.parametrize(
+    ("clients", "rule"),
+    [
+        ((), DONE + "accept"),
+        ((NET,), DONE + "ip saddr & 255.255.255.0 != 192.168.0.0 iif != 0 accept"),
+        ((NET, OTHER), DONE + "ip saddr != { 192.168.0.0/24, 10.9.0.0/16 } iif != 0 accept"),
+    ],
+)
+def test_datagrams_that_no_rule_asks_for_go_out_past_the_rules(
+    clients: tuple[IPv4Network, ...], rule: str
+) -> None:
+    spec = replace(SPEC, room=1000, relay_clients=clients)
+
+    assert nft_rules(spec)["post"][1] == rule
+
+
+def test_where_any_datagram_may_be_asked_for_none_goes_out_past_the_rules() -> None:
+    spec = replace(SPEC, relay_clients=(ANYONE,))
+
+    assert not [rule for rule in nft_rules(spec)["post"] if "accept" in rule]
 
 
 def test_the_fast_path_comes_before_every_rule_that_queues() -> None:
@@ -544,7 +586,9 @@ def test_tcp_that_is_forwarded_is_caught_as_udp_is() -> None:
     assert f"tcp dport {every} fib daddr type local {syns}" in added["pre"]
     assert [r for r in added["post"] if every not in r and "@th" not in r] == [
         f"ip saddr {{ {S} }} tcp sport {{ 443 }} Q",
-        f"ip saddr {{ {NET} }} ip daddr {{ {S} }} tcp dport {{ 443 }} Q",
+        f"ip saddr & 255.255.255.0 == 192.168.0.0 ip daddr {{ {S} }} tcp dport {{ 443 }} Q",
+        "iif != 0 return",
+        f"ip daddr {{ {S} }} tcp dport {{ 443 }} fib saddr type local Q",
     ]
     text = iptables_install(spec, frozenset())
     assert {

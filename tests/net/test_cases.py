@@ -75,6 +75,28 @@ def test_the_relay_hosts_own_connections_are_its_own(relaying: World) -> None:
     assert host_of(relaying.who("client", 80)) == relaying.client
 
 
+def test_what_the_relay_host_sends_to_the_server_is_seen_whichever_address_it_has(
+    world: World,
+) -> None:
+    """Of its own packets the worker must know, lest a row gets their port; how is by POSTROUTING's
+    telling that they have come in by no interface."""
+    world.serve("server", "tcp/443", "udp/7")
+    world.begin(services="tcp/443=forward udp/7")
+    before = 0
+    for towards in ("client", "server"):
+        own = world.lab.address("relay", towards=towards)
+        with world.open("relay", socket.SOCK_DGRAM) as sock:
+            sock.bind((own, 0))
+            assert world.exchange(sock, b"own", (world.server, 7)) == b"own"
+        with world.open("relay") as sock:
+            sock.bind((own, 0))
+            sock.connect((world.server, 443))
+            greet(sock)
+        after = world.values("counters")["passed_own"]
+        assert after >= before + 3
+        before = after
+
+
 def test_who_asks_the_gateway_port_is_refused_also_while_others_are_served(
     relaying: World,
 ) -> None:
