@@ -407,6 +407,8 @@ class NatTable:
                     flow.asked += 1
                     flow.asked_bytes += head[2] << 8 | head[3]
                     flow.heard_at = now
+                    if flow.asked == BUSY:  # no flow of one question
+                        self._adopt(question)
             else:
                 question = answering(head[12:24])
                 flow = get(question)
@@ -633,6 +635,7 @@ class NatTable:
             self._reserve(row, outside)
             row.footprint = Footprint(Proto.UDP, dport, None, flow.server, False, False)
             self._enter(row)
+            self.on_changed(row)
         return row
 
     def _adopt(self, question: bytes) -> Row | None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from krelay.flow import Proto, Source
 from krelay.learnt import LearntFlow, LearntFlows
-from krelay.nat import Limits, NatTable
+from krelay.nat import BUSY, Limits, NatTable
 from krelay.row import Hook, Row, Step, Timeouts, key
 from krelay.tracker import Side, State
 from krelay.worker import Verdict, Worker
@@ -72,6 +72,20 @@ def test_a_flow_is_asked_again_and_its_row_stays_the_same() -> None:
     nat.learn([question(), answer(), question()], 1.0)
 
     assert figures(only(nat))[0] == [2, 1]
+
+
+def test_a_port_that_asks_again_and_again_gets_a_row_that_can_be_handed_over() -> None:
+    nat = table()
+    changed: list[Row] = []
+    nat.on_changed = changed.append
+    nat.learn([question(), answer()] * (BUSY - 1), 1.0)
+    assert (len(nat.learnt), changed) == (1, [])
+    nat.learn([question(), answer()], 2.0)
+
+    row = only(nat)
+    assert (len(nat.learnt), changed) == (0, [row])
+    assert figures(row)[0] == [BUSY, BUSY]
+    assert row.rewrites[Step.U12].packets >= BUSY
 
 
 def test_it_goes_when_it_has_been_silent_for_so_long() -> None:
