@@ -35,6 +35,8 @@ from krelay.wire import netlink
 TIMEOUT = 10.0
 """Seconds for one run of nft or iptables; they take milliseconds unless somebody holds a lock."""
 
+NO_MAPS = "maps of flows need nft, and a kernel that has them"
+"""Why every packet visits the queue where Backend.has_maps is false."""
 _CLONE_NEWNET = 0x40000000
 """linux/sched.h"""
 _PROBE = RuleSpec(

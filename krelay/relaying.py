@@ -444,7 +444,7 @@ class Relaying:
         if self._config.datapath == "queue":
             return 0
         if self._backend is None or not self._backend.has_maps:
-            self._no_maps = "maps of flows need nft, and a kernel that has them"
+            self._no_maps = netfilter.NO_MAPS
             return 0
         if len(self._maps_lost_at) == MOST_LOSSES:
             self._no_maps = "the kernel's maps were lost again and again"

@@ -98,6 +98,19 @@ def rules(facts: Facts) -> list[Finding]:
     return [Finding("rules", FAILED, facts.backend_problem, mend, fatal=True)]
 
 
+def datapath(facts: Facts) -> list[Finding]:
+    """Whether the kernel relays by itself what krelay has decided about."""
+    if facts.backend is None:
+        return []
+    if facts.config.datapath == "queue":
+        return [Finding("datapath", OK, "every packet visits krelay, as the setting says")]
+    if facts.datapath == "kernel":
+        return [Finding("datapath", OK, "flows are handed to the kernel")]
+    reason = facts.datapath.removeprefix("queue").strip(" ()")
+    mend = "" if facts.backend.startswith("nft") else "apt-get install nftables"
+    return [Finding("datapath", WARNING, f"every packet visits krelay: {reason}", mend)]
+
+
 def tracking(facts: Facts) -> list[Finding]:
     """Connection tracking isn't needed, but where it is full the host drops new flows."""
     if facts.tracked is None:
@@ -336,6 +349,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     packages,
     queue,
     rules,
+    datapath,
     serving,
     leftovers,
     forwarding,

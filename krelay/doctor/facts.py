@@ -97,6 +97,8 @@ class Facts:
     backend: str | None = "nft"
     """How rules can be made."""
     backend_problem: str = ""
+    datapath: str = "kernel"
+    """What would rewrite packets with `datapath` auto, as `krelay status` tells it."""
     tracked: tuple[int, int] | None = (0, 65536)
     """Entries of connection tracking, and how many there may be; None: there is no tracking."""
     forwards: bool | None = True

@@ -155,11 +155,13 @@ class _Gatherer:
             return
         if self.facts.served:
             status = control.ask_json(self._root, "show status json")[0]
-            if status["rules"] != "none":
-                self._add(backend=status["rules"])
+            if status["state"] == "running":
+                self._add(backend=status["rules"], datapath=status["datapath"])
                 return
         try:
-            self._add(backend=netfilter.probe().name)
+            backend = netfilter.probe()
+            datapath = "kernel" if backend.has_maps else f"queue ({netfilter.NO_MAPS})"
+            self._add(backend=backend.name, datapath=datapath)
         except netfilter.RulesUnavailable as error:
             self._add(backend_problem=str(error))
 
