@@ -191,8 +191,8 @@ class NatTable:
         """The row with this number."""
         row = self._rows.get(row_id)
         if row is None:
-            found = (row for row in self if row.id == row_id)
-            row = next(found, None)
+            learnt = (self._row_of(*each) for each in self.learnt if each[1].id == row_id)
+            row = next(learnt, None)
         return row
 
     @property
@@ -379,12 +379,14 @@ class NatTable:
             for row in self._relayed()
             if row.state is State.UNREPLIED
             or (row.is_forwarded and not row.tracker.server_answered and not row.abort_asked)
-        ]
+        ] + [self._row_of(question, flow) for question, flow in self.learnt if not flow.answered]
 
     def elsewhere(self, server: bytes) -> list[Row]:
         """The rows that live and lead to any other server."""
         rows = self._relayed()
-        return [row for row in rows if row.server.addr != server and row.closed_at is None]
+        return [row for row in rows if row.server.addr != server and row.closed_at is None] + [
+            self._row_of(question, flow) for question, flow in self.learnt if flow.server != server
+        ]
 
     # What the kernel has learnt by itself
 
@@ -655,8 +657,8 @@ class NatTable:
             self._settle(row)
 
     def _relayed(self) -> Iterator[Row]:
-        """All rows but those of clients' own conversations."""
-        return (row for row in self if row.service != row.server)
+        """The worker's rows, but those of clients' own conversations."""
+        return (row for row in self._rows.values() if row.service != row.server)
 
     def _make_room(self, client: Endpoint, now: float, *, is_new: bool = True) -> None:
         """Sees to it that one more row is within the limits, or raises Refusal.

@@ -227,7 +227,7 @@ class Relaying:
         self._worker.policy = replace(self._policy(), tcp=nothing, udp=nothing, forwarded=nothing)
         now = self._loop.now
         forwarded = []
-        for row in self.nat:
+        for row in self.nat.workers:
             if row.closed_at is not None:
                 continue
             if row.gport is not None:
@@ -527,7 +527,9 @@ class Relaying:
                 mend="to stop relaying, krelay stop",
             )
         for wait in ASK_AFTER:
-            self._loop.call_at(self._loop.now + wait, lambda: self._ask_ends(list(self.nat)))
+            self._loop.call_at(
+                self._loop.now + wait, lambda: self._ask_ends(list(self.nat.workers))
+            )
 
     def _ask_ends(self, rows: list[Row]) -> None:
         """Has the ends of these TCP connections find out whether their peers are still there.
@@ -667,7 +669,7 @@ class Relaying:
         if self._maps is not None:
             with suppress(MapsLost):
                 self._maps.renew()
-                self.fast.read(self._maps.read(self.fast.handed(self.nat)), self._loop.now)
+                self.fast.read(self._maps.read(self.fast.handed(self.nat.workers)), self._loop.now)
             with suppress(MapsLost):
                 self._maps.renew()
                 self._handed_steps += self._maps_totals()
@@ -691,7 +693,8 @@ class Relaying:
 
     def _wait_for_resets(self, deadline: float) -> None:
         alive = any(
-            row.closed_at is None and (row.gport is not None or row.abort_asked) for row in self.nat
+            row.closed_at is None and (row.gport is not None or row.abort_asked)
+            for row in self.nat.workers
         )
         now = self._loop.now
         if alive and now < deadline:
