@@ -154,7 +154,7 @@ class Daemon:
             overflows=sum(queue.overflows for queue in queues),
             queue_dropped=queue_dropped,
             socket_dropped=socket_dropped,
-            copies_lost=self._relaying.copies_lost,
+            copies_lost=self._relaying.kernel.copies_lost,
         ) | control.tcp_counter_values(self._relaying.relays.totals)
 
     def config_in_force(self) -> Values:
@@ -168,7 +168,7 @@ class Daemon:
         """The same rows, with what the kernel has counted for them until now."""
         every = iter(rows)
         while some := list(islice(every, COUNTED_TOGETHER)):
-            self._relaying.count(some)
+            self._relaying.kernel.count(some)
             yield from some
 
     def traced(self, filters: Sequence[Filter]) -> None:

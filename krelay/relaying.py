@@ -18,29 +18,26 @@ done where the result is the same as before.
 
 import gc
 import select
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network, collapse_addresses
+from ipaddress import IPv4Address
 
 from krelay import listeners, netfilter, ruleset
 from krelay.doctor import checks
 from krelay.doctor.facts import Facts, Path
-from krelay.fastpath import FastPath
-from krelay.flow import Proto, Source
-from krelay.kernelmaps import KernelMaps, MapsLost
+from krelay.flow import Source
+from krelay.kernelpath import KernelPath
 from krelay.links import HostView, look
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
 from krelay.nat import Limits, NatTable
 from krelay.netfilter import Backend, RulesUnavailable
-from krelay.nflog import Copies
 from krelay.nfqueue import Queue, QueueUnavailable, figures
 from krelay.rawsend import RawSender
 from krelay.relay import Relays
-from krelay.row import DNS_PORT, Row, Step, Timeouts
-from krelay.ruleset import LEARNING_MOST, LEARNT, Learning, RuleSpec
+from krelay.row import Row, Step, Timeouts
+from krelay.ruleset import RuleSpec
 from krelay.rulewatch import RuleWatcher
 from krelay.trace import Filter
 from krelay.worker import Policy, Worker, asks, probes
@@ -69,20 +66,6 @@ MOST_TOLD = 1000
 """Forwarded connections, the newest, whose ends are told when relaying ends.  There is no time for
 more; the others' hear of it from this host, who knows nothing of them, when they next say
 something."""
-LEAST_ROOM, MOST_ROOM = 1 << 10, 1 << 18
-"""Flows that each of the kernel's maps has room for: it takes eleven bytes for each in advance.
-What finds no room stays with the worker."""
-COPIES_TOGETHER = 2048
-"""Copies of packets taken note of before packets have their turn: some milliseconds."""
-LOOPBACK = 127
-NO_CLIENTS = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")))
-"""Policy.may_be_client."""
-COUNT_EVERY = 0.1
-"""Seconds between looks at what the kernel has counted, of a part of the rows each (fastpath)."""
-TOLD_TOGETHER = 512
-"""Flows handed over, or taken back, before packets have their turn: some milliseconds."""
-MOST_LOSSES, LOSSES_WITHIN = 5, 60.0
-"""So many losses of the kernel's maps within so many seconds, and nothing is handed over again."""
 _SOON = 0.005
 
 _log = Log("relaying")
@@ -106,10 +89,8 @@ class Relaying:
     ) -> None:
         self.nat: NatTable = worker.nat
         self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
-        self.nat.on_late = self.count
-        self.nat.ask_kernel = self._learnt_address
         self.relays = Relays(self.nat, self._source_for)
-        self.fast = FastPath(self.nat, self._tell_kernel_soon, self._take_back_now)
+        self.kernel = KernelPath(loop, self.nat, name, queue_num, self._make_maps_anew)
         self.queue: Queue | None = None
         self.openings: Queue | None = None
         """That of the SYNs to services."""
@@ -129,18 +110,8 @@ class Relaying:
         self._gport: int | None = None
         """The gateway port of new flows: the config's, as soon as it is listened on."""
         self._view = HostView(frozenset(), (), None, False)
-        self._copies: Copies | None = None
-        self._traced_clients: frozenset[bytes] | None = frozenset()
-        """Whose questions are traced; None: everybody's."""
-        self._maps: KernelMaps | None = None
         self._no_maps = ""
         """Why nothing is handed to the kernel though it is wished."""
-        self._maps_lost_at: deque[float] = deque(maxlen=MOST_LOSSES)
-        self._loss_warning = Throttle()
-        self._telling = False
-        self._counting: Timer | None = None
-        self._handed_steps: Counter[Step] = Counter()
-        """Packets that the kernel has rewritten by maps which are no more."""
         self._rule_watcher: RuleWatcher | None = None
         self._looking: Timer | None = None
         self._look_at: float | None = None
@@ -170,7 +141,7 @@ class Relaying:
     @property
     def datapath(self) -> str:
         """`kernel`: flows are handed to it; `queue`, with the reason where it isn't by wish."""
-        if self.fast.room:
+        if self.kernel.fast.room:
             return "kernel"
         if self.queue is None or self._config.datapath == "queue":
             return "queue"
@@ -242,13 +213,24 @@ class Relaying:
         """Ends a row: TCP by resetting both its legs, or both ends of what is forwarded."""
         if row.is_forwarded:
             self.nat.kill(row, self._loop.now)
-            self._take_back_now()  # before an end answers, past the worker
+            self.kernel.take_back_now()  # before an end answers, past the worker
             for packet in probes(row):
                 self._sender.send(packet)
         elif row.gport is None:
             self.nat.end(row)
         else:
             self.relays.abort(row, self._loop.now)
+
+    def step_counts(self) -> list[int]:
+        """Packets rewritten by each Step, by the worker and by the kernel."""
+        by_kernel = self.kernel.steps()
+        seen = self._worker.counts.steps
+        return [seen[step] + by_kernel[step] for step in Step]
+
+    def trace(self, filters: Sequence[Filter]) -> None:
+        """The rows that one of these admits are traced: the worker sees all their packets."""
+        self.kernel.trace(filters)
+        self._refresh_rules()
 
     def close(self) -> None:
         """Ends relaying at once, if it hasn't ended."""
@@ -319,7 +301,7 @@ class Relaying:
             self._gport = config.gport
             self._view = _look(config.real_ip)
             self._worker.policy = self._policy()
-            self._listen_for_copies()
+            self.kernel.listen()
             self._watch_rules(backend)
             self._install(self._wanted(), afresh=True)
         except (QueueUnavailable, RulesUnavailable, OSError) as error:
@@ -393,8 +375,9 @@ class Relaying:
         return policy.source_for(client) if policy else Source.CLIENT
 
     def _wanted(self) -> RuleSpec:
-        config = self._config
+        config, policy = self._config, self._worker.policy
         assert self._gport is not None
+        room, self._no_maps = self.kernel.room(config, self._backend)
         return ruleset.wanted(
             name=self._name,
             queue=self._queue_num,
@@ -406,71 +389,32 @@ class Relaying:
             source_is_relay=config.source == Source.RELAY,
             beside=self._view.beside,
             footprints=self.nat.footprints,
-            room=(room := self._room()),
+            room=room,
             answered_within=config.timeouts_udp_dns,
-            learning=self._learning() if room else None,
+            learning=self.kernel.learning(config, policy) if room and policy else None,
         )
-
-    def _learning(self) -> Learning | None:
-        """The questions that the kernel may relay without asking the worker first.
-
-        None where the worker has more to decide than the kernel can: a source to be changed, a
-        rate to be kept, a trace to be shown, a table that is full.
-        """
-        config, policy = self._config, self._worker.policy
-        if (
-            self._copies is None
-            or policy is None
-            or policy.source is Source.RELAY
-            or DNS_PORT not in policy.udp
-            or config.limits_new_flows_per_client
-            or self._traced_clients is None
-            or len(self.nat) - len(self.nat.learnt) >= config.limits_flows
-        ):
-            return None
-        own = sorted(policy.own)
-        addresses = [IPv4Address(each) for each in own if each[0] != LOOPBACK]
-        strangers = [IPv4Network(each) for each in (*own, policy.server, *self._traced_clients)]
-        strangers += [*policy.beside, *NO_CLIENTS]
-        return Learning(
-            config.real_ip,
-            tuple(addresses[:LEARNING_MOST]),
-            tuple(collapse_addresses(strangers)),
-        )
-
-    def _room(self) -> int:
-        """How many flows the kernel may be handed in each step."""
-        self._no_maps = ""
-        if self._config.datapath == "queue":
-            return 0
-        if self._backend is None or not self._backend.has_maps:
-            self._no_maps = netfilter.NO_MAPS
-            return 0
-        if len(self._maps_lost_at) == MOST_LOSSES:
-            self._no_maps = "the kernel's maps were lost again and again"
-            return 0
-        return min(max(LEAST_ROOM, self._config.limits_flows), MOST_ROOM)
 
     def _install(self, spec: RuleSpec, *, afresh: bool) -> None:
         """Puts these rules in force; `afresh` also their maps.  Raises RulesUnavailable."""
         assert self._backend is not None
         if afresh:
-            self._leave_maps()
+            self.kernel.leave()
         self._backend.install(spec, afresh=afresh)
         self._spec = spec
-        if spec.learning is not None:
-            addresses = frozenset(each.packed for each in spec.learning.addresses)
-            self._read_copies()
-            self.nat.learns(addresses, spec.learning.server.packed)
-        if afresh and spec.room:
-            try:
-                self._maps = KernelMaps(self._name)
-            except OSError as error:
-                raise RulesUnavailable(f"no socket to nf_tables: {error}") from None
-            if self._rule_watcher is not None:
-                self._rule_watcher.ignore(self._maps.port)
-            self.fast.begin(spec.room)
+        try:
+            port = self.kernel.enter(spec, afresh=afresh)
+        except OSError as error:
+            raise RulesUnavailable(f"no socket to nf_tables: {error}") from None
+        if self._rule_watcher is not None and port is not None:
+            self._rule_watcher.ignore(port)
         self._rules_announced(ours=True)
+
+    def _make_maps_anew(self) -> None:
+        """The kernel's maps aren't as they were left."""
+        try:
+            self._install(self._wanted(), afresh=True)
+        except RulesUnavailable as error:
+            self._fail(f"rules can't be changed: {error}")
 
     def _refresh_rules(self) -> None:
         """Changes the rules if the config, the rows or the links need others."""
@@ -546,137 +490,6 @@ class Relaying:
         if rest := rows[ASKED_AT_ONCE:]:
             self._loop.call_at(self._loop.now + _SOON, lambda: self._ask_ends(rest))
 
-    # Flows that the kernel has
-
-    def trace(self, filters: Sequence[Filter]) -> None:
-        """The rows that one of these admits are traced: the worker sees all their packets."""
-        questions = [each for each in filters if each.may_admit(Proto.UDP, DNS_PORT)]
-        clients = [each.client_addr for each in questions if each.client_addr is not None]
-        self._traced_clients = frozenset(clients) if len(clients) == len(questions) else None
-        self._refresh_rules()
-        self.fast.traced(lambda row: any(each.admits(row) for each in filters))
-
-    def _listen_for_copies(self) -> None:
-        try:
-            self._copies = Copies(self._queue_num)
-        except OSError as error:
-            _log.info("the kernel learns no questions", group=self._queue_num, reason=error)
-            return
-        self._loop.add(self._copies.fileno(), select.EPOLLIN, self._read_copies)
-
-    def _read_copies(self, _: int = 0) -> None:
-        """What the kernel tells of questions and answers that it has relayed."""
-        if self._copies is not None and (copies := self._copies.read(COPIES_TOGETHER)):
-            self.nat.learn(copies, self._loop.now)
-
-    def _learnt_address(self, client: bytes, port: bytes) -> bytes | None:
-        """The address of this host that was asked, if the kernel has learnt such a question."""
-        learning = self._spec.learning if self._spec is not None else None
-        if self._maps is None or learning is None:
-            return None
-        addresses = dict(zip(LEARNT, learning.addresses, strict=False))
-        try:
-            found = self._maps.learnt(list(addresses), client, port)
-        except MapsLost as error:
-            self._maps_lost(error)
-            return None
-        return addresses[found].packed if found is not None else None
-
-    @property
-    def copies_lost(self) -> int:
-        """How often the kernel had more to tell of what it has learnt than there was room for."""
-        return self._copies.lost if self._copies is not None else 0
-
-    def count(self, rows: Iterable[Row]) -> None:
-        """Adds to these rows what the kernel has counted for them."""
-        if self._maps is None or not (handed := self.fast.handed(rows)):
-            return
-        try:
-            self.fast.read(self._maps.read(handed), self._loop.now)
-        except MapsLost as error:
-            self._maps_lost(error)
-
-    def step_counts(self) -> list[int]:
-        """Packets rewritten by each Step, by the worker and by the kernel."""
-        steps = Counter(self._handed_steps)
-        if self._maps is not None:
-            try:
-                steps += self._maps_totals()
-            except MapsLost as error:
-                self._maps_lost(error)
-        return [
-            count + steps[step] for step, count in zip(Step, self._worker.counts.steps, strict=True)
-        ]
-
-    def _maps_totals(self) -> Counter[Step]:
-        assert self._maps is not None
-        found: Counter[Step] = Counter()
-        for (_, step), packets in self._maps.totals().items():
-            found[step] += packets
-        return found
-
-    def _tell_kernel_soon(self) -> None:
-        if not self._telling:
-            self._telling = True
-            self._loop.call_soon(self._tell_kernel)
-
-    def _tell_kernel(self) -> None:
-        """What was handed over, and taken back, in this turn of the loop."""
-        self._telling = False
-        if self._maps is None or (changes := self.fast.changes(TOLD_TOGETHER)) is None:
-            return
-        try:
-            self.fast.told(changes, self._maps.change(changes), self._loop.now)
-        except MapsLost as error:
-            self._maps_lost(error)
-        if self._counting is None:
-            self._count_by_turns()
-
-    def _take_back_now(self) -> None:
-        """The kernel has nothing any more that it is to give back."""
-        while self.fast.gives_back:
-            self._tell_kernel()
-
-    def _count_by_turns(self) -> None:
-        self._counting = None
-        if self._maps is None or not self.fast.rows:
-            return
-        self.count(self.fast.due(self._loop.now, COUNT_EVERY))
-        self._counting = self._loop.call_at(self._loop.now + COUNT_EVERY, self._count_by_turns)
-
-    def _maps_lost(self, error: MapsLost) -> None:
-        """Somebody has changed the maps: they are made anew, with all that should be in them."""
-        now = self._loop.now
-        self._maps_lost_at.append(now)
-        while self._maps_lost_at[0] < now - LOSSES_WITHIN:
-            self._maps_lost_at.popleft()
-        if (before := self._loss_warning.admit(now)) is not None:
-            _log.warning(
-                "the kernel's maps of flows aren't as krelay left them; made anew",
-                reason=error,
-                again=before or None,
-            )
-        try:
-            self._install(self._wanted(), afresh=True)
-        except RulesUnavailable as failure:
-            self._fail(f"rules can't be changed: {failure}")
-
-    def _leave_maps(self) -> None:
-        """The maps are about to go: what they have counted is kept."""
-        if self._counting is not None:
-            self._counting.cancel()
-            self._counting = None
-        if self._maps is not None:
-            with suppress(MapsLost):
-                self._maps.renew()
-                self.fast.read(self._maps.read(self.fast.handed(self.nat.workers)), self._loop.now)
-            with suppress(MapsLost):
-                self._maps.renew()
-                self._handed_steps += self._maps_totals()
-            self._maps.close()
-            self._maps = None
-        self.fast.end()
-
     def _probe(self) -> Backend | None:
         try:
             self._backend = netfilter.probe()
@@ -728,12 +541,7 @@ class Relaying:
             self._loop.remove(self._rule_watcher.fileno())
             self._rule_watcher.close()
             self._rule_watcher = None
-        self._leave_maps()
-        if self._copies is not None:
-            self._read_copies()
-            self._loop.remove(self._copies.fileno())
-            self._copies.close()
-            self._copies = None
+        self.kernel.close()
         if self.queue is not None:
             self.dropped()
             if self._backend is not None:

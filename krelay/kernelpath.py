@@ -1,0 +1,269 @@
+"""What the kernel relays by itself, as far as krelay has a part in it.
+
+Two things go from here to the kernel and back: flows that are handed over and what it has counted
+for them (fastpath.py decides, kernelmaps.py speaks), and copies of the questions that it learns
+(nflog.py, learnt.py).  The rules that look into the maps are put in with all others (relaying.py);
+whoever does that says so: `leave` before the maps go, `enter` when they are there.
+"""
+
+import select
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv4Network, collapse_addresses
+
+from krelay.fastpath import FastPath
+from krelay.flow import Proto, Source
+from krelay.kernelmaps import KernelMaps, MapsLost
+from krelay.log import Log, Throttle
+from krelay.loop import Loop, Timer
+from krelay.nat import NatTable
+from krelay.netfilter import NO_MAPS, Backend
+from krelay.nflog import Copies
+from krelay.row import DNS_PORT, Row, Step
+from krelay.ruleset import LEARNING_MOST, LEARNT, Learning, RuleSpec
+from krelay.trace import Filter
+from krelay.worker import Policy
+from procfs_sim.tree import Config
+
+LEAST_ROOM, MOST_ROOM = 1 << 10, 1 << 18
+"""Flows that each of the kernel's maps has room for: it takes eleven bytes for each in advance.
+What finds no room stays with the worker."""
+COPIES_TOGETHER = 2048
+"""Copies of packets taken note of before packets have their turn: some milliseconds."""
+COUNT_EVERY = 0.1
+"""Seconds between looks at what the kernel has counted, of a part of the rows each (fastpath)."""
+TOLD_TOGETHER = 512
+"""Flows handed over, or taken back, before packets have their turn: some milliseconds."""
+MOST_LOSSES, LOSSES_WITHIN = 5, 60.0
+"""So many losses of the kernel's maps within so many seconds, and nothing is handed over again."""
+LOOPBACK = 127
+NO_CLIENTS = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")))
+"""Policy.may_be_client."""
+
+_log = Log("kernel")
+
+
+class KernelPath:
+    """The kernel's part for the rows of `nat`, by the nft table and the log group of these names.
+
+    `on_lost` is called when the maps aren't as they were left: the rules are to be made afresh.
+    """
+
+    def __init__(
+        self, loop: Loop, nat: NatTable, table: str, group: int, on_lost: Callable[[], None]
+    ) -> None:
+        self.fast = FastPath(nat, self._tell_soon, self.take_back_now)
+        self._loop = loop
+        self._nat = nat
+        self._table = table
+        self._group = group
+        self._on_lost = on_lost
+        self._maps: KernelMaps | None = None
+        self._copies: Copies | None = None
+        self._learning: Learning | None = None
+        self._traced_clients: frozenset[bytes] | None = frozenset()
+        """Whose questions are traced; None: everybody's."""
+        self._lost_at: deque[float] = deque(maxlen=MOST_LOSSES)
+        self._loss_warning = Throttle()
+        self._telling = False
+        self._counting: Timer | None = None
+        self._steps_before: Counter[Step] = Counter()
+        """Packets that the kernel has rewritten by maps which are no more."""
+        nat.on_late = self.count
+        nat.ask_kernel = self._learnt_address
+
+    @property
+    def copies_lost(self) -> int:
+        """How often the kernel had more to tell of what it has learnt than there was room for."""
+        return self._copies.lost if self._copies is not None else 0
+
+    # What the rules are to be
+
+    def room(self, config: Config, backend: Backend | None) -> tuple[int, str]:
+        """How many flows the kernel may be handed in each step; if none, why, unless by wish."""
+        if config.datapath == "queue":
+            return 0, ""
+        if backend is None or not backend.has_maps:
+            return 0, NO_MAPS
+        if len(self._lost_at) == MOST_LOSSES:
+            return 0, "the kernel's maps were lost again and again"
+        return min(max(LEAST_ROOM, config.limits_flows), MOST_ROOM), ""
+
+    def learning(self, config: Config, policy: Policy) -> Learning | None:
+        """The questions that the kernel may relay without asking the worker first.
+
+        None where the worker has more to decide than the kernel can: a source to be changed, a
+        rate to be kept, a trace to be shown, a table that is full.
+        """
+        if (
+            self._copies is None
+            or policy.source is Source.RELAY
+            or DNS_PORT not in policy.udp
+            or config.limits_new_flows_per_client
+            or self._traced_clients is None
+            or len(self._nat) - len(self._nat.learnt) >= config.limits_flows
+        ):
+            return None
+        own = sorted(policy.own)
+        addresses = [IPv4Address(each) for each in own if each[0] != LOOPBACK]
+        strangers = [IPv4Network(each) for each in (*own, policy.server, *self._traced_clients)]
+        strangers += [*policy.beside, *NO_CLIENTS]
+        return Learning(
+            config.real_ip,
+            tuple(addresses[:LEARNING_MOST]),
+            tuple(collapse_addresses(strangers)),
+        )
+
+    # When the rules come and go
+
+    def listen(self) -> None:
+        """Takes note of what the kernel learns, from now until `close`."""
+        try:
+            self._copies = Copies(self._group)
+        except OSError as error:
+            _log.info("the kernel learns no questions", group=self._group, reason=error)
+            return
+        self._loop.add(self._copies.fileno(), select.EPOLLIN, self._read_copies)
+
+    def enter(self, spec: RuleSpec, *, afresh: bool) -> int | None:
+        """These rules are in force; `afresh`: their maps are empty.
+
+        The netlink port from which the maps will be changed, if that is new.  Raises OSError.
+        """
+        self._learning = spec.learning
+        if spec.learning is not None:
+            self._read_copies()
+            addresses = frozenset(each.packed for each in spec.learning.addresses)
+            self._nat.learns(addresses, spec.learning.server.packed)
+        if not afresh or not spec.room:
+            return None
+        self._maps = KernelMaps(self._table)
+        self.fast.begin(spec.room)
+        return self._maps.port
+
+    def leave(self) -> None:
+        """The maps are about to go: what they have counted is kept."""
+        if self._counting is not None:
+            self._counting.cancel()
+            self._counting = None
+        if self._maps is not None:
+            with suppress(MapsLost):
+                self._maps.renew()
+                handed = self.fast.handed(self._nat.workers)
+                self.fast.read(self._maps.read(handed), self._loop.now)
+            with suppress(MapsLost):
+                self._maps.renew()
+                self._steps_before += self._totals()
+            self._maps.close()
+            self._maps = None
+        self.fast.end()
+
+    def close(self) -> None:
+        """Relaying ends."""
+        self.leave()
+        if self._copies is not None:
+            self._read_copies()
+            self._loop.remove(self._copies.fileno())
+            self._copies.close()
+            self._copies = None
+
+    # Flows
+
+    def count(self, rows: Iterable[Row]) -> None:
+        """Adds to these rows what the kernel has counted for them."""
+        if self._maps is None or not (handed := self.fast.handed(rows)):
+            return
+        try:
+            self.fast.read(self._maps.read(handed), self._loop.now)
+        except MapsLost as error:
+            self._lost(error)
+
+    def steps(self) -> Counter[Step]:
+        """Packets that the kernel has rewritten by itself since krelay began, by step."""
+        counted = Counter(self._steps_before)
+        if self._maps is not None:
+            try:
+                counted += self._totals()
+            except MapsLost as error:
+                self._lost(error)
+        return counted
+
+    def trace(self, filters: Sequence[Filter]) -> None:
+        """The rows that one of these admits are traced: the worker sees all their packets.
+
+        The rules may have to be changed (`learning`).
+        """
+        questions = [each for each in filters if each.may_admit(Proto.UDP, DNS_PORT)]
+        clients = [each.client_addr for each in questions if each.client_addr is not None]
+        self._traced_clients = frozenset(clients) if len(clients) == len(questions) else None
+        self.fast.traced(lambda row: any(each.admits(row) for each in filters))
+
+    def take_back_now(self) -> None:
+        """The kernel has nothing any more that it is to give back."""
+        while self.fast.gives_back:
+            self._tell()
+
+    def _tell_soon(self) -> None:
+        if not self._telling:
+            self._telling = True
+            self._loop.call_soon(self._tell)
+
+    def _tell(self) -> None:
+        """What was handed over, and taken back, in this turn of the loop."""
+        self._telling = False
+        if self._maps is None or (changes := self.fast.changes(TOLD_TOGETHER)) is None:
+            return
+        try:
+            self.fast.told(changes, self._maps.change(changes), self._loop.now)
+        except MapsLost as error:
+            self._lost(error)
+        if self._counting is None:
+            self._count_by_turns()
+
+    def _count_by_turns(self) -> None:
+        self._counting = None
+        if self._maps is None or not self.fast.rows:
+            return
+        self.count(self.fast.due(self._loop.now, COUNT_EVERY))
+        self._counting = self._loop.call_at(self._loop.now + COUNT_EVERY, self._count_by_turns)
+
+    def _totals(self) -> Counter[Step]:
+        assert self._maps is not None
+        found: Counter[Step] = Counter()
+        for (_, step), packets in self._maps.totals().items():
+            found[step] += packets
+        return found
+
+    def _lost(self, error: MapsLost) -> None:
+        """Somebody has changed the maps: they are made anew, with all that should be in them."""
+        now = self._loop.now
+        self._lost_at.append(now)
+        while self._lost_at[0] < now - LOSSES_WITHIN:
+            self._lost_at.popleft()
+        if (before := self._loss_warning.admit(now)) is not None:
+            _log.warning(
+                "the kernel's maps of flows aren't as krelay left them; made anew",
+                reason=error,
+                again=before or None,
+            )
+        self._on_lost()
+
+    # Questions
+
+    def _read_copies(self, _: int = 0) -> None:
+        """What the kernel tells of questions and answers that it has relayed."""
+        if self._copies is not None and (copies := self._copies.read(COPIES_TOGETHER)):
+            self._nat.learn(copies, self._loop.now)
+
+    def _learnt_address(self, client: bytes, port: bytes) -> bytes | None:
+        """The address of this host that was asked, if the kernel has learnt such a question."""
+        if self._maps is None or self._learning is None:
+            return None
+        addresses = dict(zip(LEARNT, self._learning.addresses, strict=False))
+        try:
+            found = self._maps.learnt(list(addresses), client, port)
+        except MapsLost as error:
+            self._lost(error)
+            return None
+        return addresses[found].packed if found is not None else None
