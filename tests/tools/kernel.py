@@ -10,6 +10,7 @@ without: joined as krelay's shell joins them.
 """
 
 import re
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,14 +31,19 @@ from tests.tools.packets import ACK, FIN, RST, SYN, Template
 
 _RULE = re.compile(
     r"(?P<guard>.*?) ?\b(?P<layer>ip|tcp|udp) (?P<field>[sd]addr|[sd]port) set "
-    r"ip saddr \. (?P<proto>tcp|udp) sport \. ip daddr \. (?P=proto) dport "
+    r"ip saddr \. th sport \. ip daddr \. th dport "
     r"map @(?P<map>[\w-]+) counter name (?P=map) accept"
 )
-_MATCH = re.compile(r"(ip|tcp|udp) (saddr|daddr|sport|dport|flags &) (\{[^}]*\}|\([^)]*\)|\S+)(.*)")
+_MATCH = re.compile(
+    r"(?:(?:ip|th|tcp) )?(?P<field>protocol|[sd]addr|[sd]port|flags|iif)"
+    r"(?: & (?P<mask>\([^)]*\)|\S+))?(?: (?P<relation>==|!=))? "
+    r"(?P<value>\{[^}]*\}|\S+) ?(?P<rest>.*)"
+)
+_PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 _FLAGS = {"fin": FIN, "syn": SYN, "rst": RST, "ack": ACK}
 
 Fields = dict[str, int]
-"""What a rule sees of a packet: addresses and ports as numbers, and flags."""
+"""What a rule sees of a packet: addresses and ports as numbers, flags, protocol."""
 
 
 class Refused(Exception):
@@ -58,7 +64,7 @@ class FastRule:
     """A rule that looks into a map, as it was read."""
 
     map: str
-    proto: Proto
+    """Empty: none, the packet goes out past all other rules."""
     field: str
     guards: tuple[Callable[[Fields], bool], ...]
 
@@ -68,6 +74,8 @@ class FakeKernel:
 
     def __init__(self) -> None:
         self.room = 0
+        self.own: frozenset[bytes] = frozenset()
+        """Addresses of this host, whose packets have come in by no interface."""
         self.maps: dict[str, dict[tuple[int, ...], Element]] = {}
         self.counters: Counter[str] = Counter()
         self.rules: dict[str, list[FastRule]] = {}
@@ -80,7 +88,8 @@ class FakeKernel:
         self.rules = _rules(spec)
         for rules in self.rules.values():
             for rule in rules:
-                self.maps.setdefault(rule.map, {})
+                if rule.map:
+                    self.maps.setdefault(rule.map, {})
 
     def rewritten(self, packet: Template, hook: Hook) -> Template | None:
         """What becomes of a packet, if a rule rewrites it."""
@@ -91,11 +100,17 @@ class FakeKernel:
             "daddr": int.from_bytes(dst.addr),
             "dport": dst.port,
             "flags": packet.flags,
+            "protocol": _PROTOCOLS[str(proto)],
+            "iif": int(src.addr not in self.own),
         }
         base = {Hook.PREROUTING: "pre", Hook.POSTROUTING: "post"}[hook]
-        for rule in self.rules.get(f"{base}-{proto}", ()):
+        for rule in [*self.rules.get(base, ()), *self.rules.get(f"{base}-{proto}", ())]:
+            if not all(guard(seen) for guard in rule.guards):
+                continue
+            if not rule.map:
+                return None
             element = self.maps[rule.map].get(tuple(seen.values())[:4])
-            if rule.proto is proto and all(guard(seen) for guard in rule.guards) and element:
+            if element:
                 element.packets += 1
                 element.bytes += len(packet.build())
                 self.counters[rule.map] += 1
@@ -171,50 +186,57 @@ def _value(rewrite: Rewrite) -> int:
 
 @lru_cache
 def _rules(spec: RuleSpec) -> dict[str, list[FastRule]]:
-    """The rules that look into maps, which must come first in their chains."""
+    """The rules that look into maps, which must come first in their chains, and what leaves."""
     found: dict[str, list[FastRule]] = {}
     for chain, lines in ruleset.nft_rules(spec).items():
         kinds = ["map @" in line for line in lines]
         assert kinds == sorted(kinds, reverse=True), f"{chain}: another rule comes before"
         found[chain] = [_rule(line) for line in lines if "map @" in line]
+        leaving = [line for line in lines[len(found[chain]) :] if line.endswith(" accept")]
+        if chain == "post":
+            found[chain] += [FastRule("", "", _guards(each)) for each in leaving]
     return found
 
 
 def _rule(line: str) -> FastRule:
     read = _RULE.fullmatch(line)
     assert read, line
-    assert read["layer"] == ("ip" if read["field"].endswith("addr") else read["proto"]), line
-    guards, rest = [], read["guard"]
+    proto = read["map"].partition("-")[0]
+    assert read["layer"] == ("ip" if read["field"].endswith("addr") else proto), line
+    return FastRule(read["map"], read["field"], _guards(read["guard"]))
+
+
+def _guards(text: str) -> tuple[Callable[[Fields], bool], ...]:
+    """The matches that a rule begins with."""
+    guards, rest = [], text.removesuffix("accept").strip()
     while rest:
         match = _MATCH.match(rest)
-        assert match, line
-        layer, name, value, rest = match.groups()
-        assert layer in ("ip", read["proto"]), line
-        if name == "flags &":
-            assert rest.startswith(" == 0"), line
-            rest = rest.removeprefix(" == 0")
-            mask = sum(_FLAGS[word] for word in value.strip("()").split(" | "))
-            guards.append(_without(mask))
-        else:
-            guards.append(_within(name, value.strip("{ }").split(", ")))
-        rest = rest.strip()
-    return FastRule(read["map"], Proto[read["proto"].upper()], read["field"], tuple(guards))
+        assert match, text
+        guards.append(_guard(match["field"], match["mask"], match["relation"], match["value"]))
+        rest = match["rest"]
+    return tuple(guards)
 
 
-def _without(mask: int) -> Callable[[Fields], bool]:
-    return lambda seen: not seen["flags"] & mask
-
-
-def _within(name: str, texts: list[str]) -> Callable[[Fields], bool]:
+def _guard(
+    name: str, mask_text: str | None, relation: str | None, text: str
+) -> Callable[[Fields], bool]:
+    if name == "flags":
+        assert (relation, text) == ("==", "0"), text
+        mask = sum(_FLAGS[word] for word in (mask_text or "").strip("()").split(" | "))
+    else:
+        mask = int(IPv4Address(mask_text)) if mask_text else 0xFFFFFFFF
     ranges = []
-    for text in texts:
-        if "." in text:
-            net = IPv4Network(text)
+    for part in text.strip("{ }").split(", "):
+        if "." in part:
+            net = IPv4Network(part)
             ranges.append((int(net[0]), int(net[-1])))
+        elif part in _PROTOCOLS:
+            ranges.append((_PROTOCOLS[part], _PROTOCOLS[part]))
         else:
-            low, _, high = text.partition("-")
+            low, _, high = part.partition("-")
             ranges.append((int(low), int(high or low)))
-    return lambda seen: any(low <= seen[name] <= high for low, high in ranges)
+    wanted = relation != "!="
+    return lambda seen: any(low <= seen[name] & mask <= high for low, high in ranges) is wanted
 
 
 @dataclass
@@ -277,6 +299,7 @@ class Datapath:
             afresh = self._spec is None or spec.room != self._spec.room
             if afresh:
                 self.fast.end()
+            self.kernel.own = policy.own
             self.kernel.install(spec, afresh=afresh)
             self._spec = spec
             if afresh:
