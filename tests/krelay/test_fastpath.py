@@ -167,17 +167,20 @@ def test_a_direction_of_udp_is_handed_over_when_it_is_busy() -> None:
     assert handed(d, row) == BOTH
 
 
-def test_udp_with_the_relays_address_takes_four_steps() -> None:
-    d = datapath(source=Source.RELAY)
+@pytest.mark.parametrize(("client", "source"), [("C", Source.RELAY), ("N", Source.CLIENT)])
+def test_udp_with_the_relays_address_takes_four_steps(client: str, source: Source) -> None:
+    """By the setting, or since the client is beside the server."""
+    d = datapath(source=source)
+    coming = f"{client}:4000 > K:53", "S:53 > K:4000"
+    going = f"{client}:4000 > S:53", f"S:53 > {client}:4000"
     for _ in range(BUSY):
-        by(d, PRE, "C:4000 > K:53")
-        by(d, POST, "C:4000 > S:53")
-        by(d, PRE, "S:53 > K:4000")
-        by(d, POST, "S:53 > C:4000")
+        for pre, post in zip(coming, going, strict=True):
+            by(d, PRE, pre)
+            by(d, POST, post)
     (row,) = d.nat
     assert handed(d, row) == {Step.U1, Step.U2, Step.U3, Step.U4}
-    assert by(d, PRE, "C:4000 > K:53", "S:53 > K:4000") == ["kernel"] * 2
-    assert by(d, POST, "C:4000 > S:53", "S:53 > C:4000") == ["kernel"] * 2
+    assert by(d, PRE, *coming) == ["kernel"] * 2
+    assert by(d, POST, *going) == ["kernel"] * 2
 
 
 def test_with_the_relays_address_a_connection_changes_nothing_towards_the_server() -> None:
@@ -364,7 +367,8 @@ def test_what_the_kernel_has_learnt_by_itself_is_not_handed_to_it() -> None:
     d = datapath()
     d.nat.learns(d.policy.own, d.policy.server)
     head = template("C:4000 > K:53").build()[:28]
-    d.nat.learn([(PRE, head)] * 2 * BUSY, 0)
+    answer = template("K:53 > C:4000").build()[:28]
+    d.nat.learn([(PRE, head)] + [(POST, answer)] * BUSY, 0)
     assert len(d.nat) == 1
     d.fast.traced(lambda row: False)
     d.restart()
@@ -372,7 +376,7 @@ def test_what_the_kernel_has_learnt_by_itself_is_not_handed_to_it() -> None:
     adopted = d.nat.adopt(head[12:24], 0)
     d.restart()
     assert adopted is not None
-    assert handed(d, adopted) == {Step.U12}
+    assert handed(d, adopted) == {Step.U34}
 
 
 # Ports that are used again
@@ -707,7 +711,8 @@ class Twins:
             hook = next(h for (h, _), t in self.slow.nat.tables.items() if t is rewrite.table)
             payload = self.rng.randbytes(self.rng.choice((0, 1, 9, 30)))
             options = b"\1\1\1\0" if self.rng.random() < 0.1 else b""
-            flow = Flow(row.proto, ends[0], ends[1])
+            proto = self.rng.choice(list(Proto)) if self.rng.random() < 0.1 else row.proto
+            flow = Flow(proto, ends[0], ends[1])
             self.send(Template(flow, payload, flags, ip_options=options), hook)
 
     def stranger(self) -> None:
@@ -854,12 +859,13 @@ def test_nobody_can_tell_whether_the_kernel_has_rewritten_a_packet(seed: int, la
 
 def test_much_goes_past_the_worker_while_nobody_can_tell() -> None:
     """The traffic above is of use only if a good part of it is handed over."""
-    twins = Twins(1, lazy=True)
+    roomy = (twins for seed in range(99) if (twins := Twins(seed, lazy=True)).fast.room > 2)
+    twins = next(roomy)
     twins.run(3000)
     total = sum(twins.slow.steps().values())
-    assert total > 5000
-    assert twins.fast.kernel.counters.total() > total / 4
-    assert len(+twins.fast.kernel.counters) >= 8
+    assert total > 3000
+    assert twins.fast.kernel.counters.total() > total / 8
+    assert len(+twins.fast.kernel.counters) >= 12
 
 
 def test_a_closed_row_goes_when_it_would_have_gone() -> None:

@@ -10,12 +10,12 @@ without: joined as krelay's shell joins them.
 """
 
 import re
-import socket
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network
+from itertools import takewhile
 from random import Random
 
 from krelay import ruleset
@@ -29,21 +29,23 @@ from krelay.ruleset import RuleSpec
 from krelay.worker import Policy, Verdict, Worker
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
 
-_RULE = re.compile(
-    r"(?P<guard>.*?) ?\b(?P<layer>ip|tcp|udp) (?P<field>[sd]addr|[sd]port) set "
-    r"ip saddr \. th sport \. ip daddr \. th dport "
+_MATCH = re.compile(
+    r"(?:ip (?P<protocol>protocol) (?P<name>tcp|udp)"
+    r"|iif (?P<iif>!=) 0"
+    r"|tcp flags & (?P<flags>\([^)]*\)|\w+) == 0"
+    r"|(?P<layer>ip|th|tcp|udp) (?P<field>[sd](?:addr|port))(?: & (?P<mask>[\d.]+))?"
+    r" (?P<relation>==|!=)? ?(?P<values>\{[^}]*\}|[\d.-]+)) "
+)
+_LOOK_UP = re.compile(
+    r"(?P<layer>ip|tcp|udp) (?P<field>[sd]addr|[sd]port) set "
+    r"ip saddr \. (?P<ports>th|tcp|udp) sport \. ip daddr \. (?P=ports) dport "
     r"map @(?P<map>[\w-]+) counter name (?P=map) accept"
 )
-_MATCH = re.compile(
-    r"(?:(?:ip|th|tcp) )?(?P<field>protocol|[sd]addr|[sd]port|flags|iif)"
-    r"(?: & (?P<mask>\([^)]*\)|\S+))?(?: (?P<relation>==|!=))? "
-    r"(?P<value>\{[^}]*\}|\S+) ?(?P<rest>.*)"
-)
-_PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+_VERDICT = re.compile(r"goto (?P<chain>(?:pre|post)-(?:tcp|udp))|accept")
 _FLAGS = {"fin": FIN, "syn": SYN, "rst": RST, "ack": ACK}
 
 Fields = dict[str, int]
-"""What a rule sees of a packet: addresses and ports as numbers, flags, protocol."""
+"""What a rule sees of a packet: addresses and ports as numbers, and flags."""
 
 
 class Refused(Exception):
@@ -59,14 +61,17 @@ class Element:
     bytes: int = 0
 
 
+Guard = Callable[[Fields], bool]
+
+
 @dataclass(frozen=True)
 class FastRule:
-    """A rule that looks into a map, as it was read."""
+    """A rule that looks into a map, goes to another chain, or lets a packet go on as it is."""
 
-    map: str
-    """Empty: none, the packet goes out past all other rules."""
-    field: str
-    guards: tuple[Callable[[Fields], bool], ...]
+    guards: tuple[Guard, ...]
+    map: str = ""
+    field: str = ""
+    chain: str = ""
 
 
 class FakeKernel:
@@ -74,8 +79,6 @@ class FakeKernel:
 
     def __init__(self) -> None:
         self.room = 0
-        self.own: frozenset[bytes] = frozenset()
-        """Addresses of this host, whose packets have come in by no interface."""
         self.maps: dict[str, dict[tuple[int, ...], Element]] = {}
         self.counters: Counter[str] = Counter()
         self.rules: dict[str, list[FastRule]] = {}
@@ -88,11 +91,13 @@ class FakeKernel:
         self.rules = _rules(spec)
         for rules in self.rules.values():
             for rule in rules:
-                if rule.map:
-                    self.maps.setdefault(rule.map, {})
+                self.maps.setdefault(rule.map, {})
 
-    def rewritten(self, packet: Template, hook: Hook) -> Template | None:
-        """What becomes of a packet, if a rule rewrites it."""
+    def rewritten(self, packet: Template, hook: Hook, own: Collection[bytes]) -> Template | None:
+        """What becomes of a packet in a host with these addresses; None if it visits the worker.
+
+        It may also go on as it is, and be none of the worker's.
+        """
         (src, dst), proto = packet.flow[1:], packet.flow.proto
         seen = {
             "saddr": int.from_bytes(src.addr),
@@ -100,17 +105,23 @@ class FakeKernel:
             "daddr": int.from_bytes(dst.addr),
             "dport": dst.port,
             "flags": packet.flags,
-            "protocol": _PROTOCOLS[str(proto)],
-            "iif": int(src.addr not in self.own),
+            "protocol": proto,
+            "iif": int(src.addr not in own or hook is Hook.PREROUTING),
         }
-        base = {Hook.PREROUTING: "pre", Hook.POSTROUTING: "post"}[hook]
-        for rule in [*self.rules.get(base, ()), *self.rules.get(f"{base}-{proto}", ())]:
-            if not all(guard(seen) for guard in rule.guards):
-                continue
-            if not rule.map:
-                return None
-            element = self.maps[rule.map].get(tuple(seen.values())[:4])
-            if element:
+        chain = {Hook.PREROUTING: "pre", Hook.POSTROUTING: "post"}[hook]
+        while chain:
+            rules, chain = self.rules[chain], ""
+            for rule in rules:
+                if not all(guard(seen) for guard in rule.guards):
+                    continue
+                if rule.chain:
+                    chain = rule.chain
+                    break
+                if not rule.map:
+                    return packet
+                element = self.maps[rule.map].get(tuple(seen.values())[:4])
+                if element is None:
+                    continue
                 element.packets += 1
                 element.bytes += len(packet.build())
                 self.counters[rule.map] += 1
@@ -186,57 +197,54 @@ def _value(rewrite: Rewrite) -> int:
 
 @lru_cache
 def _rules(spec: RuleSpec) -> dict[str, list[FastRule]]:
-    """The rules that look into maps, which must come first in their chains, and what leaves."""
+    """By chain, what comes before everything else: those rules that don't lead to the worker."""
     found: dict[str, list[FastRule]] = {}
     for chain, lines in ruleset.nft_rules(spec).items():
-        kinds = ["map @" in line for line in lines]
-        assert kinds == sorted(kinds, reverse=True), f"{chain}: another rule comes before"
-        found[chain] = [_rule(line) for line in lines if "map @" in line]
-        leaving = [line for line in lines[len(found[chain]) :] if line.endswith(" accept")]
-        if chain == "post":
-            found[chain] += [FastRule("", "", _guards(each)) for each in leaving]
+        rules = [_rule(line) for line in lines]
+        fast = list(takewhile(lambda rule: rule is not None, rules))
+        found[chain] = [rule for rule in fast if rule is not None]
+        assert not any("map @" in line for line in lines[len(fast) :]), f"{chain}: {lines}"
     return found
 
 
-def _rule(line: str) -> FastRule:
-    read = _RULE.fullmatch(line)
-    assert read, line
-    proto = read["map"].partition("-")[0]
-    assert read["layer"] == ("ip" if read["field"].endswith("addr") else proto), line
-    return FastRule(read["map"], read["field"], _guards(read["guard"]))
+def _rule(line: str) -> FastRule | None:
+    """The rule; None for one that leads to the worker in the end, or is about other packets."""
+    guards, rest = [], line
+    while match := _MATCH.match(rest):
+        guards.append(_guard(match))
+        rest = rest[match.end() :]
+    if look_up := _LOOK_UP.fullmatch(rest):
+        proto = next(name for name in ("tcp", "udp") if look_up["map"].startswith(f"{name}-"))
+        assert look_up["layer"] == ("ip" if look_up["field"].endswith("addr") else proto), line
+        assert look_up["ports"] in ("th", proto), line
+        return FastRule(tuple(guards), look_up["map"], look_up["field"])
+    assert "map @" not in line, line
+    if verdict := _VERDICT.fullmatch(rest):
+        return FastRule(tuple(guards), chain=verdict["chain"] or "")
+    return None
 
 
-def _guards(text: str) -> tuple[Callable[[Fields], bool], ...]:
-    """The matches that a rule begins with."""
-    guards, rest = [], text.removesuffix("accept").strip()
-    while rest:
-        match = _MATCH.match(rest)
-        assert match, text
-        guards.append(_guard(match["field"], match["mask"], match["relation"], match["value"]))
-        rest = match["rest"]
-    return tuple(guards)
+def _guard(match: re.Match[str]) -> Guard:
+    if match["protocol"]:
+        wanted = Proto[match["name"].upper()]
+        return lambda seen: seen["protocol"] == wanted
+    if match["iif"]:
+        return lambda seen: seen["iif"] != 0
+    if match["flags"]:
+        mask = sum(_FLAGS[word] for word in match["flags"].strip("()").split(" | "))
+        return lambda seen: not seen["flags"] & mask
+    field, is_in = match["field"], match["relation"] != "!="
+    bits = int(IPv4Address(match["mask"])) if match["mask"] else 0xFFFFFFFF
+    ranges = [_range(text) for text in match["values"].strip("{ }").split(", ")]
+    return lambda seen: is_in == any(low <= seen[field] & bits <= high for low, high in ranges)
 
 
-def _guard(
-    name: str, mask_text: str | None, relation: str | None, text: str
-) -> Callable[[Fields], bool]:
-    if name == "flags":
-        assert (relation, text) == ("==", "0"), text
-        mask = sum(_FLAGS[word] for word in (mask_text or "").strip("()").split(" | "))
-    else:
-        mask = int(IPv4Address(mask_text)) if mask_text else 0xFFFFFFFF
-    ranges = []
-    for part in text.strip("{ }").split(", "):
-        if "." in part:
-            net = IPv4Network(part)
-            ranges.append((int(net[0]), int(net[-1])))
-        elif part in _PROTOCOLS:
-            ranges.append((_PROTOCOLS[part], _PROTOCOLS[part]))
-        else:
-            low, _, high = part.partition("-")
-            ranges.append((int(low), int(high or low)))
-    wanted = relation != "!="
-    return lambda seen: any(low <= seen[name] & mask <= high for low, high in ranges) is wanted
+def _range(text: str) -> tuple[int, int]:
+    if "." in text:
+        net = IPv4Network(text)
+        return int(net[0]), int(net[-1])
+    low, _, high = text.partition("-")
+    return int(low), int(high or low)
 
 
 @dataclass
@@ -299,7 +307,6 @@ class Datapath:
             afresh = self._spec is None or spec.room != self._spec.room
             if afresh:
                 self.fast.end()
-            self.kernel.own = policy.own
             self.kernel.install(spec, afresh=afresh)
             self._spec = spec
             if afresh:
@@ -308,10 +315,11 @@ class Datapath:
 
     def packet(self, packet: Template, hook: Hook) -> bytes | Verdict:
         """What becomes of a packet, whoever decides; then the turn is over."""
-        fast = self.kernel.rewritten(packet, hook)
-        if fast is not None:
+        fast = self.kernel.rewritten(packet, hook, self.policy.own) if self.room else None
+        if fast is not None and fast is not packet:
             return fast.build()
         verdict = self.worker.handle(packet.build(), hook, self.now)
+        assert fast is None or verdict is Verdict.PASS, "it was the worker's"
         self.turn()
         return verdict
 
