@@ -32,12 +32,13 @@ Times are seconds that the caller passes in; nothing here reads a clock.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from operator import attrgetter
 from random import Random
 from typing import NamedTuple
 
 from krelay.flow import Endpoint, Proto, Source
 from krelay.learnt import LearntFlow, LearntFlows
-from krelay.overload import EARLY, LOOKS, NewFlows, Tentative
+from krelay.overload import EARLY, LOOKS, NewFlows, Spare
 from krelay.ports import RelayPorts
 from krelay.row import (
     DNS_PORT,
@@ -158,8 +159,8 @@ class NatTable:
         self._closed: dict[int, Row] = {}  # lingering, the oldest first: no reason to refuse anyone
         self._relay_ports = {proto: RelayPorts(rng) for proto in Proto}
         self._new_flows = NewFlows()
-        self._tentative = Tentative()
-        self._tentative_of: dict[bytes, Tentative] = {}  # the same rows by client
+        self._tentative = Spare(_IS_TENTATIVE, _IS_CONVERSATION)
+        self._over = Spare(_IS_OVER, _goes_on)
         self._outside: dict[Proto, dict[bytes, Row]] = {proto: {} for proto in Proto}
         self._inside: dict[tuple[Endpoint, int], Row] = {}
         self._by_relay: dict[Endpoint, Row] = {}
@@ -263,7 +264,7 @@ class NatTable:
         if taken or (Proto.TCP, at) in self.direct or outside == row.client:
             raise Refusal("port_taken")
         self.detach(row)
-        self._settle(row)
+        self._tentative.discard(row)
         row.relay = relay
         self._by_relay[relay] = row
         self._reserve(row, at)
@@ -448,7 +449,7 @@ class NatTable:
             row.tracker.closed = True
             self._closed[row.id] = row
             self._count_client(row, -1)
-            self._settle(row)
+            self._tentative.discard(row)
             self.schedule(row)
             self.on_closed(row, now)
 
@@ -468,6 +469,10 @@ class NatTable:
         watched = tracker.state is State.OPENING or tracker.reset
         for rewrite in row.rewrites.values():
             rewrite.watched = watched
+        if row.gport is None:
+            self._over.discard(row)
+            if row.is_over:
+                self._over.add(row, row.quiet_since)
         self.schedule(row)
         self.on_changed(row)
 
@@ -521,7 +526,8 @@ class NatTable:
             self._relay_ports[row.proto].give_back(*row.relay)
         elif row.relay and self._by_relay.get(row.relay) is row:
             del self._by_relay[row.relay]
-        self._settle(row)
+        self._tentative.discard(row)
+        self._over.discard(row)
         if self._closed.pop(row.id, None) is None:
             self._count_client(row, -1)
         # A row and its rewrites point at each other; let go here, so that no collector is needed.
@@ -654,7 +660,7 @@ class NatTable:
     def _look_again(self, row: Row, when: float) -> None:
         self._look_at(row, when)
         if row.is_conversation:
-            self._settle(row)
+            self._tentative.discard(row)
 
     def _relayed(self) -> Iterator[Row]:
         """The worker's rows, but those of clients' own conversations."""
@@ -663,9 +669,11 @@ class NatTable:
     def _make_room(self, client: Endpoint, now: float, *, is_new: bool = True) -> None:
         """Sees to it that one more row is within the limits, or raises Refusal.
 
-        Where it isn't, the oldest row that is no conversation yet makes room (Tentative), as in
-        Linux's connection tracking (early_drop, net/netfilter/nf_conntrack_core.c): else a flood
-        from forged addresses would keep everybody out for as long as its rows live.
+        Where it isn't, the oldest row makes room that is no conversation yet, or else the oldest of
+        a connection that is over, as in Linux's connection tracking (early_drop in
+        net/netfilter/nf_conntrack_core.c, can_early_drop): else a flood from forged addresses would
+        keep everybody out for as long as its rows live, and a client with many short connections
+        itself.
         """
         limits = self.limits
         rate = limits.new_flows_per_client if is_new else 0
@@ -679,9 +687,9 @@ class NatTable:
             raise Refusal("client_rate")
         client_is_full = self._of_client(client.addr) >= limits.flows_per_client
         if client_is_full and not self._end_learnt(client.addr):
-            self._end_early(self._tentative_of.get(client.addr), now)
+            self._end_early(now, client.addr)
         if self._is_full() and not self._end_learnt():
-            self._end_early(self._tentative, now)
+            self._end_early(now)
         if self._is_full():
             raise Refusal("table_full")
         if self._of_client(client.addr) >= limits.flows_per_client:
@@ -690,14 +698,6 @@ class NatTable:
             self.end(next(iter(self._closed.values())))
         if rate:
             self._new_flows.began(client.addr, rate, now)
-
-    def _settle(self, row: Row) -> None:
-        """The row makes no room for others any more."""
-        self._tentative.discard(row)
-        if (tentative := self._tentative_of.get(row.client.addr)) is not None:
-            tentative.discard(row)
-            if not tentative:
-                del self._tentative_of[row.client.addr]
 
     def _is_full(self) -> bool:
         return len(self) - len(self._closed) >= self.limits.flows
@@ -713,16 +713,18 @@ class NatTable:
         self.ended_early += 1
         return True
 
-    def _end_early(self, tentative: Tentative | None, now: float) -> None:
-        for _ in range(LOOKS):
-            row = tentative.spare(now) if tentative else None
-            if row is None:
-                return
-            self.on_late([row])
-            if row.is_tentative and row.seen_at <= now - EARLY:
-                self.end(row)
-                self.ended_early += 1
-                return
+    def _end_early(self, now: float, client: bytes | None = None) -> None:
+        """Ends one row to make room, of this client if one is named, where one may be ended."""
+        for spare in (self._tentative, self._over):
+            for _ in range(LOOKS):
+                row = spare.oldest(now, client)
+                if row is None:
+                    break
+                self.on_late([row])
+                if spare.may_go(row) and row.quiet_since <= now - EARLY:
+                    self.end(row)
+                    self.ended_early += 1
+                    return
 
     def _count_client(self, row: Row, by: int) -> None:
         addr = row.client.addr
@@ -748,10 +750,6 @@ class NatTable:
         self._rows[row.id] = row
         self._count_client(row, +1)
         self._tentative.add(row, row.created_at)
-        tentative = self._tentative_of.get(row.client.addr)
-        if tentative is None:
-            tentative = self._tentative_of[row.client.addr] = Tentative()
-        tentative.add(row, row.created_at)
         self.schedule(row)
         if row.footprint:
             others = self.footprints.get(row.footprint, 0)
@@ -852,6 +850,14 @@ class NatTable:
                 if port % 2 == parity and is_free(port):
                     return port
         raise Refusal("no_port")
+
+
+_IS_TENTATIVE, _IS_CONVERSATION = attrgetter("is_tentative"), attrgetter("is_conversation")
+_IS_OVER = attrgetter("is_over")
+
+
+def _goes_on(row: Row) -> bool:
+    return not row.is_over
 
 
 _TCP, _CLIENT = Proto.TCP, Source.CLIENT

@@ -6,17 +6,20 @@ a flood is mostly forged, and differs from packet to packet):
     Pace      how often something may happen: our own answers to what is refused
     NewFlows  the same for each client: how many rows it may begin a second
     Refused   who was refused most, and why
-    Tentative the rows that nobody would miss, oldest first: at a limit one of them makes room
+    Spare     rows that nobody would miss, oldest first: at a limit one of them makes room
 
 Times are seconds that the caller passes in.
 """
 
+from collections.abc import Callable
+
 from krelay.row import Row
 
 EARLY = 2.0
-"""Seconds of idleness before a tentative row may be ended to make room: a handshake or an answer
-that is still on its way takes less.  So a flood must bring limits/flows rows within two seconds
-before a genuine client is refused, and two seconds after it everybody is served again."""
+"""Seconds of idleness before a row may be ended to make room: a handshake, an answer or the last
+packets of a connection that are still on their way take less.  So a flood must bring limits/flows
+rows within two seconds before a genuine client is refused, and two seconds after it everybody is
+served again."""
 
 _SLACK = 1e-6
 """Of a gap between two events: what sums of fractions are off by is less."""
@@ -95,38 +98,53 @@ class Refused:
         return dict(ranked[:most])
 
 
-class Tentative:
-    """Rows that may be conversations one day (Row.is_tentative), in the order of their age."""
+class Spare:
+    """Rows that may be ended to make room for others, in the order in which they were entered.
 
-    __slots__ = ("_since",)
+    `may_go` tells whether a row may be ended as it stands; `is_settled` whether it needn't be asked
+    again.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, may_go: Callable[[Row], bool], is_settled: Callable[[Row], bool]) -> None:
+        self.may_go = may_go
+        self._is_settled = is_settled
         self._since: dict[Row, float] = {}  # when it was entered, or looked at last
+        self._of: dict[bytes, dict[Row, float]] = {}  # the same rows by client
 
     def __len__(self) -> int:
         return len(self._since)
 
     def add(self, row: Row, now: float) -> None:
-        """A new row."""
+        """A row that isn't in yet."""
         self._since[row] = now
+        of_client = self._of.get(row.client.addr)
+        if of_client is None:
+            of_client = self._of[row.client.addr] = {}
+        of_client[row] = now
 
     def discard(self, row: Row) -> None:
-        """It has ended."""
-        self._since.pop(row, None)
+        """It has ended, or makes no room any more.  Harmless if it isn't in."""
+        if self._since.pop(row, None) is not None:
+            of_client = self._of[row.client.addr]
+            del of_client[row]
+            if not of_client:
+                del self._of[row.client.addr]
 
-    def spare(self, now: float) -> Row | None:
-        """The oldest row that may be ended now, if there is one; it is still in.
+    def oldest(self, now: float, client: bytes | None = None) -> Row | None:
+        """The oldest row, of this client if one is named, that may be ended now; it is still in.
 
-        Rows that have become conversations leave; others that may not be ended go to the end.
+        Rows that are settled leave; others that may not be ended go to the end.
         """
-        since = self._since
+        since = self._since if client is None else self._of.get(client, {})
         for _ in range(LOOKS):
             row = next(iter(since), None)
             if row is None or since[row] > now - EARLY:
                 return None
-            if row.is_tentative and row.seen_at <= now - EARLY:
+            if self._is_settled(row):
+                self.discard(row)
+            elif self.may_go(row) and row.quiet_since <= now - EARLY:
                 return row
-            del since[row]
-            if not row.is_conversation:
+            else:
+                del since[row]
                 since[row] = now
         return None

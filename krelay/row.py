@@ -228,6 +228,11 @@ class Row:
         return seen
 
     @property
+    def quiet_since(self) -> float:
+        """When the client or the server was last heard, a RST among it."""
+        return max(self.seen_at, self.reset_at)
+
+    @property
     def is_conversation(self) -> bool:
         """Whether both ends take part for certain, from then on always.
 
@@ -249,11 +254,18 @@ class Row:
         """Whether this is no conversation, nor about to become one.
 
         A TCP client that has acknowledged waits for tcp-relay to accept it, unless that was a guess
-        and the relay's host has reset it (RFC 9293, section 3.10.7.4).
+        and the relay's host has reset it (RFC 9293, section 3.10.7.4).  A forwarded row that was
+        killed has its ends still to tell: without it they would go on.
         """
-        if self.is_conversation:
+        if self.is_conversation or (self.abort_asked and self.is_forwarded):
             return False
         return not self.tracker.client_acked or self.tracker.reset
+
+    @property
+    def is_over(self) -> bool:
+        """Whether both ends have ended a connection that tcp-relay has no part in, or one has reset
+        it, and nobody need be told.  Its last packets are perhaps still to come."""
+        return self.gport is None and self.state is State.CLOSING and not self.abort_asked
 
     def expires_at(self, timeouts: Timeouts) -> float:
         """When the row goes unless a packet comes."""
@@ -265,7 +277,7 @@ class Row:
         if self.tracker.state is _ESTABLISHED:
             return self.seen_at + timeouts.tcp_established
         # RFC 7857, section 2.2: four minutes from the RST, not from what was before
-        return max(self.seen_at, self.reset_at) + timeouts.tcp_transitory
+        return self.quiet_since + timeouts.tcp_transitory
 
 
 _TCP, _ESTABLISHED = Proto.TCP, State.ESTABLISHED

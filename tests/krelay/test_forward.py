@@ -386,3 +386,61 @@ def test_whatever_happens_nothing_is_left_behind(script: list[tuple[str, str]], 
     host.nat.expire(100_000)
     assert not list(host.nat)
     assert not left_behind(host.nat)
+
+
+# Where there is no room
+
+FINS = """
+    1     pre   C:40000 > K:443 [F.]          => C:40000 > S:443
+    1     post  S:443 > C:40000 [F.]          => K:443 > C:40000
+    1     pre   C:40000 > K:443 [.]           => C:40000 > S:443
+"""
+RESET = """
+    1     post  S:443 > C:40000 [R.]          => K:443 > C:40000
+"""
+
+
+def client_begins(host: Host, port: int, when: float) -> str:
+    """What becomes of its SYN, where a client may have one row."""
+    host.nat.limits = host.nat.limits._replace(flows_per_client=1)
+    return host.run(when, "pre", f"C:{port} > K:443 [S]").partition(" + ")[0]
+
+
+@pytest.mark.parametrize("end", [FINS, RESET], ids=["ended", "reset"])
+def test_one_that_is_over_makes_room_at_a_limit_when_its_last_packets_are_through(
+    end: str,
+) -> None:
+    host = play(OPENED + end, on=THROUGH)
+
+    assert states(host) == ["closing"]
+    assert client_begins(host, 40001, 2.9) == "drop client_full"
+    assert client_begins(host, 40001, 3) == "C:40001 > S:443"
+    assert [row.client.port for row in host.nat] == [40001]
+    assert host.nat.ended_early == 1
+
+
+def test_one_that_lives_is_half_closed_or_is_to_be_told_of_its_end_makes_no_room() -> None:
+    for script in ("", "    1 pre C:40000 > K:443 [F.] => C:40000 > S:443\n"):
+        assert client_begins(play(OPENED + script, on=THROUGH), 40001, 99) == "drop client_full"
+    assert client_begins(killed(OPENED + FINS), 40001, 99) == "drop client_full"
+
+
+def test_one_that_was_falsely_reset_makes_no_room() -> None:
+    host = play(OPENED + RESET, on=THROUGH)
+    run(host, "2 pre C:40000 > K:443 [P.]")
+
+    assert states(host) == ["established"]
+    assert client_begins(host, 40001, 99) == "drop client_full"
+    run(host, "100 pre C:40000 > K:443 [F.]", "100 post S:443 > C:40000 [F.]")
+    assert client_begins(host, 40001, 103) == "C:40001 > S:443"
+
+
+def test_who_was_never_a_conversation_makes_room_before_one_that_is_over() -> None:
+    host = play(OPENED + FINS + "    2 pre D:40000 > K:443 [S] => D:40000 > S:443\n", on=THROUGH)
+    host.nat.limits = host.nat.limits._replace(flows=2)
+
+    begun = ["9 pre D:40001 > K:443 [S]", "9 pre D:40002 > K:443 [S]"]
+    assert run(host, begun[0]) == ["D:40001 > S:443"]
+    assert states(host) == ["closing", "opening"]
+    assert run(host, begun[1]) == ["D:40002 > S:443"]
+    assert states(host) == ["opening", "opening"]

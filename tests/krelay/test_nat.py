@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from krelay.flow import Endpoint, Proto, Source
 from krelay.nat import HORIZON, DirectFlows, Limits, NatTable, Refusal
-from krelay.overload import NewFlows, Tentative
+from krelay.overload import NewFlows, Spare
 from krelay.ports import RelayPorts
 from krelay.row import CLOSED_LINGER, SIDES, Footprint, Hook, Row, Step, Timeouts, key
 from krelay.tracker import Side, State
@@ -46,7 +46,7 @@ def held(value: Any) -> int:
             return len(value)
         case DirectFlows():
             return held(value._seen) - len(Proto)
-        case RelayPorts() | Tentative():
+        case RelayPorts() | Spare():
             return len(value)
         case NewFlows():
             return held(value._paid_until)
@@ -79,6 +79,9 @@ def busy() -> NatTable:
         for port in range(4000, 4004):
             open_udp(nat, f"C:{port}", source=source)
     nat.saw_direct(Proto.UDP, at("C:4000"), S53, 0)
+    over = nat.open_forwarded(Proto.TCP, at("C:45000"), K80, S80, Source.CLIENT, 0)
+    over.tracker.reset = True
+    nat.changed(over)
     return nat
 
 
@@ -89,7 +92,7 @@ def test_the_busy_table_fills_every_table() -> None:
     """What the tests below find empty was not empty before."""
     assert set(left_behind(busy())) == {
         "tables", "direct", "footprints", "_rows", "_per_client", "_closed", "_outside", "_inside",
-        "_by_relay", "_due", "_relay_ports", "_tentative", "_tentative_of",
+        "_by_relay", "_due", "_relay_ports", "_tentative", "_over",
     }  # fmt: skip
 
 

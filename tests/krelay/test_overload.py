@@ -1,6 +1,7 @@
 """Paces, who was refused, who makes room: against slow twins, and bounded whatever is forged."""
 
 from collections import Counter
+from operator import attrgetter
 from random import Random
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from krelay.flow import Source
 from krelay.nat import NatTable
-from krelay.overload import EARLY, LOOKS, NewFlows, Pace, Refused, Tentative
+from krelay.overload import EARLY, LOOKS, NewFlows, Pace, Refused, Spare
 from krelay.row import Row
 from tests.tools.packets import at
 
@@ -114,6 +115,10 @@ def nat() -> NatTable:
     return NatTable(rng=Random(1))
 
 
+def spare() -> Spare:
+    return Spare(attrgetter("is_tentative"), attrgetter("is_conversation"))
+
+
 def rows(nat: NatTable, count: int) -> list[Row]:
     """Half-open connections, a second between each and the next."""
     return [
@@ -123,41 +128,56 @@ def rows(nat: NatTable, count: int) -> list[Row]:
 
 
 def test_the_oldest_row_is_spared_first_and_none_before_its_time(nat: NatTable) -> None:
-    tentative = Tentative()
+    tentative = spare()
     first, second = rows(nat, 2)
     for row in (first, second):
         tentative.add(row, row.created_at)
 
-    assert tentative.spare(EARLY - 0.1) is None
-    assert tentative.spare(EARLY) is first
-    assert tentative.spare(EARLY) is first, "until it is taken out"
+    assert tentative.oldest(EARLY - 0.1) is None
+    assert tentative.oldest(EARLY) is first
+    assert tentative.oldest(EARLY) is first, "until it is taken out"
     tentative.discard(first)
     tentative.discard(first)
-    assert tentative.spare(EARLY + 0.9) is None
-    assert tentative.spare(EARLY + 1) is second
+    assert tentative.oldest(EARLY + 0.9) is None
+    assert tentative.oldest(EARLY + 1) is second
 
 
 def test_a_row_that_was_heard_of_lately_goes_to_the_end(nat: NatTable) -> None:
-    tentative = Tentative()
+    tentative = spare()
     first, second = rows(nat, 2)
     for row in (first, second):
         tentative.add(row, row.created_at)
     first.rewrites[min(first.rewrites)].seen_at = 9
 
-    assert tentative.spare(10) is second
+    assert tentative.oldest(10) is second
     tentative.discard(second)
-    assert tentative.spare(10) is None
-    assert tentative.spare(10 + EARLY) is first
+    assert tentative.oldest(10) is None
+    assert tentative.oldest(10 + EARLY) is first
 
 
 def test_rows_that_have_become_conversations_leave_a_few_at_a_time(nat: NatTable) -> None:
-    tentative = Tentative()
+    tentative = spare()
     all_rows = rows(nat, 2 * LOOKS + 1)
     for row in all_rows:
         tentative.add(row, 0)
         row.accepted = row is not all_rows[-1]
 
-    assert tentative.spare(1000) is None
-    assert tentative.spare(1000) is None
-    assert tentative.spare(1000) is all_rows[-1]
+    assert tentative.oldest(1000) is None
+    assert tentative.oldest(1000) is None
+    assert tentative.oldest(1000) is all_rows[-1]
     assert len(tentative) == 1
+
+
+def test_each_client_has_an_oldest_row_of_its_own(nat: NatTable) -> None:
+    tentative = spare()
+    first, second = (
+        nat.open_tcp(at(f"{host}:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 0)
+        for host in "CD"
+    )
+    for row in (first, second):
+        tentative.add(row, 0)
+
+    assert [tentative.oldest(9, row.client.addr) for row in (first, second)] == [first, second]
+    tentative.discard(second)
+    assert tentative.oldest(9, second.client.addr) is None
+    assert len(tentative._of) == len(tentative) == 1
