@@ -31,6 +31,8 @@ LEAST_ROOM, MOST_ROOM = 1 << 10, 1 << 18
 What finds no room stays with the worker."""
 COPIES_TOGETHER = 2048
 """Copies of packets taken note of before packets have their turn: some milliseconds."""
+HAND_EVERY = 0.01
+"""Seconds between looks at what is ripe to be handed over."""
 COUNT_EVERY = 0.1
 """Seconds between looks at what the kernel has counted, of a part of the rows each (fastpath)."""
 TOLD_TOGETHER = 512
@@ -67,6 +69,7 @@ class KernelPath:
         self._lost_at: deque[float] = deque(maxlen=MOST_LOSSES)
         self._loss_warning = Throttle()
         self._telling = False
+        self._handing: Timer | None = None
         self._counting: Timer | None = None
         self._steps_before: Counter[Step] = Counter()
         """Packets that the kernel has rewritten by maps which are no more."""
@@ -205,14 +208,26 @@ class KernelPath:
             self._tell()
 
     def _tell_soon(self) -> None:
-        if not self._telling:
+        """What is to be taken back is in this turn of the loop, the rest when it is ripe."""
+        if self.fast.gives_back and not self._telling:
             self._telling = True
             self._loop.call_soon(self._tell)
+        if self._handing is None:
+            self._handing = self._loop.call_at(self._loop.now + HAND_EVERY, self._hand)
+
+    def _hand(self) -> None:
+        self._handing = None
+        self._tell()
+        if self.fast.waits:
+            self._tell_soon()
 
     def _tell(self) -> None:
-        """What was handed over, and taken back, in this turn of the loop."""
+        """What is ripe is handed over, and all taken back that is to be, many at a time."""
         self._telling = False
-        if self._maps is None or (changes := self.fast.changes(TOLD_TOGETHER)) is None:
+        if self._maps is None:
+            return
+        changes = self.fast.changes(TOLD_TOGETHER, self._loop.now)
+        if changes is None:
             return
         try:
             self.fast.told(changes, self._maps.change(changes), self._loop.now)

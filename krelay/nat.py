@@ -644,6 +644,9 @@ class NatTable:
             row.footprint = Footprint(Proto.UDP, dport, None, flow.server, False, False)
             self._enter(row)
             self.on_changed(row)
+        else:  # no circles, which nobody would cut
+            there.row = back.row = _SHOWN
+            there.table = back.table = {}
         return row
 
     def _adopt(self, question: bytes) -> Row | None:
@@ -867,6 +870,18 @@ _POST_PRE = Hook.POSTROUTING, Hook.PREROUTING
 _T1T2, _T3T4 = (Step.T1, Step.T2), (Step.T3, Step.T4)
 _U12U34, _U1U4, _U2U3 = (Step.U12, Step.U34), (Step.U1, Step.U4), (Step.U2, Step.U3)
 # By these names: looking one up in its class takes ten times as long.
+
+
+_SHOWN = Row(
+    0,
+    Proto.UDP,
+    Endpoint(bytes(4), 0),
+    Endpoint(bytes(4), 0),
+    Endpoint(bytes(4), 0),
+    Source.CLIENT,
+    0.0,
+)
+"""Whose the rewrites are that were made to be shown."""
 
 
 def _nowhere() -> dict[tuple[Hook, Proto], Table]:

@@ -8,9 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krelay.fastpath import LOOKS, RETIRE, Changes, is_simple
+from krelay.fastpath import (
+    HAND_AFTER,
+    HAND_WITHIN,
+    LOOKS,
+    RETIRE,
+    SILENCE,
+    Changes,
+    FastPath,
+    is_simple,
+)
 from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.nat import BUSY, Limits
+from krelay.nat import BUSY, Limits, NatTable
 from krelay.nftmsg import Count
 from krelay.relaymsg import Close, Open, Opened
 from krelay.row import CLOSED_LINGER, SIDES, Hook, Rewrite, Row, Step, Timeouts
@@ -875,3 +884,58 @@ def test_a_closed_row_goes_when_it_would_have_gone() -> None:
     by(d, PRE, "C:40000 > K:80 [.]")
     close(d)
     assert row.expires_at(d.nat.timeouts) == 100 + CLOSED_LINGER
+
+
+# Ripening
+
+
+def ripening(seen_at: float) -> tuple[FastPath, Row]:
+    """A flow of datagrams that is fit to be handed over, and was heard of then."""
+    nat = NatTable(rng=Random(1))
+    fast = FastPath(nat)
+    fast.begin(10)
+    row = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:7"), at("S:7"), Source.CLIENT, seen_at)
+    row.rewrites[Step.U12].packets = BUSY
+    fast.consider(row)
+    return fast, row
+
+
+def test_a_silent_flow_is_handed_over_when_it_has_lasted() -> None:
+    fast, row = ripening(seen_at=10.0)
+
+    assert fast.changes(10, 10.01) is None
+    assert fast.changes(10, 10.01 + HAND_AFTER - 0.001) is None
+    assert fast.waits
+    told = fast.changes(10, 10.01 + HAND_AFTER)
+    assert told == Changes([], [row.rewrites[Step.U12]])
+    assert not fast.waits
+
+
+def test_a_busy_flow_is_handed_over_in_its_next_pause() -> None:
+    fast, row = ripening(seen_at=10.0)
+    assert fast.changes(10, 10.0) is None
+    now = 10.0 + HAND_AFTER
+    row.rewrites[Step.U12].seen_at = now
+    assert fast.changes(10, now + SILENCE / 2) is None
+
+    assert fast.changes(10, now + SILENCE) is not None
+
+
+def test_a_flow_without_pauses_is_handed_over_all_the_same() -> None:
+    fast, row = ripening(seen_at=10.0)
+    assert fast.changes(10, 10.0) is None
+    for now in (10.0 + HAND_AFTER, 10.0 + HAND_WITHIN - 0.001):
+        row.rewrites[Step.U12].seen_at = now
+        assert fast.changes(10, now) is None
+    row.rewrites[Step.U12].seen_at = 10.0 + HAND_WITHIN
+
+    assert fast.changes(10, 10.0 + HAND_WITHIN) is not None
+
+
+def test_what_ends_before_it_is_ripe_never_was_the_kernels() -> None:
+    fast, row = ripening(seen_at=10.0)
+    assert fast.changes(10, 10.0) is None
+    fast.take_back(row)
+
+    assert fast.changes(10, 20.0) is None
+    assert len(fast) == 0

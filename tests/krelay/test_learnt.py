@@ -1,5 +1,6 @@
 """What the kernel has learnt by itself, as the NAT table has it: rows like any others."""
 
+import gc
 from dataclasses import replace
 from random import Random
 
@@ -188,6 +189,19 @@ def test_an_answer_of_which_nothing_is_known_is_let_be() -> None:
     nat.learn([answer()], 1.0)
 
     assert len(nat) == 0
+
+
+def test_what_was_shown_is_let_go_without_a_collector() -> None:
+    nat = table()
+    nat.learn([question()], 1.0)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(100):
+            assert len(list(nat)) == 1
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_what_was_shown_can_be_ended() -> None:
