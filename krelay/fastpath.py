@@ -168,6 +168,13 @@ class FastPath:
             self._handed[rewrite] = _NOTHING
         return Changes(back, over)
 
+    def leave(self) -> Changes:
+        """All that the kernel has, to be given back at once; `told` must follow, and then `end`."""
+        self._over.clear()
+        self._back |= self._handed
+        self._handed.clear()
+        return Changes(list(self._back), [])
+
     def told(self, changes: Changes, final: Iterable[tuple[Rewrite, Count]], now: float) -> None:
         """The kernel has taken these changes; what it had counted for those it gave back."""
         before = {rewrite: self._back.pop(rewrite) for rewrite in changes.back}

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from krelay import nftmsg
 from krelay.fastpath import Changes, new_value
@@ -78,6 +79,28 @@ class KernelMaps:
                 ]
             )
         return final
+
+    def leave(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
+        """Takes these out before the maps go; what was counted for those that are still there.
+
+        Raises nothing, whatever somebody else has done to the maps.
+        """
+        for some in _slices(rewrites):
+            with suppress(MapsLost):
+                self.renew()
+                try:
+                    yield from self.change(Changes(list(some), []))
+                except MapsLost:
+                    self.renew()
+                    yield from self._found(some)
+
+    def _found(self, some: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
+        requests = (self._map(each).get(each.old, at) for at, each in enumerate(some, 1))
+        self._send(b"".join(requests))
+        for rewrite, message in zip(some, self._answers(len(some)), strict=False):
+            count = nftmsg.element_count(message)
+            if count is not None and rewrite.step in SIDES:
+                yield rewrite, count
 
     def read(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
         """What the kernel has counted for each.  Raises MapsLost if it doesn't have one of them."""

@@ -73,6 +73,8 @@ class KernelPath:
         self._counting: Timer | None = None
         self._steps_before: Counter[Step] = Counter()
         """Packets that the kernel has rewritten by maps which are no more."""
+        self._steps_seen: Counter[Step] = Counter()
+        """Those by the maps that are, when last asked."""
         nat.on_late = self.count
         nat.ask_kernel = self._learnt_address
 
@@ -145,26 +147,30 @@ class KernelPath:
         self.fast.begin(spec.room)
         return self._maps.port
 
-    def leave(self) -> None:
-        """The maps are about to go: what they have counted is kept."""
+    def leave(self, *, rows: bool = True) -> None:
+        """The maps are about to go: what they have counted is kept, also of `rows` if these stay.
+
+        All flows are taken back first, so that nothing is counted after it was read.
+        """
         if self._counting is not None:
             self._counting.cancel()
             self._counting = None
         if self._maps is not None:
+            if rows:
+                changes = self.fast.leave()
+                self.fast.told(changes, self._maps.leave(changes.back), self._loop.now)
             with suppress(MapsLost):
                 self._maps.renew()
-                handed = self.fast.handed(self._nat.workers)
-                self.fast.read(self._maps.read(handed), self._loop.now)
-            with suppress(MapsLost):
-                self._maps.renew()
-                self._steps_before += self._totals()
+                self._totals()
+            self._steps_before += self._steps_seen
+            self._steps_seen.clear()
             self._maps.close()
             self._maps = None
         self.fast.end()
 
     def close(self) -> None:
         """Relaying ends."""
-        self.leave()
+        self.leave(rows=False)
         if self._copies is not None:
             self._read_copies()
             self._loop.remove(self._copies.fileno())
@@ -241,6 +247,9 @@ class KernelPath:
         if self._maps is None or not self.fast.rows:
             return
         self.count(self.fast.due(self._loop.now, COUNT_EVERY))
+        if self._maps is not None:
+            with suppress(MapsLost):  # then `count` finds it out
+                self._totals()
         self._counting = self._loop.call_at(self._loop.now + COUNT_EVERY, self._count_by_turns)
 
     def _totals(self) -> Counter[Step]:
@@ -248,7 +257,8 @@ class KernelPath:
         found: Counter[Step] = Counter()
         for (_, step), packets in self._maps.totals().items():
             found[step] += packets
-        return found
+        self._steps_seen |= found  # somebody may have taken counters out, too
+        return self._steps_seen
 
     def _lost(self, error: MapsLost) -> None:
         """Somebody has changed the maps: they are made anew, with all that should be in them."""

@@ -68,10 +68,13 @@ class Backend(Protocol):
     def has_maps(self) -> bool:
         """Whether flows can be handed to the kernel (fastpath.py)."""
 
-    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
+    def install(
+        self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
+    ) -> None:
         """Puts the rules in, in place of earlier ones of that name.  Raises RulesUnavailable.
 
-        Not `afresh`: the maps stay as they are, if it has any.
+        Not `afresh`: the maps stay as they are, if it has any.  `former` are the rules that are
+        in force, if they are: then no packet that waits in a queue is lost.
         """
 
     def remove(self, name: str) -> None:
@@ -108,8 +111,15 @@ class Nft:
         name = "nft with NFQUEUE" if self.with_xt else "nft"
         return name if self.has_maps else f"{name}, without maps"
 
-    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
+    def install(
+        self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
+    ) -> None:
         """One transaction; with NFQUEUE a second, until which what is to be queued is dropped."""
+        if afresh and former is not None:
+            text = ruleset.nft_install(spec, former=former, with_xt=self.with_xt)
+            with suppress(RulesUnavailable):  # somebody has taken some of it out
+                _run(("nft", "-f", "-"), text)
+                return
         _run(("nft", "-f", "-"), ruleset.nft_install(spec, afresh=afresh, with_xt=self.with_xt))
         if self.with_xt and afresh:
             try:
@@ -163,7 +173,9 @@ class Iptables:
         """No."""
         return False
 
-    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
+    def install(
+        self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
+    ) -> None:
         """One commit a table; see ruleset.  If the second is refused, the first is taken back."""
         hung, _ = self._found(spec.name)
         try:

@@ -399,7 +399,7 @@ class Relaying:
         assert self._backend is not None
         if afresh:
             self.kernel.leave()
-        self._backend.install(spec, afresh=afresh)
+        self._backend.install(spec, afresh=afresh, former=self._spec)
         self._spec = spec
         try:
             port = self.kernel.enter(spec, afresh=afresh)
@@ -410,11 +410,19 @@ class Relaying:
         self._rules_announced(ours=True)
 
     def _make_maps_anew(self) -> None:
-        """The kernel's maps aren't as they were left."""
+        """The kernel's maps aren't as they were left.  The rules may have gone with them."""
+        if self._backend is None or self._spec is None or self._stopping:
+            self.kernel.leave()
+            return
         try:
-            self._install(self._wanted(), afresh=True)
+            whole = self._backend.intact(self._spec)
+            if whole:
+                self._install(self._wanted(), afresh=True)
         except RulesUnavailable as error:
             self._fail(f"rules can't be changed: {error}")
+            return
+        if not whole:
+            self._restore_rules()
 
     def _refresh_rules(self) -> None:
         """Changes the rules if the config, the rows or the links need others."""
@@ -460,6 +468,7 @@ class Relaying:
         try:
             if self._backend.intact(self._spec):
                 return
+            self._spec = None  # there is nothing to go by
             self._install(self._wanted(), afresh=True)
         except RulesUnavailable as error:
             self._fail(f"somebody took krelay's rules out, and they can't be put back: {error}")

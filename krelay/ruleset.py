@@ -458,16 +458,34 @@ def _nft_guard(spec: RuleSpec, proto: Proto, step: Step) -> str:
     return f"{clients}ip {'daddr' if towards else 'saddr'} {_nft_servers(spec)} "
 
 
-def nft_install(spec: RuleSpec, *, afresh: bool = True, with_xt: bool = False) -> str:
+def nft_install(
+    spec: RuleSpec,
+    *,
+    afresh: bool = True,
+    former: RuleSpec | None = None,
+    with_xt: bool = False,
+) -> str:
     """One transaction that puts the rules in, in place of any earlier ones of this name.
 
     Not `afresh`: maps and counters stay, and what stands in them; the chains of queues, too.
+    `former`: in place of these, which must be there.  Maps and counters are made anew, but hooks
+    and the chains of queues stay: when a hook goes, the kernel drops all that waits in any queue
+    (nf_queue_nf_hook_drop, net/netfilter/nf_queue.c).
     """
     name = spec.name
     rules = nft_rules(spec, with_xt=with_xt)
+    lines = [nft_remove(name).rstrip()] if afresh else []
+    if former is not None:
+        afresh = False
+        before = [chain for chain in nft_rules(former) if chain not in (WORKER, OPENINGS)]
+        lines = [f"flush chain ip {name} {chain}" for chain in before]
+        lines += [f"delete chain ip {name} {chain}" for chain in before if chain not in rules]
+        lines += [
+            f"delete {kind} ip {name} {what}"
+            for kind, what, *_ in map(str.split, _nft_maps(former))
+        ]
     if not afresh:
         rules = {chain: lines for chain, lines in rules.items() if chain not in (WORKER, OPENINGS)}
-    lines = [nft_remove(name).rstrip()] if afresh else []
     lines += [f"table ip {name} {{", *_nft_maps(spec)]
     lines += [f"  chain {chain} {{ {_HOOKS[chain]} }}" for chain in rules if chain in _HOOKS]
     lines += [f"  chain {chain} {{ }}" for chain in rules if chain not in _HOOKS]

@@ -230,6 +230,23 @@ def test_answers_that_nobody_waited_for_are_not_taken_for_later_ones(host: Host)
     assert list(host.maps.totals()) != []
 
 
+def test_before_the_maps_go_all_that_is_still_there_is_told_of(host: Host) -> None:
+    rows = [host.tcp(port) for port in range(20000, 20400, 2)]
+    rewrites = [rewrite for row in rows for rewrite in row.rewrites.values()]
+    told = [rewrite for rewrite in rewrites if rewrite.step in SIDES]
+    host.hand(*rewrites)
+    assert [rewrite for rewrite, _ in host.maps.leave(rewrites)] == told
+    assert host.elements() == 0
+
+    host.hand(*rewrites)
+    delete(rewrites[1])
+    delete(told[5])
+    rest = [rewrite for rewrite in told if rewrite is not told[5]]
+    assert [rewrite for rewrite, _ in host.maps.leave(rewrites)] == rest
+    nft("flush", "ruleset")
+    assert list(host.maps.leave(rewrites)) == []
+
+
 def test_thousands_go_in_and_out(host: Host) -> None:
     rewrites = [
         rewrite for port in range(10_000, 15_000) for rewrite in host.udp(port).rewrites.values()

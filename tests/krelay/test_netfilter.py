@@ -187,6 +187,33 @@ def test_rules_are_changed_and_the_maps_stay(relay: Lab) -> None:
 
 
 @pytest.mark.net
+def test_maps_are_made_anew_while_the_hooks_stay(relay: Lab) -> None:
+    """With the hooks would go what waits in the queues; by their handles they are the same."""
+    backend = Nft(with_xt=True)
+    specs = [replace(SPEC, room=room, gports=(room or 1,)) for room in (1000, 0, 2000)]
+    fresh = []
+    for spec in specs:
+        backend.install(spec)
+        fresh.append(rules())
+
+    def hooks() -> list[str]:
+        shown = subprocess.run(
+            ["nft", "-a", "list", "table", "ip", SPEC.name], capture_output=True, text=True
+        ).stdout
+        return re.findall(r"chain (?:pre|post|to-worker|openings) \{ # handle \d+", shown)
+
+    kept = hooks()
+    for now, after in ((2, 0), (0, 0), (0, 1), (1, 2)):
+        backend.install(specs[after], former=specs[now])
+        assert (rules(), hooks()) == (fresh[after], kept)
+        assert backend.intact(specs[after])
+    subprocess.run(["nft", "delete", "table", "ip", SPEC.name], check=True)
+    backend.install(specs[0], former=specs[2])
+    assert rules() == fresh[0]
+    assert len(hooks()) == 4
+
+
+@pytest.mark.net
 @pytest.mark.parametrize("chain", ["pre", "post-udp", "to-worker", "openings"])
 def test_a_chain_that_somebody_flushed_is_noticed(relay: Lab, chain: str) -> None:
     backend = Nft(with_xt=True)

@@ -280,7 +280,8 @@ class Datapath:
 
     def restart(self) -> None:
         """The maps are made anew, and what they had counted is added before."""
-        self.count(self.nat)
+        changes = self.fast.leave()
+        self.fast.told(changes, self.kernel.change(changes), self.now)
         self._spec = None
         self.refresh()
 
