@@ -1,0 +1,442 @@
+"""Flows that the kernel was handed: ended, flushed, switched, left alone, and always told of."""
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import pytest
+
+from krelay.ruleset import instance_name
+from procfs_sim.tree import DEFAULT_ROOT
+from tests.net.test_cases import row_of
+from tests.net.test_datapaths import udp_row, visits
+from tests.net.test_faults import nothing_unrewritten, revive
+from tests.net.world import AGREES_WITHIN, GPORT, World, echo, greet
+
+pytestmark = [
+    pytest.mark.net,
+    pytest.mark.one_datapath("what the kernel was handed is there in one of them alone"),
+]
+
+BUSY = 4
+"""Packets after which a direction of UDP is handed over."""
+LOST = "the kernel's maps of flows aren't as krelay left them; made anew"
+FLUSHED = "somebody took krelay's rules out; they are put back"
+Element = tuple[str, str, str]
+"""The map, the source and the destination of an element: `udp-u12`, `10.0.0.1:4000`, ..."""
+
+
+@pytest.fixture
+def busy(world: World) -> World:
+    """Relaying all that our server serves."""
+    world.serve("server", "tcp/80", "tcp/443", "udp/7")
+    world.begin(services="tcp/80 tcp/443=forward udp/7")
+    return world
+
+
+def table(world: World) -> str:
+    return instance_name(str(world.root), DEFAULT_ROOT)
+
+
+def elements(world: World) -> set[Element]:
+    """What stands in the kernel's maps, as nft shows it."""
+    shown = json.loads(world.run("relay", "nft", "-j", "list", "table", "ip", table(world)))
+    found = set()
+    for entry in shown["nftables"]:
+        for key, _ in entry.get("map", {}).get("elem", ()):
+            src, sport, dst, dport = key["elem"]["val"]["concat"]
+            found.add((entry["map"]["name"], f"{src}:{sport}", f"{dst}:{dport}"))
+    return found
+
+
+def wanted(row: dict[str, Any]) -> set[Element]:
+    """The elements that the kernel may have for a row of which no port was changed."""
+    client, service, server = row["client"], row["service"], row["server"]
+    proto = row["proto"]
+    if row.get("gport") is None:
+        return {(f"{proto}-u12", client, service), (f"{proto}-u34", server, client)}
+    host, gate = client.partition(":")[0], service.partition(":")[0]
+    found = {
+        ("tcp-t1", client, service),
+        ("tcp-t2", f"{gate}:{row['gport']}", client),
+    }
+    if "relay" in row:
+        port = row["relay"].partition(":")[2]
+        found |= {("tcp-t3", row["relay"], server), ("tcp-t4", server, f"{host}:{port}")}
+    return found
+
+
+def needed(row: dict[str, Any]) -> set[Element]:
+    """Those of them that it must have."""
+    if row["proto"] == "tcp":
+        return wanted(row) if row["state"] == "established" else set()
+    u12, u34 = sorted(wanted(row))
+    return {each for each, n in zip((u12, u34), row["packets"], strict=True) if n > BUSY}
+
+
+def fast_udp(world: World, host: str = "client") -> socket.socket:
+    """A client's datagrams that the kernel has."""
+    sock = world.open(host, socket.SOCK_DGRAM)
+    for _ in range(BUSY):
+        world.exchange(sock, b"busy", (world.relay, 7))
+    until_fast(world, lambda: world.exchange(sock, b"fast", (world.relay, 7)))
+    return sock
+
+
+def fast_tcp(world: World, port: int) -> socket.socket:
+    """A connection that the kernel has."""
+    sock = world.connect("client", port)
+    greet(sock)
+    until_fast(world, lambda: echo(sock, b"fast"))
+    return sock
+
+
+def until_fast(world: World, act: Callable[[], object]) -> None:
+    """Waits until what this does visits no queue."""
+
+    def is_fast() -> bool:
+        before = visits(world)
+        act()
+        return visits(world) == before
+
+    world.until(is_fast, "the kernel's path", AGREES_WITHIN)
+
+
+def row(world: World, sock: socket.socket) -> dict[str, Any]:
+    found = udp_row(world, sock) if sock.type == socket.SOCK_DGRAM else row_of(world, sock)
+    assert found is not None
+    return found
+
+
+# Ends
+
+
+def is_over(world: World, number: int) -> bool:
+    """Whether no row of this number lives."""
+    rows = [row for row in world.rows() if row["id"] == number]
+    return all(row["state"] in ("closing", "closed") for row in rows)
+
+
+def test_a_flow_that_is_killed_ends_at_once(busy: World) -> None:
+    udp, terminated, forwarded = fast_udp(busy), fast_tcp(busy, 80), fast_tcp(busy, 443)
+    for sock in (terminated, forwarded):
+        number = row(busy, sock)["id"]
+        busy.ask(f"kill {number}")
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+        busy.until(partial(is_over, busy, number), "its end")
+    number = row(busy, udp)["id"]
+    busy.ask(f"kill {number}")
+    assert busy.exchange(udp, b"anew", (busy.relay, 7)) == b"anew"
+    again = row(busy, udp)
+    assert again["id"] != number
+    assert again["packets"] == [1, 1]
+    busy.until(lambda: not elements(busy), "nothing in the kernel", AGREES_WITHIN)
+
+
+def test_a_flow_that_falls_silent_expires_neither_early_nor_late(busy: World) -> None:
+    timeout = 3
+    busy.put(timeouts__udp=timeout)
+    socks = [fast_udp(busy) for _ in range(20)]
+    last = {}
+    for sock in socks:
+        busy.exchange(sock, b"last", (busy.relay, 7))
+        last[sock.getsockname()[1]] = time.monotonic()
+        time.sleep(0.05)
+    gone: dict[int, tuple[float, float]] = {}
+    before = time.monotonic()
+    while len(gone) < len(socks):
+        assert time.monotonic() < before + 5 * timeout
+        asked = time.monotonic()
+        ports = {int(each["client"].partition(":")[2]) for each in busy.rows("proto=udp")}
+        for port in last.keys() - gone.keys() - ports:
+            gone[port] = asked, time.monotonic()
+        time.sleep(0.02)
+    for port, (earliest, latest) in gone.items():
+        assert latest - last[port] >= timeout, "early"
+        # The table looks once a second; and a row may have been heard of at the time of a look.
+        assert earliest - last[port] <= timeout + 1 + AGREES_WITHIN, "late"
+    assert not elements(busy)
+
+
+def test_relaying_that_stops_leaves_nothing_in_the_kernel(busy: World) -> None:
+    before = busy.values("counters")
+    socks = [fast_udp(busy), fast_tcp(busy, 80), fast_tcp(busy, 443)]
+    assert len(elements(busy)) == 2 + 4 + 2
+    busy.put(start=0)
+    busy.until_state("stopped")
+
+    assert busy.run("relay", "nft", "list", "ruleset") == ""
+    after = busy.values("counters")
+    assert after["U1"] - before["U1"] >= 2 * BUSY  # what the kernel has counted is kept
+    assert len(socks) == 3
+
+
+# Somebody else's hands in it
+
+HANDS = {
+    "a map": ["nft flush map ip {table} udp-u12"],
+    "an element": ["nft delete element ip {table} {element}"],
+    "all maps": ["nft flush map ip {table} " + name for name in ("tcp-t1", "tcp-t4", "udp-u34")],
+    "the ruleset": ["nft flush ruleset"],
+}
+
+
+@pytest.mark.parametrize("commands", HANDS.values(), ids=HANDS)
+def test_what_somebody_takes_out_of_the_maps_is_put_back_and_told_once(
+    busy: World, commands: list[str]
+) -> None:
+    others = [fast_udp(busy) for _ in range(10)]
+    udp, terminated, forwarded = fast_udp(busy), fast_tcp(busy, 80), fast_tcp(busy, 443)
+    usual = elements(busy)
+    client = f"{busy.client} . {udp.getsockname()[1]} . {busy.relay} . 7"
+    said = {sock: row(busy, sock)["packets"][0] for sock in (*others, udp)}
+    totals = busy.complete(lambda: busy.values("counters"))
+
+    for _ in range(3):
+        for sock in others:
+            busy.exchange(sock, b"counted", (busy.relay, 7))
+            said[sock] += 1
+        for command in commands:
+            filled = command.format(table=table(busy), element=f"udp-u12 {{ {client} }}")
+            busy.lab.run("relay", *filled.split())
+        if commands is HANDS["the ruleset"]:  # what is sent without rules is refused
+            busy.until(lambda: FLUSHED in busy.krelay_process.output, "rules")
+            busy.until(lambda: elements_or_none(busy) == usual, "all in the kernel again")
+        echo(terminated, b"goes on")
+        echo(forwarded, b"goes on")
+        busy.exchange(udp, b"goes on", (busy.relay, 7))
+        busy.until(lambda: elements(busy) == usual, "all in the kernel again", AGREES_WITHIN)
+
+    output = busy.krelay_process.output  # a warning comes once in ten seconds
+    if commands is HANDS["the ruleset"]:
+        assert output.count(FLUSHED) == 1
+        assert output.count(LOST) <= 1
+    else:
+        assert (output.count(LOST), output.count(FLUSHED)) == (1, 0)
+    after = busy.values("counters")
+    assert all(after[step] >= totals[step] for step in ("T1", "T4", "U1", "U4"))
+    assert after["errors"] == 0
+    if commands is not HANDS["the ruleset"] and commands is not HANDS["a map"]:
+        counted = {sock: row(busy, sock)["packets"][0] for sock in others}
+        assert counted == {sock: said[sock] for sock in others}, "what nobody took was counted"
+
+
+# Switched while it runs
+
+
+class Talk:
+    """Datagrams without pause, each answered before the next, and a connection likewise."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.udp = world.open("client", socket.SOCK_DGRAM)
+        self.tcp = world.connect("client", 80)
+        greet(self.tcp)
+        self.asked = self.lost = 0
+        self.error: Exception | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.udp.settimeout(1)
+        while not self._over.is_set():
+            try:
+                self.asked += 1
+                self.udp.sendto(b"%d" % self.asked, (self.world.relay, 7))
+                while self.udp.recv(100) != b"%d" % self.asked:
+                    pass
+                echo(self.tcp, b"x" * 100)
+            except TimeoutError:
+                self.lost += 1
+            except (OSError, AssertionError) as error:
+                self.error = error
+                return
+
+    def has_asked(self, times: int) -> bool:
+        """Whether it has gone on for so long."""
+        return self.asked >= times
+
+    def end(self) -> None:
+        """Ends it; nothing may have gone wrong."""
+        self._over.set()
+        self._thread.join()
+        assert self.error is None
+
+
+def test_the_data_path_is_switched_under_running_flows_and_nothing_is_lost(busy: World) -> None:
+    talk = Talk(busy)
+    busy.until(lambda: elements(busy), "flows in the kernel")
+    for datapath in ("queue", "auto") * 3:
+        busy.put(datapath=datapath)
+        assert busy.in_kernel == (datapath == "auto")
+        assert bool(elements_or_none(busy)) <= busy.in_kernel
+        busy.until(partial(talk.has_asked, talk.asked + 200), "some more")
+    talk.end()
+
+    assert talk.lost == 0
+    found = row(busy, talk.udp)
+    assert found["packets"] == [talk.asked, talk.asked]
+    size = sum(28 + len(str(n)) for n in range(1, talk.asked + 1))
+    assert found["bytes"] == [size, size]
+    counters = busy.values("counters")
+    assert (counters["U1"], counters["U4"]) == (talk.asked, talk.asked)
+
+
+def elements_or_none(world: World) -> set[Element]:
+    """There may be no maps at all."""
+    return elements(world) if "map " in world.rules() else set()
+
+
+# krelay is killed
+
+
+def test_flows_in_the_kernel_outlive_krelay_and_others_wait(busy: World) -> None:
+    udp, terminated, forwarded = fast_udp(busy), fast_tcp(busy, 80), fast_tcp(busy, 443)
+    slow = busy.open("client", socket.SOCK_DGRAM)
+    busy.exchange(slow, b"once", (busy.relay, 7))
+    with nothing_unrewritten(busy):
+        busy.kill(busy.krelay_process)
+        for _ in range(20):
+            assert busy.exchange(udp, b"goes on", (busy.relay, 7)) == b"goes on"
+            echo(terminated, b"goes on")
+            echo(forwarded, b"goes on")
+        for sock in (slow, busy.open("client", socket.SOCK_DGRAM)):
+            sock.settimeout(0.3)
+            sock.sendto(b"waits", (busy.relay, 7))
+            with pytest.raises(TimeoutError):
+                sock.recv(10)
+        new = busy.open("client")
+        new.setblocking(False)
+        with suppress(BlockingIOError):
+            new.connect((busy.relay, 80))
+        revive(busy)
+        new.settimeout(10)
+        busy.until(lambda: b"tcp" in greeting(new), "a connection that waited")
+        for _ in range(20):
+            echo(terminated, b"goes on")
+            echo(forwarded, b"goes on")
+            assert busy.exchange(udp, b"goes on", (busy.relay, 7)) == b"goes on"
+    until_fast(busy, lambda: echo(terminated, b"fast again"))
+    until_fast(busy, lambda: echo(forwarded, b"fast again"))
+    until_fast(busy, lambda: busy.exchange(udp, b"fast again", (busy.relay, 7)))
+
+
+def greeting(sock: socket.socket) -> bytes:
+    """Asks our server who we are, as soon as there is a connection."""
+    with suppress(OSError):
+        return b"tcp " + greet(sock).encode()
+    return b""
+
+
+# The two tables agree
+
+
+class Watch:
+    """Compares the kernel's elements with the rows, again and again."""
+
+    def __init__(self, world: World) -> None:
+        self.looks = 0
+        self.most = 0
+        self.longest = 0.0
+        self.wrong = ""
+        self.error: Exception | None = None
+        self._world = world
+        self._since: dict[tuple[str, Element], float] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._over.wait(0.05):
+                self.look()
+        except Exception as error:
+            self.error = error
+
+    def look(self) -> None:
+        """What differs now, and didn't an instant ago, began to differ after that."""
+        began = time.monotonic()
+        before, there, after = self._world.rows(), elements(self._world), self._world.rows()
+        may = {each for rows in (before, after) for row in rows for each in wanted(row)}
+        must = {each for row in before for each in needed(row)}
+        must &= {each for row in after for each in needed(row)}
+        now = {("stale", each) for each in there - may} | {("missing", e) for e in must - there}
+        self._since = {each: self._since.get(each, began) for each in now}
+        for each, since in self._since.items():
+            if began - since > self.longest:
+                self.longest, self.wrong = began - since, str(each)
+        self.looks += 1
+        self.most = max(self.most, len(there))
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+        assert self.error is None, self.error
+
+
+@contextmanager
+def watched(world: World) -> Iterator[Watch]:
+    watch = Watch(world)
+    try:
+        yield watch
+    finally:
+        watch.end()
+
+
+def test_the_table_and_the_kernel_never_disagree_for_long_while_flows_come_and_go(
+    busy: World,
+) -> None:
+    busy.put(timeouts__udp=4, timeouts__tcp_transitory=3)
+    with watched(busy) as watch:
+        for round_ in range(4):
+            with ExitStack() as socks:
+                udp = []
+                for number in range(500):
+                    with busy.lab.enter("client"):
+                        sock = socks.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+                    sock.settimeout(10)
+                    sock.connect((busy.relay, 7))
+                    udp.append(sock)
+                    for _ in range(BUSY + number % 3):
+                        sock.send(b"question")
+                        sock.recv(100)
+                    if not number % 10:
+                        short_connection(busy, (80, 443)[number % 20 == 0], round_)
+                for sock in udp[::2]:
+                    sock.send(b"again")
+                    sock.recv(100)
+            if round_ == 1:
+                for each in busy.rows("proto=udp")[:50]:
+                    busy.ask(f"kill {each['id']}")
+        busy.until(lambda: not busy.rows("proto=udp"), "the end of all", 30)
+    assert watch.looks > 10
+    assert watch.most > 500
+    assert watch.longest <= AGREES_WITHIN, watch.wrong
+    busy.until(lambda: not elements(busy), "nothing in the kernel", 20)
+    assert not re.search("aren't as krelay left them|fault of ours", busy.krelay_process.output)
+
+
+def short_connection(world: World, port: int, kind: int) -> None:
+    """One that is opened, says something, and ends in one of the ways that there are."""
+    with world.connect("client", port) as sock:
+        assert greet(sock).startswith(world.client)
+        if kind == 1:
+            sock.shutdown(socket.SHUT_WR)
+            assert sock.recv(1) == b""
+        elif kind == 2:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def test_the_gateway_port_is_nobodys_but_tcp_relays(busy: World) -> None:
+    """Its packets pass by elements of the rows alone, whoever else has a connection there."""
+    fast_tcp(busy, 80)
+    with pytest.raises(ConnectionRefusedError):
+        busy.connect("client", GPORT)
