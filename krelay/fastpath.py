@@ -91,6 +91,7 @@ class FastPath:
         self._handed: dict[Rewrite, Count] = {}  # with what the kernel had counted when last read
         self._over: dict[Rewrite, float | None] = {}  # since when; None: not yet looked at
         self._back: dict[Rewrite, Count] = {}
+        self._made: frozenset[tuple[Proto, Step]] | None = None
         self._filled: Counter[tuple[Proto, Step]] = Counter()  # with those in _over and _back
         self._ring: deque[Row] = deque()
         self._in_ring: set[Row] = set()
@@ -119,6 +120,10 @@ class FastPath:
         self._forget()
         self.room = room
         self._consider_all()
+
+    def made(self, steps: Iterable[tuple[Proto, Step]]) -> None:
+        """These have maps; until it is said, all have.  What has none stays with the worker."""
+        self._made = frozenset(steps)
 
     def end(self) -> None:
         """The maps are gone."""
@@ -232,7 +237,8 @@ class FastPath:
             self._handed[rewrite] = before
         else:
             at = rewrite.row.proto, rewrite.step
-            if self._filled[at] >= self.room or not is_simple(rewrite):
+            has_map = self._made is None or at in self._made
+            if not has_map or self._filled[at] >= self.room or not is_simple(rewrite):
                 return
             self._filled[at] += 1
             self._over[rewrite] = None

@@ -21,7 +21,7 @@ from krelay.nat import NatTable
 from krelay.netfilter import NO_MAPS, Backend
 from krelay.nflog import Copies
 from krelay.row import DNS_PORT, Row, Step
-from krelay.ruleset import LEARNING_MOST, LEARNT, Learning, RuleSpec
+from krelay.ruleset import LEARNING_MOST, LEARNT, Learning, RuleSpec, steps_handed
 from krelay.trace import Filter
 from krelay.worker import Policy
 from procfs_sim.tree import Config
@@ -123,7 +123,8 @@ class KernelPath:
     # When the rules come and go
 
     def listen(self) -> None:
-        """Takes note of what the kernel learns, from now until `close`."""
+        """Takes note of what the kernel learns, from now until `close`; forgets former losses."""
+        self._lost_at.clear()
         try:
             self._copies = Copies(self._group)
         except OSError as error:
@@ -137,6 +138,7 @@ class KernelPath:
         The netlink port from which the maps will be changed, if that is new.  Raises OSError.
         """
         self._learning = spec.learning
+        self.fast.made(steps_handed(spec))
         if spec.learning is not None:
             self._read_copies()
             addresses = frozenset(each.packed for each in spec.learning.addresses)

@@ -939,3 +939,16 @@ def test_what_ends_before_it_is_ripe_never_was_the_kernels() -> None:
 
     assert fast.changes(10, 20.0) is None
     assert len(fast) == 0
+
+
+def test_a_step_without_a_map_stays_with_the_worker() -> None:
+    fast, row = ripening(seen_at=10.0)
+    fast.begin(10)
+    fast.made([(Proto.UDP, Step.U34), (Proto.TCP, Step.U12)])
+    fast.take_back(row)
+    fast.consider(row)
+    assert not fast.waits
+    fast.made([(Proto.UDP, Step.U12)])
+    fast.consider(row)
+
+    assert fast.waits
