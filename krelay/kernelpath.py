@@ -216,8 +216,9 @@ class KernelPath:
             self._tell()
 
     def _tell_soon(self) -> None:
-        """What is to be taken back is in this turn of the loop, the rest when it is ripe."""
-        if self.fast.gives_back and not self._telling:
+        """What is to be taken back is in this turn of the loop, and what begins is handed over;
+        the rest when it is ripe."""
+        if self.fast.hurries and not self._telling:
             self._telling = True
             self._loop.call_soon(self._tell)
         if self._handing is None:
@@ -225,16 +226,17 @@ class KernelPath:
 
     def _hand(self) -> None:
         self._handing = None
-        self._tell()
+        self._tell(self._loop.now)
         if self.fast.waits:
             self._tell_soon()
 
-    def _tell(self) -> None:
-        """What is ripe is handed over, and all taken back that is to be, many at a time."""
+    def _tell(self, now: float | None = None) -> None:
+        """What is to be taken back is, and what is ripe handed over; without `now` only what
+        can't wait.  Many at a time."""
         self._telling = False
         if self._maps is None:
             return
-        changes = self.fast.changes(TOLD_TOGETHER, self._loop.now)
+        changes = self.fast.changes(TOLD_TOGETHER, now)
         if changes is None:
             return
         try:

@@ -941,6 +941,54 @@ def test_what_ends_before_it_is_ripe_never_was_the_kernels() -> None:
     assert len(fast) == 0
 
 
+def beginning() -> tuple[FastPath, Row]:
+    """A connection for which tcp-relay has just got its port towards the server."""
+    nat = NatTable(rng=Random(1))
+    fast = FastPath(nat)
+    fast.begin(10)
+    row = nat.open_tcp(at("C:4000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 10.0)
+    nat.attach(row, at("K:50000"), 10.0)
+    return fast, row
+
+
+def test_of_a_connection_that_begins_only_what_the_client_sends_must_ripen() -> None:
+    fast, row = beginning()
+    assert fast.hurries
+    begun = [row.rewrites[step] for step in (Step.T2, Step.T3, Step.T4)]
+
+    assert fast.changes(2, None) == Changes([], begun[:2])
+    assert fast.changes(10, None) == Changes([], begun[2:])
+    assert not fast.hurries
+    assert fast.changes(10, None) is None
+    assert fast.changes(10, 10.0) is None
+    assert fast.changes(10, 10.0 + HAND_AFTER) == Changes([], [row.rewrites[Step.T1]])
+    assert not fast.waits
+
+
+def test_a_connection_that_goes_on_is_handed_over_as_a_whole_when_it_has_lasted() -> None:
+    fast, row = beginning()
+    row.rewrites[Step.T3].packets = 1
+    fast.take_back(row)
+    fast.consider(row)
+
+    assert not fast.hurries
+    assert fast.changes(10, 10.0) is None
+    told = fast.changes(10, 10.0 + HAND_AFTER)
+    assert told is not None
+    assert set(told.over) == set(row.rewrites.values())
+
+
+def test_what_waits_when_its_connection_is_closed_is_never_handed_over() -> None:
+    for before in (0, 2):
+        fast, row = beginning()
+        if before:
+            fast.changes(before, None)
+        fast._nat.close(row, 10.01)
+
+        assert fast.changes(10, 20.0) is None
+        assert len(fast) == before
+
+
 def test_a_step_without_a_map_stays_with_the_worker() -> None:
     fast, row = ripening(seen_at=10.0)
     fast.begin(10)
