@@ -11,6 +11,8 @@ somebody wants to see it, or when a packet comes that the worker must decide abo
 from collections import Counter
 from collections.abc import Iterator
 
+from krelay.wheel import Wheel
+
 _SPREAD = 64
 
 
@@ -42,8 +44,7 @@ class LearntFlows:
     def __init__(self) -> None:
         self._flows: dict[bytes, LearntFlow] = {}
         self._per_client: Counter[bytes] = Counter()
-        self._due: dict[int, list[bytes]] = {}
-        self._looked_until = 0
+        self._due = Wheel[bytes]()
 
     def __len__(self) -> int:
         return len(self._flows)
@@ -63,7 +64,7 @@ class LearntFlows:
         """One more."""
         self._flows[question] = flow
         self._per_client[question[:4]] += 1
-        self._look_at(question, due)
+        self._due.put(self._due.second(due), question)
 
     def remove(self, question: bytes) -> LearntFlow | None:
         """Takes one out, if it is there."""
@@ -90,30 +91,19 @@ class LearntFlows:
 
     def expire(self, now: float, timeout: float) -> None:
         """Takes out those that have been silent for so many seconds.  Looks only at those due."""
-        second = int(now)
-        if second - self._looked_until > len(self._due):
-            due = sorted(s for s in self._due if s <= second)
-        else:
-            due = [s for s in range(self._looked_until, second + 1) if s in self._due]
-        self._looked_until = second + 1
-        flows = self._flows
-        for s in due:
-            for question in self._due.pop(s):
-                flow = flows.get(question)
+        for _, questions in self._due.due(now):
+            for question in questions:
+                flow = self._flows.get(question)
                 if flow is None:
                     continue
                 when = flow.heard_at + timeout
                 if when <= now:
                     self.remove(question)
                 else:
-                    self._look_at(question, when)
+                    self._due.put(self._due.second(when), question)
 
     def clear(self) -> None:
         """Takes out all."""
         self._flows.clear()
         self._per_client.clear()
         self._due.clear()
-
-    def _look_at(self, question: bytes, when: float) -> None:
-        at = max(int(when) + 1, self._looked_until)
-        self._due.setdefault(at, []).append(question)

@@ -55,6 +55,7 @@ from krelay.row import (
     key,
 )
 from krelay.tracker import Side, State
+from krelay.wheel import Wheel
 from krelay.wire.checksum import ONES
 from krelay.wire.tcp import ACK
 
@@ -167,8 +168,7 @@ class NatTable:
         # Ids by the second in which to look at the row next: one that was heard of meanwhile is
         # moved on when its second comes, so that a packet never touches this.  Never further than
         # HORIZON, so that entries of rows that have ended don't pile up.
-        self._due: dict[int, list[int]] = {}
-        self._looked_until = 0
+        self._due = Wheel[int]()
 
     def __len__(self) -> int:
         return len(self._rows) + len(self.learnt)
@@ -500,12 +500,12 @@ class NatTable:
 
     def _look_at(self, row: Row, when: float) -> None:
         # Rows that began together are looked at apart, or each look would be a pause for packets.
-        at = self._looked_until + HORIZON - row.id % _SPREAD
+        at = self._due.next + HORIZON - row.id % _SPREAD
         if when < at - 1:
-            at = max(int(when) + 1, self._looked_until)
+            at = self._due.second(when)
         if row.due != at:
             row.due = at
-            self._due.setdefault(at, []).append(row.id)
+            self._due.put(at, row.id)
 
     def end(self, row: Row) -> None:
         """Takes the row out at once.  Harmless if it is out already."""
@@ -553,16 +553,10 @@ class NatTable:
         """Ends the rows whose time is over, and returns them.  Cheap: looks only at rows due."""
         ended: list[Row] = []
         late: list[Row] = []
-        second = int(now)
-        if second - self._looked_until > len(self._due):
-            due = sorted(s for s in self._due if s <= second)
-        else:
-            due = [s for s in range(self._looked_until, second + 1) if s in self._due]
-        self._looked_until = second + 1
-        for s in due:
-            for row_id in self._due.pop(s):
+        for second, ids in self._due.due(now):
+            for row_id in ids:
                 row = self._rows.get(row_id)
-                if row is None or row.due != s:
+                if row is None or row.due != second:
                     continue  # ended, or there is a newer entry
                 when = row.expires_at(self._timeouts)
                 if when <= now:
