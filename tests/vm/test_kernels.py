@@ -132,7 +132,7 @@ def test_without_tun_tests_are_skipped_with_that_reason_and_commands_say_it() ->
     no_tun = hiding("/dev/net")
     tests = run(no_tun, *MACHINES, ALL)
     assert tests.returncode == 0, tests.stdout
-    assert "6 skipped" in tests.stdout.splitlines()[-1]
+    assert "7 skipped" in tests.stdout.splitlines()[-1]
     assert "passed" not in tests.stdout
     assert tests.stdout.count(TUN) >= 1
     for command in (
@@ -159,7 +159,7 @@ def test_without_the_programs_tests_are_skipped_with_that_reason(tmp_path: Path)
         cwd=ROOT, env=here, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert tests.returncode == 0, tests.stdout
-    assert "6 skipped" in tests.stdout.splitlines()[-1]
+    assert "7 skipped" in tests.stdout.splitlines()[-1]
     assert NO_UML in tests.stdout
     assert NO_QEMU in tests.stdout
 
