@@ -244,7 +244,7 @@ class FastPath:
         return [row for row in rows if row.closed_at is None]
 
     def _hand(self, rewrite: Rewrite) -> None:
-        if rewrite in self._handed or rewrite in self._over or rewrite in self._first:
+        if self._is_its(rewrite):
             return
         if rewrite.table.get(rewrite.old) is not rewrite:
             return  # its packets are another row's now
@@ -291,10 +291,12 @@ class FastPath:
 
     def _withdraw(self, rewrite: Rewrite) -> bool:
         """It is not handed over after all; whether it was to be."""
-        if rewrite not in self._first and rewrite not in self._over:
+        if rewrite in self._first:
+            del self._first[rewrite]
+        elif rewrite in self._over:
+            del self._over[rewrite]
+        else:
             return False
-        self._first.pop(rewrite, None)
-        self._over.pop(rewrite, None)
         self._filled[rewrite.row.proto, rewrite.step] -= 1
         return True
 

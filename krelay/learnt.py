@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 from krelay.wheel import Wheel
 
-_SPREAD = 64
+_SEARCHED = 64
+"""Flows, the oldest, among which one of a client's is looked for."""
 
 
 class LearntFlow:
@@ -85,7 +86,7 @@ class LearntFlows:
             if client is None or question[:4] == client:
                 self.remove(question)
                 return True
-            if seen == _SPREAD:
+            if seen == _SEARCHED:
                 return False
         return False
 
