@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tcp_relay.helpers import BOUND, LOCALHOST, free_port, wait_for
-from tests.tools.duplex import NAMES, NOMINAL, Answer, Model, Step, parse, random_script
+from tests.tcp_relay.helpers import BOUND, LOCALHOST, drain, free_port, reset, wait_for
+from tests.tools.duplex import FLOOD, NAMES, NOMINAL, Answer, Model, Step, parse, random_script
 from tests.tools.duplex_run import Ends, Run, Views, Way, play
 
 SEEDS, BATCH = 2000, 250
@@ -318,6 +318,38 @@ def test_a_story_reads_the_same_relayed_and_direct(relay: Relay, story: str) -> 
                 assert (row.step, row.seen.result) == (row.step, result)
                 assert not count or row.seen.least == int(count[0]), row
     relay.check_idle()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        ("server flood", "client abort", "server write 1"),
+        ("client flood", "server flood", "client abort", "server read all", "server write 1"),
+    ],
+    ids=["one writer waits", "both writers wait"],
+)
+def test_a_relay_may_take_a_whole_flood_before_it_passes_the_reset_on(
+    script: tuple[str, ...],
+) -> None:
+    """As one does that has to deliver something first, and comes late to it; played by hand."""
+    front, back = Way(BOUND), Way(BOUND)
+    client, to_client = front.dial(front.port)
+    to_server, server = back.dial(back.port)
+    run = Run(0, [parse(line) for line in script], lambda: (client, server), BOUND)
+    taken = 0
+    try:
+        for _ in run.play():
+            is_aborted, is_reset = client.fileno() < 0, to_server.fileno() < 0
+            if is_aborted and not is_reset:
+                taken += drain(to_server)[0]
+                if taken >= FLOOD:
+                    reset(to_server)
+    finally:
+        for sock in (client, to_client, to_server, server, front, back):
+            sock.close()
+
+    assert not run.failed, run.rows[-1]
+    assert [str(row.step) for row in run.rows] == list(script)
 
 
 def test_the_random_scripts_cover_what_can_happen() -> None:

@@ -38,6 +38,10 @@ In each case it is a prefix of what was written.  Until the reader has read all 
 would see a RST at once, through a relay perhaps behind the bytes; so in between it makes no call
 that could tell (`Model.can`).  It may read everything, close, or abort.
 
+Nor does TCP promise that a writer stays blocked until RST reaches it: a relay may have something to
+deliver before, and meanwhile take what comes the other way, for nobody.  So that RST finds a flood
+under way all the same, it is made longer here too (`Model.extend`), up to a bound.
+
     >>> model = Model()
     >>> model.play(parse("client write 100")), model.play(parse("client abort"))
     (Answer(result='ok', least=0, most=0), Answer(result='ok', least=0, most=0))
@@ -259,7 +263,7 @@ class Model:
                 return not (resets and may_be_over)
 
     def extend(self, end: int) -> None:
-        """A blocked flood found room for all of it: as many bytes again."""
+        """A flood that is blocked, or will be ended by RST, found room for all: as much again."""
         self.streams[end].add(FLOOD)
 
     def may_cut(self, step: Step) -> bool:

@@ -322,7 +322,7 @@ class Run:
         """Whatever can be sent of floods."""
         for number, end in enumerate(ends):
             end.go_on()
-            is_short = end.flood == "done" and self.model.sockets[number].flood == "blocked"
+            is_short = end.flood == "done" and self.model.sockets[number].flood != "done"
             if is_short and end.sent < BOUNDED:
                 self.model.extend(number)
                 end.extend_flood()
