@@ -99,8 +99,7 @@ class Connection:
         self.is_in_line = False
         self._pump.use_server(server)
         try:
-            self._bind(server)
-            relay = Endpoint.of(*server.getsockname())
+            relay = self._bind(server)
         except OSError as error:
             self._refuse(f"no relay port: {in_words(error.errno)}")
             return
@@ -155,18 +154,22 @@ class Connection:
             "source": self.source,
         }
 
-    def _bind(self, server: Socket) -> None:
+    def _bind(self, server: Socket) -> Endpoint:
         address = self._desk.own_address(self)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         for _ in range(PORT_TRIES):
+            port = self._desk.next_port()
             try:
-                server.bind((address, self._desk.next_port()))
+                server.bind((address, port))
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
             else:
-                return
-        server.bind((address, 0))
+                break
+        else:
+            port = 0
+            server.bind((address, port))
+        return Endpoint.of(address, port or server.getsockname()[1])
 
     def _another_port(self) -> None:
         # The former port stays registered until then, in case this ends before.

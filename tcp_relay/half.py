@@ -44,7 +44,7 @@ class Half:
     held: memoryview = NOTHING  # an idle half holds no buffer
     readable: bool = False  # the source may have bytes, or its end
     hinted: bool = False  # the source's next read may be short without being the last: see `got`
-    ending: bool = False  # the end of file is there, maybe behind some bytes
+    ending: bool = False  # the end of file is there, maybe behind some bytes, none of them urgent
     writable: bool = False  # the sink may take bytes
     got_eof: bool = False
     got_reset: bool = False  # instead of an end of file, or after it
@@ -76,13 +76,17 @@ class Half:
         A short read means that the socket is empty, and whatever arrives later comes with an event
         of its own (epoll(7), "Do I need to continuously read/write").  With two exceptions, which
         events announce: the end of file behind the data (RDHUP), and urgent data, at whose mark
-        tcp_recvmsg stops (PRI).  While `hinted`, only an empty-handed read counts.
+        tcp_recvmsg stops (PRI).  While `hinted`, only an empty-handed read counts.  While `ending`,
+        which is the first of the two without the second, a short read has met the end of file.
         """
         self.at = now
         if not count:
             self.got_eof = True
-        elif count < asked and not self.hinted:
-            self.readable = False
+        elif count < asked:
+            if self.ending:
+                self.got_eof = True
+            elif not self.hinted:
+                self.readable = False
 
     def empty(self) -> None:
         """A read found nothing (EAGAIN)."""

@@ -67,7 +67,8 @@ class Listener:
         self._make_spare = spare
         self._spare: Socket | None = None
         self._resuming: Timer | None = None
-        self._socket = _listening(address, port, shared)
+        self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._socket = _listening(self._family, address, port, shared)
         try:
             loop.add(self._socket.fileno(), select.EPOLLIN, self._ready)
         except BaseException:
@@ -111,7 +112,7 @@ class Listener:
 
     def _accept(self) -> bool:
         """Whether there may be more."""
-        listening, family = self._socket, int(self._socket.family)
+        listening, family = self._socket, self._family
         try:
             for _ in range(PER_TURN):
                 server = self._spare or self._make_spare()
@@ -146,8 +147,7 @@ class Listener:
             )
 
 
-def _listening(address: str, port: int, shared: bool) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+def _listening(family: int, address: str, port: int, shared: bool) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         set_options(sock)

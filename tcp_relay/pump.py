@@ -310,7 +310,7 @@ class Pump:
             half.readable = True
             if events & _HINT:
                 half.hinted = True
-                half.ending = events & _FAILED == 0 and events & _HANGUP != 0
+                half.ending = events & _HINT == _HANGUP
         if events & _WRITE:
             self.pair.drained_by(side).writable = True
 

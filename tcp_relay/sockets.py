@@ -5,6 +5,7 @@ was killed: nobody must take half a file for the whole.  Only for a pair that ha
 that switched off.
 """
 
+import ctypes
 import fcntl
 import os
 import socket
@@ -23,6 +24,8 @@ _PROBING = (socket.TCP_KEEPCNT, socket.TCP_KEEPINTVL, socket.TCP_KEEPIDLE)
 """In this order: the last sets the timer anew, which may be due at once and then takes the others
 (net/ipv4/tcp_timer.c, tcp_keepalive_timer)."""
 _PROBES = 3
+_setsockopt = ctypes.CDLL(None, use_errno=True).setsockopt
+_SOCKET, _LINGER = int(socket.SOL_SOCKET), int(socket.SO_LINGER)
 _SIOCOUTQ = 0x5411  # linux/sockios.h
 
 
@@ -35,7 +38,7 @@ def set_options(sock: Socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESETTING)
+    _linger(sock, _RESETTING)
 
 
 def server_socket(family: int = socket.AF_INET) -> Socket:
@@ -55,8 +58,15 @@ def accept(listening: Socket, family: int) -> tuple[Socket, tuple[Any, ...]]:
 
 def close_in_order(sock: Socket) -> None:
     """Closes behind a FIN; the kernel goes on delivering what it still has."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _IN_ORDER)
+    _linger(sock, _IN_ORDER)
     sock.close()
+
+
+def _linger(sock: Socket, how: bytes) -> None:
+    # Not by the socket's own `setsockopt`: given bytes, it makes an error of their being no number,
+    # and another one, before it takes them for what they are.
+    if _setsockopt(sock.fileno(), _SOCKET, _LINGER, how, len(how)):
+        raise OSError(ctypes.get_errno(), "can't set SO_LINGER")
 
 
 def undelivered(sock: Socket) -> int:

@@ -117,8 +117,8 @@ def test_ports_that_somebody_listens_on_are_passed_over(rig: Rig) -> None:
 def test_if_all_ports_tried_are_taken_the_kernel_chooses(rig: Rig) -> None:
     with socket.create_server((LOCALHOST, 0)) as other:
         rig.desk.ports = [other.getsockname()[1]] * 100
-        rig.connection.begin(server_socket())
-    assert len(rig.desk.registered) == 1
+        rig.connection.begin(server := server_socket())
+        assert rig.desk.registered == [Endpoint.of(*server.getsockname())]
 
 
 def test_a_port_of_another_connection_is_not_asked_for(rig: Rig) -> None:

@@ -149,10 +149,22 @@ def test_a_short_read_empties_the_socket_unless_something_was_announced(hinted: 
     assert not half.hinted
 
 
-def test_a_full_read_leaves_the_socket_readable() -> None:
-    half = Half(readable=True)
+@pytest.mark.parametrize("ending", [False, True])
+def test_a_full_read_leaves_the_socket_readable(ending: bool) -> None:
+    half = Half(readable=True, hinted=ending, ending=ending)
     half.got(100, asked=100, now=0.0)
     assert half.readable
+    assert not half.got_eof
+
+
+def test_a_short_read_before_nothing_but_the_end_of_file_has_met_it() -> None:
+    half = Half(readable=True, writable=True, hinted=True, ending=True)
+    half.got(1, asked=100, now=0.0)
+    half.hold(b"x")
+    assert half.got_eof
+    half.writable = True
+    half.sent(1, now=0.0)
+    assert half.todo() is Todo.SHUT
 
 
 def test_a_full_sink_is_written_to_when_it_says_so() -> None:

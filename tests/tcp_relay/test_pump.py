@@ -441,6 +441,17 @@ def test_data_arrives_whole_and_at_once_with_an_end_of_file_behind_it_or_without
     assert min(took) < 0.15
 
 
+def test_urgent_bytes_before_an_end_of_file_dont_hide_what_follows_them(loop: Loop) -> None:
+    """A read stops at the mark, and is as short as one that meets the end."""
+    with Rig(Engine(loop, LONG)) as rig:
+        rig.client.sendall(b"before")
+        rig.client.send(b"!", socket.MSG_OOB)
+        rig.client.sendall(b"after")
+        rig.client.shutdown(socket.SHUT_WR)
+        rig.run_until(lambda: rig.pump.pair.up.sent_eof)
+        assert everything(rig.server) == b"before!after"
+
+
 # Waiting too long.
 
 
