@@ -8,22 +8,22 @@ be handed over in time; but what was handed over must be taken back when its row
 
 A rewrite is handed over when it will pay, since that costs as much as some visits to the queue:
 
-    TCP    all four steps when tcp-relay has accepted the connection and has a port towards the
-           server: then it isn't a SYN from a forged address.  Forwarded: when it is established
+    TCP    T1 and T2 with the client's first packet, T3 and T4 when tcp-relay has a port towards the
+           server, each before the next packet can come: so a connection costs one visit.  Beyond
+           HALF_OPEN connections that tcp-relay hasn't accepted yet, all four only when it has: then
+           they are no SYNs from forged addresses.  Forwarded: when it is established
     UDP    each direction after BUSY packets: who has asked and been answered that often has more
            to say, while a question to a name server is over after two
 
-What begins only then goes at once: all steps of a terminated connection but T1.  All else goes not
-before HAND_AFTER, and then in the next pause of the flow, until HAND_WITHIN, for what the kernel
-takes would overtake what still waits in the queue; and what is over by then never goes.
-
-For connections of one request each, by turns in one run, krelay took this much of a core for each:
-222 us with no flow handed over and 18 visits to the queue, 209 us as it is now with 8.
+What begins only then goes at once.  All else goes not before HAND_AFTER, and then in the next pause
+of the flow, until HAND_WITHIN, for what the kernel takes would overtake what still waits in the
+queue; and what is over by then never goes.
 
 It is taken back, so that the worker sees every packet, when an end was reset and may live on, when
 the row was killed, and while somebody traces it; and RETIRE seconds after tcp-relay has closed the
-connection, when its last packets are through.  Packets that change how a connection stands (SYN,
-FIN and RST of its ends) visit the worker all the time.
+connection, when its last packets are through.  Of packets that change how a connection stands, the
+SYN and RST of its ends visit the worker all the time.  So do FINs, but where tcp-relay ends it: of
+these the kernel makes copies (NatTable.ended).
 
 Two kinds stay with the worker for good: the steps D1 and D2, and those that must change a port
 beside the field that their step always changes, which is the case where a port was taken.
@@ -53,6 +53,9 @@ SILENCE = 0.002
 """Seconds without a packet of a flow after which none waits in the queue, most probably."""
 HAND_WITHIN = 0.15
 """Seconds after which a flow is handed over though it isn't silent."""
+HALF_OPEN, HALF_OPEN_FOR = 256, 3.0
+"""Connections begun within so many seconds that are handed over before tcp-relay has accepted them:
+a flood of SYNs from forged addresses is the worker's alone."""
 RETIRE = 1.0
 """Seconds from the end of a connection until it is taken back."""
 LOOKS = 1500
@@ -64,6 +67,7 @@ _FIELDS = {
     "sport": slice(8, 10),
     "dport": slice(10, 12),
 }
+_CHANGED = {step: _FIELDS[change.field] for step, change in CHANGES.items()}
 
 
 class Changes(NamedTuple):
@@ -96,6 +100,9 @@ class FastPath:
         self._back: dict[Rewrite, Count] = {}
         self._made: frozenset[tuple[Proto, Step]] | None = None
         self._filled: Counter[tuple[Proto, Step]] = Counter()  # with those in _over and _back
+        self._whole: dict[Row, int] = {}
+        """TCP of which the kernel has so many rewrites, which are all there are, or will have."""
+        self._half_open: dict[Row, None] = {}  # handed over, and perhaps forged
         self._ring: deque[Row] = deque()
         self._in_ring: set[Row] = set()
         self._retiring: deque[tuple[float, Row]] = deque()
@@ -142,17 +149,21 @@ class FastPath:
         """Hands over what of this row is fit for it now, and takes back what isn't."""
         if not self.room:
             return
-        fit = _is_steady(row) and not self._traced(row)
-        for rewrite in row.rewrites.values():
-            if not fit:
-                self._take(rewrite)
-            elif row.proto is Proto.TCP or rewrite.packets >= BUSY:
-                self._hand(rewrite)
+        if not self._is_fit(row) or self._traced(row):
+            self._take_row(row)
+        elif row.proto is Proto.UDP:
+            for rewrite in row.rewrites.values():
+                if rewrite.packets >= BUSY:
+                    self._hand(rewrite)
+        elif self._whole.get(row) != len(row.rewrites):
+            handed = [self._hand(rewrite) for rewrite in row.rewrites.values()]
+            if all(handed):
+                self._whole[row] = len(handed)
 
     def take_back(self, row: Row) -> None:
         """Nothing of this row is the kernel's any more."""
-        for rewrite in row.rewrites.values():
-            self._take(rewrite)
+        self._half_open.pop(row, None)
+        self._take_row(row)
 
     def traced(self, is_traced: Callable[[Row], bool]) -> None:
         """From now on these rows are traced, and no others."""
@@ -243,18 +254,42 @@ class FastPath:
         self._ring.extend(rows)
         return [row for row in rows if row.closed_at is None]
 
-    def _hand(self, rewrite: Rewrite) -> None:
+    def _is_fit(self, row: Row) -> bool:
+        """Whether the worker has nothing to learn from this row's packets but their number."""
+        if row.proto is Proto.UDP:
+            return True
+        if row.closed_at is not None or row.tracker.reset or row.service == row.server:
+            return False
+        if row.is_forwarded:
+            return not row.abort_asked and row.is_conversation
+        if row.relay is not None:
+            self._half_open.pop(row, None)
+            return True
+        return row in self._half_open or self._admits(row)
+
+    def _admits(self, row: Row) -> bool:
+        """Whether a connection is handed over that its client has only begun."""
+        before = self._half_open
+        while before and (first := next(iter(before))).created_at < row.created_at - HALF_OPEN_FOR:
+            del before[first]
+        if len(before) == HALF_OPEN or row.rewrites[Step.T1].packets:
+            return False
+        before[row] = None
+        return True
+
+    def _hand(self, rewrite: Rewrite) -> bool:
+        """Whether the kernel has it, or will have."""
         if self._is_its(rewrite):
-            return
+            return True
         if rewrite.table.get(rewrite.old) is not rewrite:
-            return  # its packets are another row's now
+            return False  # its packets are another row's now
         if (before := self._back.pop(rewrite, None)) is not None:
             self._handed[rewrite] = before
         else:
             at = rewrite.row.proto, rewrite.step
             has_map = self._made is None or at in self._made
             if not has_map or self._filled[at] >= self.room or not is_simple(rewrite):
-                return
+                return False
             self._filled[at] += 1
             if _begins(rewrite):
                 self._first[rewrite] = None
@@ -264,6 +299,7 @@ class FastPath:
         if rewrite.row not in self._in_ring:
             self._in_ring.add(rewrite.row)
             self._ring.append(rewrite.row)
+        return True
 
     def _ripe(self, most: int, now: float) -> list[Rewrite]:
         """Those whose time has come to be handed over."""
@@ -281,6 +317,11 @@ class FastPath:
             if len(ripe) == most:
                 break
         return ripe
+
+    def _take_row(self, row: Row) -> None:
+        self._whole.pop(row, None)
+        for rewrite in row.rewrites.values():
+            self._take(rewrite)
 
     def _take(self, rewrite: Rewrite) -> None:
         if self._withdraw(rewrite):
@@ -312,7 +353,7 @@ class FastPath:
 
     def _displaced(self, row: Row) -> None:
         self.take_back(row)
-        if self._back:
+        if any(rewrite in self._back for rewrite in row.rewrites.values()):
             self._at_once()
 
     def _heard(self, rewrite: Rewrite, before: Count, count: Count, now: float) -> None:
@@ -327,38 +368,33 @@ class FastPath:
     def _forget(self) -> None:
         for each in (self._handed, self._over, self._first, self._back, self._filled, self._ring):
             each.clear()
+        self._whole.clear()
+        self._half_open.clear()
         self._in_ring.clear()
         self._retiring.clear()
 
 
 def new_value(rewrite: Rewrite) -> bytes:
     """What the map of its step holds for this rewrite: an address or a port."""
-    return rewrite.new[_FIELDS[CHANGES[rewrite.step].field]]
+    return rewrite.new[_CHANGED[rewrite.step]]
 
 
 def _begins(rewrite: Rewrite) -> bool:
     """Whether no data of this direction can have come yet: of a connection for which tcp-relay has
     its port towards the server, and hasn't used it."""
-    towards = rewrite.row.rewrites.get(Step.T3)
-    return towards is not None and not towards.packets and rewrite.step is not Step.T1
+    row = rewrite.row
+    if row.gport is None:
+        return False
+    towards = row.rewrites.get(Step.T3)
+    if towards is None:
+        return True
+    return not towards.packets and rewrite.step is not Step.T1
 
 
 def is_simple(rewrite: Rewrite) -> bool:
     """Whether this rewrite changes nothing but the one field that its step changes in a map."""
-    change = CHANGES.get(rewrite.step)
-    if change is None:
+    field = _CHANGED.get(rewrite.step)
+    if field is None:
         return False
-    field = _FIELDS[change.field]
     old, new = rewrite.old, rewrite.new
     return old[: field.start] == new[: field.start] and old[field.stop :] == new[field.stop :]
-
-
-def _is_steady(row: Row) -> bool:
-    """Whether the worker has nothing to learn from this row's packets but their number."""
-    if row.proto is Proto.UDP:
-        return True
-    if row.closed_at is not None or row.tracker.reset or row.service == row.server:
-        return False
-    if row.is_forwarded:
-        return not row.abort_asked and row.is_conversation
-    return row.relay is not None

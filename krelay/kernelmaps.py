@@ -55,30 +55,40 @@ class KernelMaps:
     def change(self, changes: Changes) -> list[tuple[Rewrite, Count]]:
         """Carries them out; what was counted for those that were given back.  Raises MapsLost."""
         final: list[tuple[Rewrite, Count]] = []
-        for some in _slices(changes.back):
-            requests = [
-                self._map(each).delete(each.old, at, tell=each.step in SIDES)
-                for at, each in enumerate(some, 1)
-            ]
-            # The kernel tells of elements that went in their order, and with the sequence number 0.
-            gone = [
-                nftmsg.element_count(message)
-                for message in self._transaction(requests)
-                if message.kind == nftmsg.DELETE_ELEMENT
-            ]
-            told = [each for each in some if each.step in SIDES]
-            counts = [count for count in gone if count is not None]
-            if not len(told) == len(gone) == len(counts):
-                raise MapsLost(os.strerror(errno.EPROTO))
-            final += zip(told, counts, strict=True)
-        for some in _slices(changes.over):
-            self._transaction(
-                [
-                    self._map(each).add(each.old, new_value(each), at)
-                    for at, each in enumerate(some, 1)
-                ]
-            )
+        back, over = list(changes.back), list(changes.over)
+        while back or over:
+            some, back = back[:TOGETHER], back[TOGETHER:]
+            room = TOGETHER - len(some)
+            others, over = over[:room], over[room:]
+            final += self._exchange(some, others)
         return final
+
+    def _exchange(
+        self, back: list[Rewrite], over: list[Rewrite]
+    ) -> Iterable[tuple[Rewrite, Count]]:
+        """Takes these out, then puts those in, in one transaction."""
+        requests = [
+            self._map(each).delete(each.old, at, tell=each.step in SIDES)
+            for at, each in enumerate(back, 1)
+        ]
+        requests += [
+            self._map(each).add(each.old, new_value(each), at)
+            for at, each in enumerate(over, len(back) + 1)
+        ]
+        messages = self._transaction(requests)
+        if not back:
+            return ()
+        # The kernel tells of elements that went in their order, and with the sequence number 0.
+        gone = [
+            nftmsg.element_count(message)
+            for message in messages
+            if message.kind == nftmsg.DELETE_ELEMENT
+        ]
+        told = [each for each in back if each.step in SIDES]
+        counts = [count for count in gone if count is not None]
+        if not len(told) == len(gone) == len(counts):
+            raise MapsLost(os.strerror(errno.EPROTO))
+        return zip(told, counts, strict=True)
 
     def leave(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
         """Takes these out before the maps go; what was counted for those that are still there.

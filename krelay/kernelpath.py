@@ -16,12 +16,13 @@ from krelay.fastpath import FastPath
 from krelay.flow import Proto, Source
 from krelay.kernelmaps import KernelMaps, MapsLost
 from krelay.log import Log, Throttle
+from krelay.logmsg import TOGETHER
 from krelay.loop import Loop, Timer
 from krelay.nat import NatTable
 from krelay.netfilter import NO_MAPS, Backend
 from krelay.nflog import Copies
 from krelay.row import DNS_PORT, Row, Step
-from krelay.ruleset import LEARNING_MOST, LEARNT, Learning, RuleSpec, steps_handed
+from krelay.ruleset import LEARNING_MOST, LEARNT, Learning, RuleSpec, ends, steps_handed
 from krelay.trace import Filter
 from krelay.worker import Policy
 from procfs_sim.tree import Config
@@ -31,6 +32,8 @@ LEAST_ROOM, MOST_ROOM = 1 << 10, 1 << 18
 What finds no room stays with the worker."""
 COPIES_TOGETHER = 2048
 """Copies of packets taken note of before packets have their turn: some milliseconds."""
+ENDS_TOGETHER = 256
+"""Copies of FINs likewise."""
 HAND_EVERY = 0.01
 """Seconds between looks at what is ripe to be handed over."""
 COUNT_EVERY = 0.1
@@ -63,6 +66,7 @@ class KernelPath:
         self._on_lost = on_lost
         self._maps: KernelMaps | None = None
         self._copies: Copies | None = None
+        self._ends: Copies | None = None
         self._learning: Learning | None = None
         self._traced_clients: frozenset[bytes] | None = frozenset()
         """Whose questions are traced; None: everybody's."""
@@ -77,11 +81,17 @@ class KernelPath:
         """Those by the maps that are, when last asked."""
         nat.on_late = self.count
         nat.ask_kernel = self._learnt_address
+        nat.hear_ends = self._read_ends
+
+    @property
+    def tells_ends(self) -> bool:
+        """Whether copies of FINs are taken."""
+        return self._ends is not None
 
     @property
     def copies_lost(self) -> int:
-        """How often the kernel had more to tell of what it has learnt than there was room for."""
-        return self._copies.lost if self._copies is not None else 0
+        """How often the kernel had more copies for us than there was room for."""
+        return sum(each.lost for each in (self._copies, self._ends) if each is not None)
 
     # What the rules are to be
 
@@ -123,14 +133,20 @@ class KernelPath:
     # When the rules come and go
 
     def listen(self) -> None:
-        """Takes note of what the kernel learns, from now until `close`; forgets former losses."""
+        """Takes note of what the kernel does by itself, from now until `close`; forgets former
+        losses."""
         self._lost_at.clear()
+        self._copies = self._listen_to(self._group, TOGETHER, self._read_copies)
+        self._ends = self._listen_to(ends(self._group), 1, self._read_ends)
+
+    def _listen_to(self, group: int, together: int, read: Callable[[int], object]) -> Copies | None:
         try:
-            self._copies = Copies(self._group)
+            copies = Copies(group, together=together)
         except OSError as error:
-            _log.info("the kernel learns no questions", group=self._group, reason=error)
-            return
-        self._loop.add(self._copies.fileno(), select.EPOLLIN, self._read_copies)
+            _log.info("the kernel can't copy packets' heads", group=group, reason=error)
+            return None
+        self._loop.add(copies.fileno(), select.EPOLLIN, read)
+        return copies
 
     def enter(self, spec: RuleSpec, *, afresh: bool) -> int | None:
         """These rules are in force; `afresh`: their maps are empty.
@@ -173,11 +189,12 @@ class KernelPath:
     def close(self) -> None:
         """Relaying ends."""
         self.leave(rows=False)
-        if self._copies is not None:
-            self._read_copies()
-            self._loop.remove(self._copies.fileno())
-            self._copies.close()
-            self._copies = None
+        self._read_copies()
+        for copies in (self._copies, self._ends):
+            if copies is not None:
+                self._loop.remove(copies.fileno())
+                copies.close()
+        self._copies = self._ends = None
 
     # Flows
 
@@ -209,6 +226,11 @@ class KernelPath:
         clients = [each.client_addr for each in questions if each.client_addr is not None]
         self._traced_clients = frozenset(clients) if len(clients) == len(questions) else None
         self.fast.traced(lambda row: any(each.admits(row) for each in filters))
+
+    def hurry(self) -> None:
+        """The kernel has what begins before the first packet of it comes."""
+        while self.fast.hurries and self._maps is not None:
+            self._tell()
 
     def take_back_now(self) -> None:
         """The kernel has nothing any more that it is to give back."""
@@ -284,6 +306,11 @@ class KernelPath:
         """What the kernel tells of questions and answers that it has relayed."""
         if self._copies is not None and (copies := self._copies.read(COPIES_TOGETHER)):
             self._nat.learn(copies, self._loop.now)
+
+    def _read_ends(self, _: int = 0) -> None:
+        """What the kernel tells of FINs that it has relayed."""
+        if self._ends is not None and (copies := self._ends.read(ENDS_TOGETHER)):
+            self._nat.ended(copies, self._loop.now)
 
     def _learnt_address(self, client: bytes, port: bytes) -> bytes | None:
         """The address of this host that was asked, if the kernel has learnt such a question."""

@@ -16,7 +16,7 @@ kinds.  Whatever no layout fits is read by its attributes.  All three ways read 
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from krelay.wire import netlink
@@ -50,8 +50,11 @@ _HOOK = _ATTRIBUTES + 4 + 2
 _LENGTH = struct.Struct("=I")
 
 
-def settings(group: int, sequence: int) -> bytes:
-    """Asks for that group's copies; the answer is an acknowledgement with this number."""
+def settings(group: int, sequence: int, together: int = TOGETHER) -> bytes:
+    """Asks for that group's copies; the answer is an acknowledgement with this number.
+
+    So many come together; 1: each at once.
+    """
     return netlink.message(
         SUBSYSTEM,
         CONFIG,
@@ -60,7 +63,7 @@ def settings(group: int, sequence: int) -> bytes:
         + netlink.attribute(_CFG_MODE, struct.pack("!IBx", HEAD, _COPY_PACKET))
         + netlink.number(_CFG_NLBUFSIZ, ROOM)
         + netlink.number(_CFG_TIMEOUT, HUNDREDTHS)
-        + netlink.number(_CFG_QTHRESH, TOGETHER),
+        + netlink.number(_CFG_QTHRESH, together),
         sequence=sequence,
         family=0,
         resource=group,
@@ -90,6 +93,10 @@ class Layout(NamedTuple):
     """Places of bytes that are the same in all: of the lengths and types, and PLAIN."""
     values: struct.Struct
     """Takes the hook and the head out of a message."""
+    pattern: bytes
+    """Matches one message."""
+    fits: Callable[[bytes], object]
+    """Whether it is the layout of this one message."""
 
     def all_of(self, data: bytes) -> list[Copy] | None:
         """Those of messages one after the other; None if one of them has another layout."""
@@ -99,16 +106,6 @@ class Layout(NamedTuple):
             if data[at :: self.size] != byte * count:
                 return None
         return list(self.values.iter_unpack(data))
-
-    @property
-    def pattern(self) -> bytes:
-        """Matches one message."""
-        pattern, at = b"", 0
-        for place, byte in self.fixed:
-            pattern += b".{%d}" % (place - at) if place > at else b""
-            pattern += re.escape(byte)
-            at = place + 1
-        return pattern + b".{%d}" % (self.size - at)
 
 
 def layout_of(message: bytes) -> Layout | None:
@@ -130,11 +127,24 @@ def layout_of(message: bytes) -> Layout | None:
     if not usual:
         return None
     head = size - HEAD
+    fixed = tuple((place, message[place : place + 1]) for place in (*places, head))
+    pattern = _pattern(size, fixed)
     return Layout(
         size,
-        tuple((place, message[place : place + 1]) for place in (*places, head)),
+        fixed,
         struct.Struct(f"{_HOOK}xB{head - _HOOK - 1}x{HEAD}s"),
+        pattern,
+        re.compile(pattern, re.DOTALL).fullmatch,
     )
+
+
+def _pattern(size: int, fixed: Iterable[tuple[int, bytes]]) -> bytes:
+    pattern, at = b"", 0
+    for place, byte in fixed:
+        pattern += b".{%d}" % (place - at) if place > at else b""
+        pattern += re.escape(byte)
+        at = place + 1
+    return pattern + b".{%d}" % (size - at)
 
 
 class Reader:
@@ -153,10 +163,13 @@ class Reader:
     def copies(self, data: bytes) -> list[Copy]:
         """Those that `data`, of one reading, holds, in their order.  Any bytes will do."""
         layout = self._by_size.get(data[: _LENGTH.size])
-        if layout is not None and (found := layout.all_of(data)) is not None:
-            at = len(found) * layout.size
-        else:
-            found, at = [], 0
+        found: list[Copy] = []
+        at = 0
+        if layout is not None and len(data) == layout.size:
+            if layout.fits(data):
+                return [(data[_HOOK], data[-HEAD:])]
+        elif layout is not None and (all_of_them := layout.all_of(data)) is not None:
+            found, at = all_of_them, len(all_of_them) * layout.size
         size = len(data)
         while at < size:
             # What follows the last that some layout fits is one piece, too; so nothing is left out.

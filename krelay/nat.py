@@ -57,7 +57,7 @@ from krelay.row import (
 from krelay.tracker import Side, State
 from krelay.wheel import Wheel
 from krelay.wire.checksum import ONES
-from krelay.wire.tcp import ACK
+from krelay.wire.tcp import ACK, FIN
 
 BUSY = 4
 """Packets of one direction after each of which a row is thought about anew (on_changed)."""
@@ -147,6 +147,8 @@ class NatTable:
         self.ask_kernel: Callable[[bytes, bytes], bytes | None] = lambda client, port: None
         """Called when it matters whether the kernel has learnt a flow of this client's address and
         port of which nothing has been told yet: the address of this host that was asked."""
+        self.hear_ends: Callable[[], None] = lambda: None
+        """Called when it matters whether the ends of a connection have ended it (`ended`)."""
         self._learning_of: frozenset[bytes] = frozenset()  # addresses of this host
         self._learning_for = b""  # the server
         self.limits = limits or Limits()
@@ -244,7 +246,9 @@ class NatTable:
         self._inside[inside, gport] = row
         to_gateway = key(inside, Endpoint(service.addr, gport))
         self._add(row, _T1T2, _PRE_POST, key(client, service), to_gateway, now)
-        return self._enter(row)
+        self._enter(row)
+        self.on_changed(row)
+        return row
 
     def attach(self, row: Row, relay: Endpoint, now: float) -> None:
         """tcp-relay will connect to the row's server from `relay`: steps T3 and T4.
@@ -423,6 +427,25 @@ class NatTable:
                     back := rewrite.row.by(Side.SERVER)
                 ) is not None:
                     self.heard(back, 1, head[2] << 8 | head[3], now)
+
+    def ended(self, copies: Iterable[tuple[int, bytes]], now: float) -> None:
+        """The kernel has rewritten these FINs, of ends whose connections tcp-relay terminates.
+
+        Copied as they went on (PREROUTING); how many they were is told otherwise (`heard`).
+        """
+        facing = self.tables[Hook.POSTROUTING, _TCP]
+        for _, head in copies:
+            back = facing.get(answering(head[12:24]))
+            side = _FACING.get(back.step) if back is not None else None
+            if back is None or side is None:
+                continue
+            row = back.row
+            before = row.tracker.state
+            row.tracker.saw(side, FIN | ACK)
+            if (coming := row.by(side)) is not None:
+                coming.seen_at = now
+            if row.tracker.state is not before:
+                self.changed(row)
 
     def adopt(self, at: bytes, now: float) -> Row | None:
         """The row of what was learnt, if a packet with these twelve bytes is a question or an
@@ -861,6 +884,8 @@ _TCP, _CLIENT = Proto.TCP, Source.CLIENT
 _PRE = Hook.PREROUTING
 _PRE_POST = Hook.PREROUTING, Hook.POSTROUTING
 _POST_PRE = Hook.POSTROUTING, Hook.PREROUTING
+_FACING = {Step.T2: Side.CLIENT, Step.T3: Side.SERVER}
+"""Who gets what such a step sends on its way."""
 _T1T2, _T3T4 = (Step.T1, Step.T2), (Step.T3, Step.T4)
 _U12U34, _U1U4, _U2U3 = (Step.U12, Step.U34), (Step.U1, Step.U4), (Step.U2, Step.U3)
 # By these names: looking one up in its class takes ten times as long.

@@ -51,6 +51,7 @@ _PROBE = RuleSpec(
     learning=Learning(
         IPv4Address("192.0.2.1"), (IPv4Address("192.0.2.2"),), (IPv4Network("192.0.2.0/24"),)
     ),
+    tells_ends=True,
 )
 
 
@@ -282,7 +283,7 @@ def probe() -> Backend:
 def _try(backend: Backend) -> None:
     """Installs the rules where nobody else sees them.  Raises RulesUnavailable."""
     outcome: list[Exception | None] = []
-    spec = _PROBE if backend.has_maps else replace(_PROBE, room=0, learning=None)
+    spec = _PROBE if backend.has_maps else replace(_PROBE, room=0, learning=None, tells_ends=False)
 
     def attempt() -> None:
         try:

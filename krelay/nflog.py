@@ -2,7 +2,8 @@
 
 A rule `log group N snaplen 28` has the kernel copy a packet's head and send the packet on; it waits
 for nobody.  The copies of some milliseconds come together (logmsg.TOGETHER, HUNDREDTHS), so that
-one costs little; what they mean for each other, the packets have done long since.  Where nobody has
+one costs little; what they mean for each other, the packets have done long since.  Or each comes at
+once: then whoever sees a packet that came after it can have read it.  Where nobody has
 the group, or its buffer is full, there are no copies, and packets go on all the same.
 """
 
@@ -29,8 +30,13 @@ class Copies:
     the kernel has no such log (CONFIG_NETFILTER_NETLINK_LOG).
     """
 
-    def __init__(self, group: int, *, buffer: int = SOCKET_BUFFER) -> None:
-        """`buffer`: bytes that may wait in the kernel; a copy takes some more than its message."""
+    def __init__(
+        self, group: int, *, buffer: int = SOCKET_BUFFER, together: int = logmsg.TOGETHER
+    ) -> None:
+        """`buffer`: bytes that may wait in the kernel; a copy takes some more than its message.
+
+        `together`: copies that the kernel holds back to give them together; 1: none.
+        """
         self.lost = 0
         """How often the kernel told that it had dropped copies for want of buffer."""
         self._reader = logmsg.Reader()
@@ -39,7 +45,7 @@ class Copies:
         try:
             self._socket.bind((0, 0))
             self._socket.setsockopt(socket.SOL_SOCKET, _RCVBUFFORCE, buffer)
-            self._take(group)
+            self._take(group, together)
             self._socket.setblocking(False)
         except BaseException:
             self._socket.close()
@@ -75,9 +81,9 @@ class Copies:
         """Gives the group up; copies that wait are gone.  May be called twice."""
         self._socket.close()
 
-    def _take(self, group: int) -> None:
+    def _take(self, group: int, together: int) -> None:
         self._socket.settimeout(TIMEOUT)
-        self._socket.send(logmsg.settings(group, _SEQUENCE))
+        self._socket.send(logmsg.settings(group, _SEQUENCE, together))
         while True:
             for message in netlink.messages(self._receive(logmsg.ROOM)):
                 if message.error is None or message.sequence != _SEQUENCE:

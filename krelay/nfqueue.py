@@ -107,8 +107,12 @@ class Queue:
         *,
         most: int | None = None,
         batch: int | None = None,
+        before_verdicts: Callable[[], object] = lambda: None,
     ) -> None:
-        """`most` packets wait in the kernel, and `batch` of them are handled in one turn."""
+        """`most` packets wait in the kernel, and `batch` of them are handled in one turn.
+
+        `before_verdicts` is called before packets go on.
+        """
         self.number = number
         self._batch = batch or BATCH
         self.overflows = 0
@@ -119,6 +123,7 @@ class Queue:
         self._handle = worker.handle
         self._verdicts = Verdicts(number)
         self._send = send
+        self._before_verdicts = before_verdicts
         self._now = 0.0
         self._left = 0
         self._seen_errors: set[str] = set()
@@ -197,6 +202,7 @@ class Queue:
 
     def _give_verdicts(self) -> None:
         if self._verdicts.size:
+            self._before_verdicts()
             self._socket.send(self._verdicts.take())
 
     def _failed(self, packet: Queued, error: Exception) -> None:

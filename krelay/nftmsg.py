@@ -10,7 +10,7 @@ destination address, destination port, each in a field of four bytes, ports padd
 
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from krelay.wire import netlink
 
@@ -28,10 +28,6 @@ _DATA_VALUE = 1
 _COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
 _OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA = 1, 2, 3, 4
 
-# A list of one element: LIST, ELEM, KEY, VALUE, each the head of an attribute; then the key.
-_KEY = struct.Struct("=HHHHHHHH4s2s2x4s2s2x")
-# The same with data of four bytes behind the key, a port padded: DATA, VALUE.
-_PAIR = struct.Struct("=HHHHHHHH4s2s2x4s2s2xHHHH4s")
 _NESTED = 0x8000
 
 # A counter as Linux writes it, from its name to its bytes; then these, and the packets.  To find it
@@ -79,38 +75,61 @@ class Elements:
     """Requests about the elements of one map."""
 
     def __init__(self, table: str, name: str) -> None:
-        self._where = netlink.text(_SET_TABLE, table) + netlink.text(_SET_NAME, name)
+        where = netlink.text(_SET_TABLE, table) + netlink.text(_SET_NAME, name)
+        address = (12, _NESTED | _ELEM_DATA, 8, _DATA_VALUE)
+        port = (12, _NESTED | _ELEM_DATA, 6, _DATA_VALUE)
+        self._add = {
+            4: _form(where, NEW_ELEMENT, netlink.CREATE, struct.pack("=HHHH", *address), 4),
+            2: _form(where, NEW_ELEMENT, netlink.CREATE, struct.pack("=HHHH", *port), 4),
+        }
+        self._delete = {
+            tell: _form(where, DELETE_ELEMENT, netlink.ECHO if tell else 0)
+            for tell in (False, True)
+        }
+        self._get = _form(where, GET_ELEMENT, 0)
 
     def add(self, key: bytes, value: bytes, sequence: int = 0) -> bytes:
         """Puts one in; replaces none (the kernel refuses another value).  `key` as row.key makes
         it; `value` is an address or a port."""
-        size = len(value)
-        data = _PAIR.pack(
-            *(44, _NESTED | _SET_ELEMENTS, 40, _NESTED | _LIST_ELEM),
-            *(24, _NESTED | _ELEM_KEY, 20, _DATA_VALUE),
-            *(key[:4], key[8:10], key[4:8], key[10:]),
-            *(12, _NESTED | _ELEM_DATA, 4 + size, _DATA_VALUE),
-            value,
-        )
-        return self._request(NEW_ELEMENT, netlink.CREATE, data, sequence)
+        return self._add[len(value)](sequence, key, value)
 
     def delete(self, key: bytes, sequence: int = 0, *, tell: bool = False) -> bytes:
         """Takes one out.  `tell`: what it was is sent back, its counter with it."""
-        return self._request(DELETE_ELEMENT, netlink.ECHO if tell else 0, self._key(key), sequence)
+        return self._delete[tell](sequence, key)
 
     def get(self, key: bytes, sequence: int = 0) -> bytes:
         """Asks for one; no part of a batch."""
-        return self._request(GET_ELEMENT, 0, self._key(key), sequence)
+        return self._get(sequence, key)
 
-    def _key(self, key: bytes) -> bytes:
-        return _KEY.pack(
-            *(32, _NESTED | _SET_ELEMENTS, 28, _NESTED | _LIST_ELEM),
-            *(24, _NESTED | _ELEM_KEY, 20, _DATA_VALUE),
+
+class _Form(Protocol):
+    def __call__(self, sequence: int, key: bytes, value: bytes = b"") -> bytes: ...
+
+
+def _form(where: bytes, kind: int, flags: int, data: bytes = b"", size: int = 0) -> _Form:
+    """Makes requests about an element, with a value of that size behind `data`.
+
+    They differ in their sequence number, key and value alone, and there are thousands a second.
+    """
+    element = 24 + len(data) + size
+    heads = (
+        *(8 + element, _NESTED | _SET_ELEMENTS, 4 + element, _NESTED | _LIST_ELEM),
+        *(24, _NESTED | _ELEM_KEY, 20, _DATA_VALUE),
+    )
+    blank = where + struct.pack("=HHHHHHHH", *heads) + bytes(16) + data + bytes(size)
+    request = netlink.message(SUBSYSTEM, kind, flags, blank)
+    at = len(request) - len(data) - size - 16
+    before, between = request[: netlink.SEQUENCE.start], request[netlink.SEQUENCE.stop : at]
+    pack = struct.Struct(f"={len(before)}sI{len(between)}s4s2s2x4s2s2x{len(data)}s{size}s").pack
+
+    def fill(sequence: int, key: bytes, value: bytes = b"") -> bytes:
+        return pack(
+            *(before, sequence, between),
             *(key[:4], key[8:10], key[4:8], key[10:]),
+            *(data, value),
         )
 
-    def _request(self, kind: int, flags: int, elements: bytes, sequence: int) -> bytes:
-        return netlink.message(SUBSYSTEM, kind, flags, self._where + elements, sequence=sequence)
+    return fill
 
 
 def get_learnt(table: str, name: str, client: bytes, port: bytes, sequence: int) -> bytes:

@@ -49,6 +49,8 @@ class Relays:
     """The tcp-relays that are connected, and which row is whose."""
 
     def __init__(self, nat: NatTable, source_for: Callable[[bytes], Source]) -> None:
+        self.before_answers: Callable[[], object] = lambda: None
+        """To be called when requests were handled, before their answers are sent."""
         self._nat = nat
         self._source_for = source_for
         self._owner: dict[int, Send] = {}
@@ -92,6 +94,7 @@ class Relays:
 
         A row whose client hasn't completed its handshake has no legs, and ends at once.
         """
+        self._nat.on_late([row])
         row.abort_asked = True
         owner = self._owner.get(row.id)
         if owner is not None and row.relay is not None:

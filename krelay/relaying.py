@@ -91,6 +91,7 @@ class Relaying:
         self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
         self.relays = Relays(self.nat, self._source_for)
         self.kernel = KernelPath(loop, self.nat, name, queue_num, self._make_maps_anew)
+        self.relays.before_answers = self.kernel.hurry
         self.queue: Queue | None = None
         self.openings: Queue | None = None
         """That of the SYNs to services."""
@@ -295,6 +296,7 @@ class Relaying:
                 self._sender.send,
                 most=MAX_OPENINGS,
                 batch=OPENINGS_AT_ONCE,
+                before_verdicts=self.kernel.hurry,
             )
             self._loop.add(self.openings.fileno(), select.EPOLLIN, self._serve_openings)
             self._worker.recovering_until = self._loop.now + RECOVERY if stale else 0.0
@@ -392,6 +394,7 @@ class Relaying:
             room=room,
             answered_within=config.timeouts_udp_dns,
             learning=self.kernel.learning(config, policy) if room and policy else None,
+            tells_ends=self.kernel.tells_ends,
         )
 
     def _install(self, spec: RuleSpec, *, afresh: bool) -> None:
@@ -576,7 +579,8 @@ class Relaying:
         try:
             queue.serve()
         except OSError as error:
-            self._fail(f"the queue is lost: {error}")
+            if queue in self.queues:  # not given up meanwhile
+                self._fail(f"the queue is lost: {error}")
 
     def _warn_of_overflow(self, now: float) -> None:
         lost = sum(self.dropped())

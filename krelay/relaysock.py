@@ -82,18 +82,28 @@ class _Link:
         _log.info("tcp-relay disconnected", pid=self.pid)
 
     def _ready(self, _: int) -> None:
+        answers: list[Answer] = []
+        goes_on = self._read(answers)
+        if answers:
+            self._relays.before_answers()
+            for answer in answers:
+                self.send(answer)
+        if not goes_on:
+            self.close()
+
+    def _read(self, answers: list[Answer]) -> bool:
+        """Handles what has come, and adds what is to be said to it; whether there may be more."""
         for _turn in range(MAX_PER_TURN):
             if self not in self._links:
-                return
+                return True
             try:
                 packet = self._socket.recv(MAX_MESSAGE + 1)
             except BlockingIOError:
-                return
+                return True
             except OSError:
                 packet = b""
             if not packet:
-                self.close()
-                return
+                return False
             try:
                 request = parse_request(packet)
             except BadMessage as error:
@@ -104,9 +114,9 @@ class _Link:
                         error=error,
                         suppressed=held_back or None,
                     )
-                self.send(Refused(None, str(error)))
-                self.close()
-                return
+                answers.append(Refused(None, str(error)))
+                return False
             answer = self._relays.handle(request, self._send, self._loop.now)
             if answer is not None:
-                self.send(answer)
+                answers.append(answer)
+        return True

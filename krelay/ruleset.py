@@ -41,8 +41,9 @@ Before all that comes the fast path, in nft alone: what the worker would do with
 that was handed over, the kernel does itself (fastpath.py).  There is a map for each step, from the
 addresses and ports that a packet comes with to the one field that the step changes, and a counter.
 Packets that tell how a connection stands go to the worker all the same: SYN, FIN and RST of its
-ends, RST of this host.  A flow that isn't in a map goes to the worker, so with empty maps these
-rules change nothing.
+ends, RST of this host.  But a FIN of TCP that tcp-relay terminates need not wait for the worker: of
+it a copy is enough (`ends`).  A flow that isn't in a map goes to the worker, so with empty maps
+these rules change nothing.
 
 What a datagram costs the kernel is mostly how many rules it meets, so those that most of them need
 stand before any others, and what no rule asks for leaves early.  Measured, where relaying a packet
@@ -111,6 +112,8 @@ class RuleSpec:
     answered_within: int = 20
     """Seconds that the kernel waits for the answer to a question that it has learnt."""
     learning: Learning | None = None
+    tells_ends: bool = False
+    """Whether of FINs of terminated TCP copies are made for krelay, where no visit is needed."""
 
     @property
     def maps(self) -> tuple[int, int]:
@@ -133,6 +136,11 @@ def openings(queue: int) -> int:
 
     So a flood of SYNs overflows a queue in which nobody else waits.
     """
+    return queue ^ 0x8000
+
+
+def ends(queue: int) -> int:
+    """The log group of FINs, beside that of all other copies."""
     return queue ^ 0x8000
 
 
@@ -193,6 +201,7 @@ def wanted(
     room: int = 0,
     answered_within: int = 20,
     learning: Learning | None = None,
+    tells_ends: bool = False,
 ) -> RuleSpec:
     """What new flows need, and what the rows that live still need.  No `gport`: none is needed."""
     live = list(footprints)
@@ -213,6 +222,7 @@ def wanted(
         room=room,
         answered_within=answered_within,
         learning=learning if room else None,
+        tells_ends=tells_ends and room > 0,
     )
 
 
@@ -226,6 +236,8 @@ ANSWERED = 1
 """Seconds that a question is known in the kernel after its answer."""
 LEARNT_LENGTH = 576
 """Bytes of a question: longer ones might not fit the link to the server, so the worker looks."""
+COPIED = 28
+"""Bytes of a packet that are copied: an IPv4 header without options and eight more."""
 WORKER, OPENINGS = "to-worker", "openings"
 """The chains that send packets to the two queues."""
 _HOOKS = {
@@ -262,6 +274,10 @@ CHANGES = {
     Step.U4: Change("post", "saddr", False),
 }
 """Not D1 and D2, which are rare.  What must change a port beside stays with the worker, too."""
+
+
+_ENDS = (Step.T1, Step.T4)
+"""The steps of packets that tell how the ends of a connection stand, which tcp-relay terminates."""
 
 
 def map_name(proto: Proto, step: Step) -> str:
@@ -337,6 +353,8 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
     fast: dict[str, list[str]] = {}
     for proto, step in steps_handed(spec):
         fast.setdefault(_chain_of(proto, step), []).append(_nft_handed(spec, proto, step))
+    if spec.tells_ends and spec.tcp and spec.room:
+        fast["pre-tcp"] += [_nft_handed(spec, Proto.TCP, step, fins=True) for step in _ENDS]
     fast.setdefault("post-udp", []).extend(answers)
     return {
         "pre": [*fast.get("pre", []), *_nft_by_protocol("pre"), *pre],
@@ -362,7 +380,7 @@ def _nft_learning(
     if learning is None:
         return [], [], {name: [] for name in LEARNT}
     flow, back = "ip saddr . udp sport", "ip daddr . udp dport"
-    copied = f"log group {spec.queue} snaplen 28"
+    copied = f"log group {spec.queue} snaplen {COPIED}"
     names = dict(zip(LEARNT, learning.addresses, strict=False))
     ways = ", ".join(f"{address} : goto {name}" for name, address in names.items())
     questions = [
@@ -422,19 +440,26 @@ def _nft_udp_done(spec: RuleSpec) -> list[str]:
     return [f"ip protocol udp {others}accept"]
 
 
-def _nft_handed(spec: RuleSpec, proto: Proto, step: Step) -> str:
-    """The rule by which the kernel takes a step for the flows it was handed."""
+def _nft_handed(spec: RuleSpec, proto: Proto, step: Step, *, fins: bool = False) -> str:
+    """The rule by which the kernel takes a step for the flows it was handed.
+
+    `fins`: for the packets with which an end says that it has nothing more to say.
+    """
     name, change, chain = map_name(proto, step), CHANGES[step], _chain_of(proto, step)
     guard = _nft_guard(spec, proto, step)
+    copied = ""
     if chain == change.hook:
         guard = f"ip protocol {proto.name.lower()} {guard}"
-    if proto is Proto.TCP:
+    if fins:
+        guard += "ip hdrlength 5 tcp flags & (fin | syn | rst) == fin "
+        copied = f"log group {ends(spec.queue)} snaplen {COPIED} "
+    elif proto is Proto.TCP:
         mine, server = step in (Step.T2, Step.T3), step is Step.T4
         flags = "rst" if mine else "(fin | rst)" if server else "(fin | syn | rst)"
         guard += f"tcp flags & {flags} == 0 "
     key = "ip saddr . th sport . ip daddr . th dport"
     where = "ip" if change.field.endswith("addr") else proto.name.lower()
-    return f"{guard}{where} {change.field} set {key} map @{name} counter name {name} accept"
+    return f"{guard}{where} {change.field} set {key} map @{name} {copied}counter name {name} accept"
 
 
 def _nft_guard(spec: RuleSpec, proto: Proto, step: Step) -> str:

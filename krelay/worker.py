@@ -522,11 +522,12 @@ class Worker:
 
         RFC 9293, section 3.6.1: a port may be used again.
         """
-        return (
-            flags & _OPENING == tcp.SYN
-            and rewrite.step in _BEGINNINGS
-            and rewrite.row.tracker.state in _ENDED
-        )
+        if flags & _OPENING != tcp.SYN or rewrite.step not in _BEGINNINGS:
+            return False
+        tracker = rewrite.row.tracker
+        if tracker.state not in _ENDED:
+            self.nat.hear_ends()
+        return tracker.state in _ENDED
 
     def _open_again(self, row: Row, now: float) -> Rewrite | None:
         """The rewrite for that packet; None if the service is none any more.  Raises Refusal."""

@@ -19,6 +19,7 @@ the host's own; those inside netfilter's attributes, and the resource id, the ne
 
 import struct
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 FAMILY = 12
@@ -30,6 +31,8 @@ ERROR, DONE = 2, 3
 BATCH_BEGIN, BATCH_END = 16, 17
 """NFNL_MSG_BATCH_*: what stands between happens as a whole or not at all."""
 HEAD = 16
+SEQUENCE = slice(8, 12)
+"""Where the sequence number is in a message."""
 GENERIC = 4
 IPV4 = 2
 """NFPROTO_IPV4."""
@@ -86,8 +89,15 @@ def message(
 
 def batch(subsystem: int, messages: bytes) -> bytes:
     """Requests of one subsystem that are carried out together (nfnetlink_rcv_batch)."""
-    ends = (message(0, kind, 0, family=0, resource=subsystem) for kind in (BATCH_BEGIN, BATCH_END))
-    return messages.join(ends)
+    return messages.join(_batch_ends(subsystem))
+
+
+@cache
+def _batch_ends(subsystem: int) -> tuple[bytes, bytes]:
+    begin, end = (
+        message(0, kind, 0, family=0, resource=subsystem) for kind in (BATCH_BEGIN, BATCH_END)
+    )
+    return begin, end
 
 
 def acknowledged(request: bytes) -> bytes:

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krelay.fastpath import (
+    HALF_OPEN,
+    HALF_OPEN_FOR,
     HAND_AFTER,
     HAND_WITHIN,
     LOOKS,
@@ -66,8 +68,9 @@ def handed(datapath: Datapath, row: Row) -> frozenset[Step]:
 def opened(datapath: Datapath, client: str = "C:40000") -> Row:
     """The row of a connection whose client has completed its handshake."""
     assert by(datapath, PRE, f"{client} > K:80 [S]") == ["worker"]
-    assert by(datapath, POST, f"K:16000 > {client} [S.]") == ["worker"]
-    assert by(datapath, PRE, f"{client} > K:80 [.]") == ["worker"]
+    whose = ["kernel" if datapath.room else "worker"]
+    assert by(datapath, POST, f"K:16000 > {client} [S.]") == whose
+    assert by(datapath, PRE, f"{client} > K:80 [.]") == whose
     row = datapath.nat.accepted(at(client), 16000)
     assert row is not None
     return row
@@ -127,10 +130,10 @@ def shown(row: Row) -> tuple[list[int], list[int]]:
 # When flows are handed over
 
 
-def test_a_connection_is_handed_over_when_tcp_relay_has_a_port_for_it() -> None:
+def test_a_connection_is_handed_over_as_far_as_it_has_come() -> None:
     d = datapath()
     row = opened(d)
-    assert handed(d, row) == frozenset()
+    assert handed(d, row) == {Step.T1, Step.T2}
     attach(d)
     assert handed(d, row) == ALL
 
@@ -140,13 +143,65 @@ def test_a_connection_is_handed_over_when_tcp_relay_has_a_port_for_it() -> None:
     assert by(d, POST, "K:16000 > C:40000 [P.]", "K:16000 > C:40000 [F.]") == ["kernel"] * 2
 
 
+def test_of_connections_that_are_only_begun_a_number_is_handed_over() -> None:
+    """They may be forged, all of them."""
+    d = datapath(room=2 * HALF_OPEN)
+    d.nat.limits = Limits(10_000, 10_000)
+    for port in range(1, HALF_OPEN + 1):
+        by(d, PRE, f"C:{port} > K:80 [S]")
+    assert len(d.kernel) == 2 * HALF_OPEN
+    assert by(d, PRE, "D:1 > K:80 [S]", "D:1 > K:80 [.]") == ["worker"] * 2
+    late = d.nat.accepted(at("D:1"), 16000)
+    assert late is not None
+    assert handed(d, late) == frozenset()
+
+    attach(d, "C:7")  # is accepted, and so makes room for one
+    assert by(d, PRE, "D:2 > K:80 [S]", "D:2 > K:80 [.]") == ["worker", "kernel"]
+    assert by(d, PRE, "D:3 > K:80 [S]", "D:3 > K:80 [.]") == ["worker"] * 2
+    d.now = HALF_OPEN_FOR + 0.1
+    assert by(d, PRE, "D:4 > K:80 [S]", "D:4 > K:80 [.]") == ["worker", "kernel"]
+    attach(d, "D:1", "K:46000")
+    assert handed(d, late) == ALL
+
+
+def test_fins_are_the_kernels_and_their_copies_tell_how_a_connection_stands() -> None:
+    d = datapath()
+    row = connected(d)
+    d.now = 5
+    assert by(d, PRE, "C:40000 > K:80 [F.]") == ["kernel"]
+    assert row.tracker.client_ended
+    assert row.seen_at == 5
+    assert by(d, PRE, "S:80 > C:45678 [F.]") == ["kernel"]
+    assert row.state is State.CLOSING
+    assert handed(d, row) == ALL
+    assert row.expires_at(d.nat.timeouts) == 5 + d.nat.timeouts.tcp_transitory
+    d.count([row])
+    assert shown(row)[0] == [3, 2]
+
+
+def test_a_copy_that_is_of_no_row_is_ignored() -> None:
+    d = datapath()
+    row = connected(d)
+    for text in ("D:40000 > K:16000 [F.]", "S:80 > K:9 [F.]", "C:40000 > K:80 [F.]"):
+        d.nat.ended([(PRE, template(text).build()[:28])], 0)
+    assert (row.tracker.client_ended, row.tracker.server_ended) == (False, False)
+
+
+@pytest.mark.parametrize("text", ["C:40000 > K:80 [F.]", "S:80 > C:45678 [F.]"])
+def test_a_fin_that_a_copy_would_not_show_visits_the_worker(text: str) -> None:
+    d = datapath()
+    row = connected(d)
+    before = d.kernel.counters.total()
+    d.packet(replace(template(text), ip_options=bytes((1, 1, 1, 1))), PRE)
+    assert d.kernel.counters.total() == before
+    assert row.tracker.client_ended or row.tracker.server_ended
+
+
 def test_what_changes_how_a_connection_stands_visits_the_worker() -> None:
     d = datapath()
     row = connected(d)
-    assert by(d, PRE, "C:40000 > K:80 [S]", "C:40000 > K:80 [F.]") == ["worker"] * 2
-    assert by(d, PRE, "S:80 > C:45678 [F.]") == ["worker"]
+    assert by(d, PRE, "C:40000 > K:80 [S]", "S:80 > C:45678 [FR.]") == ["worker"] * 2
     assert row.state is State.CLOSING
-    assert handed(d, row) == ALL
     for hook, text in (
         (PRE, "C:40000 > K:80 [R]"), (PRE, "S:80 > C:45678 [R.]"),
         (POST, "K:45678 > S:80 [R]"), (POST, "K:16000 > C:40000 [R.]"),
@@ -400,16 +455,31 @@ def test_a_port_that_is_used_again_is_the_new_connections_at_once() -> None:
     assert handed(d, row) == ALL
     d.set(replace(d.policy, gport=17000))
     assert by(d, PRE, "C:40000 > K:80 [S]") == ["worker"]
-    assert handed(d, row) == frozenset()
+    assert handed(d, row) == {Step.T1}  # by its addresses and ports, which are the new one's
     again = d.nat.accepted(at("C:40000"), 17000)
     assert again is not None
+    assert handed(d, again) == {Step.T1, Step.T2}
     got = d.packet(template("C:40000 > K:80 [.]"), PRE)
     assert isinstance(got, bytes)
     assert int.from_bytes(got[22:24]) == 17000
     d.fast.consider(row)
     by(d, POST, *["K:16000 > C:40000 [.]"] * BUSY)
     d.turn()
-    assert handed(d, row) == frozenset()
+    assert handed(d, row) == {Step.T1}
+
+
+def test_a_port_that_is_used_again_before_the_fins_are_told_of_is_the_new_connections() -> None:
+    d = datapath()
+    row = connected(d)
+    for text in ("C:40000 > K:80 [F.]", "S:80 > C:45678 [F.]"):
+        assert d.kernel.rewritten(template(text), PRE, d.policy.own) is not None
+    assert not row.tracker.client_ended
+    assert by(d, PRE, "C:40000 > K:80 [S]") == ["worker"]
+    assert row.state is State.CLOSING
+    *_, again = d.nat
+    assert again is not row
+    assert again.client == row.client
+    assert handed(d, row) == handed(d, again) == frozenset()  # its port inside is still taken
 
 
 def test_a_relay_port_that_is_used_again_never_carries_the_former_clients_address() -> None:
@@ -951,15 +1021,29 @@ def beginning() -> tuple[FastPath, Row]:
     return fast, row
 
 
-def test_of_a_connection_that_begins_only_what_the_client_sends_must_ripen() -> None:
+def test_a_connection_that_begins_is_handed_over_at_once() -> None:
     fast, row = beginning()
     assert fast.hurries
-    begun = [row.rewrites[step] for step in (Step.T2, Step.T3, Step.T4)]
+    begun = [row.rewrites[step] for step in (Step.T1, Step.T2, Step.T3, Step.T4)]
 
     assert fast.changes(2, None) == Changes([], begun[:2])
     assert fast.changes(10, None) == Changes([], begun[2:])
     assert not fast.hurries
     assert fast.changes(10, None) is None
+    assert not fast.waits
+
+
+def test_what_the_client_has_begun_to_send_must_ripen() -> None:
+    nat = NatTable(rng=Random(1))
+    fast = FastPath(nat)
+    row = nat.open_tcp(at("C:4000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 10.0)
+    row.rewrites[Step.T1].packets = 1
+    fast.begin(10)
+    assert not fast.hurries
+    nat.attach(row, at("K:50000"), 10.0)
+    begun = [row.rewrites[step] for step in (Step.T2, Step.T3, Step.T4)]
+
+    assert fast.changes(10, None) == Changes([], begun)
     assert fast.changes(10, 10.0) is None
     assert fast.changes(10, 10.0 + HAND_AFTER) == Changes([], [row.rewrites[Step.T1]])
     assert not fast.waits

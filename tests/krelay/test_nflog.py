@@ -46,9 +46,14 @@ class Ends:
         for content in contents:
             self.sender.sendto(content, (to, PORT))
 
-    def copies(self, group: int = GROUP, buffer: int = nflog.SOCKET_BUFFER) -> Copies:
+    def copies(
+        self,
+        group: int = GROUP,
+        buffer: int = nflog.SOCKET_BUFFER,
+        together: int = logmsg.TOGETHER,
+    ) -> Copies:
         with self.lab.enter("relay"):
-            return Copies(group, buffer=buffer)
+            return Copies(group, buffer=buffer, together=together)
 
 
 @pytest.fixture
@@ -115,6 +120,15 @@ def test_about_as_many_are_read_as_are_asked_for_and_the_rest_waits(ends: Ends) 
         select.select([copies], [], [], 5)
         assert 150 <= len(copies.read(150)) <= 150 + logmsg.TOGETHER
         assert select.select([copies], [], [], 0)[0]
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_as_many_copies_come_together_as_was_asked_for(ends: Ends, together: int) -> None:
+    with closing(ends.copies(together=together)) as copies:
+        ends.send(ends.relay, *[b"x"] * 6)
+        for _ in range(6 // together):
+            assert select.select([copies], [], [], 5)[0]
+            assert len(copies.read(1)) == together
 
 
 def test_a_single_copy_comes_within_some_milliseconds(ends: Ends) -> None:

@@ -84,9 +84,11 @@ def ends() -> Iterator[Ends]:
             yield both
 
 
-def bound(ends: Ends, worker: Worker) -> Queue:
+def bound(
+    ends: Ends, worker: Worker, before_verdicts: Callable[[], object] = lambda: None
+) -> Queue:
     with ends.lab.enter("relay"):
-        return Queue(NUMBER, worker, lambda packet: None)
+        return Queue(NUMBER, worker, lambda packet: None, before_verdicts=before_verdicts)
 
 
 def serve(queue: Queue) -> None:
@@ -114,6 +116,20 @@ def test_a_rewritten_packet_leaves_as_its_new_bytes(ends: Ends) -> None:
         serve(queue)
 
         assert ends.receiver.recv(100) == b"two"
+
+
+def test_who_wants_to_know_is_told_before_packets_go_on(ends: Ends) -> None:
+    gone_on: list[int] = []
+
+    def look() -> None:
+        gone_on.append(len(select.select([ends.receiver], [], [], 0)[0]))
+
+    with closing(bound(ends, Scripted(), look)) as queue:
+        for number in range(2):
+            ends.sender.send(b"one")
+            serve(queue)
+            assert ends.receiver.recv(100) == b"one"
+            assert gone_on == [0] * (number + 1)
 
 
 def test_a_fault_of_ours_drops_its_packet_and_no_other(

@@ -121,6 +121,20 @@ def test_each_request_has_its_answer_and_close_has_none(world: World) -> None:
     assert row.relay == at("K:30000")
 
 
+def test_who_wants_to_know_is_told_before_answers_are_sent(world: World) -> None:
+    """Also before the last answer of who has said nonsense behind its question."""
+    link = world.connect()
+    row, request = world.row(40000)
+    seen: list[object] = []
+    world.relays.before_answers = lambda: seen.append((row.relay, heard(link)))
+    world.say(link, request, UNKNOWN, b"nonsense")
+
+    assert seen == [(at("K:30000"), [])]
+    assert [type(parse_answer(each)) for each in heard(link)[:3]] == [Opened, Refused, Refused]
+    world.say(world.connect(), Close(at("K:30000")))
+    assert len(seen) == 1
+
+
 def test_a_report_has_no_answer_and_counts_while_its_connection_lives(world: World) -> None:
     one, two = world.connect(), world.connect()
     world.say(one, Report("aaaaaaaa", {"open": 2, "accepted": 5}), UNKNOWN)

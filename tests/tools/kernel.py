@@ -32,14 +32,15 @@ from tests.tools.packets import ACK, FIN, RST, SYN, Template
 _MATCH = re.compile(
     r"(?:ip (?P<protocol>protocol) (?P<name>tcp|udp)"
     r"|iif (?P<iif>!=) 0"
-    r"|tcp flags & (?P<flags>\([^)]*\)|\w+) == 0"
+    r"|ip hdrlength (?P<words>\d)"
+    r"|tcp flags & (?P<flags>\([^)]*\)|\w+) == (?P<set>0|\w+)"
     r"|(?P<layer>ip|th|tcp|udp) (?P<field>[sd](?:addr|port))(?: & (?P<mask>[\d.]+))?"
     r" (?P<relation>==|!=)? ?(?P<values>\{[^}]*\}|[\d.-]+)) "
 )
 _LOOK_UP = re.compile(
     r"(?P<layer>ip|tcp|udp) (?P<field>[sd]addr|[sd]port) set "
     r"ip saddr \. (?P<ports>th|tcp|udp) sport \. ip daddr \. (?P=ports) dport "
-    r"map @(?P<map>[\w-]+) counter name (?P=map) accept"
+    r"map @(?P<map>[\w-]+) (?P<log>log group \d+ snaplen 28 )?counter name (?P=map) accept"
 )
 _VERDICT = re.compile(r"goto (?P<chain>(?:pre|post)-(?:tcp|udp))|accept")
 _FLAGS = {"fin": FIN, "syn": SYN, "rst": RST, "ack": ACK}
@@ -71,6 +72,7 @@ class FastRule:
     guards: tuple[Guard, ...]
     map: str = ""
     field: str = ""
+    log: bool = False
     chain: str = ""
 
 
@@ -81,6 +83,8 @@ class FakeKernel:
         self.room = 0
         self.maps: dict[str, dict[tuple[int, ...], Element]] = {}
         self.counters: Counter[str] = Counter()
+        self.copies: list[tuple[int, bytes]] = []
+        """Heads of packets, and their hooks, that nobody has taken yet."""
         self.rules: dict[str, list[FastRule]] = {}
         """By chain."""
 
@@ -105,6 +109,7 @@ class FakeKernel:
             "daddr": int.from_bytes(dst.addr),
             "dport": dst.port,
             "flags": packet.flags,
+            "words": 5 + len(packet.ip_options) // 4,
             "protocol": proto,
             "iif": int(src.addr not in own or hook is Hook.PREROUTING),
         }
@@ -129,7 +134,10 @@ class FakeKernel:
                 ends = (
                     Endpoint(seen[f"{end}addr"].to_bytes(4), seen[f"{end}port"]) for end in "sd"
                 )
-                return replace(packet, flow=Flow(proto, *ends))
+                became = replace(packet, flow=Flow(proto, *ends))
+                if rule.log:
+                    self.copies.append((hook, became.build()[: ruleset.COPIED]))
+                return became
         return None
 
     # As krelay.kernelmaps.KernelMaps
@@ -217,7 +225,7 @@ def _rule(line: str) -> FastRule | None:
         proto = next(name for name in ("tcp", "udp") if look_up["map"].startswith(f"{name}-"))
         assert look_up["layer"] == ("ip" if look_up["field"].endswith("addr") else proto), line
         assert look_up["ports"] in ("th", proto), line
-        return FastRule(tuple(guards), look_up["map"], look_up["field"])
+        return FastRule(tuple(guards), look_up["map"], look_up["field"], bool(look_up["log"]))
     assert "map @" not in line, line
     if verdict := _VERDICT.fullmatch(rest):
         return FastRule(tuple(guards), chain=verdict["chain"] or "")
@@ -230,9 +238,12 @@ def _guard(match: re.Match[str]) -> Guard:
         return lambda seen: seen["protocol"] == wanted
     if match["iif"]:
         return lambda seen: seen["iif"] != 0
+    if match["words"]:
+        return lambda seen: seen["words"] == int(match["words"])
     if match["flags"]:
         mask = sum(_FLAGS[word] for word in match["flags"].strip("()").split(" | "))
-        return lambda seen: not seen["flags"] & mask
+        flag = 0 if match["set"] == "0" else _FLAGS[match["set"]]
+        return lambda seen: seen["flags"] & mask == flag
     field, is_in = match["field"], match["relation"] != "!="
     bits = int(IPv4Address(match["mask"])) if match["mask"] else 0xFFFFFFFF
     ranges = [_range(text) for text in match["values"].strip("{ }").split(", ")]
@@ -268,6 +279,7 @@ class Datapath:
         """How often the kernel was told of something at once."""
         self.fast = FastPath(self.nat, self._pend, self._take_back_now)
         self.nat.on_late = self.count
+        self.nat.hear_ends = self.hear
         self._spec: RuleSpec | None = None
         self._needs_more = False
         self.nat.on_footprint = self._need_more
@@ -303,6 +315,7 @@ class Datapath:
             beside=policy.beside,
             footprints=self.nat.footprints,
             room=self.room,
+            tells_ends=True,
         )
         if spec != self._spec:
             afresh = self._spec is None or spec.room != self._spec.room
@@ -318,11 +331,18 @@ class Datapath:
         """What becomes of a packet, whoever decides; then the turn is over."""
         fast = self.kernel.rewritten(packet, hook, self.policy.own) if self.room else None
         if fast is not None and fast is not packet:
+            self.hear()
             return fast.build()
         verdict = self.worker.handle(packet.build(), hook, self.now)
         assert fast is None or verdict is Verdict.PASS, "it was the worker's"
         self.turn()
         return verdict
+
+    def hear(self) -> None:
+        """Takes note of the copies that the kernel has made."""
+        copies, self.kernel.copies = self.kernel.copies, []
+        self.nat.ended(copies, self.now)
+        self.turn()
 
     def turn(self, most: int = 512) -> None:
         """The kernel is told what is new, in so many pieces as it takes."""
