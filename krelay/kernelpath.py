@@ -33,7 +33,7 @@ What finds no room stays with the worker."""
 COPIES_TOGETHER = 2048
 """Copies of packets taken note of before packets have their turn: some milliseconds."""
 ENDS_TOGETHER = 256
-"""Copies of FINs likewise."""
+"""Copies of FINs read in one piece."""
 HAND_EVERY = 0.01
 """Seconds between looks at what is ripe to be handed over."""
 COUNT_EVERY = 0.1
@@ -136,17 +136,10 @@ class KernelPath:
         """Takes note of what the kernel does by itself, from now until `close`; forgets former
         losses."""
         self._lost_at.clear()
-        self._copies = self._listen_to(self._group, TOGETHER, self._read_copies)
-        self._ends = self._listen_to(ends(self._group), 1, self._read_ends)
-
-    def _listen_to(self, group: int, together: int, read: Callable[[int], object]) -> Copies | None:
-        try:
-            copies = Copies(group, together=together)
-        except OSError as error:
-            _log.info("the kernel can't copy packets' heads", group=group, reason=error)
-            return None
-        self._loop.add(copies.fileno(), select.EPOLLIN, read)
-        return copies
+        self._copies = _copies_of(self._group, TOGETHER)
+        if self._copies is not None:
+            self._loop.add(self._copies.fileno(), select.EPOLLIN, self._read_copies)
+        self._ends = _copies_of(ends(self._group), 1)
 
     def enter(self, spec: RuleSpec, *, afresh: bool) -> int | None:
         """These rules are in force; `afresh`: their maps are empty.
@@ -189,17 +182,19 @@ class KernelPath:
     def close(self) -> None:
         """Relaying ends."""
         self.leave(rows=False)
-        self._read_copies()
+        if self._copies is not None:
+            self._read_copies()
+            self._loop.remove(self._copies.fileno())
         for copies in (self._copies, self._ends):
             if copies is not None:
-                self._loop.remove(copies.fileno())
                 copies.close()
         self._copies = self._ends = None
 
     # Flows
 
     def count(self, rows: Iterable[Row]) -> None:
-        """Adds to these rows what the kernel has counted for them."""
+        """Adds to these rows what the kernel has counted for them, and to all what ended."""
+        self._read_ends()
         if self._maps is None or not (handed := self.fast.handed(rows)):
             return
         try:
@@ -271,6 +266,7 @@ class KernelPath:
     def _count_by_turns(self) -> None:
         self._counting = None
         if self._maps is None or not self.fast.rows:
+            self._read_ends()
             return
         self.count(self.fast.due(self._loop.now, COUNT_EVERY))
         if self._maps is not None:
@@ -307,9 +303,12 @@ class KernelPath:
         if self._copies is not None and (copies := self._copies.read(COPIES_TOGETHER)):
             self._nat.learn(copies, self._loop.now)
 
-    def _read_ends(self, _: int = 0) -> None:
-        """What the kernel tells of FINs that it has relayed."""
-        if self._ends is not None and (copies := self._ends.read(ENDS_TOGETHER)):
+    def _read_ends(self) -> None:
+        """What the kernel tells of FINs that it has relayed.
+
+        It is read when it matters, and by turns: to wake for each would cost more than to read it.
+        """
+        while self._ends is not None and (copies := self._ends.read(ENDS_TOGETHER)):
             self._nat.ended(copies, self._loop.now)
 
     def _learnt_address(self, client: bytes, port: bytes) -> bytes | None:
@@ -323,3 +322,11 @@ class KernelPath:
             self._lost(error)
             return None
         return addresses[found].packed if found is not None else None
+
+
+def _copies_of(group: int, together: int) -> Copies | None:
+    try:
+        return Copies(group, together=together)
+    except OSError as error:
+        _log.info("the kernel can't copy packets' heads", group=group, reason=error)
+        return None

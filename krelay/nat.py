@@ -436,15 +436,14 @@ class NatTable:
         facing = self.tables[Hook.POSTROUTING, _TCP]
         for _, head in copies:
             back = facing.get(answering(head[12:24]))
-            side = _FACING.get(back.step) if back is not None else None
-            if back is None or side is None:
+            step = _FACING.get(back.step) if back is not None else None
+            if back is None or step is None:
                 continue
-            row = back.row
-            before = row.tracker.state
-            row.tracker.saw(side, FIN | ACK)
-            if (coming := row.by(side)) is not None:
-                coming.seen_at = now
-            if row.tracker.state is not before:
+            row, tracker = back.row, back.row.tracker
+            before = tracker.state
+            tracker.saw(SIDES[step], FIN | ACK)
+            row.rewrites[step].seen_at = now
+            if tracker.state is not before:
                 self.changed(row)
 
     def adopt(self, at: bytes, now: float) -> Row | None:
@@ -884,8 +883,8 @@ _TCP, _CLIENT = Proto.TCP, Source.CLIENT
 _PRE = Hook.PREROUTING
 _PRE_POST = Hook.PREROUTING, Hook.POSTROUTING
 _POST_PRE = Hook.POSTROUTING, Hook.PREROUTING
-_FACING = {Step.T2: Side.CLIENT, Step.T3: Side.SERVER}
-"""Who gets what such a step sends on its way."""
+_FACING = {Step.T2: Step.T1, Step.T3: Step.T4}
+"""The other direction of a leg."""
 _T1T2, _T3T4 = (Step.T1, Step.T2), (Step.T3, Step.T4)
 _U12U34, _U1U4, _U2U3 = (Step.U12, Step.U34), (Step.U1, Step.U4), (Step.U2, Step.U3)
 # By these names: looking one up in its class takes ten times as long.

@@ -61,7 +61,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import NamedTuple
 
 from krelay.flow import Proto
-from krelay.row import DNS_PORT, Footprint, Step
+from krelay.row import DNS_PORT, SIDES, Footprint, Step
 from krelay.wire import icmp
 
 ANYONE = IPv4Network("0.0.0.0/0")
@@ -529,7 +529,8 @@ def _nft_maps(spec: RuleSpec) -> list[str]:
         value = "ipv4_addr" if CHANGES[step].field.endswith("addr") else "inet_service"
         name = map_name(proto, step)
         lines.append(f"  counter {name} {{ }}")
-        lines.append(f"  map {name} {{ type {key} : {value}; size {spec.room}; counter; }}")
+        counted = " counter;" if step in SIDES else ""
+        lines.append(f"  map {name} {{ type {key} : {value}; size {spec.room};{counted} }}")
     if spec.room:
         lines += [
             f"  set {name} {{ type ipv4_addr . inet_service; flags dynamic, timeout; "

@@ -170,7 +170,7 @@ def counted(rewrite: Rewrite, counts: dict[Rewrite, Count]) -> list[str]:
         Step.T4: IPv4Address(new[4:8]),
     }[rewrite.step]
     packets, size = counts[rewrite]
-    counter = f"counter packets {packets} bytes {size}"
+    counter = f"counter packets {packets} bytes {size}" if rewrite.step in SIDES else ""
     return [
         f"delete element ip {NAME} {name} {{ {key} }}",
         f"add element ip {NAME} {name} {{ {key} {counter} : {value} }}",

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krelay.flow import Proto
-from krelay.row import Footprint
+from krelay.row import SIDES, Footprint
 from krelay.ruleset import (
     ANYONE,
     MULTIPORT_MOST,
@@ -20,6 +20,7 @@ from krelay.ruleset import (
     Ports,
     RuleSpec,
     chains,
+    ends,
     instance_name,
     iptables_install,
     iptables_remove,
@@ -308,12 +309,28 @@ def test_the_fast_path_comes_before_every_rule_that_queues() -> None:
 def test_every_map_is_there_once_and_as_large_as_wished() -> None:
     spec = replace(SPEC, room=1000, forwarded=((443, 443),))
     text = nft_install(spec)
-    names = [map_name(proto, step) for proto, step in steps_handed(spec)]
+    steps = {map_name(proto, step): step for proto, step in steps_handed(spec)}
 
-    assert len(names) == len(set(names)) == 16
-    for name in names:
-        assert len(re.findall(rf"  map {name} {{ type .* size 1000; counter; }}", text)) == 1
+    assert len(steps) == len(steps_handed(spec)) == 16
+    for name, step in steps.items():
+        counted = " counter;" if step in SIDES else ""  # what rows show
+        assert len(re.findall(rf"  map {name} {{ type .* size 1000;{counted} }}", text)) == 1
         assert text.count(f"map @{name} counter name {name} accept") == 1
+
+
+def test_fins_are_copied_where_copies_are_taken_and_visit_the_worker_where_not() -> None:
+    spec = replace(SPEC, room=1000, forwarded=((443, 443),))
+    assert "log group" not in nft_install(spec)
+    assert "log group" not in nft_install(replace(spec, room=0, tells_ends=True))
+    assert "log group" not in nft_install(replace(spec, tcp=(), tells_ends=True))
+    rules = nft_rules(replace(spec, tells_ends=True))
+
+    copied = [rule for lines in rules.values() for rule in lines if "log group" in rule]
+    assert len(copied) == 2
+    for rule, changes in zip(copied, ("tcp dport set", "ip daddr set"), strict=True):
+        assert f"ip hdrlength 5 tcp flags & (fin | syn | rst) == fin {changes} {KEY} map @" in rule
+    assert all(f" log group {ends(spec.queue)} snaplen 28 counter name" in rule for rule in copied)
+    assert ends(ends(spec.queue)) == spec.queue != ends(spec.queue)
 
 
 # What iptables is told
