@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.net.world import World, greet
+from krelay.daemon import NICENESS
+from tests.net.world import PYTHON, World, greet
 from vm import Program
 
 pytestmark = pytest.mark.net
@@ -108,3 +109,16 @@ def test_connections_that_are_refused_leave_nothing_either(world: World) -> None
     world.until(lambda: not world.rows(), "no rows", timeout=20)
 
     assert [descriptors(program) for program in programs] == opened
+
+
+@pytest.mark.one_datapath("no packet is looked at")
+def test_the_daemon_competes_for_cores_as_was_wished(world: World) -> None:
+    """Whose niceness somebody has chosen keeps it."""
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    program = world.start_krelay()
+    assert os.getpriority(os.PRIO_PROCESS, program.pid) == (ours or NICENESS)
+    other = world.lab.directory / "other"
+    command = ("nice", "-n", "3", *PYTHON, "-m", "krelay", "daemon", "--root", str(other))
+    nice = world.lab.start("relay", *command, "--queue-num", "1700")
+    world.until(lambda: world.answers(other), "an answer")
+    assert os.getpriority(os.PRIO_PROCESS, nice.pid) == ours + 3
