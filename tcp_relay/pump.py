@@ -37,7 +37,6 @@ from tcp_relay.line import Line
 from tcp_relay.pair import CLIENT, SERVER, End, Pair, Side
 from tcp_relay.sockets import (
     Socket,
-    answer_with_bytes,
     close_in_order,
     heard,
     in_words,
@@ -144,8 +143,6 @@ class Pump:
         """Begins to connect the server's socket; the owner hears how that ends."""
         server = self._server
         assert server is not None
-        if self.pair.up.readable:
-            answer_with_bytes(server)
         error = server.connect_ex(address)
         if error not in _UNDER_WAY:
             self._owner.connect_failed(error)

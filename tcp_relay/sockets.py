@@ -48,15 +48,6 @@ def server_socket(family: int = socket.AF_INET) -> Socket:
     return sock
 
 
-def answer_with_bytes(sock: Socket) -> None:
-    """The peer's SYN will be acknowledged by what is sent next, not apart: a segment fewer.
-
-    To be called before connecting, when there is something to be sent as soon as that has happened;
-    if it isn't sent after all, the kernel acknowledges some 40 ms later (tcp(7), TCP_QUICKACK).
-    """
-    sock.setsockopt(_TCP, socket.TCP_QUICKACK, 0)
-
-
 def accept(listening: Socket, family: int) -> tuple[Socket, tuple[Any, ...]]:
     """A client's socket and address.  Raises OSError as accept(2) does."""
     fd, peer = listening._accept()  # type: ignore[attr-defined]

@@ -179,8 +179,14 @@ def test_fins_are_the_kernels_and_their_copies_tell_how_a_connection_stands() ->
     assert shown(row)[0] == [3, 2]
 
 
-def test_a_copy_that_is_of_no_row_is_ignored() -> None:
+def test_a_copy_that_is_of_no_row_that_lives_is_ignored() -> None:
     d = datapath()
+    closed = connected(d, "D:40000", "K:45679")
+    d.now = 1
+    close(d, "K:45679")
+    before = closed.seen_at
+    d.nat.ended([(PRE, template("D:40000 > K:16000 [F.]").build()[:28])], 2)
+    assert (closed.state, closed.seen_at) == (State.CLOSED, before)
     row = connected(d)
     for text in ("D:40000 > K:16000 [F.]", "S:80 > K:9 [F.]", "C:40000 > K:80 [F.]"):
         d.nat.ended([(PRE, template(text).build()[:28])], 0)

@@ -452,23 +452,6 @@ def test_urgent_bytes_before_an_end_of_file_dont_hide_what_follows_them(loop: Lo
         assert everything(rig.server) == b"before!after"
 
 
-@pytest.mark.parametrize("says", [b"early", b""])
-def test_what_a_client_has_said_completes_the_servers_handshake(loop: Loop, says: bytes) -> None:
-    """A SYN, then the bytes; or, for a client that waits for the server to speak, an ACK."""
-    server = server_socket()
-    with Rig(Engine(loop, LONG), connect=False) as rig, socket.socket() as listening:
-        listening.bind((LOCALHOST, 0))
-        listening.listen()
-        if says:
-            rig.client.sendall(says)
-            turns(loop, 3)
-        rig.pump.use_server(server)
-        rig.pump.connect(listening.getsockname())
-        rig.run_until(lambda: rig.pump.is_connected and rig.pump.pair.up.moved == len(says))
-        info = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 140)
-        assert int.from_bytes(info[136:], "little") == 2  # tcpi_segs_out
-
-
 # Waiting too long.
 
 
