@@ -261,7 +261,7 @@ class FastPath:
         if row.closed_at is not None or row.tracker.reset or row.service == row.server:
             return False
         if row.is_forwarded:
-            return not row.abort_asked and row.is_conversation
+            return not row.abort_asked and row.is_conversation and not row.is_over
         if row.relay is not None:
             self._half_open.pop(row, None)
             return True

@@ -440,8 +440,6 @@ class NatTable:
             if back is None or step is None:
                 continue
             row, tracker = back.row, back.row.tracker
-            if row.closed_at is not None:
-                continue  # as most: tcp-relay has told that it is over
             before = tracker.state
             tracker.saw(SIDES[step], FIN | ACK)
             row.rewrites[step].seen_at = now

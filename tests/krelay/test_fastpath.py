@@ -179,14 +179,8 @@ def test_fins_are_the_kernels_and_their_copies_tell_how_a_connection_stands() ->
     assert shown(row)[0] == [3, 2]
 
 
-def test_a_copy_that_is_of_no_row_that_lives_is_ignored() -> None:
+def test_a_copy_that_is_of_no_row_is_ignored() -> None:
     d = datapath()
-    closed = connected(d, "D:40000", "K:45679")
-    d.now = 1
-    close(d, "K:45679")
-    before = closed.seen_at
-    d.nat.ended([(PRE, template("D:40000 > K:16000 [F.]").build()[:28])], 2)
-    assert (closed.state, closed.seen_at) == (State.CLOSED, before)
     row = connected(d)
     for text in ("D:40000 > K:16000 [F.]", "S:80 > K:9 [F.]", "C:40000 > K:80 [F.]"):
         d.nat.ended([(PRE, template(text).build()[:28])], 0)
@@ -294,6 +288,20 @@ def test_what_changes_a_port_beside_stays_with_the_worker() -> None:
 
 
 # When they are taken back
+
+
+def test_a_forwarded_connection_that_is_over_is_taken_back_or_never_handed_over() -> None:
+    d = datapath()
+    row = forwarded(d)
+    assert handed(d, row) == BOTH
+    by(d, PRE, "C:40000 > K:443 [F.]")
+    assert handed(d, row) == BOTH
+    by(d, POST, "S:443 > C:40000 [F.]")
+    assert handed(d, row) == frozenset()
+    assert by(d, PRE, *["C:40000 > K:443 [.]"] * 5) == ["worker"] * 5
+    d.fast.traced(lambda row: False)  # all is thought about anew
+    d.turn()
+    assert handed(d, row) == frozenset()
 
 
 def test_a_reset_takes_all_back_until_an_end_says_that_it_lives() -> None:
