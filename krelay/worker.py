@@ -536,8 +536,12 @@ class Worker:
             return row.rewrites[Step.D1]
         if self.policy is None or not self.policy.serves(Proto.TCP, row.service.port):
             return None
-        if row.is_forwarded:
-            self.nat.end(row)  # the port it had towards the server is wanted again
+        self.nat.on_displaced(row)  # what the kernel has seen of it is told with that
+        if row.is_forwarded or not row.tracker.client_acked:
+            # The port it had towards the server is wanted again; or that towards tcp-relay, who has
+            # never heard of it: this host took the SYN for one of a connection that it remembers
+            # (TIME_WAIT), and forgot that when the client reset it.  So the client tries again.
+            self.nat.end(row)
         if row.service.port in self.policy.forwarded:
             return self._open_forwarded(Proto.TCP, row.client, row.service, now).by(Side.CLIENT)
         return self._open_tcp(row.client, row.service, now).rewrites[Step.T1]

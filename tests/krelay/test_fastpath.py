@@ -482,6 +482,22 @@ def test_a_port_that_is_used_again_is_the_new_connections_at_once() -> None:
     assert handed(d, row) == {Step.T1}
 
 
+@pytest.mark.parametrize("room", [0, 100])
+def test_who_was_taken_for_a_former_connection_and_tries_again_keeps_its_port(room: int) -> None:
+    """The relay's host remembers that one, and what it answers is reset by the client."""
+    d = datapath(room)
+    by(d, PRE, "C:40000 > K:80 [S]")
+    by(d, POST, "K:16000 > C:40000 [.]")
+    by(d, PRE, "C:40000 > K:80 [R]", "C:40000 > K:80 [S]")
+    (row,) = d.nat
+    assert row.inside == row.client
+    assert handed(d, row) == ({Step.T1, Step.T2} if room else frozenset())
+    by(d, PRE, "C:40000 > K:80 [.]", "C:40000 > K:80 [R]", "C:40000 > K:80 [S]")
+    *_, again = d.nat
+    assert again is not row
+    assert again.inside != again.client  # tcp-relay may be about to ask for the one before
+
+
 def test_a_port_that_is_used_again_before_the_fins_are_told_of_is_the_new_connections() -> None:
     d = datapath()
     row = connected(d)
