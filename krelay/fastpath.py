@@ -149,13 +149,15 @@ class FastPath:
         """Hands over what of this row is fit for it now, and takes back what isn't."""
         if not self.room:
             return
-        if not self._is_fit(row) or self._traced(row):
-            self._take_row(row)
+        if self._traced(row) or not self._is_fit(row):
+            self.take_back(row)
         elif row.proto is Proto.UDP:
             for rewrite in row.rewrites.values():
                 if rewrite.packets >= BUSY:
                     self._hand(rewrite)
         elif (before := self._whole.get(row, 0)) != len(row.rewrites):
+            if row.relay is not None:
+                self._half_open.pop(row, None)
             handed = [self._hand(each) for each in islice(row.rewrites.values(), before, None)]
             if all(handed):
                 self._whole[row] = before + len(handed)
@@ -163,7 +165,9 @@ class FastPath:
     def take_back(self, row: Row) -> None:
         """Nothing of this row is the kernel's any more."""
         self._half_open.pop(row, None)
-        self._take_row(row)
+        self._whole.pop(row, None)
+        for rewrite in row.rewrites.values():
+            self._take(rewrite)
 
     def traced(self, is_traced: Callable[[Row], bool]) -> None:
         """From now on these rows are traced, and no others."""
@@ -262,10 +266,7 @@ class FastPath:
             return False
         if row.is_forwarded:
             return not row.abort_asked and row.is_conversation and not row.is_over
-        if row.relay is not None:
-            self._half_open.pop(row, None)
-            return True
-        return row in self._half_open or self._admits(row)
+        return row.relay is not None or row in self._half_open or self._admits(row)
 
     def _admits(self, row: Row) -> bool:
         """Whether a connection is handed over that its client has only begun."""
@@ -317,11 +318,6 @@ class FastPath:
             if len(ripe) == most:
                 break
         return ripe
-
-    def _take_row(self, row: Row) -> None:
-        self._whole.pop(row, None)
-        for rewrite in row.rewrites.values():
-            self._take(rewrite)
 
     def _take(self, rewrite: Rewrite) -> None:
         if self._withdraw(rewrite):
@@ -380,8 +376,9 @@ def new_value(rewrite: Rewrite) -> bytes:
 
 
 def _begins(rewrite: Rewrite) -> bool:
-    """Whether no data of this direction can have come yet: of a connection for which tcp-relay has
-    its port towards the server, and hasn't used it."""
+    """Whether no data of this direction can have come yet: of a connection that has just been
+    begun; but for what its client sends, also when tcp-relay has a port towards the server, until
+    that is used."""
     row = rewrite.row
     if row.gport is None:
         return False

@@ -75,13 +75,10 @@ class KernelMaps:
             self._map(each).add(each.old, new_value(each), at)
             for at, each in enumerate(over, len(back) + 1)
         ]
-        messages = self._transaction(requests)
-        if not back:
-            return ()
         # The kernel tells of elements that went in their order, and with the sequence number 0.
         gone = [
             nftmsg.element_count(message)
-            for message in messages
+            for message in self._transaction(requests)
             if message.kind == nftmsg.DELETE_ELEMENT
         ]
         told = [each for each in back if each.step in SIDES]

@@ -61,6 +61,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import NamedTuple
 
 from krelay.flow import Proto
+from krelay.logmsg import HEAD
 from krelay.row import DNS_PORT, SIDES, Footprint, Step
 from krelay.wire import icmp
 
@@ -73,6 +74,8 @@ _U32_ICMP = "0>>22&0x3C"
 """Bytes of the IP header, behind which the ICMP header begins."""
 U32_ERRORS = f"{_U32_ICMP}@0>>24={','.join(map(str, sorted(icmp.ERRORS)))}"
 NEVER = "255.255.255.255"
+_BESIDE = 0x8000
+"""By which the numbers of a krelay's second queue, and second log group, differ from the first."""
 DEFAULT_QUEUE = 1600
 
 Ports = tuple[tuple[int, int], ...]
@@ -136,12 +139,12 @@ def openings(queue: int) -> int:
 
     So a flood of SYNs overflows a queue in which nobody else waits.
     """
-    return queue ^ 0x8000
+    return queue ^ _BESIDE
 
 
 def ends(queue: int) -> int:
     """The log group of FINs, beside that of all other copies."""
-    return queue ^ 0x8000
+    return queue ^ _BESIDE
 
 
 def instance_name(root: str, default_root: str) -> str:
@@ -236,8 +239,6 @@ ANSWERED = 1
 """Seconds that a question is known in the kernel after its answer."""
 LEARNT_LENGTH = 576
 """Bytes of a question: longer ones might not fit the link to the server, so the worker looks."""
-COPIED = 28
-"""Bytes of a packet that are copied: an IPv4 header without options and eight more."""
 WORKER, OPENINGS = "to-worker", "openings"
 """The chains that send packets to the two queues."""
 _HOOKS = {
@@ -380,7 +381,7 @@ def _nft_learning(
     if learning is None:
         return [], [], {name: [] for name in LEARNT}
     flow, back = "ip saddr . udp sport", "ip daddr . udp dport"
-    copied = f"log group {spec.queue} snaplen {COPIED}"
+    copied = f"log group {spec.queue} snaplen {HEAD}"
     names = dict(zip(LEARNT, learning.addresses, strict=False))
     ways = ", ".join(f"{address} : goto {name}" for name, address in names.items())
     questions = [
@@ -452,7 +453,7 @@ def _nft_handed(spec: RuleSpec, proto: Proto, step: Step, *, fins: bool = False)
         guard = f"ip protocol {proto.name.lower()} {guard}"
     if fins:
         guard += "ip hdrlength 5 tcp flags & (fin | syn | rst) == fin "
-        copied = f"log group {ends(spec.queue)} snaplen {COPIED} "
+        copied = f"log group {ends(spec.queue)} snaplen {HEAD} "
     elif proto is Proto.TCP:
         mine, server = step in (Step.T2, Step.T3), step is Step.T4
         flags = "rst" if mine else "(fin | rst)" if server else "(fin | syn | rst)"

@@ -21,6 +21,7 @@ from random import Random
 from krelay import ruleset
 from krelay.fastpath import Changes, FastPath
 from krelay.flow import Endpoint, Flow, Proto, Source
+from krelay.logmsg import HEAD
 from krelay.nat import Limits, NatTable
 from krelay.nftmsg import Count
 from krelay.relay import Relays
@@ -136,7 +137,7 @@ class FakeKernel:
                 )
                 became = replace(packet, flow=Flow(proto, *ends))
                 if rule.log:
-                    self.copies.append((hook, became.build()[: ruleset.COPIED]))
+                    self.copies.append((hook, became.build()[:HEAD]))
                 return became
         return None
 
