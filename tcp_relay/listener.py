@@ -114,8 +114,8 @@ class Listener:
         """Whether there may be more."""
         listening, family = self._socket, self._family
         try:
+            server = self._spare or self._make_spare()
             for _ in range(PER_TURN):
-                server = self._spare or self._make_spare()
                 self._spare = server
                 try:
                     client, peer = accept(listening, family)
@@ -127,6 +127,8 @@ class Listener:
                     raise
                 self._spare = None
                 self._accepted(client, server, peer)
+                server = self._make_spare()
+            self._spare = server
         except OSError as error:
             self._pause(error)
             return False

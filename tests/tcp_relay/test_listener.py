@@ -54,6 +54,17 @@ def test_a_turn_accepts_so_many_and_the_next_one_the_rest(rig: Rig) -> None:
     assert rig.count == PER_TURN + 5
 
 
+@pytest.mark.parametrize("clients", [1, PER_TURN - 1, PER_TURN])
+def test_a_spare_socket_is_in_hand_whenever_a_turn_is_over(rig: Rig, clients: int) -> None:
+    rig.knock(clients)
+    turns(rig.loop)
+    assert rig.count == clients
+    rig.has_descriptors = False
+    rig.knock(1)
+    turns(rig.loop)
+    assert rig.count == clients + 1
+
+
 def test_without_descriptors_it_pauses_until_told_or_until_a_while_has_passed(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
