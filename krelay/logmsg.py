@@ -53,7 +53,8 @@ _LENGTH = struct.Struct("=I")
 def settings(group: int, sequence: int, together: int = TOGETHER) -> bytes:
     """Asks for that group's copies; the answer is an acknowledgement with this number.
 
-    So many come together; 1: each at once.
+    So many come together; 1: each at once.  The kernel makes room for a whole reading as soon as one
+    waits; for one that waits for no other, as much as it needs.
     """
     return netlink.message(
         SUBSYSTEM,
@@ -61,7 +62,7 @@ def settings(group: int, sequence: int, together: int = TOGETHER) -> bytes:
         netlink.ACK,
         netlink.attribute(_CFG_CMD, bytes((_BIND,)))
         + netlink.attribute(_CFG_MODE, struct.pack("!IBx", HEAD, _COPY_PACKET))
-        + netlink.number(_CFG_NLBUFSIZ, ROOM)
+        + netlink.number(_CFG_NLBUFSIZ, ROOM if together > 1 else 0)
         + netlink.number(_CFG_TIMEOUT, HUNDREDTHS)
         + netlink.number(_CFG_QTHRESH, together),
         sequence=sequence,
