@@ -24,6 +24,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from krelay.flow import Endpoint, Source
@@ -54,6 +55,11 @@ MAX_COUNTS = 32
 _json = json.JSONEncoder(separators=(",", ":")).encode
 _read = json.JSONDecoder().raw_decode
 """json.loads without the blanks around the value, which take it as long as the value itself."""
+_OPENED = re.compile(
+    rb'\{"id":(0|[1-9][0-9]{0,17})'
+    rb'(,"server":\["[0-9.]{1,15}",[0-9]{1,5}\],"source":"[a-z]{1,9}"\})'
+).fullmatch
+"""An Opened as `emit` writes it: its number, and the rest."""
 _BLANKS = " \t\r\n"  # RFC 8259, section 2
 _SOURCES = {source.value: source for source in Source}
 _COUNT_NAME = re.compile(r"[a-z_]{1,32}")
@@ -212,6 +218,21 @@ def parse_request(packet: bytes) -> Request:
 
 def parse_answer(packet: bytes) -> Answer:
     """What krelay said.  Raises BadMessage, and nothing else, for any other bytes."""
+    if opened := _OPENED(packet):
+        number, rest = opened.groups()
+        server, source = _server_and_source(rest)
+        return Opened(int(number), server, source)
+    return _any_answer(packet)
+
+
+@lru_cache(1024)
+def _server_and_source(rest: bytes) -> tuple[Endpoint, Source]:
+    """Of an Opened; they are the same for all connections to a service."""
+    fields = _object(b'{"id":0' + rest)
+    return _endpoint(fields, "server"), _source(fields)
+
+
+def _any_answer(packet: bytes) -> Answer:
     fields = _object(packet)
     if fields.get("op") == "abort":
         return Abort(_endpoint(fields, "relay"))

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -136,6 +137,28 @@ def test_any_bytes_are_a_message_or_a_bad_one(packet: bytes) -> None:
     for parse in (parse_request, parse_answer):
         with suppress(BadMessage):
             parse(packet)
+
+
+NUMBERS = ["0", "7", "07", "-7", "7.0", "9" * 18, str(2**63 - 1), "9" * 19]
+HOSTS = ["192.168.0.1", "192.168.0.256", "192.168.0", "1.2.3.04", "::1", "."]
+PORTS = ["80", "080", "0", "65535", "65536", "100000"]
+RESTS = ['"client"', '"relay"', '"nobody"', '"client","id":9', '"client"}']
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_is_known_of_former_answers_changes_none(number: str) -> None:
+    for host, port, rest in product(HOSTS, PORTS, RESTS):
+        text = f'{{"id":{number},"server":["{host}",{port}],"source":{rest}}}'
+        as_never_before = read(f" {text}")  # nobody writes it like that
+        assert [read(text), read(text)] == [as_never_before] * 2
+
+
+def read(text: str) -> Answer | str:
+    """What that says, or is wrong with it."""
+    try:
+        return parse_answer(text.encode())
+    except BadMessage as error:
+        return str(error)
 
 
 @given(packet=near_misses)
