@@ -58,9 +58,10 @@ class Connection:
         "_desk",
         "_may_have_row",
         "_pump",
+        "_socket",
         "_tries",
         "client",
-        "gateway",
+        "gport",
         "is_in_line",
         "message_id",
         "origin",
@@ -69,10 +70,12 @@ class Connection:
         "source",
     )
 
-    def __init__(self, engine: Engine, desk: Desk, client: Socket, peer: tuple[str, int]) -> None:
+    def __init__(
+        self, engine: Engine, desk: Desk, gport: int, client: Socket, peer: tuple[str, int]
+    ) -> None:
         self.client = Endpoint.of(*peer)
-        self.gateway = Endpoint.of(*client.getsockname())
-        """The relay's address and gateway port that the client's packets were delivered to."""
+        self.gport = gport
+        """The gateway port that the client's packets were delivered to."""
         self.relay: Endpoint | None = None
         """The own end of the server leg, while it is registered."""
         self.server: Endpoint | None = None
@@ -84,14 +87,21 @@ class Connection:
         self.is_in_line = False
         """It has no socket for the server leg now, and so nothing to ask krelay."""
         self._desk = desk
+        self._socket = client
         self._tries = 0
         self._may_have_row = False
         self._pump = Pump(engine, self, client)
 
     @property
+    def host(self) -> str:
+        """The relay's address that the client's packets were delivered to."""
+        host: str = self._socket.getsockname()[0]  # not kept: most connections end unasked
+        return host
+
+    @property
     def service(self) -> Endpoint | None:
         """What the client asked for, once it is known: the server's port at the relay's address."""
-        return self.server and Endpoint(self.gateway.addr, self.server.port)
+        return self.server and Endpoint.of(self.host, self.server.port)
 
     def begin(self, server: Socket) -> None:
         """Binds `server`, which is taken over, and has krelay asked."""
@@ -103,7 +113,8 @@ class Connection:
         except OSError as error:
             self._refuse(f"no relay port: {in_words(error.errno)}")
             return
-        self._desk.unregister(self, tell=False)  # krelay will hear of the new port instead
+        if self.relay is not None:
+            self._desk.unregister(self, tell=False)  # krelay will hear of the new port instead
         self.relay = relay
         self._may_have_row = True
         self._pump.wait(self._desk.asked)
@@ -148,7 +159,7 @@ class Connection:
         return {
             "client": self.origin or self.client,
             "service": self.service,
-            "gport": self.gateway.port,
+            "gport": self.gport,
             "relay": self.relay,
             "server": self.server,
             "source": self.source,

@@ -10,16 +10,23 @@ long as it is asked for.
 """
 
 import errno
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
-from tcp_relay.listener import Accepted, Listener
+from tcp_relay.listener import Listener
+from tcp_relay.sockets import Socket
 
 LISTENER_LINGER = 3.0
 """Seconds: a SYN that was lost is sent again after 1 and 3 seconds (RFC 6298: RTO 1 s, doubled)."""
 
 RETRY = 1.0
 """Seconds between attempts at a port that can't be had."""
+
+Accepted = Callable[[int, Socket, Socket, tuple[Any, ...]], None]
+"""As of a listener, but for the first, which is the gateway port."""
 
 log = Log("gateway")
 
@@ -88,7 +95,7 @@ class Gateway:
             self._current = None
 
     def _listener(self, port: int) -> Listener:
-        return Listener(self._loop, port, self._accepted, shared=self._shared)
+        return Listener(self._loop, port, partial(self._accepted, port), shared=self._shared)
 
     def _lingering_on(self, port: int) -> Listener | None:
         for listener, timer in self._lingering.items():

@@ -166,16 +166,17 @@ class Pump:
         self._stop_waiting()
         engine = self._engine
         engine.watched.discard(self)
+        names = self._owner.names() if log.enabled(INFO) else None  # while the sockets can be asked
         engine.loop.closing(self._client.fileno())
         if end is _CLOSED:
             close_in_order(self._client)
         else:
             self._client.close()
         self._close_server(in_order=end is _CLOSED)
-        if log.enabled(INFO):
+        if names is not None:
             log.info(
                 "connection ended" if self.is_connected else "connection refused",
-                **self._owner.names(),
+                **names,
                 reason=end,
                 detail=detail or None,
                 seconds=round(engine.loop.now - self.since, 3),

@@ -84,10 +84,13 @@ class Relay:
     def __len__(self) -> int:
         return len(self._by_relay)
 
-    def accepted(self, client: Socket, server: Socket, peer: tuple[Any, ...]) -> None:
-        """A client is there, and an unused socket for its server leg.  Takes over both."""
+    def accepted(self, gport: int, client: Socket, server: Socket, peer: tuple[Any, ...]) -> None:
+        """A client is at that gateway port, and an unused socket for its server leg there.
+
+        Takes over both.
+        """
         try:
-            connection = Connection(self._engine, self, client, peer)
+            connection = Connection(self._engine, self, gport, client, peer)
         except OSError:  # reset while it was waiting
             client.close()
             server.close()
@@ -114,7 +117,7 @@ class Relay:
         if real_ip != self.real_ip or self._loop.now >= until:
             address = _own_address(self.real_ip) if self.real_ip else None
             self._route = (self.real_ip, self._loop.now + ROUTE_AGE, address)
-        return address or connection.gateway.host
+        return address or connection.host
 
     def next_port(self) -> int:
         """A relay port to try."""
@@ -156,7 +159,12 @@ class Relay:
 
     def answered(self, answer: Answer) -> None:
         """Hands it to the connection it is about, if that hasn't ended since."""
-        match answer:
+        match answer:  # in the order of how often they come
+            case Opened(id=number):
+                if connection := self._by_id.pop(number, None):
+                    if connection.server is not None:
+                        raise BadMessage(f"message {number} was no open")
+                    connection.opened(answer)
             case Abort(relay=relay):
                 if connection := self._by_relay.get(relay):
                     connection.abort(End.KILLED, "krelay ended it")
@@ -168,11 +176,6 @@ class Relay:
             case Refused(id=int(number)):
                 if connection := self._by_id.pop(number, None):
                     connection.refused(answer)
-            case Opened(id=number):
-                if connection := self._by_id.pop(number, None):
-                    if connection.server is not None:
-                        raise BadMessage(f"message {number} was no open")
-                    connection.opened(answer)
             case Resumed(id=number):
                 if (connection := self._by_id.pop(number, None)) and connection.server is None:
                     raise BadMessage(f"message {number} was no resume")
@@ -180,7 +183,7 @@ class Relay:
     def _ask(self, connection: Connection) -> None:
         number = connection.message_id = next(self._ids)
         self._by_id[number] = connection
-        client, gport, relay = connection.client, connection.gateway.port, connection.relay
+        client, gport, relay = connection.client, connection.gport, connection.relay
         assert relay is not None
         if connection.server is None:
             self._link.send(Open(number, client, gport, relay))

@@ -78,7 +78,7 @@ class Rig:
             accepted, peer = listening.accept()
             accepted.setblocking(False)
             self.gateway = Endpoint.of(*listening.getsockname())
-        self.connection = Connection(self.engine, self.desk, accepted, peer)
+        self.connection = Connection(self.engine, self.desk, self.gateway.port, accepted, peer)
 
     def ended(self) -> list[End]:
         return [end for end, count in self.engine.counts.ends.items() for _ in range(count)]

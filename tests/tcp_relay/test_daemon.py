@@ -68,6 +68,8 @@ def test_bytes_come_back_and_krelay_hears_of_it(
     relay.wait_for_log("connection ended")
     assert "reason=closed" in relay.log
     assert "from_client=5 from_server=5" in relay.log
+    service = f"{LOCALHOST}:{server.endpoint.port}"
+    assert relay.log.count(f" service={service} gport={relay.gport} relay=") == 2
 
 
 def test_the_client_may_finish_first_and_still_gets_all(

@@ -30,8 +30,9 @@ def gateway(loop: Loop, accepted: list[int], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "LISTENER_LINGER", 0.05)
     monkeypatch.setattr(module, "RETRY", 0.01)
 
-    def take(client: Socket, server: Socket, _: tuple[Any, ...]) -> None:
-        accepted.append(client.getsockname()[1])
+    def take(gport: int, client: Socket, server: Socket, _: tuple[Any, ...]) -> None:
+        assert client.getsockname()[1] == gport
+        accepted.append(gport)
         client.close()
         server.close()
 
@@ -114,7 +115,7 @@ def test_a_taken_port_is_tried_again_until_another_is_asked_for(
 def test_what_a_client_needs_is_inherited_from_the_listener(loop: Loop) -> None:
     options: list[tuple[int, ...]] = []
 
-    def take(client: Socket, server: Socket, _: tuple[Any, ...]) -> None:
+    def take(_: int, client: Socket, server: Socket, __: tuple[Any, ...]) -> None:
         for sock in (client, server):
             options.append(
                 (

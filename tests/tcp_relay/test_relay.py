@@ -77,7 +77,7 @@ def test_more_workers_than_ports_use_all_of_them(monkeypatch: pytest.MonkeyPatch
 
 
 def test_its_own_address_is_the_one_towards_the_server(relay: Relay) -> None:
-    connection = cast(Connection, SimpleNamespace(gateway=Endpoint.parse("10.9.9.9:80")))
+    connection = cast(Connection, SimpleNamespace(host="10.9.9.9"))
     assert relay.own_address(connection) == "10.9.9.9"  # nothing is known yet
     relay.real_ip = "127.0.0.1"
     assert relay.own_address(connection) == "127.0.0.1"
