@@ -127,9 +127,8 @@ class Relay:
     def register(self, connection: Connection) -> bool:
         """Asks krelay; False if the port is registered already."""
         assert connection.relay is not None
-        if connection.relay in self._by_relay:
+        if self._by_relay.setdefault(connection.relay, connection) is not connection:
             return False
-        self._by_relay[connection.relay] = connection
         if self._link.is_up:
             self._ask(connection)
         return True

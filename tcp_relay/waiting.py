@@ -30,10 +30,12 @@ class Waiting(Generic[T]):
 
     def add(self, who: T) -> None:
         """From now on; who waits already begins anew."""
-        self._since.pop(who, None)
-        self._since[who] = self._loop.now
+        since, now = self._since, self._loop.now
+        if who in since:
+            del since[who]
+        since[who] = now
         if not self._has_timer:
-            self._set_timer(self._loop.now)
+            self._set_timer(now)
 
     def discard(self, who: T) -> None:
         """Waits no more, if it did."""
