@@ -32,7 +32,7 @@ from krelay.log import Log
 from krelay.loop import Timer
 from tcp_relay.counts import Row, state_of
 from tcp_relay.engine import Engine
-from tcp_relay.half import READ, RESET, SHUT, WAIT, WRITE, Half
+from tcp_relay.half import READ, RESET, SHUT, WAIT, WRITE, Half, Todo
 from tcp_relay.line import Line
 from tcp_relay.pair import CLIENT, SERVER, End, Pair, Side
 from tcp_relay.sockets import (
@@ -347,8 +347,9 @@ class Pump:
         more = False
         for side in (first, _OTHER[first]):
             half = pair.fed_by(side)
-            if half.todo() is not WAIT:
-                more |= self._move(half, side)
+            step = half.todo()
+            if step is not WAIT:
+                more |= self._move(half, side, step)
                 if not self.alive:
                     return
         if pair.ended:
@@ -368,17 +369,15 @@ class Pump:
         self._is_queued = False
         self._turn(CLIENT)
 
-    def _move(self, half: Half, side: Side) -> bool:
-        """Whether there is more to do, after as much as one turn may."""
+    def _move(self, half: Half, side: Side, step: Todo) -> bool:
+        """Takes that step and the next ones; whether there is more to do than one turn may."""
         assert self._server is not None
-        ends = (self._client, self._server)
-        source, sink = ends[side], ends[_OTHER[side]]
+        source, sink = self._client, self._server
+        if side is SERVER:
+            source, sink = sink, source
         for _ in range(STEPS):
-            step = half.todo()
             if step is READ:
                 self._pass(half, side, source, sink)
-            elif step is WAIT:
-                return False
             elif step is WRITE:
                 self._write(half, side, sink)
             elif step is SHUT:
@@ -388,7 +387,10 @@ class Pump:
                 return False
             if not self.alive:
                 return False
-        return half.todo() is not WAIT
+            step = half.todo()
+            if step is WAIT:
+                return False
+        return True
 
     def _pass(self, half: Half, side: Side, source: Socket, sink: Socket) -> None:
         """From one socket into the other; what that doesn't take is held."""
