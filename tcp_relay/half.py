@@ -76,7 +76,7 @@ class Half:
         A short read means that the socket is empty, and whatever arrives later comes with an event
         of its own (epoll(7), "Do I need to continuously read/write").  With two exceptions, which
         events announce: the end of file behind the data (RDHUP), and urgent data, at whose mark
-        tcp_recvmsg stops (PRI).  While `hinted`, only an empty-handed read counts.  While `ending`,
+        tcp_recvmsg stops (PRI).  While `hinted`, only empty-handed reads count.  While `ending`,
         which is the first of the two without the second, a short read has met the end of file.
         """
         self.at = now
@@ -89,8 +89,12 @@ class Half:
                 self.readable = False
 
     def empty(self) -> None:
-        """A read found nothing (EAGAIN)."""
-        self.readable = self.hinted = False
+        """A read found nothing (EAGAIN).
+
+        That isn't true if it stands at the mark of urgent data and a signal is just coming in
+        (tcp_recvmsg, again).  So while `hinted`, only the second one counts.
+        """
+        self.readable, self.hinted = self.hinted, False
 
     def sent(self, count: int, now: float) -> None:
         """The sink took the first `count` bytes of what is held, or of what was just read."""
