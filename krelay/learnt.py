@@ -8,9 +8,14 @@ milliseconds later (nat.py).  It holds as little as may be, and makes a whole ro
 somebody wants to see it, or when a packet comes that the worker must decide about.
 """
 
+import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import NamedTuple
 
+from krelay.logmsg import Copy
+from krelay.row import Hook
 from krelay.wheel import Wheel
 
 _SEARCHED = 64
@@ -31,21 +36,52 @@ class LearntFlow:
         "server",
     )
 
-    def __init__(self, row_id: int, server: bytes, now: float) -> None:
+    def __init__(self, row_id: int, server: bytes, now: float, asked: int, size: int) -> None:
         self.id = row_id
         self.server = server
         """The address that the question went on to."""
         self.began_at = self.heard_at = now
-        self.asked = self.asked_bytes = self.answered = self.answered_bytes = 0
+        self.asked = asked
+        self.asked_bytes = size
+        self.answered = self.answered_bytes = 0
+
+
+class Beginning(NamedTuple):
+    """What flows that begin together have in common, and how many may."""
+
+    server: bytes
+    until: float
+    """When they are over if nothing more is heard of them."""
+    room: int
+    """How many there may be of them."""
+    per_client: int
+    """How many a client may have of all."""
 
 
 class LearntFlows:
     """They that haven't been silent for so many seconds, the oldest first."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        ids: Iterator[int],
+        rows: Container[bytes],
+        of_others: Mapping[bytes, int],
+        busy: int,
+        on_busy: Callable[[bytes], object],
+    ) -> None:
+        """`ids`: a number for each.  `rows`: the questions of which there are rows instead.
+
+        `of_others`: how many rows a client has beside these flows.  `on_busy` is called for the
+        question of a flow that has been asked `busy` times.
+        """
+        self._ids = ids
+        self._rows = rows
+        self._of_others = of_others
+        self._busy = busy
+        self._on_busy = on_busy
         self._flows: dict[bytes, LearntFlow] = {}
         self._per_client: Counter[bytes] = Counter()
-        self._due = Wheel[bytes]()
+        self._due = Wheel[list[bytes]]()
 
     def __len__(self) -> int:
         return len(self._flows)
@@ -61,11 +97,60 @@ class LearntFlows:
         """How many this address has."""
         return self._per_client.get(client, 0)
 
-    def begin(self, question: bytes, flow: LearntFlow, due: float) -> None:
-        """One more."""
-        self._flows[question] = flow
+    def hear(self, copies: Iterable[Copy], now: float, beginning: Beginning) -> list[Copy]:
+        """Takes note of packets that were relayed; returns those that are of none of these flows,
+        and don't begin one: there is a row of it, or no room.
+
+        Nothing else in krelay is done so often but for the way of a packet through the queue, so
+        all is written out here.
+        """
+        server, until, room, per_client = beginning
+        flows, rows, clients, ids = self._flows, self._rows, self._per_client, self._ids
+        get, of_client, of_others = flows.get, clients.get, self._of_others.get
+        begun: list[bytes] = []
+        left: list[Copy] = []
+        for copy in copies:
+            hook, head = copy
+            if hook == _PREROUTING:
+                question = head[12:24]
+                flow = get(question)
+                if flow is not None:
+                    flow.asked += 1
+                    flow.asked_bytes += head[2] << 8 | head[3]
+                    flow.heard_at = now
+                    if flow.asked == self._busy:
+                        self._on_busy(question)
+                    continue
+                client = question[:4]
+                count = of_client(client, 0)
+                if (
+                    len(begun) >= room
+                    or count + of_others(client, 0) >= per_client
+                    or question in rows
+                ):
+                    left.append(copy)
+                    continue
+                clients[client] = count + 1
+                flows[question] = LearntFlow(next(ids), server, now, 1, head[2] << 8 | head[3])
+                begun.append(question)
+            else:
+                src, dst, sport, dport = _ENDS.unpack(head)
+                flow = get(dst + src + dport + sport)
+                if flow is None:
+                    left.append(copy)
+                    continue
+                flow.answered += 1
+                flow.answered_bytes += head[2] << 8 | head[3]
+                flow.heard_at = now
+        if begun:
+            self._due.put(self._due.second(until), begun)
+        return left
+
+    def begin(self, question: bytes, now: float, beginning: Beginning) -> None:
+        """One more, of which nothing has been told yet."""
+        self._flows[question] = LearntFlow(next(self._ids), beginning.server, now, 0, 0)
         self._per_client[question[:4]] += 1
-        self._due.put(self._due.second(due), question)
+        self._due.put(self._due.second(beginning.until), [question])
 
     def remove(self, question: bytes) -> LearntFlow | None:
         """Takes one out, if it is there."""
@@ -92,8 +177,9 @@ class LearntFlows:
 
     def expire(self, now: float, timeout: float) -> None:
         """Takes out those that have been silent for so many seconds.  Looks only at those due."""
-        for _, questions in self._due.due(now):
-            for question in questions:
+        for _, begun in self._due.due(now):
+            again: dict[int, list[bytes]] = {}
+            for question in chain.from_iterable(begun):
                 flow = self._flows.get(question)
                 if flow is None:
                     continue
@@ -101,10 +187,17 @@ class LearntFlows:
                 if when <= now:
                     self.remove(question)
                 else:
-                    self._due.put(self._due.second(when), question)
+                    again.setdefault(self._due.second(when), []).append(question)
+            for second, questions in again.items():
+                self._due.put(second, questions)
 
     def clear(self) -> None:
         """Takes out all."""
         self._flows.clear()
         self._per_client.clear()
         self._due.clear()
+
+
+_PREROUTING = int(Hook.PREROUTING)
+_ENDS = struct.Struct("12x4s4s2s2s4x")
+"""Addresses and ports of a packet, by its head."""

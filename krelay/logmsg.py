@@ -10,12 +10,13 @@ changes from packet to packet but values:
 
 So a *layout* is learnt from the first message of its kind, attribute by attribute.  Later ones are
 known by having the same bytes in all places that aren't values, which is looked at for many
-messages together: for all that came at once if they are of one kind, else by one pattern for all
-kinds.  Whatever no layout fits is read by its attributes.  All three ways read the same.
+messages together: for all that came at once if they are of one length, else for those of each.
+Whatever no layout fits is read by its attributes.  All three ways read the same.
 """
 
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -53,8 +54,8 @@ _LENGTH = struct.Struct("=I")
 def settings(group: int, sequence: int, together: int = TOGETHER) -> bytes:
     """Asks for that group's copies; the answer is an acknowledgement with this number.
 
-    So many come together; 1: each at once.  The kernel makes room for a whole reading as soon as one
-    waits; for one that waits for no other, as much as it needs.
+    So many come together; 1: each at once.  The kernel makes room for a whole reading as soon as
+    one waits; for one that waits for no other, as much as it needs.
     """
     return netlink.message(
         SUBSYSTEM,
@@ -99,14 +100,15 @@ class Layout(NamedTuple):
     fits: Callable[[bytes], object]
     """Whether it is the layout of this one message."""
 
+    def fits_all(self, data: bytes) -> bool:
+        """Whether it is that of each of these messages, one after the other."""
+        count = len(data) // self.size
+        return all(data[at :: self.size] == byte * count for at, byte in self.fixed)
+
     def all_of(self, data: bytes) -> list[Copy] | None:
         """Those of messages one after the other; None if one of them has another layout."""
-        count = len(data) // self.size
-        data = data[: count * self.size]
-        for at, byte in self.fixed:
-            if data[at :: self.size] != byte * count:
-                return None
-        return list(self.values.iter_unpack(data))
+        data = data[: len(data) // self.size * self.size]
+        return list(self.values.iter_unpack(data)) if self.fits_all(data) else None
 
 
 def layout_of(message: bytes) -> Layout | None:
@@ -152,9 +154,10 @@ class Reader:
     """Reads what was received, and knows the layouts it has met."""
 
     def __init__(self) -> None:
-        self._by_size: dict[bytes, Layout] = {}
+        self._by_size: dict[int, Layout] = {}
+        """The first that was learnt of each."""
         self._patterns: set[bytes] = set()
-        self._split = self._splitter()
+        self._prepare()
 
     @property
     def layouts(self) -> int:
@@ -163,7 +166,7 @@ class Reader:
 
     def copies(self, data: bytes) -> list[Copy]:
         """Those that `data`, of one reading, holds, in their order.  Any bytes will do."""
-        layout = self._by_size.get(data[: _LENGTH.size])
+        layout = self._by_size.get(int.from_bytes(data[: _LENGTH.size], sys.byteorder))
         found: list[Copy] = []
         at = 0
         if layout is not None and len(data) == layout.size:
@@ -173,10 +176,27 @@ class Reader:
             found, at = all_of_them, len(all_of_them) * layout.size
         size = len(data)
         while at < size:
-            # What follows the last that some layout fits is one piece, too; so nothing is left out.
+            # What follows the last of a known length is one piece, too; so nothing is left out.
             *known, rest = self._split(data, at)
-            found += [(message[_HOOK], message[-HEAD:]) for message in known]
+            found += self._read_known(known)
             at = self._read_first(data, size - len(rest), found)
+        return found
+
+    def _read_known(self, messages: list[bytes]) -> list[Copy]:
+        """Reads messages of sizes that layouts have."""
+        for size in set(map(len, messages)):
+            alike = b"".join([each for each in messages if len(each) == size])
+            if not self._by_size[size].fits_all(alike):
+                return self._read_each(messages)
+        return [(message[_HOOK], message[-HEAD:]) for message in messages]
+
+    def _read_each(self, messages: list[bytes]) -> list[Copy]:
+        found: list[Copy] = []
+        for message in messages:
+            if self._fits(message):
+                found.append((message[_HOOK], message[-HEAD:]))
+            else:
+                self._read_first(message, 0, found)
         return found
 
     def _read_first(self, data: bytes, at: int, found: list[Copy]) -> int:
@@ -196,10 +216,14 @@ class Reader:
             return
         layout = layout_of(message)
         if layout is not None and layout.pattern not in self._patterns:
-            self._by_size.setdefault(message[: _LENGTH.size], layout)
+            self._by_size.setdefault(layout.size, layout)
             self._patterns.add(layout.pattern)
-            self._split = self._splitter()
+            self._prepare()
 
-    def _splitter(self) -> Callable[[bytes, int], list[bytes]]:
-        pattern = b"|".join((*sorted(self._patterns), b".+"))
-        return re.compile(pattern, re.DOTALL).findall
+    def _prepare(self) -> None:
+        sizes = [
+            re.escape(_LENGTH.pack(size)) + b".{%d}" % (size - _LENGTH.size)
+            for size in self._by_size
+        ]
+        self._split = re.compile(b"|".join((*sizes, b".+")), re.DOTALL).findall
+        self._fits = re.compile(b"|".join(sorted(self._patterns)), re.DOTALL).fullmatch

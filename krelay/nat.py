@@ -30,6 +30,7 @@ Three kinds of port are therefore chosen here, always the wanted one if it is fr
 Times are seconds that the caller passes in; nothing here reads a clock.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import attrgetter
@@ -37,7 +38,7 @@ from random import Random
 from typing import NamedTuple
 
 from krelay.flow import Endpoint, Proto, Source
-from krelay.learnt import LearntFlow, LearntFlows
+from krelay.learnt import Beginning, LearntFlow, LearntFlows
 from krelay.overload import EARLY, LOOKS, NewFlows, Spare
 from krelay.ports import RelayPorts
 from krelay.row import (
@@ -142,8 +143,6 @@ class NatTable:
         self.on_late: Callable[[list[Row]], None] = lambda rows: None
         """Called before rows go for their silence: some may have been heard of elsewhere
         (`heard`)."""
-        self.learnt = LearntFlows()
-        """Those that the kernel relays by itself; the worker has no part in them."""
         self.ask_kernel: Callable[[bytes, bytes], bytes | None] = lambda client, port: None
         """Called when it matters whether the kernel has learnt a flow of this client's address and
         port of which nothing has been told yet: the address of this host that was asked."""
@@ -157,9 +156,12 @@ class NatTable:
         self._timeouts = timeouts or Timeouts()
         self._rng = rng
         self._rows: dict[int, Row] = {}
-        self._next_id = 1
+        self._ids = itertools.count(1)
         self._per_client: Counter[bytes] = Counter()  # without those in _closed
         self._closed: dict[int, Row] = {}  # lingering, the oldest first: no reason to refuse anyone
+        rows = self.tables[_PRE, Proto.UDP]
+        self.learnt = LearntFlows(self._ids, rows, self._per_client, BUSY, self._adopt)
+        """Those that the kernel relays by itself; the worker has no part in them."""
         self._relay_ports = {proto: RelayPorts(rng) for proto in Proto}
         self._new_flows = NewFlows()
         self._tentative = Spare(_IS_TENTATIVE, _IS_CONVERSATION)
@@ -405,28 +407,23 @@ class NatTable:
 
         Questions are copied as they came (PREROUTING), answers as they went on (POSTROUTING).
         """
-        get = self.learnt.get
-        for hook, head in copies:
-            if hook == _PRE:
-                question = head[12:24]
-                flow = get(question) or self._begin_learnt(question, head, now)
-                if flow is not None:
-                    flow.asked += 1
-                    flow.asked_bytes += head[2] << 8 | head[3]
-                    flow.heard_at = now
-                    if flow.asked == BUSY:  # no flow of one question
-                        self._adopt(question)
-            else:
-                question = answering(head[12:24])
-                flow = get(question)
-                if flow is not None:
-                    flow.answered += 1
-                    flow.answered_bytes += head[2] << 8 | head[3]
-                    flow.heard_at = now
-                elif (rewrite := self._of_question(question)) is not None and (
-                    back := rewrite.row.by(Side.SERVER)
-                ) is not None:
-                    self.heard(back, 1, head[2] << 8 | head[3], now)
+        limits = self.limits
+        room = 0 if limits.new_flows_per_client else limits.flows - len(self)
+        for copy in self.learnt.hear(copies, now, self._beginning(now, room)):
+            hook, head = copy
+            is_question = hook == _PRE
+            question = head[12:24] if is_question else answering(head[12:24])
+            there = self._of_question(question)
+            if there is not None:
+                rewrite = there if is_question else there.row.by(Side.SERVER)
+                if rewrite is not None:
+                    self.heard(rewrite, 1, head[2] << 8 | head[3], now)
+            elif (
+                not is_question
+                or self.learnt.get(question) is not None
+                or self._has_made_room(question, now)
+            ):
+                self.learnt.hear((copy,), now, self._beginning(now, 1))
 
     def ended(self, copies: Iterable[tuple[int, bytes]], now: float) -> None:
         """The kernel has rewritten these FINs, of ends whose connections tcp-relay terminates.
@@ -602,22 +599,17 @@ class NatTable:
 
     # Inside
 
-    def _begin_learnt(self, question: bytes, head: bytes, now: float) -> LearntFlow | None:
-        """A flow that begins with this question; None if there is a row of it, or no room."""
-        if (rewrite := self._of_question(question)) is not None:
-            self.heard(rewrite, 1, head[2] << 8 | head[3], now)
-            return None
-        return self._begin(question, now)
+    def _beginning(self, now: float, room: int) -> Beginning:
+        until = now + self._timeouts.udp_dns
+        return Beginning(self._learning_for, until, room, self.limits.flows_per_client)
 
-    def _begin(self, question: bytes, now: float) -> LearntFlow | None:
+    def _has_made_room(self, question: bytes, now: float) -> bool:
+        """Whether there is room for this flow, and be it that of another."""
         try:
             self._make_room(Endpoint(question[:4], 0), now)
         except Refusal:
-            return None
-        flow = LearntFlow(self._next_id, self._learning_for, now)
-        self._next_id += 1
-        self.learnt.begin(question, flow, now + self._timeouts.udp_dns)
-        return flow
+            return False
+        return True
 
     def _of_question(self, question: bytes) -> Rewrite | None:
         return self.tables[Hook.PREROUTING, Proto.UDP].get(question)
@@ -632,8 +624,8 @@ class NatTable:
         asked = self.ask_kernel(at[:4], at[8:10])
         if asked is not None:
             question = at[:4] + asked + at[8:]
-            if self._of_question(question) is None:
-                self._begin(question, now)  # its copy is counted when it comes
+            if self._of_question(question) is None and self._has_made_room(question, now):
+                self.learnt.begin(question, now, self._beginning(now, 1))  # its copy counts later
 
     def _learnt_as(self, outside: bytes) -> bytes | None:
         """The question of what was learnt from this address and port, to whichever address."""
@@ -761,9 +753,7 @@ class NatTable:
         source: Source,
         now: float,
     ) -> Row:
-        row = Row(self._next_id, proto, client, service, server, source, now)
-        self._next_id += 1
-        return row
+        return Row(next(self._ids), proto, client, service, server, source, now)
 
     def _enter(self, row: Row) -> Row:
         self._rows[row.id] = row

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from itertools import count
 from random import Random
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krelay.flow import Proto, Source
-from krelay.learnt import LearntFlow, LearntFlows
+from krelay.learnt import Beginning, LearntFlows
 from krelay.nat import BUSY, Limits, NatTable
 from krelay.row import Hook, Row, Step, Timeouts, key
 from krelay.tracker import Side, State
@@ -231,6 +232,23 @@ def test_the_oldest_make_room_within_the_limits() -> None:
     assert (len(nat), nat.ended_early) == (3, 3)
 
 
+def test_a_question_asked_twice_at_a_time_takes_one_place() -> None:
+    nat = table(flows=2)
+    nat.learn([question("C:1001"), question("C:1002")], 1.0)
+    nat.learn([question("C:1003"), question("C:1003"), answer("C:1003")], 2.0)
+
+    assert [(row.client.port, figures(row)[0]) for row in nat] == [(1002, [1, 0]), (1003, [2, 1])]
+    assert nat.ended_early == 1
+
+
+def test_a_clients_rows_count_with_what_is_learnt_of_it() -> None:
+    nat = table(flows_per_client=2)
+    nat.open_tcp(at("C:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 1.0)
+    nat.learn([question("D:1001"), question("C:1001"), question("C:1002")], 1.0)
+
+    assert [row.client for row in nat] == [at("C:5000"), at("D:1001"), at("C:1002")]
+
+
 def test_where_rows_fill_the_table_nothing_is_learnt() -> None:
     nat = table(flows=1)
     row = nat.open_tcp(at("N:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 3.0)
@@ -257,18 +275,18 @@ def test_unanswered_ones_are_found_and_those_of_another_server() -> None:
     )
 )
 def test_learnt_flows_are_as_a_list_would_have_them(script: list[tuple[str, int]]) -> None:
-    flows, model = LearntFlows(), dict[bytes, float]()
+    flows = LearntFlows(count(1), (), {}, 100, lambda question: None)
+    model: dict[bytes, float] = {}
     now = 0.0
     for verb, number in script:
         now += 1.3
         question = bytes((number % 2,)) * 4 + bytes((number,)) * 8
         known = flows.get(question)
         assert (known is not None) == (question in model)
-        if verb == "begin" and known is None:
-            flows.begin(question, LearntFlow(1, b"", now), now + 10)
+        if (verb == "begin" and known is None) or (verb == "hear" and known is not None):
+            copy = PRE, bytes(12) + question + bytes(4)
+            assert flows.hear([copy], now, Beginning(b"", now + 10, 1, 6)) == []
             model[question] = now
-        elif verb == "hear" and known is not None:
-            known.heard_at = model[question] = now
         elif verb == "oldest":
             assert flows.remove_oldest() == bool(model)
             model.pop(next(iter(model), b""), None)
