@@ -32,12 +32,15 @@ HEAD = 28
 """Bytes of a packet that are asked for, and read."""
 PLAIN = 0x45
 """The first byte of an IPv4 header without options."""
-TOGETHER = 100
+TOGETHER = 200
 """Copies that the kernel holds back to give them together."""
 HUNDREDTHS = 1
 """Of a second that it holds one back at most."""
-ROOM = 1 << 15
-"""Bytes of copies that come together, at most: TOGETHER of the longest that were seen are half."""
+ROOM = (1 << 16) - (1 << 9)
+"""Bytes of copies that come together, at most: TOGETHER of the longest that were seen are half.
+
+With what the kernel puts beside them they are 64 KB of its memory.
+"""
 MOST_LAYOUTS = 16
 """Those that are learnt.  Each hook has one or two."""
 

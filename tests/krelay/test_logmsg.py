@@ -65,7 +65,7 @@ def test_a_copy_as_the_kernel_makes_it() -> None:
 def test_the_settings_as_the_kernel_reads_them() -> None:
     assert logmsg.settings(7, 1).hex(" ", 4) == (
         "40000000 01040500 01000000 00000000 00000007 05000100 01000000 0a000200 0000001c 02000000 "
-        "08000300 00008000 08000400 00000001 08000500 00000064"
+        "08000300 0000fe00 08000400 00000001 08000500 000000c8"
     )
 
 
