@@ -9,9 +9,9 @@ somebody wants to see it, or when a packet comes that the worker must decide abo
 """
 
 import struct
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 from krelay.logmsg import Copy
@@ -20,6 +20,8 @@ from krelay.wheel import Wheel
 
 _SEARCHED = 64
 """Flows, the oldest, among which one of a client's is looked for."""
+_FETCHED = 1024
+"""Of the oldest, at a time."""
 
 
 class LearntFlow:
@@ -56,6 +58,8 @@ class Beginning(NamedTuple):
     """How many there may be of them."""
     per_client: int
     """How many a client may have of all."""
+    displaces: bool
+    """Whether the oldest of all, or of its client, goes for one that finds no room."""
 
 
 class LearntFlows:
@@ -74,12 +78,16 @@ class LearntFlows:
         `of_others`: how many rows a client has beside these flows.  `on_busy` is called for the
         question of a flow that has been asked `busy` times.
         """
+        self.displaced = 0
+        """Those taken out to make room."""
         self._ids = ids
         self._rows = rows
         self._of_others = of_others
         self._busy = busy
         self._on_busy = on_busy
         self._flows: dict[bytes, LearntFlow] = {}
+        self._oldest = deque[tuple[bytes, LearntFlow]]()
+        """Some that were the first when last looked for; gone ones may be among them."""
         self._per_client: Counter[bytes] = Counter()
         self._due = Wheel[list[bytes]]()
 
@@ -104,7 +112,7 @@ class LearntFlows:
         Nothing else in krelay is done so often but for the way of a packet through the queue, so
         all is written out here.
         """
-        server, until, room, per_client = beginning
+        server, until, room, per_client, displaces = beginning
         flows, rows, clients, ids = self._flows, self._rows, self._per_client, self._ids
         get, of_client, of_others = flows.get, clients.get, self._of_others.get
         begun: list[bytes] = []
@@ -121,15 +129,18 @@ class LearntFlows:
                     if flow.asked == self._busy:
                         self._on_busy(question)
                     continue
-                client = question[:4]
-                count = of_client(client, 0)
-                if (
-                    len(begun) >= room
-                    or count + of_others(client, 0) >= per_client
-                    or question in rows
-                ):
+                if question in rows:
                     left.append(copy)
                     continue
+                client = question[:4]
+                count = of_client(client, 0)
+                is_full = count + of_others(client, 0) >= per_client
+                if is_full or len(begun) >= room:
+                    if not (displaces and self.remove_oldest(client if is_full else None)):
+                        left.append(copy)
+                        continue
+                    room += 1
+                    count = of_client(client, 0)
                 clients[client] = count + 1
                 flows[question] = LearntFlow(next(ids), server, now, 1, head[2] << 8 | head[3])
                 begun.append(question)
@@ -167,12 +178,24 @@ class LearntFlows:
 
         Whether there was one.  A client with a good part of all is soon found; who isn't has few.
         """
-        for seen, question in enumerate(self._flows):
-            if client is None or question[:4] == client:
-                self.remove(question)
-                return True
-            if seen == _SEARCHED:
-                return False
+        flows, oldest = self._flows, self._oldest
+        for fetched in (False, True):
+            if fetched:
+                # To find the first in a dictionary takes the longer, the more have gone before it.
+                oldest.clear()
+                oldest.extend(islice(flows.items(), _FETCHED))
+            seen = 0
+            for at, (question, flow) in enumerate(oldest):
+                if flows.get(question) is not flow:
+                    continue
+                if client is None or question[:4] == client:
+                    del oldest[at]
+                    self.remove(question)
+                    self.displaced += 1
+                    return True
+                seen += 1
+                if seen == _SEARCHED:
+                    return False
         return False
 
     def expire(self, now: float, timeout: float) -> None:
@@ -194,6 +217,7 @@ class LearntFlows:
     def clear(self) -> None:
         """Takes out all."""
         self._flows.clear()
+        self._oldest.clear()
         self._per_client.clear()
         self._due.clear()
 

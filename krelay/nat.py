@@ -151,8 +151,7 @@ class NatTable:
         self._learning_of: frozenset[bytes] = frozenset()  # addresses of this host
         self._learning_for = b""  # the server
         self.limits = limits or Limits()
-        self.ended_early = 0
-        """Rows ended to make room for others."""
+        self._ended_early = 0
         self._timeouts = timeouts or Timeouts()
         self._rng = rng
         self._rows: dict[int, Row] = {}
@@ -181,6 +180,11 @@ class NatTable:
         yield from list(self._rows.values())
         for question, flow in self.learnt:
             yield self._row_of(question, flow)
+
+    @property
+    def ended_early(self) -> int:
+        """Rows ended to make room for others."""
+        return self._ended_early + self.learnt.displaced
 
     @property
     def workers(self) -> list[Row]:
@@ -407,9 +411,10 @@ class NatTable:
 
         Questions are copied as they came (PREROUTING), answers as they went on (POSTROUTING).
         """
-        limits = self.limits
-        room = 0 if limits.new_flows_per_client else limits.flows - len(self)
-        for copy in self.learnt.hear(copies, now, self._beginning(now, room)):
+        rate = self.limits.new_flows_per_client
+        room = 0 if rate else self.limits.flows - len(self)
+        together = self._beginning(now, room, displaces=not rate and not self._closed)
+        for copy in self.learnt.hear(copies, now, together):
             hook, head = copy
             is_question = hook == _PRE
             question = head[12:24] if is_question else answering(head[12:24])
@@ -599,9 +604,10 @@ class NatTable:
 
     # Inside
 
-    def _beginning(self, now: float, room: int) -> Beginning:
+    def _beginning(self, now: float, room: int, *, displaces: bool = False) -> Beginning:
         until = now + self._timeouts.udp_dns
-        return Beginning(self._learning_for, until, room, self.limits.flows_per_client)
+        per_client = self.limits.flows_per_client
+        return Beginning(self._learning_for, until, room, per_client, displaces)
 
     def _has_made_room(self, question: bytes, now: float) -> bool:
         """Whether there is room for this flow, and be it that of another."""
@@ -697,9 +703,9 @@ class NatTable:
         if rate and not self._new_flows.admits(client.addr, rate, now):
             raise Refusal("client_rate")
         client_is_full = self._of_client(client.addr) >= limits.flows_per_client
-        if client_is_full and not self._end_learnt(client.addr):
+        if client_is_full and not self.learnt.remove_oldest(client.addr):
             self._end_early(now, client.addr)
-        if self._is_full() and not self._end_learnt():
+        if self._is_full() and not self.learnt.remove_oldest():
             self._end_early(now)
         if self._is_full():
             raise Refusal("table_full")
@@ -717,13 +723,6 @@ class NatTable:
         """Rows of this client, but for those that are closed."""
         return self._per_client.get(addr, 0) + self.learnt.of_client(addr)
 
-    def _end_learnt(self, client: bytes | None = None) -> bool:
-        """The oldest of what the kernel has learnt makes room; whether there was one."""
-        if not self.learnt.remove_oldest(client):
-            return False
-        self.ended_early += 1
-        return True
-
     def _end_early(self, now: float, client: bytes | None = None) -> None:
         """Ends one row to make room, of this client if one is named, where one may be ended."""
         for spare in (self._tentative, self._over):
@@ -734,7 +733,7 @@ class NatTable:
                 self.on_late([row])
                 if spare.may_go(row) and row.quiet_since <= now - EARLY:
                     self.end(row)
-                    self.ended_early += 1
+                    self._ended_early += 1
                     return
 
     def _count_client(self, row: Row, by: int) -> None:

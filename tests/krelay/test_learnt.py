@@ -1,6 +1,7 @@
 """What the kernel has learnt by itself, as the NAT table has it: rows like any others."""
 
 import gc
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 from random import Random
@@ -249,6 +250,29 @@ def test_a_clients_rows_count_with_what_is_learnt_of_it() -> None:
     assert [row.client for row in nat] == [at("C:5000"), at("D:1001"), at("C:1002")]
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from("CDG"), st.integers(1001, 1004)), max_size=30),
+    st.integers(1, 5),
+    st.integers(1, 5),
+)
+def test_it_does_not_matter_how_many_questions_come_at_a_time(
+    script: list[tuple[str, int]], flows: int, flows_per_client: int
+) -> None:
+    questions = [question(f"{client}:{port}") for client, port in script]
+    together, singly = (table(flows=flows, flows_per_client=flows_per_client) for _ in range(2))
+    together.learn(questions, 1.0)
+    for each in questions:
+        singly.learn([each], 1.0)
+
+    for nat in (together, singly):
+        assert len(nat) <= flows
+        assert max(Counter(row.client.addr for row in nat).values(), default=0) <= flows_per_client
+    assert [(row.id, row.client, figures(row)) for row in together] == [
+        (row.id, row.client, figures(row)) for row in singly
+    ]
+    assert together.ended_early == singly.ended_early
+
+
 def test_where_rows_fill_the_table_nothing_is_learnt() -> None:
     nat = table(flows=1)
     row = nat.open_tcp(at("N:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 3.0)
@@ -285,7 +309,7 @@ def test_learnt_flows_are_as_a_list_would_have_them(script: list[tuple[str, int]
         assert (known is not None) == (question in model)
         if (verb == "begin" and known is None) or (verb == "hear" and known is not None):
             copy = PRE, bytes(12) + question + bytes(4)
-            assert flows.hear([copy], now, Beginning(b"", now + 10, 1, 6)) == []
+            assert flows.hear([copy], now, Beginning(b"", now + 10, 1, 6, False)) == []
             model[question] = now
         elif verb == "oldest":
             assert flows.remove_oldest() == bool(model)
