@@ -46,9 +46,8 @@ class Half:
     hinted: bool = False  # the source's next read may be short without being the last: see `got`
     ending: bool = False  # the end of file is there, maybe behind some bytes, none of them urgent
     writable: bool = False  # the sink may take bytes
-    got_eof: bool = False  # nothing more comes: the end of file was read, or an error met
-    got_reset: bool = False  # the source's connection is gone; bytes of it may still be unread
-    cut_short: bool = False  # by that: no end of file is behind the bytes
+    got_eof: bool = False
+    got_reset: bool = False  # instead of an end of file, or after it
     sent_eof: bool = False
     sink_gone: bool = False  # what is read is thrown away
     moved: int = 0  # bytes that the sink took
@@ -60,10 +59,10 @@ class Half:
             return READ if self.readable and not self.got_eof else WAIT
         if self.held:
             return WRITE if self.writable else WAIT
+        if self.got_reset:
+            return RESET
         if self.got_eof:
-            if not (self.sent_eof or self.cut_short):
-                return SHUT
-            return RESET if self.got_reset else WAIT
+            return WAIT if self.sent_eof else SHUT
         return READ if self.readable and self.writable else WAIT
 
     @property
@@ -117,15 +116,6 @@ class Half:
     def shut(self, now: float) -> None:
         """The end of file was passed on."""
         self.sent_eof = True
-        self.at = now
-
-    def lost(self, cut_short: bool, now: float) -> None:
-        """The source's connection is gone, but not what came from there before.
-
-        It is to be read to its end, which may look like an end of file: the error is told once.
-        """
-        self.got_reset = self.readable = self.hinted = True
-        self.cut_short |= cut_short and not self.got_eof
         self.at = now
 
     def cut(self) -> None:

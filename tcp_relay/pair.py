@@ -39,7 +39,7 @@ class End(StrEnum):
     """Why a connection has ended; all but the first reset both sides."""
 
     CLOSED = "closed"  # both ends of file were passed on
-    RESET = "reset"  # one side's connection is gone
+    RESET = "reset"  # one side was reset, or can't be written to
     STALLED = "stalled"  # one side took nothing of what was held
     FORGOTTEN = "forgotten"  # one direction was left open, and nothing came
     CONNECT_FAILED = "connect_failed"  # the server
@@ -63,13 +63,14 @@ class Pair:
         """The half whose sink is that side."""
         return self.up if side else self.down
 
-    def lost(self, side: Side, cut_short: bool, now: float) -> None:
-        """A call on the socket of `side` failed: its connection is gone, in both directions.
+    def lost(self, side: Side, now: float) -> None:
+        """Reading from `side` failed: its connection is gone, in both directions.
 
-        What came from there before is still read, and delivered; then the end of file, unless that
-        is missing (`cut_short`); then the reset.
+        What came from there before is still delivered, then the reset.
         """
-        self.fed_by(side).lost(cut_short, now)
+        half = self.fed_by(side)
+        half.got_eof = half.got_reset = True
+        half.at = now
         self.drained_by(side).cut()
 
     @property

@@ -9,18 +9,11 @@ Most events say "there are bytes" about a pair that holds none, and mean a few h
 there is a short cut: one read, one write, two numbers; it leaves the facts as the long way would.
 
 How a pair ends.  When both ends of file were passed on, in order: the kernel delivers what it still
-has.  When any call fails (reset, timed out), that side is gone, but not what it said before: the
-other one gets that, and then the reset, as it would without a relay.  What is said to a side that
-is gone is read on, and thrown away.  A reset throws away what the sender's kernel still has to
-send; so before it, that is waited for, by asking, because no event tells it.
-
-After a reset, and what else ends a connection from outside, Linux answers like this:
-
-- What was received before stays readable: an error neither hides nor discards it.
-- The error is pending, and told once: to the first write, or to the read behind the last byte.  A
-  read behind that gives the end of file, though none may have come.  So whoever was told remembers.
-- If an end of file came before the reset, reads end in it and never fail; a write says EPIPE, and
-  not ECONNRESET.  The other side gets both, too.
+has.  When a write fails, at once, both sides reset.  When a read fails (reset, timed out), the
+source is gone but not what it said before: the sink gets that, and then the reset, as it would
+without a relay.  A reset throws away what the sender's kernel still has to send; so before it, that
+is waited for, by asking, because no event tells it.  An error never hides bytes that came before
+it: tcp_recvmsg gives those first.
 
 A server that is cut off says nothing, like one that has nothing to say, and the kernel would ask it
 after two hours.  So while bytes move, and until it has been asked once after that, its leg is
@@ -332,8 +325,7 @@ class Pump:
         try:
             sent = sink.send(data)
         except OSError as error:
-            self._not_sent(half, side, error)
-            sent = 0
+            sent = self._not_sent(side, error)
         if 0 < sent == len(data) < SHORT:
             engine = self._engine
             engine.counts.moved[side] += sent
@@ -342,7 +334,7 @@ class Pump:
             if not self._is_watched:
                 self._is_watched = True
                 engine.watched.add(self)
-        else:
+        elif self.alive:
             half.readable = True
             self._passed(half, side, data, sent, SHORT)
             self._turn(side)
@@ -368,15 +360,10 @@ class Pump:
             self._is_watched = True
             self._engine.watched.add(self)
         if more:
-            self._queue()
-        if not self._is_smooth:
-            self._guard()
-
-    def _queue(self) -> None:
-        """Another turn, behind everybody else's."""
-        if not self._is_queued:
             self._is_queued = True
             self._engine.loop.call_soon(self._queued_turn)
+        if not self._is_smooth:
+            self._guard()
 
     def _queued_turn(self) -> None:
         self._is_queued = False
@@ -413,15 +400,19 @@ class Pump:
         except OSError as error:
             self._not_read(half, side, error)
             return
+        if half.sink_gone:
+            half.got(count, len(view), self._engine.loop.now)
+            return
         sent = 0
-        if count and not half.sink_gone:
+        if count:
             # Before an end of file the kernel is told to wait for it: one segment instead of two.
             flags = socket.MSG_MORE if half.ending and count < len(view) else 0
             try:
                 sent = sink.send(view[:count], flags)
             except OSError as error:
-                self._not_sent(half, side, error)
-        self._passed(half, side, view[:count], sent, len(view))
+                sent = self._not_sent(side, error)
+        if self.alive:
+            self._passed(half, side, view[:count], sent, len(view))
 
     def _passed(
         self, half: Half, side: Side, data: bytes | memoryview, sent: int, asked: int
@@ -431,25 +422,26 @@ class Pump:
         if sent:
             half.sent(sent, now)
             self._engine.counts.moved[side] += sent
-        if sent < len(data) and not half.sink_gone:
+        if sent < len(data):
             half.hold(bytes(data[sent:]))
 
     def _write(self, half: Half, side: Side, sink: Socket) -> None:
         try:
             sent = sink.send(half.held)
         except OSError as error:
-            self._not_sent(half, side, error)
+            if not self._not_sent(side, error):
+                half.full()
             return
         half.sent(sent, self._engine.loop.now)
         self._engine.counts.moved[side] += sent
 
     def _shut(self, half: Half, side: Side, sink: Socket) -> None:
-        # The second end of file needs no call of its own: closing sends it, unless that resets.
-        if half.got_reset or not self.pair.fed_by(_OTHER[side]).sent_eof:
+        # The second end of file needs no call of its own: closing sends it.
+        if not self.pair.fed_by(_OTHER[side]).sent_eof:
             try:
                 sink.shutdown(socket.SHUT_WR)
             except OSError as error:
-                self._not_sent(half, side, error)
+                self._not_sent(side, error)
                 return
         half.shut(self._engine.loop.now)
 
@@ -466,29 +458,28 @@ class Pump:
             half.empty()
         else:
             self._lost(side, error.errno or 0)
-            half.got(0, 1, self._engine.loop.now)  # an error comes behind all bytes
-
-    def _not_sent(self, half: Half, side: Side, error: OSError) -> None:
-        if isinstance(error, BlockingIOError):
-            half.full()
-        else:
-            self._lost(_OTHER[side], error.errno or 0)
 
     def _failed(self, side: Side, sock: Socket) -> None:
         """A socket has an error that no read will meet: its end of file was read before."""
         half = self.pair.fed_by(side)
         if self.alive and half.got_eof and not half.got_reset and (error := _error_of(sock)):
             self._lost(side, error)
+            self._turn(side)
 
     def _lost(self, side: Side, error: int) -> None:
-        pair = self.pair
-        pair.lost(side, error not in _MAYBE_WHOLE, self._engine.loop.now)
-        if pair.drained_by(side).got_reset:  # the other side was lost before
+        if self.pair.is_resetting:  # the other side was lost before
             self.end(End.RESET, self._why)
             return
         self._why = _words(side, error)
         self._is_smooth = False
-        self._queue()  # either half may have something to do now
+        self.pair.lost(side, self._engine.loop.now)
+
+    def _not_sent(self, side: Side, error: OSError) -> int:
+        """0: the sink is full; else it is gone, and with it this pump."""
+        if isinstance(error, BlockingIOError):
+            return 0
+        self.end(End.RESET, _words(_OTHER[side], error.errno or 0))
+        return -1
 
     def _guard(self) -> None:
         """Sees to it that somebody looks when the pair may be overdue."""
@@ -551,6 +542,3 @@ def _words(side: Side, error: int) -> str:
 _OTHER = (SERVER, CLIENT)
 _CLOSED = End.CLOSED
 _UNDER_WAY = (0, errno.EINPROGRESS)
-_MAYBE_WHOLE = (errno.EPIPE, errno.ENOTCONN)
-"""Errors after which an end of file may be read.  EPIPE: it came before the reset (tcp_reset).
-ENOTCONN is shutdown's, for any connection that is over; the read that follows tells more."""

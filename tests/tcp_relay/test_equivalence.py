@@ -18,12 +18,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tcp_relay.sockets import undelivered
 from tests.tcp_relay.helpers import BOUND, LOCALHOST, drain, free_port, reset, wait_for
 from tests.tools.duplex import FLOOD, NAMES, NOMINAL, Answer, Model, Step, parse, random_script
 from tests.tools.duplex_run import Ends, Run, Views, Way, play
@@ -158,39 +156,6 @@ STORIES = {
         client shutdown     => ok
         server read all     => EOF
     """,
-    "bytes arrive that were sent before a reset, whatever crosses them": """
-        server write 1      => ok
-        and client write 9  => ok
-        and client abort    => ok
-        server read all     => ECONNRESET 9
-    """,
-    "the server's too": """
-        client write 8000   => ok
-        and server write 99 => ok
-        and server abort    => ok
-        client read all     => ECONNRESET 99
-    """,
-    "also what a full client has not taken yet": """
-        client flood        => ok
-        server flood        => ok
-        server abort        => ok
-        client read all     => RST
-        client write 1      => EPIPE
-    """,
-    "also bytes that an end of file crosses": """
-        server shutdown     => ok
-        and client write 9  => ok
-        and client abort    => ok
-        server read all     => ECONNRESET 9
-    """,
-    "also an end of file before the reset": """
-        server write 1      => ok
-        and client write 9  => ok
-        and client shutdown => ok
-        and client abort    => ok
-        server read all     => EOF 9
-        server write 1      => EPIPE
-    """,
     "urgent bytes stay where they were sent": """
         client write 100    => ok
         client urgent       => ok
@@ -218,9 +183,6 @@ STORIES = {
 # What the random scripts must have had, so many times: the model's notes.
 COVERED = {
     "abort": 200,
-    "shutdown that crosses bytes and RST": 20,
-    "write that crosses bytes and RST": 50,
-    "write that crosses FIN and RST": 50,
     "both full": 50,
     "close with unread bytes": 50,
     "FIN": 200,
@@ -294,14 +256,7 @@ class Relay:
 
     def runs(self, seed: int, script: Sequence[Step], bound: float = BOUND) -> tuple[Run, Run]:
         """The same on both ways, not yet played."""
-        relayed = Run(seed, script, self.relayed, bound, self.stand_still)
-        return Run(seed, script, self.direct, bound), relayed
-
-    def stand_still(self, is_held: bool) -> None:
-        """Stops it, or lets it go on."""
-        self._process.send_signal(signal.SIGSTOP if is_held else signal.SIGCONT)
-        if is_held:
-            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        return Run(seed, script, self.direct, bound), Run(seed, script, self.relayed, bound)
 
     def _answers(self) -> bool:
         assert self._process.poll() is None, self._log.read_text()
@@ -376,23 +331,18 @@ def test_a_story_reads_the_same_relayed_and_direct(relay: Relay, story: str) -> 
 def test_a_relay_may_take_a_whole_flood_before_it_passes_the_reset_on(
     script: tuple[str, ...],
 ) -> None:
-    """As one does that has much to deliver first, and comes late to it; played by hand."""
+    """As one does that has to deliver something first, and comes late to it; played by hand."""
     front, back = Way(BOUND), Way(BOUND)
     client, to_client = front.dial(front.port)
     to_server, server = back.dial(back.port)
     run = Run(0, [parse(line) for line in script], lambda: (client, server), BOUND)
-    said, taken = b"", 0
+    taken = 0
     try:
         for _ in run.play():
             is_aborted, is_reset = client.fileno() < 0, to_server.fileno() < 0
             if is_aborted and not is_reset:
                 taken += drain(to_server)[0]
-                with suppress(OSError):
-                    while data := to_client.recv(65536):
-                        said += data
-                with suppress(BlockingIOError):
-                    said = said[to_server.send(said) :]
-                if taken >= FLOOD and not said and not undelivered(to_server):
+                if taken >= FLOOD:
                     reset(to_server)
     finally:
         for sock in (client, to_client, to_server, server, front, back):

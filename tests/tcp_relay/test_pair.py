@@ -38,7 +38,7 @@ def test_a_lost_side_still_has_what_it_said_delivered_and_then_its_reset(side: S
     said.hold(b"last words")
     unheard.hold(b"for nobody")
     assert pair.held == 20
-    pair.lost(side, cut_short=True, now=3.0)
+    pair.lost(side, now=3.0)
     assert pair.held == 10
     assert pair.is_resetting
     assert said.todo() is Todo.WAIT
@@ -46,8 +46,6 @@ def test_a_lost_side_still_has_what_it_said_delivered_and_then_its_reset(side: S
     assert unheard.todo() is Todo.WAIT
     said.writable = True
     said.sent(10, now=4.0)
-    assert said.todo() is Todo.READ  # the kernel may still have some
-    said.got(0, asked=1, now=5.0)
     assert said.todo() is Todo.RESET
     assert not pair.ended
 
@@ -58,7 +56,7 @@ def test_a_reset_is_owed_also_after_both_ends_of_file(lost: Side) -> None:
     for half in (pair.up, pair.down):
         half.got(0, asked=1, now=1.0)
         half.shut(now=1.0)
-    pair.lost(lost, cut_short=True, now=2.0)
+    pair.lost(lost, now=2.0)
     assert not pair.ended
     assert pair.fed_by(lost).todo() is Todo.RESET
 
@@ -80,10 +78,6 @@ def idle(pair: Pair) -> None:
 def stalled(pair: Pair) -> None:
     holding(pair.down, at=5.0)
     pair.up.at = 14.0  # that the other direction moves doesn't help
-
-
-def lost_and_not_read(pair: Pair) -> None:
-    pair.lost(Side.CLIENT, cut_short=True, now=5.0)  # the server takes nothing
 
 
 def stalled_twice(pair: Pair) -> None:
@@ -112,7 +106,7 @@ def unheard_end(pair: Pair) -> None:
 
 def resetting(pair: Pair) -> None:
     holding(pair.up, at=2.0)
-    pair.lost(Side.CLIENT, cut_short=True, now=8.0)
+    pair.lost(Side.CLIENT, now=8.0)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +120,6 @@ def resetting(pair: Pair) -> None:
         (half_closed, 104.0, End.FORGOTTEN),
         (half_closed_and_stalled, 13.0, End.STALLED),
         (resetting, 18.0, End.RESET),
-        (lost_and_not_read, 15.0, End.RESET),
     ],
 )
 def test_what_waits_too_long_is_overdue_and_nothing_else(
@@ -144,15 +137,7 @@ def test_what_waits_too_long_is_overdue_and_nothing_else(
 
 def test_what_may_be_overdue_is_guarded() -> None:
     """The pump asks for these two, and sets no timer otherwise."""
-    for facts in (
-        idle,
-        stalled,
-        stalled_twice,
-        half_closed,
-        half_closed_and_stalled,
-        resetting,
-        lost_and_not_read,
-    ):
+    for facts in (idle, stalled, stalled_twice, half_closed, half_closed_and_stalled, resetting):
         pair = Pair()
         facts(pair)
         assert (pair.may_stall or pair.is_half_closed) is (pair.deadline(LIMITS) is not None)

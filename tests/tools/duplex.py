@@ -10,7 +10,6 @@
     client close            FIN, or RST if something is unread
     client abort            close with SO_LINGER 0: RST
     client pause            nothing for a while, by either
-    and client abort        at once, while all that is between the ends stands still
 
 TCP is not deterministic, but what it leaves to chance is little: how much is under way when
 something happens.  A script is therefore played in lock-step.  After each step its effect is waited
@@ -25,11 +24,6 @@ whether FIN or RST came.  It is exact down to errno:
 - Closing with unread bytes sends RST, and so does a closed socket that gets bytes.
 - After both FINs the connection is over: nothing that one side does can be seen by the other.
 
-Steps that are joined by "and" make a burst, whose effect is waited for once, behind its last step:
-a relay that goes on then finds all of it at once.  Only calls are joined whose answers depend on
-nothing that the other end did in the burst; so each has the answer, and all of them the effect,
-that they have one by one.
-
 Only a flood keeps something under way.  Its writer is `blocked`, and as long as it is, how much is
 where depends on the buffers; a relay has more of them than a direct connection.  So the length of
 what a reader gets is not predicted, but measured, when the sender cuts its flood short:
@@ -37,7 +31,8 @@ what a reader gets is not predicted, but measured, when the sender cuts its floo
 - shutdown and close deliver what `send` took: exactly that must be read, then the end of file.
 - RST discards what is still in the sender's own queue.  What was acknowledged by then must be read,
   then ECONNRESET.  Of the rest, a part may be read, if it was on its way just then.
-- RST while both directions are full: so, too.  Either the blocked write or the read reports it.
+- RST while both directions are full.  A relay meets two rules, to deliver what it holds and to end
+  the pair at the first write error.  At least what lay in the reader's own queue must be read.
 
 In each case it is a prefix of what was written.  Until the reader has read all of it, directly it
 would see a RST at once, through a relay perhaps behind the bytes; so in between it makes no call
@@ -59,7 +54,7 @@ under way all the same, it is made longer here too (`Model.extend`), up to a bou
 """
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from random import Random
 from typing import NamedTuple
@@ -100,11 +95,9 @@ class Step:
     verb: Verb
     count: int | None = None
     """Bytes of a write or a read; None reads all."""
-    joined: bool = False
-    """At once with the step before it."""
 
     def __str__(self) -> str:
-        words = [*["and"] * self.joined, NAMES[self.end], self.verb.value]
+        words = [NAMES[self.end], self.verb.value]
         if self.verb in (Verb.WRITE, Verb.READ):
             words.append("all" if self.count is None else str(self.count))
         return " ".join(words)
@@ -112,11 +105,10 @@ class Step:
 
 def parse(line: str) -> Step:
     """The step that prints as `line`."""
-    words = line.split()
-    joined = words[0] == "and"
-    name, verb, *count = words[joined:]
-    number = int(count[0]) if count and count != ["all"] else None
-    return Step(NAMES.index(name), Verb(verb), number, joined)
+    name, verb, *count = line.split()
+    return Step(
+        NAMES.index(name), Verb(verb), int(count[0]) if count and count != ["all"] else None
+    )
 
 
 class Answer(NamedTuple):
@@ -165,13 +157,15 @@ UNKNOWN = View(None, None, None, None)
 class Cut(NamedTuple):
     """How far a blocked flood had come when its sender, or its RST, ended it.
 
-    Both count from the beginning of the stream.
+    All three count from the beginning of the stream.
     """
 
     taken: int
     """By `send`."""
     acked: int
     """By the other end of the sender's connection, be it the peer or a relay."""
+    arrived: int
+    """In the peer's own receive queue, or read."""
 
 
 class Ending(StrEnum):
@@ -231,8 +225,6 @@ class Model:
     sockets: tuple[Socket, Socket] = field(default_factory=lambda: (Socket(), Socket()))
     streams: tuple[Stream, Stream] = field(default_factory=lambda: (Stream(), Stream()))
     """By sender."""
-    burst: list[Step] = field(default_factory=list)
-    """The last step, and those that it is joined to."""
     events: Counter[str] = field(default_factory=Counter)
     """What has happened that scripts have to cover."""
 
@@ -244,7 +236,7 @@ class Model:
     def can(self, step: Step) -> bool:
         """Whether the step makes sense, and its answer can be told."""
         me, peer, out, into = self._from(step.end)
-        if me.closed or (step.joined and not self._may_join(step)):
+        if me.closed:
             return False
         everything = step.verb is Verb.READ and step.count is None
         if step.verb is Verb.PAUSE:
@@ -270,26 +262,6 @@ class Model:
                 may_be_over = out.is_cut or (into.is_cut and me.shut)
                 return not (resets and may_be_over)
 
-    def _may_join(self, step: Step) -> bool:
-        """Whether nothing that the other end did in the burst makes a difference to the answer.
-
-        It may have written, or shut down; which must not have ended the connection.
-        """
-        me, peer, out, into = self._from(step.end)
-        verbs = [step.verb, *(before.verb for before in self.burst)]
-        if not self.burst or not set(verbs) <= _JOINED:
-            return False
-        if peer.closed or me.got_rst or out.full or into.full:
-            return False
-        match step.verb:
-            case Verb.SHUTDOWN:
-                return not me.shut
-            case Verb.CLOSE:
-                return all(before.end == step.end for before in self.burst)
-            case Verb.ABORT:
-                return not (me.shut and peer.shut)
-        return True
-
     def extend(self, end: int) -> None:
         """A flood that is blocked, or will be ended by RST, found room for all: as much again."""
         self.streams[end].add(FLOOD)
@@ -303,7 +275,6 @@ class Model:
     def play(self, step: Step, cut: Cut | None = None) -> Answer:
         """Takes a step; `cut` is about its own end's stream."""
         me, _, out, into = self._from(step.end)
-        self.burst = [*self.burst, step] if step.joined else [step]
         match step.verb:
             case Verb.WRITE | Verb.URGENT:
                 self._note(step.verb)
@@ -461,7 +432,6 @@ class Model:
         self._note("RST before any byte" if not (out.most or into.most) else "RST")
         if me.shut:
             self._note("RST after FIN")
-        self._note_crossing(end)
         if not out.full:
             self._got_rst(1 - end)
             return
@@ -473,6 +443,7 @@ class Model:
             self._note("RST behind a flood")
             return
         self._note("RST while both are full")
+        out.least = cut.arrived
         peer.torn = peer.flood == "blocked"
 
     def _got_rst(self, end: int) -> None:
@@ -488,27 +459,12 @@ class Model:
             me.flood, me.error = me.error, ""
         out.full = False
 
-    def _note_crossing(self, end: int) -> None:
-        """What a relay finds at once: RST at one end, something to pass on at the other."""
-        mine = {step.verb for step in self.burst if step.end == end}
-        theirs = {step.verb for step in self.burst if step.end != end}
-        if Verb.WRITE in theirs and Verb.SHUTDOWN in mine:
-            self._note("write that crosses FIN and RST")
-        for verb in theirs & {Verb.WRITE, Verb.SHUTDOWN}:
-            if Verb.WRITE in mine:
-                self._note(f"{verb} that crosses bytes and RST")
-
     def _note(self, event: str) -> None:
         self.events[event] += 1
 
 
-NOMINAL = Cut(FLOOD // 2, FLOOD // 4)
+NOMINAL = Cut(FLOOD // 2, FLOOD // 4, FLOOD // 8)
 """For a model that is played without a connection."""
-
-_JOINED = {Verb.WRITE, Verb.URGENT, Verb.SHUTDOWN, Verb.CLOSE, Verb.ABORT}
-_JOINS, _CROSSES = 0.2, 0.3
-"""How often a step is joined to the one before, if it may be; and a script has a crossing: RST on
-its way one way, and something else on its way the other."""
 
 # How often, in proportion, by the mood of a script.
 _WEIGHTS = {
@@ -527,25 +483,13 @@ def random_script(seed: int) -> list[Step]:
     weights = _WEIGHTS[rng.choice(list(_WEIGHTS))]
 
     def play(step: Step) -> None:
-        if not model.can(step):
-            step = replace(step, joined=False)
         if model.can(step):
             model.play(step, NOMINAL if model.may_cut(step) else None)
             steps.append(step)
 
-    def play_random(end: int, verb: Verb, joined: bool) -> None:
-        play(Step(end, verb, _random_count(rng, verb), joined))
-
-    crosses = rng.random() < _CROSSES
-    for _ in range(rng.randint(0, 6) if crosses else rng.randint(1, 24)):
+    for _ in range(rng.randint(1, 24)):
         (verb,) = rng.choices(list(Verb), weights)
-        play_random(rng.choice(ENDS), verb, joined=rng.random() < _JOINS)
-    if crosses:
-        one, other = rng.sample(ENDS, 2)
-        play_random(one, rng.choice((Verb.WRITE, Verb.SHUTDOWN)), joined=False)
-        for verb in (Verb.WRITE, Verb.SHUTDOWN, Verb.ABORT):
-            if verb is Verb.ABORT or rng.random() < 0.6:
-                play_random(other, verb, joined=True)
+        play(Step(rng.choice(ENDS), verb, _random_count(rng, verb)))
     # What is left in the queues is looked at, mostly.
     for end in rng.sample(ENDS, 2):
         if rng.random() < 0.8:

@@ -17,12 +17,12 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
-from tests.tools.duplex import ENDS, FLOOD, UNKNOWN, Answer, Cut, Model, Step, Verb, View
+from tests.tools.duplex import ENDS, FLOOD, Answer, Cut, Model, Step, Verb, View
 
 SEND_BUFFER = 64 * 1024
 RECEIVE_BUFFER = 16 * 1024
@@ -56,10 +56,6 @@ class Dial(Protocol):
     """Makes a new connection: its client's socket and its server's."""
 
     def __call__(self) -> Ends: ...
-
-
-def nothing_between(_: bool) -> None:
-    """The `hold` of a direct connection: what a call does is done when it returns."""
 
 
 class Way:
@@ -219,7 +215,6 @@ def _name(error: OSError) -> str:
 
 
 Views = tuple[View | None, View | None]
-_NOT_YET: Views = (UNKNOWN, UNKNOWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,19 +245,9 @@ def _allow(expected: Views, seen: Views) -> bool:
 
 
 class Run:
-    """A script on one connection.  `rows` ends with the first one that is not as expected.
+    """A script on one connection.  `rows` ends with the first one that is not as expected."""
 
-    `hold` makes what is between the ends stand still (True), or go on.
-    """
-
-    def __init__(
-        self,
-        seed: int,
-        script: Sequence[Step],
-        dial: Dial,
-        bound: float,
-        hold: Callable[[bool], None] = nothing_between,
-    ) -> None:
+    def __init__(self, seed: int, script: Sequence[Step], dial: Dial, bound: float) -> None:
         self.seed = seed
         self.script = script
         self.model = Model()
@@ -273,8 +258,6 @@ class Run:
         """It was played, to its end or until it failed."""
         self._dial = dial
         self._bound = bound
-        self._hold = hold
-        self._is_held = False
 
     @property
     def failed(self) -> bool:
@@ -285,54 +268,37 @@ class Run:
         rng = Random(self.seed)
         streams = [memoryview(_BYTES)[rng.randrange(_STARTS) :] for _ in ENDS]
         client, server = self._dial()
-        if any(step.joined for step in self.script):
-            yield from _met(client, server)
         ends = (End(client, streams[0], streams[1]), End(server, streams[1], streams[0]))
         try:
-            for step, following in zip(self.script, [*self.script[1:], None], strict=True):
+            for step in self.script:
                 if self.model.can(step):
-                    self.rows.append((yield from self._step(ends, step, following)))
+                    self.rows.append((yield from self._step(ends, step)))
                 if self.failed:
                     break
             self.is_over = True
         finally:
-            self._stand_still(False)
             for end in ends:
                 end.close(abort=True)
 
-    def _step(
-        self, ends: tuple[End, End], step: Step, following: Step | None
-    ) -> Generator[None, None, Row]:
-        me = ends[step.end]
+    def _step(self, ends: tuple[End, End], step: Step) -> Generator[None, None, Row]:
+        me, peer = ends[step.end], ends[1 - step.end]
         cut = None
         if self.model.may_cut(step):
             self.was_measured = True
-            cut = Cut(me.sent, me.sent - me.unacked)
+            cut = Cut(me.sent, me.sent - me.unacked, peer.received + peer.unread)
         was_full = self.model.streams[1 - step.end].full
         expected = self.model.play(step, cut)
-        goes_on = following is not None and following.joined and self.model.can(following)
-        if goes_on:
-            self._stand_still(True)
         if step.verb is not Verb.READ:
             seen = Answer((yield from _call(me, step)))
         elif was_full:
             seen = yield from self._read_flood(ends, step, expected)
         else:
             seen = _read(me, step.count)
-        if goes_on:
-            return Row(step, expected, seen, _NOT_YET, _NOT_YET)
-        self._stand_still(False)
         if step.verb in (Verb.FLOOD, Verb.READ) and any(s.full for s in self.model.streams):
             yield from self._filled(ends)
         expected_views = (self.model.view(0), self.model.view(1))
         seen_views = yield from self._settled(ends, expected_views)
         return Row(step, expected, seen, expected_views, seen_views)
-
-    def _stand_still(self, is_held: bool) -> None:
-        """Until False; nothing is waited for meanwhile."""
-        if is_held is not self._is_held:
-            self._is_held = is_held
-            self._hold(is_held)
 
     def _read_flood(
         self, ends: tuple[End, End], step: Step, expected: Answer
@@ -394,14 +360,6 @@ class Run:
             if _allow(expected, seen) or time.monotonic() >= deadline:
                 return seen
             yield
-
-
-def _met(client: socket.socket, server: socket.socket) -> Waiting:
-    """Until a byte has come through: a relay that is connecting gives up a client that resets."""
-    client.send(b"!")
-    while not select.select([server], [], [], 0)[0]:
-        yield
-    server.recv(1)
 
 
 def _call(end: End, step: Step) -> Generator[None, None, str]:
