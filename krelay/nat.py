@@ -705,7 +705,9 @@ class NatTable:
         client_is_full = self._of_client(client.addr) >= limits.flows_per_client
         if client_is_full and not self.learnt.remove_oldest(client.addr):
             self._end_early(now, client.addr)
-        if self._is_full() and not self.learnt.remove_oldest():
+        client_is_full = self._of_client(client.addr) >= limits.flows_per_client
+        # What was learnt goes for nobody who is refused all the same.
+        if self._is_full() and (client_is_full or not self.learnt.remove_oldest()):
             self._end_early(now)
         if self._is_full():
             raise Refusal("table_full")

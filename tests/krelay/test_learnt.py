@@ -256,6 +256,7 @@ def test_a_clients_rows_count_with_what_is_learnt_of_it() -> None:
     st.integers(1, 5),
 )
 @example([("C", 1001), ("C", 1002), ("C", 1003), ("D", 1001)], 3, 1)
+@example([*[("C", 1001)] * BUSY, ("C", 1002), ("D", 1001)], 2, 1)  # C has a row, and gets no more
 def test_it_does_not_matter_how_many_questions_come_at_a_time(
     script: list[tuple[str, int]], flows: int, flows_per_client: int
 ) -> None:
