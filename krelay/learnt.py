@@ -184,6 +184,8 @@ class LearntFlows:
                 # To find the first in a dictionary takes the longer, the more have gone before it.
                 oldest.clear()
                 oldest.extend(islice(flows.items(), _FETCHED))
+            while oldest and flows.get(oldest[0][0]) is not oldest[0][1]:
+                oldest.popleft()
             seen = 0
             for at, (question, flow) in enumerate(oldest):
                 if flows.get(question) is not flow:

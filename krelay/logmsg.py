@@ -17,7 +17,7 @@ Whatever no layout fits is read by its attributes.  All three ways read the same
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from krelay.wire import netlink
@@ -100,8 +100,6 @@ class Layout(NamedTuple):
     """Takes the hook and the head out of a message."""
     pattern: bytes
     """Matches one message."""
-    fits: Callable[[bytes], object]
-    """Whether it is the layout of this one message."""
 
     def fits_all(self, data: bytes) -> bool:
         """Whether it is that of each of these messages, one after the other."""
@@ -134,14 +132,8 @@ def layout_of(message: bytes) -> Layout | None:
         return None
     head = size - HEAD
     fixed = tuple((place, message[place : place + 1]) for place in (*places, head))
-    pattern = _pattern(size, fixed)
-    return Layout(
-        size,
-        fixed,
-        struct.Struct(f"{_HOOK}xB{head - _HOOK - 1}x{HEAD}s"),
-        pattern,
-        re.compile(pattern, re.DOTALL).fullmatch,
-    )
+    values = struct.Struct(f"{_HOOK}xB{head - _HOOK - 1}x{HEAD}s")
+    return Layout(size, fixed, values, _pattern(size, fixed))
 
 
 def _pattern(size: int, fixed: Iterable[tuple[int, bytes]]) -> bytes:
@@ -173,7 +165,7 @@ class Reader:
         found: list[Copy] = []
         at = 0
         if layout is not None and len(data) == layout.size:
-            if layout.fits(data):
+            if self._fits(data):
                 return [(data[_HOOK], data[-HEAD:])]
         elif layout is not None and (all_of_them := layout.all_of(data)) is not None:
             found, at = all_of_them, len(all_of_them) * layout.size

@@ -161,17 +161,13 @@ def emit(message: Request | Answer) -> bytes:
     m = message
     match m:  # in a class pattern each field would take as long as the class
         case Open():
-            return (
-                f'{{"op":"open","id":{m.id},"client":{_pair(m.client)},"gport":{m.gport}'
-                f',"relay":{_pair(m.relay)}{_maybe("service", m.service)}}}'
-            ).encode()
+            fields = f'"op":"open","id":{m.id},"client":{_pair(m.client)},"gport":{m.gport}'
+            fields += f',"relay":{_pair(m.relay)}{_maybe("service", m.service)}'
         case Close():
-            return f'{{"op":"close","relay":{_pair(m.relay)}}}'.encode()
+            fields = f'"op":"close","relay":{_pair(m.relay)}'
         case Opened():
-            return (
-                f'{{"id":{m.id},"server":{_pair(m.server)},"source":"{m.source.value}"'
-                f"{_maybe('origin', m.origin)}}}"
-            ).encode()
+            fields = f'"id":{m.id},"server":{_pair(m.server)},"source":"{m.source.value}"'
+            fields += _maybe("origin", m.origin)
         case Resume():
             fields = f'"op":"resume","id":{m.id},"client":{_pair(m.client)},"gport":{m.gport}'
             fields += f',"relay":{_pair(m.relay)},"server":{_pair(m.server)}'

@@ -71,12 +71,6 @@ class Link:
         """
         if self._socket is None:
             return
-        if not self._queue:
-            try:
-                self._socket.send(emit(message))
-                return
-            except OSError:  # which `_drain` will meet as well
-                pass
         self._queue.append(message)
         if not self._is_watching_out:
             self._drain()

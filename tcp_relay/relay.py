@@ -89,13 +89,7 @@ class Relay:
 
         Takes over both.
         """
-        try:
-            connection = Connection(self._engine, self, gport, client, peer)
-        except OSError:  # reset while it was waiting
-            client.close()
-            server.close()
-            return
-        connection.begin(server)
+        Connection(self._engine, self, gport, client, peer).begin(server)
 
     def report(self, report: Report) -> None:
         """Tells krelay the counters, now and whenever it is there again."""
