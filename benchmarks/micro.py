@@ -23,8 +23,9 @@ from typing import TypeVar
 from benchmarks.figures import Goal
 from benchmarks.ground import Progress, Wish
 from krelay import worker as worker_module
+from krelay.admission import Limits
 from krelay.flow import Endpoint, Proto, Source
-from krelay.nat import Limits, NatTable
+from krelay.nat import NatTable
 from krelay.relay import Relays
 from krelay.relaymsg import Close, Open, emit, parse_request
 from krelay.row import Hook, Rewrite

@@ -151,7 +151,7 @@ class KernelPath:
         if spec.learning is not None:
             self._read_copies()
             addresses = frozenset(each.packed for each in spec.learning.addresses)
-            self._nat.learns(addresses, spec.learning.server.packed)
+            self._nat.learnt.learns(addresses, spec.learning.server.packed)
         if not afresh or not spec.room:
             return None
         self._maps = KernelMaps(self._table)

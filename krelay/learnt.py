@@ -51,7 +51,6 @@ class LearntFlow:
 class Beginning(NamedTuple):
     """What flows that begin together have in common, and how many may."""
 
-    server: bytes
     until: float
     """When they are over if nothing more is heard of them."""
     room: int
@@ -78,6 +77,8 @@ class LearntFlows:
         `of_others`: how many rows a client has beside these flows.  `on_busy` is called for the
         question of a flow that has been asked `busy` times.
         """
+        self.addresses: frozenset[bytes] = frozenset()
+        """The addresses of this host that were asked."""
         self.displaced = 0
         """Those taken out to make room."""
         self._ids = ids
@@ -90,6 +91,7 @@ class LearntFlows:
         """Some that were the first when last looked for; gone ones may be among them."""
         self._per_client: Counter[bytes] = Counter()
         self._due = Wheel[list[bytes]]()
+        self._server = b""
 
     def __len__(self) -> int:
         return len(self._flows)
@@ -97,9 +99,22 @@ class LearntFlows:
     def __iter__(self) -> Iterator[tuple[bytes, LearntFlow]]:
         return iter(list(self._flows.items()))
 
+    def learns(self, addresses: frozenset[bytes], server: bytes) -> None:
+        """From now on the kernel learns flows to these addresses of this host, for that server."""
+        self.addresses |= addresses  # what was learnt of others still lives
+        self._server = server
+
     def get(self, question: bytes) -> LearntFlow | None:
         """The flow that begins with such a packet."""
         return self._flows.get(question)
+
+    def asked_as(self, outside: bytes) -> bytes | None:
+        """The question of the flow between these two ends, to whichever address of this host."""
+        flows = self._flows
+        if not flows:
+            return None
+        found = (outside[:4] + address + outside[8:] for address in self.addresses)
+        return next((question for question in found if question in flows), None)
 
     def of_client(self, client: bytes) -> int:
         """How many this address has."""
@@ -112,8 +127,9 @@ class LearntFlows:
         Nothing else in krelay is done so often but for the way of a packet through the queue, so
         all is written out here.
         """
-        server, until, room, per_client, displaces = beginning
+        until, room, per_client, displaces = beginning
         flows, rows, clients, ids = self._flows, self._rows, self._per_client, self._ids
+        server = self._server
         get, of_client, of_others = flows.get, clients.get, self._of_others.get
         begun: list[bytes] = []
         left: list[Copy] = []
@@ -159,7 +175,7 @@ class LearntFlows:
 
     def begin(self, question: bytes, now: float, beginning: Beginning) -> None:
         """One more, of which nothing has been told yet."""
-        self._flows[question] = LearntFlow(next(self._ids), beginning.server, now, 0, 0)
+        self._flows[question] = LearntFlow(next(self._ids), self._server, now, 0, 0)
         self._per_client[question[:4]] += 1
         self._due.put(self._due.second(beginning.until), [question])
 

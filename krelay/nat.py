@@ -33,13 +33,11 @@ Times are seconds that the caller passes in; nothing here reads a clock.
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from operator import attrgetter
 from random import Random
-from typing import NamedTuple
 
+from krelay.admission import Admission, Limits, Refusal
 from krelay.flow import Endpoint, Proto, Source
 from krelay.learnt import Beginning, LearntFlow, LearntFlows
-from krelay.overload import EARLY, LOOKS, NewFlows, Spare
 from krelay.ports import RelayPorts
 from krelay.row import (
     DNS_PORT,
@@ -69,23 +67,6 @@ _SPREAD = HORIZON // 2
 TRIES = 512
 """Ports of each parity that are looked at where the wanted one is taken: below 1024 all of them.
 A client that has taken that many of its own in a row is refused; the packet path isn't held up."""
-
-
-class Refusal(Exception):
-    """No row for this flow.  `reason` is a word for counters."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class Limits(NamedTuple):
-    """How many rows there may be."""
-
-    flows: int = 65536
-    flows_per_client: int = 4096
-    new_flows_per_client: int = 0
-    """Rows that a client may begin a second, and at once; 0: as many as it likes."""
 
 
 class DirectFlows:
@@ -148,23 +129,23 @@ class NatTable:
         port of which nothing has been told yet: the address of this host that was asked."""
         self.hear_ends: Callable[[], None] = lambda: None
         """Called when it matters whether the ends of a connection have ended it (`ended`)."""
-        self._learning_of: frozenset[bytes] = frozenset()  # addresses of this host
-        self._learning_for = b""  # the server
-        self.limits = limits or Limits()
-        self._ended_early = 0
         self._timeouts = timeouts or Timeouts()
         self._rng = rng
         self._rows: dict[int, Row] = {}
         self._ids = itertools.count(1)
-        self._per_client: Counter[bytes] = Counter()  # without those in _closed
-        self._closed: dict[int, Row] = {}  # lingering, the oldest first: no reason to refuse anyone
-        rows = self.tables[_PRE, Proto.UDP]
-        self.learnt = LearntFlows(self._ids, rows, self._per_client, BUSY, self._adopt)
+        per_client = Counter[bytes]()
+        asked = self.tables[_PRE, Proto.UDP]
+        self.learnt = LearntFlows(self._ids, asked, per_client, BUSY, self._adopt)
         """Those that the kernel relays by itself; the worker has no part in them."""
+        self._admission = Admission(
+            limits or Limits(),
+            self._rows,
+            per_client,
+            self.learnt,
+            self.end,
+            lambda rows: self.on_late(rows),
+        )
         self._relay_ports = {proto: RelayPorts(rng) for proto in Proto}
-        self._new_flows = NewFlows()
-        self._tentative = Spare(_IS_TENTATIVE, _IS_CONVERSATION)
-        self._over = Spare(_IS_OVER, _goes_on)
         self._outside: dict[Proto, dict[bytes, Row]] = {proto: {} for proto in Proto}
         self._inside: dict[tuple[Endpoint, int], Row] = {}
         self._by_relay: dict[Endpoint, Row] = {}
@@ -182,9 +163,18 @@ class NatTable:
             yield self._row_of(question, flow)
 
     @property
+    def limits(self) -> Limits:
+        """In force for new rows; none that lives is ended where they are lowered."""
+        return self._admission.limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._admission.limits = limits
+
+    @property
     def ended_early(self) -> int:
         """Rows ended to make room for others."""
-        return self._ended_early + self.learnt.displaced
+        return self._admission.ended_early + self.learnt.displaced
 
     @property
     def workers(self) -> list[Row]:
@@ -236,7 +226,7 @@ class NatTable:
         restart names its `inside`, and is not counted as new.  Raises Refusal (`table_full`,
         `client_full`, `client_rate`, `no_port`).
         """
-        self._make_room(client, now, is_new=inside is None)
+        self._admission.make_room(client, now, is_new=inside is None)
         if inside is None:
             inside = client
             if not self._inside_is_free(inside, gport, service):
@@ -274,7 +264,7 @@ class NatTable:
         if taken or (Proto.TCP, at) in self.direct or outside == row.client:
             raise Refusal("port_taken")
         self.detach(row)
-        self._tentative.discard(row)
+        self._admission.settled(row)
         row.relay = relay
         self._by_relay[relay] = row
         self._reserve(row, at)
@@ -304,7 +294,7 @@ class NatTable:
         """
         if proto is Proto.UDP and (known := self.adopt(key(client, service), now)) is not None:
             return known
-        self._make_room(client, now)
+        self._admission.make_room(client, now)
         row = self._row(proto, client, service, server, source, now)
         if source is _CLIENT:
             outside = self._seen_as(proto, client, server)
@@ -355,7 +345,7 @@ class NatTable:
         if holder is None:
             self.direct.saw(proto, at, now)
             return None
-        self._make_room(client, now)
+        self._admission.make_room(client, now)
         moved = self._seen_as(proto, client, server)
         row = self._row(proto, client, server, server, Source.CLIENT, now)
         self._reserve(row, moved)
@@ -401,19 +391,13 @@ class NatTable:
 
     # What the kernel has learnt by itself
 
-    def learns(self, addresses: frozenset[bytes], server: bytes) -> None:
-        """From now on the kernel learns flows to these addresses of this host, for that server."""
-        self._learning_of |= addresses  # what was learnt of others still lives
-        self._learning_for = server
-
     def learn(self, copies: Iterable[tuple[int, bytes]], now: float) -> None:
         """The kernel has relayed these packets: the hook of each, and its first 28 bytes.
 
         Questions are copied as they came (PREROUTING), answers as they went on (POSTROUTING).
         """
-        rate = self.limits.new_flows_per_client
-        room = 0 if rate else self.limits.flows - len(self)
-        together = self._beginning(now, room, displaces=not rate and not self._closed)
+        room, displaces = self._admission.unasked(), self._admission.learnt_make_room()
+        together = self._beginning(now, room, displaces=displaces)
         for copy in self.learnt.hear(copies, now, together):
             hook, head = copy
             is_question = hook == _PRE
@@ -451,14 +435,14 @@ class NatTable:
     def adopt(self, at: bytes, now: float) -> Row | None:
         """The row of what was learnt, if a packet with these twelve bytes is a question or an
         answer of it; from then on it is the worker's."""
-        if not self._learning_of:
+        if not self.learnt.addresses:
             return None
-        if at[4:8] in self._learning_of:
+        if at[4:8] in self.learnt.addresses:
             self._catch_up(at, now)
             return self._adopt(at)
         question = answering(at)  # but for the address that was asked
         self._catch_up(question, now)
-        found = self._learnt_as(question)
+        found = self.learnt.asked_as(question)
         flow = self.learnt.get(found) if found is not None else None
         if found is None or flow is None or flow.server != at[:4]:
             return None
@@ -471,9 +455,7 @@ class NatTable:
         if row.closed_at is None and row.id in self._rows:
             row.closed_at = now
             row.tracker.closed = True
-            self._closed[row.id] = row
-            self._count_client(row, -1)
-            self._tentative.discard(row)
+            self._admission.closed(row)
             self.schedule(row)
             self.on_closed(row, now)
 
@@ -494,9 +476,7 @@ class NatTable:
         for rewrite in row.rewrites.values():
             rewrite.watched = watched
         if row.gport is None:
-            self._over.discard(row)
-            if row.is_over:
-                self._over.add(row, row.quiet_since)
+            self._admission.changed(row)
         self.schedule(row)
         self.on_changed(row)
 
@@ -550,10 +530,7 @@ class NatTable:
             self._relay_ports[row.proto].give_back(*row.relay)
         elif row.relay and self._by_relay.get(row.relay) is row:
             del self._by_relay[row.relay]
-        self._tentative.discard(row)
-        self._over.discard(row)
-        if self._closed.pop(row.id, None) is None:
-            self._count_client(row, -1)
+        self._admission.ended(row)
         # A row and its rewrites point at each other; let go here, so that no collector is needed.
         row.rewrites.clear()
         if row.footprint:
@@ -597,7 +574,7 @@ class NatTable:
             else:
                 self._look_again(row, when)
         self.learnt.expire(now, self._timeouts.udp_dns)
-        self._new_flows.forget(now)
+        self._admission.forget(now)
         self.direct.expire(Proto.TCP, now - self._timeouts.tcp_established)
         self.direct.expire(Proto.UDP, now - self._timeouts.udp)
         return ended
@@ -607,12 +584,12 @@ class NatTable:
     def _beginning(self, now: float, room: int, *, displaces: bool = False) -> Beginning:
         until = now + self._timeouts.udp_dns
         per_client = self.limits.flows_per_client
-        return Beginning(self._learning_for, until, room, per_client, displaces)
+        return Beginning(until, room, per_client, displaces)
 
     def _has_made_room(self, question: bytes, now: float) -> bool:
         """Whether there is room for this flow, and be it that of another."""
         try:
-            self._make_room(Endpoint(question[:4], 0), now)
+            self._admission.make_room(Endpoint(question[:4], 0), now)
         except Refusal:
             return False
         return True
@@ -625,20 +602,13 @@ class NatTable:
 
         Copies take some milliseconds; who must decide meanwhile asks.
         """
-        if int.from_bytes(at[10:]) != DNS_PORT or self._learnt_as(at) is not None:
+        if int.from_bytes(at[10:]) != DNS_PORT or self.learnt.asked_as(at) is not None:
             return
         asked = self.ask_kernel(at[:4], at[8:10])
         if asked is not None:
             question = at[:4] + asked + at[8:]
             if self._of_question(question) is None and self._has_made_room(question, now):
                 self.learnt.begin(question, now, self._beginning(now, 1))  # its copy counts later
-
-    def _learnt_as(self, outside: bytes) -> bytes | None:
-        """The question of what was learnt from this address and port, to whichever address."""
-        if not len(self.learnt):
-            return None
-        found = (outside[:4] + address + outside[8:] for address in self._learning_of)
-        return next((each for each in found if self.learnt.get(each) is not None), None)
 
     def _row_of(self, question: bytes, flow: LearntFlow, *, enter: bool = False) -> Row:
         """The row that tells of a learnt flow; only if it enters the table are its packets its."""
@@ -677,73 +647,11 @@ class NatTable:
     def _look_again(self, row: Row, when: float) -> None:
         self._look_at(row, when)
         if row.is_conversation:
-            self._tentative.discard(row)
+            self._admission.settled(row)
 
     def _relayed(self) -> Iterator[Row]:
         """The worker's rows, but those of clients' own conversations."""
         return (row for row in self._rows.values() if row.service != row.server)
-
-    def _make_room(self, client: Endpoint, now: float, *, is_new: bool = True) -> None:
-        """Sees to it that one more row is within the limits, or raises Refusal.
-
-        Where it isn't, the oldest row makes room that is no conversation yet, or else the oldest of
-        a connection that is over, as in Linux's connection tracking (early_drop in
-        net/netfilter/nf_conntrack_core.c, can_early_drop): else a flood from forged addresses would
-        keep everybody out for as long as its rows live, and a client with many short connections
-        itself.
-        """
-        limits = self.limits
-        rate = limits.new_flows_per_client if is_new else 0
-        if (
-            not rate
-            and len(self) < limits.flows
-            and self._of_client(client.addr) < limits.flows_per_client
-        ):
-            return  # as nearly always
-        if rate and not self._new_flows.admits(client.addr, rate, now):
-            raise Refusal("client_rate")
-        client_is_full = self._of_client(client.addr) >= limits.flows_per_client
-        if client_is_full and not self.learnt.remove_oldest(client.addr):
-            self._end_early(now, client.addr)
-        client_is_full = self._of_client(client.addr) >= limits.flows_per_client
-        # What was learnt goes for nobody who is refused all the same.
-        if self._is_full() and (client_is_full or not self.learnt.remove_oldest()):
-            self._end_early(now)
-        if self._is_full():
-            raise Refusal("table_full")
-        if self._of_client(client.addr) >= limits.flows_per_client:
-            raise Refusal("client_full")
-        if len(self) >= limits.flows:
-            self.end(next(iter(self._closed.values())))
-        if rate:
-            self._new_flows.began(client.addr, rate, now)
-
-    def _is_full(self) -> bool:
-        return len(self) - len(self._closed) >= self.limits.flows
-
-    def _of_client(self, addr: bytes) -> int:
-        """Rows of this client, but for those that are closed."""
-        return self._per_client.get(addr, 0) + self.learnt.of_client(addr)
-
-    def _end_early(self, now: float, client: bytes | None = None) -> None:
-        """Ends one row to make room, of this client if one is named, where one may be ended."""
-        for spare in (self._tentative, self._over):
-            for _ in range(LOOKS):
-                row = spare.oldest(now, client)
-                if row is None:
-                    break
-                self.on_late([row])
-                if spare.may_go(row) and row.quiet_since <= now - EARLY:
-                    self.end(row)
-                    self._ended_early += 1
-                    return
-
-    def _count_client(self, row: Row, by: int) -> None:
-        addr = row.client.addr
-        if number := self._per_client.get(addr, 0) + by:
-            self._per_client[addr] = number
-        else:
-            del self._per_client[addr]
 
     def _row(
         self,
@@ -758,8 +666,7 @@ class NatTable:
 
     def _enter(self, row: Row) -> Row:
         self._rows[row.id] = row
-        self._count_client(row, +1)
-        self._tentative.add(row, row.created_at)
+        self._admission.began(row)
         self.schedule(row)
         if row.footprint:
             others = self.footprints.get(row.footprint, 0)
@@ -835,7 +742,7 @@ class NatTable:
         return (
             outside not in self._outside[proto]
             and (proto, outside) not in self.direct
-            and not (proto is Proto.UDP and self._learnt_as(outside) is not None)
+            and not (proto is Proto.UDP and self.learnt.asked_as(outside) is not None)
         )
 
     def _inside_is_free(self, inside: Endpoint, gport: int, service: Endpoint) -> bool:
@@ -860,14 +767,6 @@ class NatTable:
                 if port % 2 == parity and is_free(port):
                     return port
         raise Refusal("no_port")
-
-
-_IS_TENTATIVE, _IS_CONVERSATION = attrgetter("is_tentative"), attrgetter("is_conversation")
-_IS_OVER = attrgetter("is_over")
-
-
-def _goes_on(row: Row) -> bool:
-    return not row.is_over
 
 
 _TCP, _CLIENT = Proto.TCP, Source.CLIENT

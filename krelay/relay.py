@@ -14,8 +14,9 @@ more than their sum is kept.
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+from krelay.admission import Refusal
 from krelay.flow import Endpoint, Source
-from krelay.nat import NatTable, Refusal
+from krelay.nat import NatTable
 from krelay.relaymsg import (
     COUNTERS,
     GAUGES,

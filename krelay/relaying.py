@@ -24,6 +24,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 
 from krelay import listeners, netfilter, ruleset
+from krelay.admission import Limits
 from krelay.doctor import checks
 from krelay.doctor.facts import Facts, Path
 from krelay.flow import Source
@@ -31,7 +32,7 @@ from krelay.kernelpath import KernelPath
 from krelay.links import HostView, look
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
-from krelay.nat import Limits, NatTable
+from krelay.nat import NatTable
 from krelay.netfilter import Backend, RulesUnavailable
 from krelay.nfqueue import Queue, QueueUnavailable, figures
 from krelay.rawsend import RawSender

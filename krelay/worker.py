@@ -46,8 +46,9 @@ from enum import Enum
 from ipaddress import IPv4Network
 
 from krelay import icmperror
+from krelay.admission import Refusal
 from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.nat import BUSY, NatTable, Refusal
+from krelay.nat import BUSY, NatTable
 from krelay.overload import Pace, Refused
 from krelay.row import SIDES, Hook, Rewrite, Row, Step, key
 from krelay.tracker import Side, State, Tracker

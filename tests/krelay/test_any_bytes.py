@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from scapy.layers.inet import IP, in4_chksum
 from scapy.utils import checksum
 
+from krelay.admission import Limits, Refusal
 from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.nat import TRIES, Limits, NatTable, Refusal
+from krelay.nat import TRIES, NatTable
 from krelay.row import Hook, key
 from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
 from krelay.worker import Verdict, Worker, flow_of, readdressed

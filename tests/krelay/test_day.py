@@ -22,8 +22,8 @@ from random import Random
 
 import pytest
 
+from krelay.admission import Limits
 from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.nat import Limits
 from krelay.relaymsg import Close, Open, Opened, Refused
 from krelay.row import SIDES, Hook, Row, Timeouts
 from krelay.worker import Policy, Verdict
@@ -417,7 +417,7 @@ class Day:
         assert counts.dropped == self.dropped
         assert self.nat.ended_early == self.ended_early
         per_client = Counter(row.client.addr for row in self.rows if row.closed_at is None)
-        assert self.nat._per_client == per_client
+        assert self.nat._admission._per_client == per_client
         footprints = Counter(row.footprint for row in self.nat)
         assert self.nat.footprints == footprints
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from krelay.admission import Limits
 from krelay.fastpath import (
     HALF_OPEN,
     HALF_OPEN_FOR,
@@ -21,7 +22,7 @@ from krelay.fastpath import (
     is_simple,
 )
 from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.nat import BUSY, Limits, NatTable
+from krelay.nat import BUSY, NatTable
 from krelay.nftmsg import Count
 from krelay.relaymsg import Close, Open, Opened
 from krelay.row import CLOSED_LINGER, SIDES, Hook, Rewrite, Row, Step, Timeouts
@@ -443,7 +444,7 @@ def test_maps_that_are_made_anew_get_all_that_should_be_in_them() -> None:
 def test_what_the_kernel_has_learnt_by_itself_is_not_handed_to_it() -> None:
     """The table makes rows of it to be shown, which have no packets."""
     d = datapath()
-    d.nat.learns(d.policy.own, d.policy.server)
+    d.nat.learnt.learns(d.policy.own, d.policy.server)
     head = template("C:4000 > K:53").build()[:28]
     answer = template("K:53 > C:4000").build()[:28]
     d.nat.learn([(PRE, head)] + [(POST, answer)] * BUSY, 0)

@@ -11,10 +11,11 @@ from random import Random
 
 import pytest
 
+from krelay.admission import Limits
 from krelay.fastpath import Changes
 from krelay.flow import Endpoint, Proto, Source
 from krelay.kernelmaps import TOGETHER, KernelMaps, MapsLost
-from krelay.nat import Limits, NatTable
+from krelay.nat import NatTable
 from krelay.netfilter import Nft
 from krelay.nftmsg import Count
 from krelay.row import SIDES, Rewrite, Row, Step

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from krelay.admission import Limits
 from krelay.flow import Proto, Source
 from krelay.learnt import Beginning, LearntFlows
-from krelay.nat import BUSY, Limits, NatTable
+from krelay.nat import BUSY, NatTable
 from krelay.row import Hook, Row, Step, Timeouts, key
 from krelay.tracker import Side, State
 from krelay.worker import Verdict, Worker
@@ -24,7 +25,7 @@ TIMEOUT = 20.0
 
 def table(**limits: int) -> NatTable:
     nat = NatTable(Limits(**limits), Timeouts(udp_dns=TIMEOUT), rng=Random(1))
-    nat.learns(frozenset({addr("K"), addr("G")}), addr("S"))
+    nat.learnt.learns(frozenset({addr("K"), addr("G")}), addr("S"))
     return nat
 
 
@@ -287,7 +288,7 @@ def test_where_rows_fill_the_table_nothing_is_learnt() -> None:
 def test_unanswered_ones_are_found_and_those_of_another_server() -> None:
     nat = table()
     nat.learn([question("C:1001"), question("C:1002"), answer("C:1002")], 1.0)
-    nat.learns(frozenset({addr("K")}), addr("Z"))
+    nat.learnt.learns(frozenset({addr("K")}), addr("Z"))
     nat.learn([question("C:1003")], 2.0)
 
     assert [row.client.port for row in nat.unanswered()] == [1001, 1003]
@@ -311,7 +312,7 @@ def test_learnt_flows_are_as_a_list_would_have_them(script: list[tuple[str, int]
         assert (known is not None) == (question in model)
         if (verb == "begin" and known is None) or (verb == "hear" and known is not None):
             copy = PRE, bytes(12) + question + bytes(4)
-            assert flows.hear([copy], now, Beginning(b"", now + 10, 1, 6, False)) == []
+            assert flows.hear([copy], now, Beginning(now + 10, 1, 6, False)) == []
             model[question] = now
         elif verb == "oldest":
             assert flows.remove_oldest() == bool(model)

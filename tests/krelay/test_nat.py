@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from krelay.admission import Limits, Refusal
 from krelay.flow import Endpoint, Proto, Source
 from krelay.learnt import LearntFlows
-from krelay.nat import HORIZON, DirectFlows, Limits, NatTable, Refusal
+from krelay.nat import HORIZON, DirectFlows, NatTable
 from krelay.overload import NewFlows, Spare
 from krelay.ports import RelayPorts
 from krelay.row import CLOSED_LINGER, SIDES, Footprint, Hook, Row, Step, Timeouts, key
@@ -60,7 +61,8 @@ def left_behind(nat: NatTable) -> dict[str, int]:
     """Every table of the table that isn't empty.  (Those by hook and by protocol are fixed.)"""
     protos = len(Proto)
     fixed = {"tables": len(Hook) * protos, "_outside": protos, "_relay_ports": protos}
-    sizes = {name: held(value) - fixed.get(name, 0) for name, value in vars(nat).items()}
+    tables = vars(nat) | vars(nat._admission)
+    sizes = {name: held(value) - fixed.get(name, 0) for name, value in tables.items()}
     return {name: size for name, size in sizes.items() if size}
 
 
@@ -470,7 +472,7 @@ def test_each_clients_rows_are_counted_without_those_closed(
             case "end" if number < len(rows):
                 nat.end(rows[number])
 
-        counted = {name: nat._per_client[addr(name)] for name in "CD"}
+        counted = {name: nat._admission._per_client[addr(name)] for name in "CD"}
         assert counted == {
             name: sum(row.client.addr == addr(name) and row.closed_at is None for row in nat)
             for name in "CD"

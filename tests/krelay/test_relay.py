@@ -5,8 +5,9 @@ from random import Random
 
 import pytest
 
+from krelay.admission import Limits
 from krelay.flow import Endpoint, Source
-from krelay.nat import Limits, NatTable
+from krelay.nat import NatTable
 from krelay.relay import GONE_KEPT, ORPHAN_GRACE, Relays
 from krelay.relaymsg import (
     COUNTERS,

@@ -8,9 +8,10 @@ from random import Random
 
 import pytest
 
+from krelay.admission import Limits
 from krelay.flow import Source
 from krelay.loop import Loop
-from krelay.nat import Limits, NatTable
+from krelay.nat import NatTable
 from krelay.relay import Relays, Send
 from krelay.relaymsg import (
     MAX_MESSAGE,

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, UDP
 
+from krelay.admission import Limits
 from krelay.flow import Flow, Proto, Source
-from krelay.nat import Limits, NatTable
+from krelay.nat import NatTable
 from krelay.row import Hook, Rewrite, Step, Timeouts, deltas
 from krelay.wire import BadPacket, ipv4
 from krelay.worker import ANSWERS_AT_ONCE, Verdict, Worker, asks, flow_of, readdressed

@@ -19,10 +19,11 @@ from itertools import takewhile
 from random import Random
 
 from krelay import ruleset
+from krelay.admission import Limits
 from krelay.fastpath import Changes, FastPath
 from krelay.flow import Endpoint, Flow, Proto, Source
 from krelay.logmsg import HEAD
-from krelay.nat import Limits, NatTable
+from krelay.nat import NatTable
 from krelay.nftmsg import Count
 from krelay.relay import Relays
 from krelay.row import SIDES, Hook, Rewrite, Row, Step
