@@ -483,16 +483,16 @@ class Relaying:
                 again=before or None,
                 mend="to stop relaying, krelay stop",
             )
+        doubtful = [row for row in self.nat.workers if row.is_conversation]
         for wait in ASK_AFTER:
-            self._loop.call_at(
-                self._loop.now + wait, lambda: self._ask_ends(list(self.nat.workers))
-            )
+            self._loop.call_at(self._loop.now + wait, lambda: self._ask_ends(doubtful))
 
     def _ask_ends(self, rows: list[Row]) -> None:
         """Has the ends of these TCP connections find out whether their peers are still there.
 
         What went on unrewritten while rules were gone was answered by a RST, mostly to one end
-        alone; the other might wait for ever.
+        alone; the other might wait for ever, also where tcp-relay has closed its own.  Who is just
+        opening a connection must not be asked: it would take the question for the other's opening.
         """
         if self.queue is None or self._stopping:
             return

@@ -1,11 +1,14 @@
 """Somebody else takes krelay's rules out while it relays: they are put back, and it is said."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from krelay import relaying, ruleset
+from krelay.wire.tcp import SYN
 from procfs_sim.tree import DEFAULT_ROOT
+from tests.net.routed import watching
 from tests.net.world import PYTHON, World, answers, echo, greet
 
 pytestmark = pytest.mark.net
@@ -22,6 +25,15 @@ IPTABLES = {
     "one chain": "iptables -t raw -F PREROUTING",
     "iptables-restore": "printf '*raw\\nCOMMIT\\n*mangle\\nCOMMIT\\n' | iptables-restore",
 }
+DEAF = """
+table ip deaf {
+    chain input {
+        type filter hook input priority filter
+        tcp flags & (syn | ack) == syn | ack drop
+    }
+}
+"""
+"""Nobody who has these rules gets an answer when they open a connection."""
 OURS = "somebody took krelay's rules out; they are put back"
 
 
@@ -98,6 +110,33 @@ def test_who_was_cut_off_while_rules_were_gone_is_told_and_does_not_wait(
         world.until(lambda: world.rules() == before, "rules", timeout=5)
         assert world.who("client", port)
     echo(idle, b"still there")
+
+
+@pytest.mark.parametrize("port", [80, 443], ids=["terminated", "forwarded"])
+def test_who_connects_when_rules_are_back_is_not_asked_what_others_are(
+    world: World, port: int
+) -> None:
+    """The ends of older connections are sent a SYN, twice; who opens one must not hear that."""
+    world.serve("server", "tcp/80", "tcp/443")
+    world.begin(services="tcp/80 tcp/443=forward")
+    old = world.connect("client2", port)
+    greet(old)
+    before = world.rules()
+    with watching(world, "client2", lambda packet: packet[33] == SYN) as questions:
+        world.lab.run("relay", "nft", "flush", "ruleset")
+        world.until(lambda: world.rules() == before, "rules", timeout=5)
+        questions.next()
+        world.nft("client", DEAF)
+        new = world.open("client")
+        new.setblocking(False)
+        with suppress(BlockingIOError):
+            new.connect((world.relay, port))
+        questions.next()
+    world.lab.run("client", "nft", "delete", "table", "ip", "deaf")
+    new.settimeout(10)
+
+    assert greet(new).startswith(f"{world.client}:")
+    echo(old, b"still there")
 
 
 def test_rules_of_others_that_go_are_none_of_our_business(world: World) -> None:
