@@ -1,9 +1,16 @@
 """Who may begin one more row, and whose goes for it: the limits of the NAT table.
 
 It knows every row, and counts for each client those that aren't closed.  Where a limit is reached,
-one of these makes room, the first that there is: a closed one, whose last packets are through; the
-oldest question that the kernel has learnt; the oldest row that is no conversation yet; the oldest
-of a connection that is over.  Conversations never go for others: who finds no room is refused.
+the first of these makes room that there is, of the client alone where the limit is the client's:
+
+    a closed row, whose last packets are through: these are no reason to refuse anyone
+    the oldest question that the kernel has learnt
+    the oldest row that is no conversation yet, and has been silent for a moment
+    the oldest of a connection that is over, silent likewise
+
+The last two as in Linux's connection tracking (early_drop in net/netfilter/nf_conntrack_core.c,
+can_early_drop): else a flood from forged addresses would keep everybody out for as long as its rows
+live, and a client with many short connections itself.  Conversations never go for others.
 
 Times are seconds that the caller passes in.
 """
@@ -69,35 +76,29 @@ class Admission:
     # Beginning rows
 
     def make_room(self, client: Endpoint, now: float, *, is_new: bool = True) -> None:
-        """Sees to it that one more row is within the limits, or raises Refusal (`table_full`,
-        `client_full`, `client_rate`).  A row that isn't new is not counted as begun now.
+        """Sees to it that one more row of this client is within the limits.
 
-        Where it isn't, the oldest row makes room that is no conversation yet, or else the oldest of
-        a connection that is over, as in Linux's connection tracking (early_drop in
-        net/netfilter/nf_conntrack_core.c, can_early_drop): else a flood from forged addresses would
-        keep everybody out for as long as its rows live, and a client with many short connections
-        itself.
+        Raises Refusal: `client_rate` where it has begun too many lately (a row that isn't new
+        doesn't count as begun now), `client_full`, or `table_full`.  No other client's row goes for
+        one who has too many itself.
         """
-        limits = self.limits
+        limits, addr = self.limits, client.addr
         rate = limits.new_flows_per_client if is_new else 0
-        if not rate and self._count() < limits.flows and not self._is_client_full(client.addr):
-            return  # as nearly always
-        if rate and not self._new_flows.admits(client.addr, rate, now):
+        if rate and not self._new_flows.admits(addr, rate, now):
             raise Refusal("client_rate")
-        if self._is_client_full(client.addr) and not self._learnt.remove_oldest(client.addr):
-            self._end_early(now, client.addr)
-        client_is_full = self._is_client_full(client.addr)
-        # What was learnt goes for nobody who is refused all the same.
-        if self._is_full() and (client_is_full or not self._learnt.remove_oldest()):
-            self._end_early(now)
-        if self._is_full():
-            raise Refusal("table_full")
-        if self._is_client_full(client.addr):
-            raise Refusal("client_full")
+        if self._is_client_full(addr):
+            self._end_one(now, addr)
+            if self._is_client_full(addr):
+                raise Refusal("client_full")
         if self._count() >= limits.flows:
-            self._end(next(iter(self._closed.values())))
+            if self._is_full():
+                self._end_one(now)
+                if self._is_full():
+                    raise Refusal("table_full")
+            if self._count() >= limits.flows:
+                self._end(next(iter(self._closed.values())))
         if rate:
-            self._new_flows.began(client.addr, rate, now)
+            self._new_flows.began(addr, rate, now)
 
     def unasked(self) -> int:
         """How many more flows may begin without `make_room` for each."""
@@ -110,6 +111,10 @@ class Admission:
     def forget(self, now: float) -> None:
         """Lets go of what needn't be known any more of who began rows; call it now and then."""
         self._new_flows.forget(now)
+
+    def clear(self) -> None:
+        """Every row has ended; that they were begun is forgotten with them."""
+        self._new_flows = NewFlows()
 
     # What becomes of rows
 
@@ -153,8 +158,10 @@ class Admission:
         count = self._per_client.get(addr, 0) + self._learnt.of_client(addr)
         return count >= self.limits.flows_per_client
 
-    def _end_early(self, now: float, client: bytes | None = None) -> None:
-        """Ends one row to make room, of this client if one is named, where one may be ended."""
+    def _end_one(self, now: float, client: bytes | None = None) -> None:
+        """Ends a row to make room, of this client if one is named, where one may be ended."""
+        if self._learnt.remove_oldest(client):
+            return
         for spare in (self._tentative, self._over):
             for _ in range(LOOKS):
                 row = spare.oldest(now, client)

@@ -548,6 +548,7 @@ class NatTable:
         self._due.clear()
         self.direct = DirectFlows()
         self.learnt.clear()
+        self._admission.clear()
         return ended
 
     def expire(self, now: float) -> list[Row]:

@@ -284,12 +284,12 @@ class Day:
         own = sum(row.client.addr == client.addr for row in live)
         if len(live) >= limits.flows or own >= limits.flows_per_client:
             assert not begun
-            everybody = len(live) >= limits.flows
+            itself = own >= limits.flows_per_client
             for row in () if gone else live:  # where a limit was lowered, one is not enough
-                if everybody or row.client.addr == client.addr:
+                if not itself or row.client.addr == client.addr:
                     silent = self.now - max(row.heard, row.ever_reset_at)
                     assert not (row.tentative() and silent >= 4), "it should have made room"
-            return "table_full" if everybody else "client_full"
+            return "client_full" if itself else "table_full"
         assert begun
         return ""
 
