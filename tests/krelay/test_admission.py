@@ -5,7 +5,7 @@ from itertools import count
 from random import Random
 
 import pytest
-from hypothesis import event, given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from krelay.admission import Limits, Refusal
@@ -140,6 +140,7 @@ class Both:
         assert self.nat.ended_early == self.model.ended_early
 
 
+@settings(max_examples=500)
 @given(
     limits=st.builds(Limits, st.integers(1, 7), st.integers(1, 5), st.sampled_from((0, 0, 0, 2))),
     script=st.lists(
