@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from krelay.kernelpath import MOST_LOSSES
 from krelay.ruleset import instance_name
 from procfs_sim.tree import DEFAULT_ROOT
 from tests.net.test_cases import row_of
@@ -251,6 +252,28 @@ def test_what_somebody_takes_out_of_the_maps_is_put_back_and_told_once(
     if commands is not HANDS["the ruleset"] and commands is not HANDS["a map"]:
         counted = {sock: row(busy, sock)["packets"][0] for sock in others}
         assert counted == {sock: said[sock] for sock in others}, "what nobody took was counted"
+
+
+def test_who_empties_the_maps_again_and_again_has_the_worker_do_it_all(busy: World) -> None:
+    udp, terminated = fast_udp(busy), fast_tcp(busy, 80)
+    usual = elements(busy)
+    for left in reversed(range(MOST_LOSSES)):
+        assert busy.in_kernel
+        busy.lab.run("relay", "nft", "flush", "map", "ip", table(busy), "udp-u12")
+        if left:
+            busy.until(lambda: elements(busy) == usual, "all in the kernel again")
+    busy.until(lambda: not busy.in_kernel, "that it is given up")
+
+    assert (
+        busy.values("status")["datapath"] == "queue (the kernel's maps were lost again and again)"
+    )
+    assert elements_or_none(busy) == set()
+    echo(terminated, b"goes on")
+    assert busy.exchange(udp, b"goes on", (busy.relay, 7)) == b"goes on"
+    busy.put(start=0)
+    busy.put(start=1)
+    busy.until_state("running")
+    assert busy.in_kernel
 
 
 # Switched while it runs
