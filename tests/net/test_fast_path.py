@@ -26,6 +26,8 @@ pytestmark = [
 ]
 
 DATAGRAM = b"some words"
+UNDER_WAY = 60
+"""Datagrams that wait for their answers at most: all that a socket surely holds."""
 BUSY = 4
 """Packets after which a direction of UDP is handed over."""
 LOST = "the kernel's maps of flows aren't as krelay left them; made anew"
@@ -296,8 +298,9 @@ class Talk:
 
     def _ask(self) -> None:
         while not self._over.wait(0.0003):
-            self.udp.send(DATAGRAM)
-            self.asked += 1
+            if self.asked - self.answered < UNDER_WAY:
+                self.udp.send(DATAGRAM)
+                self.asked += 1
 
     def _take(self) -> None:
         self.udp.settimeout(1)
