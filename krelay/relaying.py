@@ -483,7 +483,11 @@ class Relaying:
                 again=before or None,
                 mend="to stop relaying, krelay stop",
             )
-        doubtful = [row for row in self.nat.workers if row.is_conversation]
+        doubtful = [
+            row
+            for row in self.nat.workers
+            if (row.is_forwarded or row.gport is not None) and row.is_conversation
+        ]
         for wait in ASK_AFTER:
             self._loop.call_at(self._loop.now + wait, lambda: self._ask_ends(doubtful))
 
@@ -497,9 +501,8 @@ class Relaying:
         if self.queue is None or self._stopping:
             return
         for row in rows[:ASKED_AT_ONCE]:
-            if row.is_forwarded or row.gport is not None:
-                for packet in asks(row):
-                    self._sender.send(packet)
+            for packet in asks(row):
+                self._sender.send(packet)
         if rest := rows[ASKED_AT_ONCE:]:
             self._loop.call_at(self._loop.now + _SOON, lambda: self._ask_ends(rest))
 
