@@ -251,7 +251,7 @@ def test_packets_arrive_as_the_rule_says(talk: Talk, rule: str) -> None:
 
 def row_of(talk: Talk, client: str) -> dict[str, Any]:
     """The row of a client's port."""
-    [row] = talk.world.rows(f"client={client}")
+    [row] = talk.world.soon(lambda: talk.world.rows(f"client={client}"), f"a row of {client}")
     return row
 
 
