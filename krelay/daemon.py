@@ -19,7 +19,7 @@ from krelay.control import Values
 from krelay.controlsock import ControlSocket
 from krelay.flow import Proto
 from krelay.links import LinkWatcher, look
-from krelay.log import Log
+from krelay.log import Failures, Log
 from krelay.loop import Loop, Timer
 from krelay.nat import NatTable
 from krelay.nfqueue import figures
@@ -328,6 +328,8 @@ def serve(root: Path, queue_num: int) -> int:
     """
     _hurry()
     with Loop() as loop:
+        failures = Failures(_log)
+        loop.on_failure = lambda error: failures.tell(loop.now, "a call failed; going on", error)
         daemon = Daemon(loop, root, queue_num)
         if (problem := notify.ready()) is not None:
             _log.warning("the service manager can't be told", error=problem)

@@ -19,6 +19,7 @@ import os
 import re
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TextIO
 
 LEVELS = {
@@ -36,6 +37,9 @@ _JOURNAL_PREFIX = {
 }
 _PLAIN = re.compile(r"[!#-<>-~]+")  # printable ASCII without blank, quote and equals sign
 _NAME = "krelay"
+_PACKAGES = Path(__file__).parent.parent
+MOST_KINDS = 256
+"""Kinds of failures that are told apart."""
 
 
 class Log:
@@ -101,6 +105,31 @@ class Throttle:
         self._next = now + self._interval
         before, self.suppressed = self.suppressed, 0
         return before
+
+
+class Failures:
+    """Says once what fails: a line per message, place and kind of error in so many seconds.
+
+    Failures of the host come in crowds, at many places at once; each is told, and none repeated.
+    """
+
+    def __init__(self, log: Log, interval: float = 10.0) -> None:
+        self._log = log
+        self._interval = interval
+        self._throttles: dict[tuple[str, str, int | None], Throttle] = {}
+
+    def tell(self, now: float, message: str, error: OSError, **fields: object) -> None:
+        """Warns of `error`, with the place in our code that met it, unless that was said just now.
+
+        `again` counts those that were held back since.
+        """
+        place = _place(error)
+        if len(self._throttles) >= MOST_KINDS:
+            self._throttles.clear()
+        key = (message, place, error.errno)
+        throttle = self._throttles.setdefault(key, Throttle(self._interval))
+        if (before := throttle.admit(now)) is not None:
+            self._log.warning(message, error=error, at=place, again=before or None, **fields)
 
 
 class TextFormatter(logging.Formatter):
@@ -188,6 +217,17 @@ def is_journal(stream: TextIO) -> bool:
 
 def _fields(record: logging.LogRecord) -> list[tuple[str, object]]:
     return list(getattr(record, "fields", {}).items())
+
+
+def _place(error: BaseException) -> str:
+    """The last call of our own packages on the way to the error, like krelay/links.py:39."""
+    place, where = "", error.__traceback__
+    while where is not None:
+        path = Path(where.tb_frame.f_code.co_filename)
+        if path.parent.parent == _PACKAGES:
+            place = f"{path.parent.name}/{path.name}:{where.tb_lineno}"
+        where = where.tb_next
+    return place
 
 
 def _stamp(record: logging.LogRecord) -> str:

@@ -28,6 +28,11 @@ A turn is: wait, read the clock (`now`, once), run the handlers of the batch, th
 due, and the calls that `call_soon` had collected by then.  An exception from any of them leaves
 `run()`: the loop can't know whether it was harmless. Nothing else is lost by it; the caller may
 close, or call `run()` again, which goes on behind the one that raised.
+
+An OSError is another matter: the kernel refuses something at some moment (no descriptor, no memory,
+a full disk) to whoever asks, and that must end no daemon.  With `on_failure` it is told, and the
+loop goes on behind it.  A handler that is in the middle of something has to see to that itself: to
+what it leaves half done, and to its next call.
 """
 
 import heapq
@@ -42,6 +47,8 @@ from typing import Any, Self
 
 MAX_EVENTS = 256
 """Events per wake-up: enough to make the wait cheap, few enough that timers aren't late."""
+PAUSE = 0.001
+"""Seconds that the loop sleeps after a failure: one that repeats for ever takes no whole core."""
 
 
 class Timer:
@@ -83,6 +90,8 @@ class Loop:
     def __init__(self) -> None:
         self.now = time.monotonic()
         """Seconds, monotonic: when this turn began."""
+        self.on_failure: Callable[[OSError], object] | None = None
+        """Who is told of the OSErrors that calls let through; None: `run` lets them through."""
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], object]] = {}
         self._batch: Iterator[tuple[int, int]] = iter(())
@@ -120,7 +129,10 @@ class Loop:
         """
         del self._handlers[fd]
         self._removed.add(fd)
-        self._epoll.unregister(fd)
+        try:
+            self._epoll.unregister(fd)
+        except OSError:
+            self._epoll.unregister(fd)  # or its events would find no handler
 
     def closing(self, fd: int) -> None:
         """Forgets `fd`, which the caller closes next, and which nothing else holds open.
@@ -148,9 +160,20 @@ class Loop:
     def run(self) -> None:
         """Turns until `stop`.
 
-        Lets through whatever a handler raises; may be called again after that.
+        Lets through whatever a handler raises, but for what `on_failure` is told; may be called
+        again after that.
         """
         self._running = True
+        while True:
+            try:
+                return self._run()
+            except OSError as error:
+                if self.on_failure is None:
+                    raise
+                self.on_failure(error)
+                time.sleep(PAUSE)
+
+    def _run(self) -> None:
         handlers, removed = self._handlers, self._removed
         wait, clock = self._epoll.poll, time.monotonic
         while True:

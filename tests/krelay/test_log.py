@@ -1,5 +1,6 @@
 """Log lines as people and machines read them."""
 
+import errno
 import io
 import json
 import logging
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krelay import log
-from krelay.log import Log, Throttle
+from krelay.log import MOST_KINDS, Failures, Log, Throttle
+from krelay.loop import Loop
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +136,44 @@ def test_a_throttle_passes_one_an_interval_and_counts_the_rest(
     assert len(passed) + counted + throttle.suppressed == len(steps)
     assert all(b >= a + interval for a, b in pairwise(passed))
     assert bool(passed) == bool(steps)
+
+
+def failure(number: int) -> OSError:
+    """An error that was met here."""
+    try:
+        os.close(-1)
+    except OSError as error:
+        error.errno = number
+        return error
+    raise AssertionError
+
+
+def test_failures_are_told_once_a_kind_with_the_count_of_the_others() -> None:
+    out = set_up()
+    failures = Failures(Log("test"), interval=10.0)
+    for now in (0.0, 1.0, 2.0, 11.0):
+        failures.tell(now, "it failed", failure(errno.EMFILE), file="gport")
+        failures.tell(now, "it failed", failure(errno.ENOSPC), file="gport")
+    lines = out.getvalue().splitlines()
+
+    assert [line.split()[1] for line in lines] == ["warning"] * 4
+    assert [("again=2" in line) for line in lines] == [False, False, True, True]
+    assert all("it failed" in line and "file=gport" in line for line in lines)
+
+
+def test_a_failure_names_the_place_in_our_own_code() -> None:
+    out = set_up()
+    try:
+        with Loop() as loop:
+            loop.modify(0xFFFF, 0)
+    except OSError as error:
+        Failures(Log("test")).tell(0.0, "it failed", error)
+    assert re.search(r"at=krelay/loop\.py:\d+", out.getvalue())
+
+
+def test_failures_of_ever_new_kinds_are_kept_within_bounds() -> None:
+    set_up()
+    failures = Failures(Log("test"))
+    for number in range(3 * MOST_KINDS):
+        failures.tell(0.0, "it failed", failure(number))
+    assert len(failures._throttles) <= MOST_KINDS

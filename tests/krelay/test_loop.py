@@ -1,5 +1,6 @@
 """The loop: who is called, when, and who no more."""
 
+import errno
 import os
 import select
 import signal
@@ -7,10 +8,11 @@ import socket
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 
-from krelay.loop import Loop, Timer
+from krelay.loop import PAUSE, Loop, Timer
 
 
 @pytest.fixture
@@ -255,3 +257,90 @@ def test_closing_leaves_no_descriptor(pairs: Pairs) -> None:
     loop.close()
     assert len(os.listdir("/proc/self/fd")) == before
     assert pairs[0][0].fileno() >= 0
+
+
+def test_oserrors_are_told_and_the_loop_goes_on_behind_them(loop: Loop, pairs: Pairs) -> None:
+    told: list[int | None] = []
+    got: list[int] = []
+    loop.on_failure = lambda error: told.append(error.errno)
+
+    def fails(number: int) -> None:
+        got.append(number)
+        raise OSError(number, "failed")
+
+    edge = select.EPOLLIN | select.EPOLLET
+    for number, (one, two) in zip((errno.EIO, errno.EROFS), pairs, strict=False):
+        loop.add(one.fileno(), edge, lambda _, number=number: fails(number))  # type: ignore[misc]
+        two.send(b"x")
+    loop.call_at(loop.now, lambda: fails(errno.ENOMEM))
+    loop.call_soon(lambda: fails(errno.EMFILE))
+    for _ in range(5):
+        turn(loop)
+
+    assert told == got
+    assert set(got) == {errno.ENOMEM, errno.EMFILE, errno.EIO, errno.EROFS}
+
+
+class FailingOnce:
+    """An epoll object of which one method fails, the first time."""
+
+    def __init__(self, loop: Loop, method: str) -> None:
+        self._epoll, self._method = loop._epoll, method
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self._method:
+            return getattr(self._epoll, name)
+        self._method = ""
+        return self._fails
+
+    def _fails(self, *_: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+
+def test_a_wait_that_fails_once_loses_nothing(loop: Loop, pairs: Pairs) -> None:
+    told: list[int | None] = []
+    loop.on_failure = lambda error: told.append(error.errno)
+    one, two = pairs[0]
+    loop.add(one.fileno(), select.EPOLLIN, lambda _: loop.stop())
+    two.send(b"x")
+    loop._epoll = FailingOnce(loop, "poll")  # type: ignore[assignment]
+    loop.run()
+
+    assert told == [errno.ENOMEM]
+
+
+def test_an_oserror_of_a_loop_without_anybody_to_tell_leaves_run(loop: Loop) -> None:
+    def fails() -> None:
+        raise OSError(errno.EIO, "failed")
+
+    loop.call_soon(fails)
+    with pytest.raises(OSError, match="failed"):
+        loop.run()
+
+
+def test_a_failure_that_repeats_takes_no_whole_core(loop: Loop, pairs: Pairs) -> None:
+    one, two = pairs[0]
+    told = 0
+
+    def tell(_: OSError) -> None:
+        nonlocal told
+        told += 1
+
+    def fails(_: int) -> None:
+        raise OSError(errno.EIO, "failed")
+
+    loop.on_failure = tell
+    loop.add(one.fileno(), select.EPOLLIN, fails)
+    two.send(b"x")
+    loop.call_at(loop.now + 0.1, loop.stop)
+    loop.run()
+
+    assert 1 < told <= 0.1 / PAUSE + 2
+
+
+def test_a_descriptor_is_let_go_although_the_first_try_fails(loop: Loop, pairs: Pairs) -> None:
+    one, _ = pairs[0]
+    loop.add(one.fileno(), select.EPOLLIN, lambda _: None)
+    loop._epoll = FailingOnce(loop, "unregister")  # type: ignore[assignment]
+    loop.remove(one.fileno())
+    loop.add(one.fileno(), select.EPOLLIN, lambda _: None)
