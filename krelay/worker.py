@@ -10,6 +10,8 @@ What is decided here for packets that no row claims, and why (K is any address o
     to K, a service           a row is made; or, TCP and not a SYN, it goes on untouched and the
                               host refuses it, unless it can be picked up, see below
     which can't be forwarded  its sender is told so by ICMP, as routers do
+    to K, from S's own port   dropped: a server that answers whatever comes would answer itself for
+                              ever
     to K, the gateway port    refused with a RST: only rewritten packets may reach tcp-relay
     from a client to S        the client's own connection, seen on its way through this router: its
                               port is noted, so that the relay never uses it (NatTable.saw_direct)
@@ -49,7 +51,7 @@ from krelay import icmperror
 from krelay.admission import Refusal
 from krelay.flow import Endpoint, Flow, Proto, Source
 from krelay.nat import BUSY, NatTable
-from krelay.overload import Pace, Refused
+from krelay.overload import NewFlows, Pace, Refused
 from krelay.row import SIDES, Hook, Rewrite, Row, Step, key
 from krelay.tracker import Side, State, Tracker
 from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
@@ -151,9 +153,12 @@ _ENDED = (State.CLOSING, State.CLOSED)
 # By these names: looking one up in its class takes ten times as long.
 _MOST_ANSWERS = 256
 ANSWERS = 1000
-"""Answers of our own to refused packets, a second; the rest are refused in silence (RFC 1812,
-section 4.3.2.8; the same figure as Linux's icmp_msgs_per_sec)."""
+"""Answers of our own, of whatever kind, a second; to the rest nothing is said (RFC 1812, section
+4.3.2.8; the same figure as Linux's icmp_msgs_per_sec)."""
 ANSWERS_AT_ONCE = 50
+TOLD_EACH = 6
+"""ICMP errors of those to one address, a second and at once: where that is forged, its owner is not
+to be bothered much (Linux's icmp_ratelimit is of the same kind)."""
 
 
 class Worker:
@@ -182,6 +187,7 @@ class Worker:
         self.refused = Refused()
         """Who has been refused for want of room."""
         self._answer_pace = Pace(ANSWERS, ANSWERS_AT_ONCE)
+        self._told_lately = NewFlows()
         self._answered: dict[bytes, None] = {}
         # Lists indexed by hook: cheaper to reach than a dictionary of pairs.
         self._tcp: list[dict[bytes, Rewrite]] = [{}] * (max(Hook) + 1)
@@ -350,12 +356,14 @@ class Worker:
             if policy.serves(proto, dst.port):
                 if not policy.may_be_client(src.addr):
                     return self._pass("bad_source")
+                if self._is_minded(proto, src):
+                    return self._drop("server_itself")
                 forwarded = not is_tcp or dst.port in policy.forwarded
                 if is_tcp and not opens and not (forwarded and self._goes_on(src, flags)):
                     return self._stray(now)
                 if not forwarded:
                     return self._open_tcp(src, dst, now).rewrites[_T1]
-                if self._ends_here(packet, header, policy.server):
+                if self._ends_here(packet, header, policy.server, now):
                     return self._drop("not_forwarded")
                 row = self._open_forwarded(proto, src, dst, now)
                 return row.by(_CLIENT) or Verdict.PASS
@@ -364,7 +372,7 @@ class Worker:
             return self._stray(now)
         if hook == _PREROUTING:
             if self._is_minded(proto, dst):
-                if self._ends_here(packet, header, dst.addr):
+                if self._ends_here(packet, header, dst.addr, now):
                     return self._drop("not_forwarded")
                 moved = self.nat.saw_direct(proto, src, dst, now)
                 return moved or self._pass("direct")
@@ -413,13 +421,15 @@ class Worker:
         if side is not None:
             answer = tcp.reset_for(packet, header)
             if answer is not None:
+                if not self._answer_pace.admits(now):
+                    return self._drop("killed")
                 self.answers.append(answer)
             row.told |= {side}
             if len(row.told) == 2:
                 self.nat.close(row, now)
         return self._drop("killed")
 
-    def _ends_here(self, packet: bytes, header: ipv4.Header, server: bytes) -> bool:
+    def _ends_here(self, packet: bytes, header: ipv4.Header, server: bytes, now: float) -> bool:
         """Whether this first packet of a flow can't be forwarded; its sender is then told.
 
         The kernel would tell him, too, but with connection tracking its error would be lost on
@@ -428,23 +438,28 @@ class Worker:
         assert self.policy is not None
         mtu = self.policy.mtu
         if header.ttl <= 1:
-            self.answers.append(icmp.time_exceeded(packet, header))
+            error = icmp.time_exceeded(packet, header)
         elif (
             header.total > mtu
             and header.fragment & ipv4.DONT_FRAGMENT
             and server == self.policy.server
         ):
-            self.answers.append(icmp.too_big(packet, header, mtu))
+            error = icmp.too_big(packet, header, mtu)
         else:
             return False
+        told = self._told_lately
+        told.forget(now)
+        if told.admits(header.src, TOLD_EACH, now) and self._answer_pace.admits(now):
+            told.began(header.src, TOLD_EACH, now)
+            self.answers.append(error)
         return True
 
-    def _is_minded(self, proto: Proto, dst: Endpoint) -> bool:
+    def _is_minded(self, proto: Proto, end: Endpoint) -> bool:
         """Whether new flows or rows that live lead to this port of this server."""
         assert self.policy is not None
-        if dst.addr == self.policy.server and self.policy.serves(proto, dst.port):
+        if end.addr == self.policy.server and self.policy.serves(proto, end.port):
             return True
-        wanted = (proto, dst.port, dst.addr)
+        wanted = (proto, end.port, end.addr)
         return any((f.proto, f.port, f.server) == wanted for f in self.nat.footprints)
 
     def _is_forwarded_to(self, proto: Proto, dst: Endpoint) -> bool:

@@ -18,7 +18,7 @@ from krelay.flow import Flow, Proto, Source
 from krelay.nat import NatTable
 from krelay.row import Hook, Rewrite, Step, Timeouts, deltas
 from krelay.wire import BadPacket, ipv4
-from krelay.worker import ANSWERS_AT_ONCE, Verdict, Worker, asks, flow_of, readdressed
+from krelay.worker import ANSWERS_AT_ONCE, TOLD_EACH, Verdict, Worker, asks, flow_of, readdressed
 from tests.tools.packets import (
     Template,
     addr,
@@ -829,6 +829,45 @@ def test_a_source_that_is_no_hosts_begins_nothing(source: str) -> None:
     """)
 
 
+def test_a_servers_own_port_is_no_client_or_it_would_answer_itself_for_ever() -> None:
+    host = play(
+        """
+    0     pre   S:53 > K:53                   => drop server_itself
+    0     pre   S:53 > G:53                   => drop server_itself
+    0     pre   S:80 > K:80 [S]               => drop server_itself
+    0     pre   S:80 > K:443 [S]              => drop server_itself
+    0     pre   S:443 > K:443 [S]             => drop server_itself
+    0     pre   S:443 > K:443 [.]             => drop server_itself
+    """,
+        on=policy(tcp=frozenset({80, 443}), forwarded=frozenset({443})),
+    )
+    assert len(host.nat) == 0
+
+
+def test_two_services_of_the_server_do_not_ask_each_other_for_ever() -> None:
+    play(
+        """
+    0     pre   S:7 > K:19                    => drop server_itself
+    0     pre   S:19 > K:7                    => drop server_itself
+    0     pre   S:4000 > K:7                  => S:4000 > S:7     # the server as its own client
+    0     post  S:4000 > S:7                  => K:4000 > S:7
+    """,
+        on=policy(udp=frozenset({7, 19})),
+    )
+
+
+def test_a_former_server_that_rows_lead_to_is_no_client_either() -> None:
+    play(
+        """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    1     set   server=Z
+    1     pre   S:53 > K:53                   => drop server_itself
+    1     pre   Z:53 > K:53                   => drop server_itself
+    22    pre   S:53 > K:53                   => S:x > Z:53       # no row leads there any more
+    """
+    )
+
+
 def test_new_flows_of_a_client_are_admitted_at_their_pace_and_live_ones_always() -> None:
     host = play("""
     0     set   new_flows_per_client=2
@@ -972,6 +1011,48 @@ def test_answers_to_refused_packets_are_paced() -> None:
 
     assert 3000 <= len(worker.answers) <= 3000 + ANSWERS_AT_ONCE
     assert worker.counts.dropped == {"table_full": 15000}
+
+
+@pytest.mark.parametrize("what", [{"ttl": 1}, {"payload": bytes(1173)}], ids=["ttl", "size"])
+@pytest.mark.parametrize("to", ["K:53", "S:53", "K:443"], ids=["relayed", "direct", "forwarded"])
+def test_errors_about_what_cannot_be_forwarded_are_paced(what: dict[str, object], to: str) -> None:
+    host = Host(policy(mtu=1200, tcp=frozenset({443}), forwarded=frozenset({443})))
+    tcp = " [S]" if to == "K:443" else ""
+    for number in range(5000):
+        client = f"198.51.{number // 250}.{number % 250 + 1}:4000"
+        packet = template(f"{client} > {to}{tcp}", **what).build()
+        assert host.worker.handle(packet, Hook.PREROUTING, number / 5000) is Verdict.DROP
+
+    assert 1000 <= len(host.worker.answers) <= 1000 + ANSWERS_AT_ONCE
+    assert host.worker.counts.dropped == {"not_forwarded": 5000}
+
+
+def test_one_address_is_told_few_errors_and_others_theirs() -> None:
+    worker = Host(policy()).worker
+
+    def told(client: str, now: float) -> int:
+        packet = template(f"{client}:4000 > K:53", ttl=1).build()
+        for _ in range(100):
+            worker.handle(packet, Hook.PREROUTING, now)
+        answers, worker.answers = len(worker.answers), []
+        return answers
+
+    assert told("C", 0) == told("D", 0) == TOLD_EACH
+    assert (told("C", 0.1), told("C", 60)) == (0, TOLD_EACH)
+
+
+def test_all_answers_have_one_pace() -> None:
+    worker = Host(policy(tcp=frozenset({443}), forwarded=frozenset({443}))).worker
+    worker.handle(template("C:40000 > K:443 [S]").build(), Hook.PREROUTING, 0)
+    [row] = worker.nat
+    worker.nat.kill(row, 0)
+    for number in range(30):
+        client = f"198.51.100.{number + 1}"
+        for text in (f"{client}:4000 > K:53", f"{client}:4000 > K:16000 [S]"):
+            worker.handle(template(text, ttl=1).build(), Hook.PREROUTING, 0)
+        worker.handle(template("C:40000 > K:443 [.]").build(), Hook.PREROUTING, 0)
+
+    assert len(worker.answers) == ANSWERS_AT_ONCE
 
 
 def test_a_forged_reset_does_not_shorten_the_life_of_a_connection() -> None:
