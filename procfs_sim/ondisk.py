@@ -20,6 +20,11 @@ Four facts about the kernel shape this module.
     lease, nobody who opens the file sees anything but the old text or the new one, and who had it
     open all the time sees newlines, not the old text's tail, until the file is cut to its size.
     Status files are for reading alone and are renamed into place.
+
+Two things about who else may be at work.  What lies in the place of a setting may be a link to a
+file of other use: only our own file is written, changed or shown (`_is_ours`); anything else loses
+its name here to a new file, which who owned or opened the old one doesn't reach.  And a disk may be
+full or broken: what can't be written is told, by name, and stays as it was.
 """
 
 import errno
@@ -36,8 +41,9 @@ from typing import Self
 
 from inotify_simple import INotify, flags
 
+from procfs_sim import trust
 from procfs_sim.state import Outcome
-from procfs_sim.tree import DEFAULTS, DIRECTORIES, SETTINGS, STATUS, in_force
+from procfs_sim.tree import DEFAULTS, DIRECTORIES, SETTINGS, STATUS, Refused, in_force, parse
 
 MAX_TEXT = 64 * 1024
 """Bytes of a file that are read; no accepted text is longer."""
@@ -60,7 +66,11 @@ class FileTree:
         self.root = root
 
     def create(self) -> None:
-        """Create what is missing, settings with their defaults; what exists stays as it is."""
+        """Create what is missing, settings with their defaults; what exists stays as it is.
+
+        Raises trust.Untrusted if others can change the tree, before any file is made.
+        """
+        trust.check(self.root)
         for directory in (self.root, *(self.root / name for name in DIRECTORIES)):
             try:
                 directory.mkdir(parents=True)
@@ -71,6 +81,7 @@ class FileTree:
                     ) from None
             else:
                 directory.chmod(DIRECTORY_MODE)
+        trust.check(self.root)  # again: somebody may have been faster
         for name in SETTINGS:
             self._create_file(name, in_force(name, DEFAULTS) + "\n")
 
@@ -80,11 +91,15 @@ class FileTree:
         Undecodable bytes are replaced, what comes after MAX_TEXT is cut.
 
         What is no regular file, or can't be opened by this user, reads as a text in parentheses,
-        which no setting accepts.
+        which no setting accepts; so does a file with a second name, unless all may read it and its
+        text is accepted: it may be a file of other use, that root alone may see.
         """
         path = self.root / name
         for _ in range(_TRIES):
             try:
+                found = path.lstat()
+                if not stat.S_ISREG(found.st_mode):  # to open a device may do something
+                    return _no_file(found)
                 fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
             except BlockingIOError:  # a lease, which is for an instant
                 time.sleep(_PAUSE)
@@ -93,30 +108,52 @@ class FileTree:
             except PermissionError:
                 return "(a file that may not be read)"
             except OSError as error:
-                if error.errno in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
-                    return _NO_FILE
+                if error.errno in (errno.ELOOP, errno.ENXIO):  # it has become something else
+                    continue
                 raise
             else:
                 with _closing(fd):
-                    return _text(fd)
+                    return _text(fd, name)
         return "(a file under another program's lease)"
 
     def read_all(self) -> dict[str, str | None]:
         """The texts of all settings, as `read` gives them."""
         return {name: self.read(name) for name in SETTINGS}
 
-    def write_back(self, outcome: Outcome) -> None:
+    def write_back(self, outcome: Outcome) -> dict[str, OSError]:
         """Show what is to be shown, and give the judged files their owner and mode back.
 
         A file that holds another text by now, or that somebody has open for writing, is left alone:
-        its next event is under way.
+        its next event is under way.  Name -> why of those that couldn't be written.
         """
+        failed: dict[str, OSError] = {}
         for name, text in outcome.judged.items():
-            if name in outcome.show:
-                self.show_if(name, text, outcome.show[name])
-            elif text is not None and self._is_foreign(name):
-                # Written too, not only chmodded: readers that couldn't read it wait for an event.
-                self.show_if(name, text, text)
+            try:
+                if name in outcome.show:
+                    self.show_if(name, text, outcome.show[name])
+                elif text is not None and not self._is_tidy(name):
+                    # Written too, not only chmodded: readers that couldn't read it wait for an
+                    # event.
+                    self.show_if(name, text, text)
+            except OSError as error:
+                failed[name] = error
+        return failed
+
+    def put(self, name: str, text: str) -> None:
+        """Write a setting as a user does, by `echo`.
+
+        Raises FileNotFoundError if there is none, trust.Untrusted if it isn't a file of the tree's
+        own, other OSErrors if it can't be written.
+        """
+        path = self.root / name
+        found = path.lstat()
+        if not _is_single(found):
+            raise trust.Untrusted(path, f"is {_kind(found)}, and no setting; remove it")
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with _closing(fd):
+            if not _is_single(found := os.fstat(fd)):
+                raise trust.Untrusted(path, f"is {_kind(found)}, and no setting; remove it")
+            _overwrite(fd, text)
 
     def show(self, name: str, text: str) -> None:
         """Write a setting in place, whatever it holds; recreate it if it is gone."""
@@ -139,14 +176,18 @@ class FileTree:
         if expected is None:
             return self._create_file(name, text)
         for tries_left in reversed(range(_TRIES)):
-            if self.read(name) != expected or self.has_writer(name):
+            if self.read(name) != expected:
+                return False
+            if not self._is_ours(name):
+                break
+            if self.has_writer(name):
                 return False
             with self._opened(name, os.O_RDWR) as fd:
                 if fd is None:
                     break
                 # Who only reads prevents the lease too: on the last try the text alone decides.
                 if _lease(fd, fcntl.F_WRLCK) is not False or not tries_left:
-                    if _text(fd) != expected:
+                    if _text(fd, name) != expected:
                         return False
                     _overwrite(fd, text)
                     return True
@@ -197,12 +238,20 @@ class FileTree:
         except FileExistsError:
             return False
         with _closing(fd):
-            _overwrite(fd, text)
+            try:
+                _overwrite(fd, text)
+            except OSError:  # no room: an empty file would be a text that somebody has to judge
+                with suppress(OSError):
+                    (self.root / name).unlink()
+                raise
         return True
 
     @contextmanager
     def _opened(self, name: str, how: int) -> Iterator[int | None]:
-        """A descriptor of the regular file of that name; None if there is none."""
+        """A descriptor of the file of that name, if it is the tree's own; None if there is none."""
+        if not self._is_ours(name):
+            yield None
+            return
         try:
             fd = os.open(self.root / name, how | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
@@ -211,16 +260,16 @@ class FileTree:
             yield None
             return
         with _closing(fd):
-            yield fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
+            yield fd if _is_ours(os.fstat(fd)) else None
 
     def _make_way(self, name: str) -> bool:
-        """Remove what is no regular file; False if that fails (a directory with files in it)."""
+        """Remove what isn't ours; False if that fails (a directory with files in it)."""
         path = self.root / name
         try:
-            mode = path.lstat().st_mode
-            if stat.S_ISDIR(mode):
+            found = path.lstat()
+            if stat.S_ISDIR(found.st_mode):
                 path.rmdir()
-            elif not stat.S_ISREG(mode):
+            elif not _is_ours(found):
                 path.unlink()
         except FileNotFoundError:
             pass
@@ -228,13 +277,19 @@ class FileTree:
             return False
         return True
 
-    def _is_foreign(self, name: str) -> bool:
-        """Whether a file that was moved into place brought an owner or a mode of its own."""
+    def _is_ours(self, name: str) -> bool:
+        try:
+            return _is_ours((self.root / name).lstat())
+        except OSError:
+            return False
+
+    def _is_tidy(self, name: str) -> bool:
+        """Whether a file that was moved into place has brought no owner or mode of its own."""
         try:
             found = (self.root / name).lstat()
         except OSError:
-            return False
-        return stat.S_ISREG(found.st_mode) and _is_foreign(found)
+            return True
+        return _is_ours(found) and stat.S_IMODE(found.st_mode) == FILE_MODE
 
 
 class TreeWatcher:
@@ -247,6 +302,8 @@ class TreeWatcher:
         self._tree = FileTree(root)
         self._gone = False
         self._published: set[int] = set()
+        self.unread: dict[str, OSError] = {}
+        """What couldn't be read, and why; the next call of `changes` tries again."""
         self._inotify = INotify(nonblocking=True)
         try:
             self._prefixes = {
@@ -295,17 +352,26 @@ class TreeWatcher:
                 else:
                     status[name] = None
         if overflow:
-            # Events were lost, closes among them: only a writer that is known to be there is a
-            # reason to wait.
-            ready = [name for name in SETTINGS if not self._tree.has_writer(name)]
+            settled = dict.fromkeys(SETTINGS, False)
             status = dict.fromkeys(STATUS)
-        else:
-            ready = [name for name, done in settled.items() if done or self._is_complete(name)]
-        return {name: self._tree.read(name) for name in ready} | dict[str, str | None](status)
+        again, self.unread = self.unread, {}
+        texts: dict[str, str | None] = {}
+        for name, done in (dict.fromkeys(again, False) | settled).items():
+            try:
+                if done or self._is_complete(name, lost=overflow or name in again):
+                    texts[name] = self._tree.read(name)
+            except OSError as error:
+                self.unread[name] = error
+        return texts | dict[str, str | None](status)
 
-    def _is_complete(self, name: str) -> bool:
-        """Whether a file that was modified, but not closed since, has no writer to close it."""
-        return self._tree.has_writer(name) is False
+    def _is_complete(self, name: str, *, lost: bool) -> bool:
+        """Whether a file that was modified, but not closed since, has no writer to close it.
+
+        `lost`: its close may have been missed, so only a writer that is known to be there is a
+        reason to wait.
+        """
+        has_writer = self._tree.has_writer(name)
+        return not has_writer if lost else has_writer is False
 
     def close(self) -> None:
         """Stop watching."""
@@ -331,7 +397,6 @@ _WATCHED = (
     | flags.EXCL_UNLINK | flags.ONLYDIR
 )  # fmt: skip
 
-_NO_FILE = "(not a regular file)"
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
@@ -352,10 +417,42 @@ def _closing(fd: int) -> Iterator[None]:
         os.close(fd)
 
 
-def _text(fd: int) -> str:
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        return _NO_FILE
-    return os.pread(fd, MAX_TEXT, 0).decode(errors="replace")
+def _text(fd: int, name: str) -> str:
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        return _no_file(found)
+    if found.st_nlink < 2:
+        return os.pread(fd, MAX_TEXT, 0).decode(errors="replace")
+    # Whoever may link to our file can do so, where fs.protected_hardlinks is 0: that's no reason to
+    # refuse it.
+    if found.st_uid in (0, os.geteuid()) and stat.S_IMODE(found.st_mode) == FILE_MODE:
+        text = os.pread(fd, MAX_TEXT, 0).decode(errors="replace")
+        with suppress(Refused, KeyError):
+            parse(name, text)
+            return text
+    return _no_file(found)
+
+
+def _no_file(found: os.stat_result) -> str:
+    return f"({_kind(found)})"
+
+
+def _kind(found: os.stat_result) -> str:
+    """What lies in the place of a file of ours, and whose it is."""
+    kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+    if stat.S_ISREG(found.st_mode):
+        kind = "a hard link" if found.st_nlink > 1 else "a file"
+    return f"{kind}, owner {trust.user(found.st_uid)}"
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def _lease(fd: int, kind: int) -> bool | None:
@@ -370,25 +467,45 @@ def _lease(fd: int, kind: int) -> bool | None:
     return True
 
 
-def _is_foreign(found: os.stat_result) -> bool:
-    not_ours = os.geteuid() == 0 and found.st_uid != 0
-    return stat.S_IMODE(found.st_mode) != FILE_MODE or not_ours
+def _is_ours(found: os.stat_result) -> bool:
+    """Whether it is a file that only we can have written, and that nothing else is made of."""
+    return (
+        stat.S_ISREG(found.st_mode)
+        and found.st_uid == os.geteuid()
+        and found.st_nlink == 1
+        and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
+
+
+def _is_single(found: os.stat_result) -> bool:
+    """Whether it is a file of root's or ours that nothing else is made of."""
+    ours = found.st_uid in (0, os.geteuid())
+    return stat.S_ISREG(found.st_mode) and ours and found.st_nlink == 1
 
 
 def _overwrite(fd: int, text: str) -> None:
-    """Replace the content in place; the file is never empty meanwhile."""
+    """Replace the content in place; the file is never empty meanwhile.
+
+    If that fails halfway (no room for a second page), the old content is put back, which needs
+    none.
+    """
     found = os.fstat(fd)
-    if _is_foreign(found):
+    if stat.S_IMODE(found.st_mode) != FILE_MODE:
         with suppress(PermissionError):
-            if os.geteuid() == 0:
-                os.fchown(fd, 0, 0)
             os.fchmod(fd, FILE_MODE)
+    before = os.pread(fd, MAX_TEXT, 0) if found.st_size else b""
     data = text.encode(errors="replace")
-    os.lseek(fd, 0, os.SEEK_SET)
-    _write_all(fd, data.ljust(min(found.st_size, MAX_TEXT), b"\n"))
-    os.ftruncate(fd, len(data))
+    try:
+        _write_all(fd, data.ljust(min(found.st_size, MAX_TEXT), b"\n"))
+        os.ftruncate(fd, len(data))
+    except OSError:
+        with suppress(OSError):
+            _write_all(fd, before)
+            os.ftruncate(fd, found.st_size)
+        raise
 
 
 def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], done)

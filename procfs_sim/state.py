@@ -104,6 +104,15 @@ class TreeState:
         gone = {name for name, text in judged.items() if text is None}
         return self._settle(complete, judged, gone)
 
+    def shown(self, name: str) -> str:
+        """The text of the value in force, for a file that is written now, later than was told.
+
+        Its next text, if it is this one, is the echo.
+        """
+        text = in_force(name, self.config) + "\n"
+        self._echoes[name] = text
+        return text
+
     def next_deadline(self) -> float | None:
         """When `on_time` has something to do; None if not before the next write."""
         return min((empty.deadline for empty in self._empty.values()), default=None)

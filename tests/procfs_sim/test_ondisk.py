@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import select
 import signal
 import stat
@@ -12,11 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from inotify_simple import INotify
 
 from procfs_sim import ondisk
 from procfs_sim.ondisk import MAX_TEXT, FileTree, TreeWatcher
 from procfs_sim.state import TreeState
 from procfs_sim.tree import DEFAULTS, SETTINGS, STATUS, in_force
+from procfs_sim.trust import Untrusted, user
+from tests.tools.nobody import Nobody, needs_root, open_directory
 
 BOUND = 10.0
 """Seconds after which a condition that doesn't come is a failure."""
@@ -142,12 +146,16 @@ STRANGE = {
 }
 
 
+OWNER = user(os.geteuid())
+NO_FILE = [f"({kind}, owner {OWNER})" for kind in ("a directory", "a FIFO", "a symbolic link")]
+
+
 @pytest.mark.parametrize("command", STRANGE.values(), ids=STRANGE)
 def test_what_is_no_file_reads_as_a_refused_text_and_is_replaced(
     tree: FileTree, keeper: Keeper, command: str
 ) -> None:
     shell(tree, f"rm gport; {command}")
-    assert tree.read("gport") == "(not a regular file)"
+    assert tree.read("gport") in NO_FILE
 
     keeper.settle()
 
@@ -566,3 +574,185 @@ def test_a_tree_on_disk_follows_an_outcome(tree: FileTree) -> None:
 
     assert tree.read("gport") == "16000\n"
     assert tree.read("services") == "tcp/80 udp/53\n"
+
+
+# Links, and what others have made
+
+SECRET = "root:$6$secret\n"
+
+
+@pytest.fixture
+def victim(tree: FileTree) -> Path:
+    """A file of other use, that only its owner may read."""
+    path = tree.root.parent / "victim"
+    path.write_text(SECRET)
+    path.chmod(0o600)
+    return path
+
+
+LINKS = {
+    "a hard link": "ln -f ../victim real_ip",
+    "a hard link moved there": "ln ../victim ../other; mv ../other real_ip",
+    "a symbolic link": "ln -sf ../victim real_ip",
+    "a hard link to a link": "ln -s victim ../link; ln -f ../link real_ip",
+    "a hard link below": "ln -f ../victim timeouts/udp",
+    "a hard link to a status file": "ln -f ../victim status/errors",
+    "a hard link to what is renamed there": "ln -f ../victim status/.errors.new",
+}
+
+
+@pytest.mark.parametrize("command", LINKS.values(), ids=LINKS)
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_what_a_link_leads_to_is_neither_shown_nor_changed(
+    tree: FileTree, victim: Path, command: str, when: str
+) -> None:
+    if when == "at the start":
+        shell(tree, command)
+    with TreeWatcher(tree.root) as watcher:
+        keeper = Keeper(tree, watcher)
+        tree.create()
+        tree.write_back(keeper.state.written(tree.read_all(), time.monotonic()))
+        if when == "later":
+            shell(tree, command)
+        keeper.settle()
+        tree.publish("status/errors", "".join(keeper.state.errors.values()) or "none\n")
+
+    assert (victim.read_text(), mode(victim)) == (SECRET, 0o600)
+    assert keeper.differing() == {}
+    for path in tree.root.rglob("*"):
+        if path.is_file():
+            assert (path.is_symlink(), path.stat().st_nlink) == (False, 1)
+            assert "secret" not in path.read_text()
+    if command.endswith(("real_ip", "udp")):
+        (error,) = keeper.state.errors.values()
+        assert re.search(f"'\\(a (hard|symbolic) link, owner {OWNER}\\)' is not ", error)
+
+
+def test_who_links_to_a_setting_does_not_spoil_it(tree: FileTree, keeper: Keeper) -> None:
+    shell(tree, "ln gport ../mine; echo 17000 > gport")
+    keeper.settle()
+    assert keeper.state.config.gport == 17000
+    shell(tree, "echo abc > gport")
+    keeper.settle()
+    assert keeper.differing() == {}
+    shell(tree, "echo 666 > ../mine; ln -f gport ../mine")
+
+    again = TreeState()
+    tree.write_back(again.written(tree.read_all(), time.monotonic()))
+    assert again.config.gport == 17000
+    assert (tree.root / "gport").stat().st_nlink == 1
+
+
+@needs_root
+@pytest.mark.parametrize("spoil", ["chown nobody gport", "chmod 666 gport", "chmod 620 gport"])
+def test_a_file_that_others_can_write_is_replaced(
+    tree: FileTree, keeper: Keeper, spoil: str
+) -> None:
+    shell(tree, f"echo 17000 > elsewhere; {spoil.replace('gport', 'elsewhere')}")
+    theirs = os.open(tree.root / "elsewhere", os.O_WRONLY)  # still theirs after it was moved
+    shell(tree, "mv elsewhere gport")
+    keeper.settle()
+    assert keeper.state.config.gport == 17000
+    os.write(theirs, b"666\n")
+    os.close(theirs)
+    keeper.settle()
+
+    found = (tree.root / "gport").stat()
+    assert (tree.read("gport"), keeper.state.config.gport) == ("17000\n", 17000)
+    assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o644)
+
+
+@needs_root
+def test_a_device_is_not_opened(tree: FileTree, keeper: Keeper) -> None:
+    try:
+        os.mknod(tree.root / "device", 0o644 | stat.S_IFCHR, os.makedev(10, 130))
+    except PermissionError:
+        pytest.skip("no device can be made here")
+    shell(tree, "mv device gport")
+    assert tree.read("gport") == "(a device, owner root)"
+    with pytest.raises(Untrusted, match="gport is a device, owner root, and no setting; remove it"):
+        tree.put("gport", "17000\n")
+    keeper.settle()
+
+    assert tree.read("gport") == "16000\n"
+
+
+@pytest.mark.parametrize("command", [*LINKS.values()][:4], ids=[*LINKS][:4])
+def test_a_value_is_not_put_through_a_link(tree: FileTree, victim: Path, command: str) -> None:
+    shell(tree, command)
+
+    with pytest.raises(Untrusted, match=rf"real_ip is a (hard|symbolic) link, owner {OWNER}, and "):
+        tree.put("real_ip", "192.168.7.7\n")
+    assert victim.read_text() == SECRET
+
+
+# What who may only read can do
+
+
+def holds_open(path: Path, how: int = os.O_RDONLY) -> int:
+    return os.open(path, how)
+
+
+def leases(path: Path) -> None:
+    fcntl.fcntl(os.open(path, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)
+
+
+def locks(path: Path) -> None:
+    fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_EX)
+
+
+def locks_bytes(path: Path) -> None:
+    fcntl.lockf(os.open(path, os.O_RDONLY), fcntl.LOCK_SH)
+
+
+def watches(path: Path) -> None:
+    INotify().add_watch(str(path), 0xFFF)
+
+
+def asks_for_signals(path: Path) -> None:
+    fcntl.fcntl(os.open(path.parent, os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_MODIFY)
+
+
+def lists(path: Path) -> None:
+    os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+READERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "open": (holds_open, r"\d+"),
+    "open often": (lambda path: [holds_open(path) for _ in range(500)] and 0, "0"),
+    "by name": (lambda path: holds_open(path, os.O_PATH), r"\d+"),
+    "flock": (locks, "None"),
+    "lockf": (locks_bytes, "None"),
+    "lease": (leases, "PermissionError"),  # for the owner alone, or CAP_LEASE (fcntl(2))
+    "inotify": (watches, "None"),
+    "dnotify": (asks_for_signals, "None"),
+    "directory": (lists, "None"),
+    "write": (lambda path: holds_open(path, os.O_WRONLY), "PermissionError"),
+    "remove": (os.unlink, "PermissionError"),
+    "link": (lambda path: os.link(path, path.parent.parent / "mine"), "PermissionError"),
+}
+
+
+@needs_root
+@pytest.mark.parametrize(("act", "said"), READERS.values(), ids=READERS)
+@pytest.mark.parametrize("name", ["gport", "timeouts/udp"])
+def test_a_reader_holds_up_neither_user_nor_keeper(
+    act: Callable[[Path], object], said: str, name: str
+) -> None:
+    with open_directory() as directory:
+        tree = FileTree(directory / "tree")
+        tree.create()
+        with (
+            TreeWatcher(tree.root) as watcher,
+            Nobody(lambda: act(tree.root / name)) as nobody,
+        ):
+            assert re.fullmatch(said, nobody.said), nobody.said
+            keeper = Keeper(tree, watcher)
+            began = time.monotonic()
+            for text in ("1700", "abc", "", "1800"):
+                shell(tree, f"printf '{text}' > {name}")
+                keeper.settle()
+                tree.publish("status/errors", "x\n")
+            assert keeper.differing() == {}
+            assert (tree.read(name), keeper.state.errors) == ("1800", {})
+            assert time.monotonic() - began < 2
