@@ -1,10 +1,13 @@
 """`krelay clean`: removes what a killed krelay left: its rules, its sockets, its file tree."""
 
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from krelay import netfilter, ruleset, treelock
+from krelay import netfilter, reserve, ruleset, treelock
 from krelay.netfilter import RulesUnavailable
+from procfs_sim import trust
 from procfs_sim.tree import DEFAULT_ROOT, DIRECTORIES, SETTINGS, STATUS
 
 SOCKETS = ("control.sock", "relay.sock")
@@ -17,10 +20,31 @@ class StillServed(Exception):
 def clean(root: Path, *, keep_settings: bool = False) -> list[str]:
     """What was removed, a line each; `keep_settings`: rules and sockets alone.
 
-    Raises StillServed, RulesUnavailable.
+    Raises StillServed, RulesUnavailable; trust.Untrusted if others can change the tree, of which
+    nothing is removed then, nor of anything else.
     """
-    if treelock.is_served(root):
+    trust.check(root)
+    with _held(root):
+        return _clean(root, keep_settings=keep_settings)
+
+
+@contextmanager
+def _held(root: Path) -> Iterator[None]:
+    """Nobody begins to serve the tree meanwhile.  Raises StillServed."""
+    try:
+        lock = treelock.take(root)
+    except (FileNotFoundError, NotADirectoryError):
+        yield
+        return
+    if lock is None:
         raise StillServed(f"a krelay serves {root}; stop it with SIGTERM instead")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _clean(root: Path, *, keep_settings: bool) -> list[str]:
     removed = []
     name = ruleset.instance_name(str(root.absolute()), DEFAULT_ROOT)
     for backend in netfilter.CANDIDATES:
@@ -43,7 +67,7 @@ def remove_tree(root: Path) -> list[str]:
 
     The names of what isn't ours and so stays.
     """
-    for name in (*SETTINGS, *STATUS, *SOCKETS):
+    for name in (*SETTINGS, *STATUS, *SOCKETS, treelock.NAME, reserve.NAME):
         with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             (root / name).unlink()
     for directory in (*(root / name for name in DIRECTORIES), root):

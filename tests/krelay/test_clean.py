@@ -69,9 +69,9 @@ def test_removing_again_finds_nothing(tree: Path) -> None:
 
 
 def test_below_a_krelay_at_work_nothing_is_removed(tree: Path) -> None:
-    before = sorted(tree.rglob("*"))
     lock = treelock.take(tree)
     assert lock is not None
+    before = sorted(tree.rglob("*"))
     with pytest.raises(StillServed, match=f"a krelay serves {tree}; stop it with SIGTERM instead"):
         clean(tree)
     os.close(lock)
