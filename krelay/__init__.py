@@ -6,6 +6,7 @@
     worker one packet in, one verdict out                        (pure)
     control, relaymsg, ruleset  texts and messages               (pure)
     ------------------------------------------------------------
+    keeper, treelock, reserve   the file tree, whatever becomes of it
     loop, nfqueue, netfilter, controlsock, relaysock, daemon, cli   the thin shell
 
 Imports point one way, downwards in the first block; only the shell knows sockets, clocks and files.

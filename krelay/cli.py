@@ -14,6 +14,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 from krelay import log
+from procfs_sim import trust
 from procfs_sim.ondisk import FileTree
 from procfs_sim.tree import DEFAULT_ROOT, ROOT_VARIABLE, SETTINGS, Refused, parse, render, server
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = args.run
         return command(args)
-    except Failed as error:
+    except (Failed, trust.Untrusted) as error:
         print(f"krelay {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -61,6 +62,8 @@ def _up(args: argparse.Namespace) -> int:
     options = ["--log-level", args.log_level, "--queue-num", str(args.queue_num)]
     try:
         return up.run(args.root, values, options)
+    except trust.Untrusted:
+        raise
     except (up.UpFailed, client.NoDaemon, client.Rejected, OSError) as error:
         raise Failed(error) from None
 
@@ -69,6 +72,7 @@ def _start(args: argparse.Namespace) -> int:
     from krelay.doctor import checks
     from krelay.doctor import command as doctor
 
+    trust.check(args.root)
     _ask(args.root, "show status json")
     failed = doctor.before_start(args.root)
     fatal = checks.fatal(failed)
@@ -83,6 +87,7 @@ def _stop(args: argparse.Namespace) -> int:
 
 
 def _switch(root: Path, flag: str, state: str) -> int:
+    trust.check(root)
     _ask(root, "show status json")
     _put(root, "start", flag)
     for _ in _tries():
@@ -251,14 +256,18 @@ def _checked(name: str, text: str) -> str:
 
 
 def _put(root: Path, name: str, text: str) -> None:
-    """Writes a setting as `echo` does."""
+    """Writes a setting as `echo` does.  Raises Untrusted if others can change the tree."""
     path = root / name
-    if not path.exists():
-        raise Failed(f"there is no {path}; start a krelay, it makes the file tree")
+    trust.check(root)
     try:
-        path.write_text(text + "\n")
+        FileTree(root).put(name, text + "\n")
+    except FileNotFoundError:
+        raise Failed(f"there is no {path}; start a krelay, it makes the file tree") from None
+    except trust.Untrusted:
+        raise
     except OSError as error:
-        raise Failed(f"{path} can't be written: {error.strerror}; run as root") from None
+        mend = "; run as root" if isinstance(error, PermissionError) else ""
+        raise Failed(f"{path} can't be written: {error.strerror}{mend}") from None
 
 
 def _ask(root: Path, request: str) -> list[str]:

@@ -47,6 +47,15 @@ class ControlSocket:
         self._clients: set[_Client] = set()
         self._listener = UnixListener(loop, path, socket.SOCK_STREAM, self._accepted)
 
+    @property
+    def path(self) -> Path:
+        """Where it listens."""
+        return self._listener.path
+
+    def renew(self) -> None:
+        """Listens at its path again, if that leads elsewhere by now.  Raises OSError."""
+        self._listener.renew()
+
     def on_time(self, now: float) -> None:
         """Drops who has been silent for too long; call about once a second."""
         for client in list(self._clients):

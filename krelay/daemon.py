@@ -14,10 +14,11 @@ from itertools import islice
 from pathlib import Path
 from random import SystemRandom
 
-from krelay import control, listeners, notify, ruleset, treelock
+from krelay import control, listeners, notify, ruleset
 from krelay.control import Values
 from krelay.controlsock import ControlSocket
 from krelay.flow import Proto
+from krelay.keeper import CannotKeep, TreeKeeper
 from krelay.links import LinkWatcher, look
 from krelay.log import Failures, Log
 from krelay.loop import Loop, Timer
@@ -29,7 +30,6 @@ from krelay.relaysock import RelaySocket
 from krelay.row import Row
 from krelay.trace import Filter
 from krelay.worker import Worker
-from procfs_sim.ondisk import FileTree, TreeWatcher
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import DEFAULT_ROOT, SETTINGS, Config, in_force
 
@@ -62,10 +62,11 @@ class Daemon:
         self._exit_status = 0
         self._leaving = False
         self._sender = _raw_sender()
-        self._tree = FileTree(root)
-        self._lock = self._take_tree()
         self._state = TreeState(host_check=self._host_check)
-        self._published: dict[str, str] = {}
+        try:
+            self._keeper = TreeKeeper(loop, root, self._state, self._judged, self._status_texts)
+        except CannotKeep as error:
+            raise CannotServe(str(error)) from None
         self._looking: Timer | None = None
         self.nat = NatTable(rng=SystemRandom())
         self._worker = Worker(self.nat)
@@ -76,28 +77,26 @@ class Daemon:
             queue_num,
             self._worker,
             self._sender,
-            self._publish,
+            self._keeper.publish,
             self._who_else_listens,
         )
         self._relay_socket: RelaySocket | None = None
         try:
-            self._watcher = TreeWatcher(root)
-            outcome = self._state.written(self._tree.read_all(), loop.now)
-            self._tree.write_back(outcome)
+            outcome = self._keeper.begin()
             self._links = LinkWatcher()
             self._control = ControlSocket(loop, root / "control.sock", self, self._worker)
             self._relay_socket = RelaySocket(loop, root / "relay.sock", self._relaying.relays)
         except OSError as error:
             raise CannotServe(f"cannot serve {root}: {error.strerror}") from None
-        loop.add(self._watcher.fileno(), select.EPOLLIN, self._tree_changed)
+        self._keeper.sockets = (self._control, self._relay_socket)
         loop.add(self._links.fileno(), select.EPOLLIN, self._links_changed)
         loop.on_signal(signal.SIGTERM, self._leave)
         loop.on_signal(signal.SIGINT, self._interrupted)
-        loop.on_signal(signal.SIGHUP, self._reread)
+        loop.on_signal(signal.SIGHUP, self._keeper.read_again)
         self._relaying.prepare(self._state.config.start)
         self._take(outcome)
         self._relaying.settle(self._state.config, outcome.changed)
-        self._publish()
+        self._keeper.publish()
         self._tick()
 
     def run(self) -> int:
@@ -109,10 +108,9 @@ class Daemon:
             self._control.close()
             if self._relay_socket:
                 self._relay_socket.close()
-            self._watcher.close()
+            self._keeper.close()
             self._links.close()
             self._sender.close()
-            os.close(self._lock)
         _log.info("krelay ended")
         return self._exit_status
 
@@ -125,6 +123,7 @@ class Daemon:
         tcp = self.nat.count(Proto.TCP)
         return {
             "state": self._relaying.state,
+            "tree": self._keeper.state,
             "generation": self._state.generation,
             "uptime": round(now - self._began_at, 1),
             "flows": len(self.nat),
@@ -190,48 +189,12 @@ class Daemon:
 
     # The file tree
 
-    def _take_tree(self) -> int:
-        try:
-            self._tree.create()
-            lock = treelock.take(self._root)
-        except OSError as error:
-            raise CannotServe(
-                f"cannot create the file tree at {self._root}: {error.strerror}; "
-                "run as root, or choose another place with --root"
-            ) from None
-        if lock is None:
-            raise CannotServe(
-                f"another krelay serves {self._root}; stop it, or choose another tree with --root"
-            )
-        if not os.access(self._root, os.W_OK):
-            os.close(lock)
-            raise CannotServe(
-                f"{self._root} can't be written; run as root, or choose another tree with --root"
-            )
-        return lock
-
-    def _tree_changed(self, _: int) -> None:
-        texts = self._watcher.changes()
-        if self._watcher.gone:
-            self._restore_tree()
-            return
-        if any(name not in SETTINGS for name in texts):
-            self._published.clear()  # somebody wrote a status file: say it again
-        self._judged(self._state.written(texts, self._loop.now))
-
-    def _reread(self) -> None:
-        self._judged(self._state.written(self._tree.read_all(), self._loop.now))
-
-    def _late(self) -> None:
-        self._judged(self._state.on_time(self._loop.now))
-
     def _judged(self, outcome: Outcome) -> None:
-        self._tree.write_back(outcome)
         self._take(outcome)
         again = "start" in outcome.judged and self._relaying.failed  # written once more: try again
         if (outcome.changed or again) and not self._leaving:
             self._relaying.settle(self._state.config, outcome.changed)
-        self._publish()
+        self._keeper.publish()
 
     def _take(self, outcome: Outcome) -> None:
         for name in sorted(outcome.changed):
@@ -241,7 +204,7 @@ class Daemon:
             _log.warning("value refused", reason=line)
         deadline = self._state.next_deadline()
         if deadline is not None:
-            self._loop.call_at(deadline, self._late)
+            self._loop.call_at(deadline, self._keeper.late)
 
     def _host_check(self, _: Config, new: Config, changed: frozenset[str]) -> Mapping[str, str]:
         refused = {}
@@ -263,39 +226,13 @@ class Daemon:
             return None  # about to connect, or to connect again
         return str(who or "another program")
 
-    def _restore_tree(self) -> None:
-        """Somebody removed or replaced our directories: everything in force is shown again."""
-        _log.warning("the file tree was removed; made again", root=self._root)
-        self._loop.remove(self._watcher.fileno())
-        self._watcher.close()
-        self._control.close()
-        if self._relay_socket:
-            self._relay_socket.close()
-        os.close(self._lock)
-        self._lock = self._take_tree()
-        for name in SETTINGS:
-            self._tree.show(name, in_force(name, self._state.config) + "\n")
-        self._watcher = TreeWatcher(self._root)
-        self._loop.add(self._watcher.fileno(), select.EPOLLIN, self._tree_changed)
-        self._control = ControlSocket(self._loop, self._root / "control.sock", self, self._worker)
-        self._relay_socket = RelaySocket(
-            self._loop, self._root / "relay.sock", self._relaying.relays
-        )
-        self._published.clear()
-        self._publish()
-
-    def _publish(self) -> None:
-        """Shows state, values and errors in the status files, where they differ from before."""
-        texts = {
+    def _status_texts(self) -> Mapping[str, str]:
+        """What the status files are to show."""
+        return {
             "status/state": self._relaying.state + "\n",
             "status/applied": applied_text(self._state.config, self._state.generation),
             "status/errors": errors_text(self._state.errors),
         }
-        for name, text in texts.items():
-            if self._published.get(name) != text:
-                with suppress(OSError):
-                    self._tree.publish(name, text)
-                    self._published[name] = text
 
     # Signals, links, the second
 
@@ -316,6 +253,7 @@ class Daemon:
     def _tick(self) -> None:
         now = self._loop.now
         self._relaying.on_time(now)
+        self._keeper.on_time()
         self._control.on_time(now)
         self._loop.call_at(now + TICK, self._tick)
 

@@ -34,6 +34,15 @@ class RelaySocket:
         self._listener = UnixListener(loop, path, socket.SOCK_SEQPACKET, self._accepted)
 
     @property
+    def path(self) -> Path:
+        """Where it listens."""
+        return self._listener.path
+
+    def renew(self) -> None:
+        """Listens at its path again, if that leads elsewhere by now.  Raises OSError."""
+        self._listener.renew()
+
+    @property
     def pids(self) -> frozenset[int]:
         """The processes that are connected."""
         return frozenset(link.pid for link in self._links)

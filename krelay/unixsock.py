@@ -10,6 +10,7 @@ import os
 import pwd
 import select
 import socket
+import stat
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -65,18 +66,52 @@ class UnixListener:
         self._loop = loop
         self._path = path
         self._accepted = accepted
-        self._socket = _listening(path, kind)
+        self._kind = kind
         self._resuming: Timer | None = None
-        loop.add(self._socket.fileno(), select.EPOLLIN, self._ready)
+        self._listen()
+
+    @property
+    def path(self) -> Path:
+        """Where it listens."""
+        return self._path
+
+    def renew(self) -> None:
+        """Listens anew, if its path leads elsewhere by now; connections stay.
+
+        Raises OSError if it can't; it then goes on where it was.
+        """
+        if self._is_in_place():
+            return
+        before = self._socket
+        self._listen()
+        if self._resuming is not None:
+            self._resuming.cancel()
+            self._resuming = None
+        self._loop.remove(before.fileno())
+        before.close()
 
     def close(self) -> None:
-        """Stops listening and removes the socket; connections stay."""
+        """Stops listening and removes the socket, if its path leads to it; connections stay."""
         if self._resuming is not None:
             self._resuming.cancel()
         self._loop.remove(self._socket.fileno())
         self._socket.close()
-        with suppress(FileNotFoundError):
-            self._path.unlink()
+        with suppress(OSError):  # the file system can't be written: it stays
+            if self._is_in_place():
+                self._path.unlink()
+
+    def _listen(self) -> None:
+        self._socket = _listening(self._path, self._kind)
+        found = self._path.lstat()
+        self._inode = (found.st_dev, found.st_ino)
+        self._loop.add(self._socket.fileno(), select.EPOLLIN, self._ready)
+
+    def _is_in_place(self) -> bool:
+        try:
+            found = self._path.lstat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._inode
 
     def _ready(self, _: int) -> None:
         try:
@@ -101,8 +136,7 @@ class UnixListener:
 def _listening(path: Path, kind: socket.SocketKind) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
     try:
-        with suppress(FileNotFoundError):
-            path.unlink()
+        _make_way(path)
         before = os.umask(0o777)
         try:
             listener.bind(str(path))
@@ -117,6 +151,16 @@ def _listening(path: Path, kind: socket.SocketKind) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _make_way(path: Path) -> None:
+    """Removes a stale socket; what is none isn't ours to remove."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise FileExistsError(
+                errno.EEXIST, f"{path} is in the way and no socket; remove it", str(path)
+            )
+        path.unlink()
 
 
 def _peer(connection: socket.socket) -> Peer:

@@ -21,6 +21,7 @@ from krelay import client, listeners, mortal, treelock
 from krelay.clean import remove_tree
 from krelay.doctor import checks
 from krelay.doctor import command as doctor
+from procfs_sim import trust
 from procfs_sim.ondisk import FileTree
 
 USER = "krelay"
@@ -62,8 +63,9 @@ class Child:
 def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
     """Serves with these values (file -> text, checked already) until KeyboardInterrupt or SIGTERM.
 
-    Raises UpFailed.
+    Raises UpFailed; trust.Untrusted if others can change the tree.
     """
+    trust.check(root)
     if treelock.is_served(root):
         raise UpFailed(f"another krelay serves {root}; stop it, or choose another tree with --root")
     existed = (root / "start").exists()
@@ -113,6 +115,8 @@ def _write(root: Path, texts: Mapping[str, str]) -> None:
         tree.create()
         for name, text in texts.items():
             tree.show(name, text + "\n")
+    except trust.Untrusted:
+        raise
     except OSError as error:
         raise UpFailed(
             f"cannot write the file tree at {root}: {error.strerror}; "

@@ -204,11 +204,12 @@ def test_without_a_tree_nothing_is_made(run: Run, root: Path) -> None:
 def test_a_file_that_cannot_be_written_is_one_line(run: Run, root: Path) -> None:
     (root / "gport").unlink()
     (root / "gport").mkdir()
+    owner = (root / "gport").owner()
 
     assert run("set", "gport", "17000") == (
         1,
         "",
-        f"krelay set: {root}/gport can't be written: Is a directory; run as root\n",
+        f"krelay set: {root}/gport is a directory, owner {owner}, and no setting; remove it\n",
     )
 
 

@@ -239,3 +239,67 @@ def test_without_a_descriptor_left_it_waits_and_then_accepts(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         door.close()
+
+
+# What lies at the path
+
+
+def test_it_listens_again_where_its_path_leads_elsewhere(loop: Loop, tmp_path: Path) -> None:
+    root = tmp_path / "tree"
+    root.mkdir()
+    door = Door(loop, root / "a.sock")
+    first = knock(root / "a.sock")
+    door.turn()
+    root.rename(tmp_path / "away")
+    root.mkdir()
+    door._listener.renew()
+    door._listener.renew()
+    second = knock(root / "a.sock")
+    door.turn()
+
+    assert len(door.let_in) == 2
+    door.let_in[0][0].send(b"still there")
+    assert first.recv(20) == b"still there"
+    for each in (first, second):
+        each.close()
+    door.close()
+    assert not (root / "a.sock").exists()
+
+
+def test_it_goes_on_where_it_was_if_it_cannot_listen_again(loop: Loop, tmp_path: Path) -> None:
+    root, away = tmp_path / "tree", tmp_path / "away"
+    root.mkdir()
+    door = Door(loop, root / "a.sock")
+    root.rename(away)
+    (root / "a.sock").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="is in the way and no socket; remove it"):
+        door._listener.renew()
+    with knock(away / "a.sock"):
+        door.turn()
+    assert len(door.let_in) == 1
+    door.close()
+    assert (root / "a.sock").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_what_is_no_socket_is_not_removed(loop: Loop, path: Path, kind: str) -> None:
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+
+    with pytest.raises(FileExistsError, match=f"{path} is in the way and no socket; remove it"):
+        Door(loop, path)
+    assert os.path.lexists(path)
+
+
+def test_the_socket_of_another_is_left_when_it_closes(loop: Loop, path: Path) -> None:
+    door = Door(loop, path)
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        door.close()
+
+    assert path.is_socket()
