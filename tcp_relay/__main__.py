@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from krelay import log
-from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE
+from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, trust
 from tcp_relay import options
 from tcp_relay.daemon import serve
 from tcp_relay.service import run_program
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.prog,
         asked,
         lambda limits, index, ready: serve(asked.root, limits, ready, index, asked.workers),
+        before=lambda: trust.check(asked.root),
     )
 
 
