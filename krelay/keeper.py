@@ -166,8 +166,10 @@ class TreeKeeper:
 
     def _take(self) -> int:
         try:
-            self._tree.create()
+            self._tree.create_directories()
             lock = treelock.take(self._root)
+            if lock is not None:
+                self._tree.create()
         except Untrusted as error:
             raise CannotKeep(str(error)) from None
         except OSError as error:
@@ -184,7 +186,7 @@ class TreeKeeper:
     def _take_again(self) -> None:
         """Somebody removed or replaced our directories: everything in force is shown again."""
         try:
-            self._tree.create()
+            self._tree.create_directories()
             lock: int | None = self._lock
             if not treelock.holds(self._root, self._lock):
                 lock = treelock.take(self._root)

@@ -68,7 +68,16 @@ class FileTree:
     def create(self) -> None:
         """Create what is missing, settings with their defaults; what exists stays as it is.
 
-        Raises trust.Untrusted if others can change the tree, before any file is made.
+        Raises what `create_directories` raises, before any file is made.
+        """
+        self.create_directories()
+        for name in SETTINGS:
+            self._create_file(name, in_force(name, DEFAULTS) + "\n")
+
+    def create_directories(self) -> None:
+        """Create the directories that are missing.
+
+        Raises trust.Untrusted if others can change the tree.
         """
         trust.check(self.root)
         for directory in (self.root, *(self.root / name for name in DIRECTORIES)):
@@ -82,8 +91,6 @@ class FileTree:
             else:
                 directory.chmod(DIRECTORY_MODE)
         trust.check(self.root)  # again: somebody may have been faster
-        for name in SETTINGS:
-            self._create_file(name, in_force(name, DEFAULTS) + "\n")
 
     def read(self, name: str) -> str | None:
         """The text of a file, None if there is none.
