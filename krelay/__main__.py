@@ -2,10 +2,18 @@
 
 import sys
 
-try:
-    from krelay.cli import main
-except KeyboardInterrupt:  # Ctrl-C while still loading
-    sys.exit(130)
+
+def main() -> int:
+    """Runs what the command line says; the exit status."""
+    try:
+        from krelay import children
+
+        children.leave_callers_folder()  # before more is loaded
+        from krelay import cli
+    except KeyboardInterrupt:  # Ctrl-C while still loading
+        return 130
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

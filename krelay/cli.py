@@ -48,7 +48,7 @@ def _daemon(args: argparse.Namespace) -> int:
 
     log.set_up(args.log_level, as_json=args.log_json)
     try:
-        return daemon.serve(args.root, args.queue_num)
+        return daemon.serve(args.root, args.queue_num, args.relay_gid)
     except daemon.CannotServe as error:
         raise Failed(error) from None
 
@@ -311,6 +311,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("daemon", _daemon, "serve in the foreground", "krelay daemon --log-level debug")
     _queue_option(sub)
+    sub.add_argument(
+        "--relay-gid",
+        type=_group_id,
+        metavar="GID",
+        help="the number of the group that may use relay.sock (default: that of the group krelay)",
+    )
     log.add_options(sub)
 
     sub = add(
@@ -416,6 +422,12 @@ def _queue_option(parser: argparse.ArgumentParser) -> None:
 def _queue_number(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) > 0xFFFF:
         raise argparse.ArgumentTypeError(f"{text!r} is not a queue number (0-65535)")
+    return int(text)
+
+
+def _group_id(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) >= 0xFFFFFFFF:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a group")
     return int(text)
 
 

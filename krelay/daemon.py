@@ -49,15 +49,22 @@ class CannotServe(Exception):
 
 
 class Daemon:
-    """krelay on the tree at `root`.  Raises CannotServe.
+    """krelay on the tree at `root`; relay.sock is for the group `relay_gid`.  Raises CannotServe.
 
     Implements what the control socket may ask (control.Relay).
     """
 
-    def __init__(self, loop: Loop, root: Path, queue_num: int = ruleset.DEFAULT_QUEUE) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        root: Path,
+        queue_num: int = ruleset.DEFAULT_QUEUE,
+        relay_gid: int | None = None,
+    ) -> None:
         self._loop = loop
         self._root = root
         self._queue_num = queue_num
+        self._relay_gid = relay_gid
         self._began_at = loop.now
         self._exit_status = 0
         self._leaving = False
@@ -85,7 +92,7 @@ class Daemon:
             outcome = self._keeper.begin()
             self._links = LinkWatcher()
             self._control = ControlSocket(loop, root / "control.sock", self, self._worker)
-            self._relay_socket = RelaySocket(loop, root / "relay.sock", self._relaying.relays)
+            self._relay_socket = self._relay_listener()
         except OSError as error:
             raise CannotServe(f"cannot serve {root}: {error.strerror}") from None
         self._keeper.sockets = (self._control, self._relay_socket)
@@ -226,6 +233,10 @@ class Daemon:
             return None  # about to connect, or to connect again
         return str(who or "another program")
 
+    def _relay_listener(self) -> RelaySocket:
+        path, relays = self._root / "relay.sock", self._relaying.relays
+        return RelaySocket(self._loop, path, relays, self._relay_gid)
+
     def _status_texts(self) -> Mapping[str, str]:
         """What the status files are to show."""
         return {
@@ -258,7 +269,7 @@ class Daemon:
         self._loop.call_at(now + TICK, self._tick)
 
 
-def serve(root: Path, queue_num: int) -> int:
+def serve(root: Path, queue_num: int, relay_gid: int | None = None) -> int:
     """Runs the daemon in the foreground; its exit status.  Raises CannotServe.
 
     The cyclic collector is off: it would walk every row there is, and who ends a row cuts the
@@ -268,7 +279,7 @@ def serve(root: Path, queue_num: int) -> int:
     with Loop() as loop:
         failures = Failures(_log)
         loop.on_failure = lambda error: failures.tell(loop.now, "a call failed; going on", error)
-        daemon = Daemon(loop, root, queue_num)
+        daemon = Daemon(loop, root, queue_num, relay_gid)
         if (problem := notify.ready()) is not None:
             _log.warning("the service manager can't be told", error=problem)
         gc.collect()

@@ -27,7 +27,7 @@ from typing import Any
 
 from rich.console import Console
 
-from krelay import demo_evidence
+from krelay import children, demo_evidence
 from krelay.demo_evidence import Cast, Check, Seen, Step, Traced
 from krelay.demo_page import DemoFailed, Page, console, nat_table, step_table
 from procfs_sim import DEFAULT_ROOT
@@ -324,7 +324,7 @@ class Play:
         return tuple(nginx), dnsmasq
 
     def _start_daemon(self, module: str, *arguments: str) -> Program:
-        command = (sys.executable, "-m", module, *arguments, "--root", str(self._root))
+        command = children.python(module, *arguments, "--root", str(self._root))
         return self._lab.start("relay", *command, env=self._env)
 
     def _wait_for(self, programs: Sequence[Program], proto: str, port: int) -> None:
@@ -475,6 +475,6 @@ def _user() -> str:
 
 
 def _name(program: Program) -> str:
-    """What to call a program: `krelay daemon` is a module of Python's."""
+    """What to call a program: tcp-relay and krelay are modules of ours (children.python)."""
     argv = program.argv
-    return Path(argv[0]).name if argv[1] != "-m" else argv[2].replace("_", "-")
+    return Path(argv[0]).name if argv[0] != sys.executable else argv[3].replace("_", "-")

@@ -28,7 +28,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Protocol
 
-from krelay import nftmsg, ruleset
+from krelay import children, nftmsg, ruleset
 from krelay.ruleset import Learning, RuleSpec
 from krelay.wire import netlink
 
@@ -361,7 +361,13 @@ def _run(command: tuple[str, ...], text: str = "") -> str:
     """What the command printed.  Raises RulesUnavailable with the last line of its complaint."""
     try:
         done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            command,
+            input=text,
+            env=children.environment(),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
         )
     except FileNotFoundError:
         raise RulesUnavailable(f"{command[0]} is not installed") from None

@@ -22,16 +22,16 @@ _malformed = Throttle()
 
 
 class RelaySocket:
-    """Listens at `path` and answers tcp-relays from `relays`.
+    """Listens at `path` and answers tcp-relays from `relays`, those of `group` if that is given.
 
     Raises OSError if it can't listen.
     """
 
-    def __init__(self, loop: Loop, path: Path, relays: Relays) -> None:
+    def __init__(self, loop: Loop, path: Path, relays: Relays, group: int | None = None) -> None:
         self._loop = loop
         self._relays = relays
         self._links: set[_Link] = set()
-        self._listener = UnixListener(loop, path, socket.SOCK_SEQPACKET, self._accepted)
+        self._listener = UnixListener(loop, path, socket.SOCK_SEQPACKET, self._accepted, group)
 
     @property
     def path(self) -> Path:

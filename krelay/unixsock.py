@@ -36,10 +36,9 @@ class Peer(NamedTuple):
     uid: int
     gid: int
 
-    @property
-    def may_connect(self) -> bool:
-        """Whether it is root, our own user, or of GROUP."""
-        group = _group()
+    def may_connect(self, group: int | None = None) -> bool:
+        """Whether it is root, our own user, or of this group, by default of GROUP."""
+        group = _group() if group is None else group
         if self.uid in (0, os.geteuid()) or (group is not None and self.gid == group):
             return True
         try:
@@ -52,8 +51,8 @@ class Peer(NamedTuple):
 class UnixListener:
     """Listens at `path`, in place of a stale socket; `accepted` gets the connections.
 
-    They are non-blocking, and from peers that may connect; others are hung up on.  Raises OSError
-    if it can't listen.
+    They are non-blocking, and from peers that may connect; others are hung up on.  `group` is whose
+    members may, in place of GROUP's.  Raises OSError if it can't listen.
     """
 
     def __init__(
@@ -62,8 +61,10 @@ class UnixListener:
         path: Path,
         kind: socket.SocketKind,
         accepted: Callable[[socket.socket, Peer], object],
+        group: int | None = None,
     ) -> None:
         self._loop = loop
+        self._group = group
         self._path = path
         self._accepted = accepted
         self._kind = kind
@@ -101,7 +102,7 @@ class UnixListener:
                 self._path.unlink()
 
     def _listen(self) -> None:
-        self._socket = _listening(self._path, self._kind)
+        self._socket = _listening(self._path, self._kind, self._group)
         found = self._path.lstat()
         self._inode = (found.st_dev, found.st_ino)
         self._loop.add(self._socket.fileno(), select.EPOLLIN, self._ready)
@@ -122,7 +123,7 @@ class UnixListener:
                 self._resuming = self._loop.call_at(self._loop.now + PAUSE, self._resume)
             return
         peer = _peer(connection)
-        if peer.may_connect:
+        if peer.may_connect(self._group):
             connection.setblocking(False)
             self._accepted(connection, peer)
         else:
@@ -133,7 +134,7 @@ class UnixListener:
         self._loop.modify(self._socket.fileno(), select.EPOLLIN)
 
 
-def _listening(path: Path, kind: socket.SocketKind) -> socket.socket:
+def _listening(path: Path, kind: socket.SocketKind, group: int | None) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
     try:
         _make_way(path)
@@ -142,7 +143,7 @@ def _listening(path: Path, kind: socket.SocketKind) -> socket.socket:
             listener.bind(str(path))
         finally:
             os.umask(before)
-        group = _group()
+        group = _group() if group is None else group
         if group is not None:
             os.chown(path, -1, group)
         os.chmod(path, MODE if group is not None else MODE & 0o700)

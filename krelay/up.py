@@ -1,33 +1,32 @@
 """`krelay up`: the daemon and tcp-relay together, in the foreground, until Ctrl-C.
 
 Both run as processes of their own, as they would under a service manager, and are told to end if
-this one dies in whatever way.  tcp-relay needs no privilege: where a user `krelay` exists it runs
-as that.  What wasn't there before is gone afterwards, the file tree included.
+this one dies in whatever way.  tcp-relay needs no privilege: it gives root up before it opens its
+first socket, and runs as user `krelay`, or where there is none as a user id that is nobody else's
+(privileges.py).  What wasn't there before is gone afterwards, the file tree included.
 """
 
 import os
-import pwd
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from krelay import client, listeners, mortal, treelock
+from krelay import children, client, listeners, privileges, treelock
 from krelay.clean import remove_tree
 from krelay.doctor import checks
 from krelay.doctor import command as doctor
+from krelay.privileges import Account, NoAccount
 from procfs_sim import trust
 from procfs_sim.ondisk import FileTree
 
-USER = "krelay"
 START_WITHIN = 20.0
 """Seconds; a slow machine probes the kernel in one or two."""
 STOP_WITHIN = 5.0
+_FIRST_PORT = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 _PAUSE = 0.02
 _WATCH = 0.1
 
@@ -68,31 +67,38 @@ def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
     trust.check(root)
     if treelock.is_served(root):
         raise UpFailed(f"another krelay serves {root}; stop it, or choose another tree with --root")
+    root = root.absolute()
+    who = _relay_account()
     existed = (root / "start").exists()
     signal.signal(signal.SIGTERM, _interrupt)
-    children: list[Child] = []
+    both: list[Child] = []
     try:
         _write(root, {**values, "start": "0"})
-        children.append(_child("krelay", "krelay", ["daemon", "--root", str(root), *options]))
-        _wait(children, "krelay doesn't answer", lambda: bool(_status(root)))
+        tree = ("--root", str(root))
+        daemon = children.start("krelay", "daemon", *tree, *options, *_relay_group(who))
+        both.append(Child("krelay", daemon))
+        _wait(both, "krelay doesn't answer", lambda: bool(_status(root)))
         config = _checked(root, values)
-        children.append(_child("tcp-relay", "tcp_relay", ["--root", str(root)], _relay_user()))
-        _wait(children, "tcp-relay isn't ready", lambda: _is_served(root, int(config["gport"])))
+        _refuse_low_port(who, int(config["gport"]))
+        as_whom = ("--user", str(who)) if who else ()
+        both.append(Child("tcp-relay", children.start("tcp_relay", *tree, *as_whom)))
+        _wait(both, "tcp-relay isn't ready", lambda: _is_served(root, int(config["gport"])))
         _look_first(root)
         _write(root, {"start": "1"})
-        _wait(children, "krelay isn't running", lambda: _is_running(root))
+        _wait(both, "krelay isn't running", lambda: _is_running(root))
         print(
             f"relaying to {config['real_ip']}: {config['services']} "
-            f"(rules by {_status(root)['rules']}); Ctrl-C ends it",
+            f"(rules by {_status(root)['rules']}); tcp-relay runs as {_in_words(who)}; "
+            "Ctrl-C ends it",
             flush=True,
         )
         while True:
-            for child in children:
+            for child in both:
                 child.check()
             time.sleep(_WATCH)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for child in children:  # krelay first: it has tcp-relay reset its connections
+        for child in both:  # krelay first: it has tcp-relay reset its connections
             child.end()
         if not existed:
             remove_tree(root)
@@ -124,10 +130,10 @@ def _write(root: Path, texts: Mapping[str, str]) -> None:
         ) from None
 
 
-def _wait(children: list[Child], what: str, reached: Callable[[], bool]) -> None:
+def _wait(both: list[Child], what: str, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + START_WITHIN
     while time.monotonic() < deadline:
-        for child in children:
+        for child in both:
             child.check()
         try:
             if reached():
@@ -162,23 +168,39 @@ def _status(root: Path) -> dict[str, Any]:
     return client.ask_json(root, "show status json")[0]
 
 
-def _child(name: str, module: str, arguments: list[str], user: str | None = None) -> Child:
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is ours to pass on, in order
-        preexec_fn=partial(mortal.die_with, os.getpid()),
-        user=user,
-        group=pwd.getpwnam(user).pw_gid if user else None,
-    )
-    return Child(name, process)
-
-
-def _relay_user() -> str | None:
-    try:
-        return pwd.getpwnam(USER).pw_name if os.geteuid() == 0 else None
-    except KeyError:
+def _relay_account() -> Account | None:
+    """Whom tcp-relay is to become; None if this isn't root, and so it can't.  Raises UpFailed."""
+    if os.geteuid() != 0:
         return None
+    try:
+        return privileges.unprivileged()
+    except NoAccount as error:
+        raise UpFailed(str(error)) from None
+
+
+def _relay_group(who: Account | None) -> tuple[str, ...]:
+    """What krelay is told, so that this user may use relay.sock."""
+    if who is None or privileges.group() in who.groups:
+        return ()
+    return ("--relay-gid", str(who.gid))
+
+
+def _refuse_low_port(who: Account | None, gport: int) -> None:
+    """Raises UpFailed if tcp-relay couldn't listen there."""
+    first = int(_FIRST_PORT.read_text()) if _FIRST_PORT.exists() else 1024
+    if who is not None and who.uid != 0 and gport < first:
+        raise UpFailed(
+            f"gport: {gport} is a port for root alone, and tcp-relay runs as {_in_words(who)}; "
+            f"take one from {first} up"
+        )
+
+
+def _in_words(who: Account | None) -> str:
+    if who is None:
+        return f"user id {os.geteuid()}, like this command"
+    if who.name == privileges.USER:
+        return f"user {who.name}"
+    return f"user id {who.uid}, which is nobody else's (there is no user {privileges.USER})"
 
 
 def _interrupt(_signum: int, _frame: object) -> None:

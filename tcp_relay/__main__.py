@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from krelay import log
+from krelay import log, privileges
+from krelay.privileges import Account, NoAccount
 from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, trust
 from tcp_relay import options
 from tcp_relay.daemon import serve
@@ -37,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help=f"the file tree (default: ${ROOT_VARIABLE}, or {DEFAULT_ROOT})",
     )
+    parser.add_argument(
+        "--user",
+        type=_account,
+        metavar="USER",
+        help="started as root: run as this user, a name or UID:GID",
+    )
     options.add_options(parser)
     log.add_options(parser)
     asked = parser.parse_args(arguments)
@@ -45,7 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked,
         lambda limits, index, ready: serve(asked.root, limits, ready, index, asked.workers),
         before=lambda: trust.check(asked.root),
+        user=asked.user,
     )
+
+
+def _account(text: str) -> Account:
+    try:
+        return privileges.account(text)
+    except NoAccount as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import sys
 from collections.abc import Callable
 
 from krelay import log as logs
+from krelay import privileges
 from krelay.log import Log
 from krelay.loop import Loop, Timer
+from krelay.privileges import Account, Cap
 from tcp_relay import options, workers
 from tcp_relay.engine import Engine
 from tcp_relay.limits import Limits
@@ -97,17 +99,23 @@ def run_program(
     serve: Callable[[Limits, int, Callable[[], None]], int],
     before: Callable[[], None] = lambda: None,
     in_words: Callable[[OSError], str] = str,
+    user: Account | None = None,
 ) -> int:
     """Runs `serve(limits, index, ready)` in as many workers as were asked for; the exit status.
 
     That is 0, 1 after an OSError (one line says which, `in_words`), or 130 after Ctrl-C.  `before`
-    is called once, before there are workers.
+    is called once, before there are workers.  They run as `user` if one is given; what nobody needs
+    who relays is given up in any case: of all of root's capabilities that for low ports stays.
     """
     logs.set_up(asked.log_level, as_json=asked.log_json)
     limits = options.limits(asked)
     try:
         raise_descriptor_limit()
         before()
+        if user is not None:
+            privileges.become(user)
+        else:
+            privileges.give_up(keep=(Cap.NET_BIND_SERVICE,))
         return workers.run(
             asked.workers,
             lambda index, ready: serve(limits, index, ready),

@@ -1,6 +1,7 @@
 """`krelay doctor` itself, and what `krelay start` and `krelay up` say before the first packet."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from krelay import ruleset, terminal
+from krelay import children, ruleset, terminal
 from krelay.doctor import checks, probe
 from krelay.doctor.facts import Facts
 from krelay.doctor.findings import Finding, Level
@@ -108,7 +109,12 @@ def _mend(command: str) -> str | None:
     """Runs it; what went wrong, or None.  `krelay` is the one that runs."""
     try:
         done = subprocess.run(
-            ("sh", "-c", f'krelay() {{ "{sys.executable}" -m krelay "$@"; }}; {command}'),
+            (
+                "sh",
+                "-c",
+                f'krelay() {{ {shlex.join(children.python("krelay"))} "$@"; }}; {command}',
+            ),
+            env=children.environment(),
             capture_output=True,
             text=True,
             timeout=MEND_WITHIN,

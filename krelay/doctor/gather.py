@@ -20,8 +20,8 @@ from ipaddress import IPv4Address
 from pathlib import Path as FilePath
 from typing import Any
 
+from krelay import children, listeners, netfilter, ruleset, treelock
 from krelay import client as control
-from krelay import listeners, netfilter, ruleset, treelock
 from krelay.clean import SOCKETS
 from krelay.doctor import iptrules, nftrules
 from krelay.doctor.facts import LOOPBACK, Facts, Leftover, Link, Listener, Path
@@ -427,7 +427,13 @@ def _number(path: FilePath) -> int:
 
 def _run(*command: str) -> str:
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT, check=False, errors="replace"
+        command,
+        env=children.environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+        errors="replace",
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines()

@@ -210,14 +210,14 @@ def test_root_we_ourselves_and_members_may_connect(
     monkeypatch.setattr("krelay.unixsock._group", lambda: group)
     monkeypatch.setattr(os, "geteuid", lambda: OURSELVES)
 
-    assert Peer(1, uid, gid).may_connect is may
+    assert Peer(1, uid, gid).may_connect() is may
 
 
 def test_a_member_by_the_list_of_the_group_may_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("krelay.unixsock._group", lambda: GROUP_ID)
     monkeypatch.setattr(os, "getgrouplist", lambda _name, gid: [gid, GROUP_ID])
 
-    assert Peer(1, NOBODY, NOBODY).may_connect
+    assert Peer(1, NOBODY, NOBODY).may_connect()
 
 
 def test_without_a_descriptor_left_it_waits_and_then_accepts(
