@@ -8,6 +8,7 @@
     netns     hosts as network namespaces of this kernel, and the cabling of machines
     kernels   what there is to boot on this machine, or why there is nothing
     machine   hosts as virtual machines, each with a kernel of its own
+    xstate.c  preloaded into a User-Mode Linux that doesn't know all registers of the processor
     registry  which labs are on this machine
     lab       a network while a `with` block runs, and the programs in it
     attended  what a person does with a lab at a terminal

@@ -26,6 +26,7 @@ escape, no limit of a terminal's, and commands run side by side.
     <BLANKLINE>
 """
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -91,6 +92,23 @@ def uml_command(
             for number, end in enumerate(topology.interfaces(host))
         ),
     )
+
+
+def killed_by(console: str) -> int | None:
+    """The signal that has killed a machine's first program, as its kernel's panic says it.
+
+    None if nothing did: a first program that ends by itself leads to the same panic, but with its
+    exit status, 0 if all was well, in place of the signal (wait(2); the kernel's do_exit).
+
+    >>> panic = "Kernel panic - not syncing: Attempted to kill init! exitcode=0x{:08x}"
+    >>> [killed_by(panic.format(status)) for status in (0, 0x100, 0x0B, 0x8B)]
+    [None, None, 11, 11]
+    """
+    panic = _INIT_ENDED.search(console)
+    return int(panic[1], 16) & 0x7F or None if panic else None
+
+
+_INIT_ENDED = re.compile(r"Attempted to kill init! exitcode=0x([0-9a-f]{8})\b")
 
 
 def qemu_command(

@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterable
 from functools import cache
@@ -22,6 +23,10 @@ from vm.errors import LabError
 
 UML_MODULES = Path("/usr/lib/uml/modules")
 TUN = Path("/dev/net/tun")
+XSTATE = Path(__file__).with_name("xstate.c")
+COMPILER = ("gcc", "-O2", "-shared", "-fPIC")
+INSTEAD = "make demo VM=qemu, krelay demo --vm qemu, python -m vm up --backend qemu"
+"""What to type where User-Mode Linux doesn't run."""
 
 
 class Kernel(NamedTuple):
@@ -72,6 +77,26 @@ def kernel(backend: str) -> Kernel:
     if reason := why_not(backend):
         raise LabError(f"backend {backend}: {reason}")
     return _uml() if backend == "uml" else _debian()
+
+
+def whole_registers(folder: Path) -> str:
+    """Makes what to preload into a User-Mode Linux that doesn't know all registers; its path.
+
+    Raises LabError if it can't be compiled here.
+    """
+    library = folder / "xstate.so"
+    try:
+        made = subprocess.run(
+            (*COMPILER, "-o", library, XSTATE), capture_output=True, text=True, timeout=60
+        )
+    except OSError as error:
+        raise LabError(
+            "User-Mode Linux does not know all registers of this machine's processor, and to fix "
+            f"that {COMPILER[0]} is needed ({error.strerror}); QEMU works without: {INSTEAD}"
+        ) from None
+    if made.returncode != 0:
+        raise LabError(f"{XSTATE} does not compile: {(made.stderr.splitlines() or ['?'])[0]}")
+    return str(library)
 
 
 def module_files(kernel: Kernel, wanted: Iterable[str]) -> list[str]:

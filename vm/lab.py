@@ -39,7 +39,7 @@ from typing import Protocol, Self, TypeVar
 
 from vm import guest, kernels, netns, registry
 from vm.errors import LabError, LabTimeout
-from vm.machine import Job, Machine
+from vm.machine import Job, Machine, boot_all
 from vm.registry import Owner, Record
 from vm.topology import DEFAULT, Topology
 
@@ -355,10 +355,9 @@ class Lab:
                 raise LabError(f"{host} runs already")
         for host in hosts:
             self._machines[host].kill()  # it has ended: nothing stays of its process
-            machine = self._machines[host] = Machine(host, self.directory)
-            machine.boot(self.topology, self.backends[host], self.namespace(host), mortal)
-        for host in hosts:
-            self._machines[host].wait_up()
+            self._machines[host] = Machine(host, self.directory)
+        booting = [self._machines[host] for host in hosts]
+        boot_all(booting, self.topology, self.backends, self.namespace, mortal)
 
     def alive(self, host: str) -> bool:
         """Whether a virtual machine runs."""
@@ -585,12 +584,8 @@ def _claim(
 
 def boot_to_stay(record: Record, topology: Topology) -> None:
     """Starts the machines of a lab that stays; they outlive this process.  Raises LabError."""
-    directory = Path(record.directory)
-    booting = {host: Machine(host, directory) for host, _ in record.machines}
-    for host, backend in record.machines:
-        booting[host].boot(topology, backend, f"{record.name}-{host}", tuple)
-    for machine in booting.values():
-        machine.wait_up()
+    booting = [Machine(host, Path(record.directory)) for host, _ in record.machines]
+    boot_all(booting, topology, dict(record.machines), f"{record.name}-{{}}".format, tuple)
 
 
 def remove(record: Record) -> None:

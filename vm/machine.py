@@ -7,6 +7,10 @@ that started it.  A request is one short line, which a pipe takes whole (pipe(7)
 passes through files (`vm.guest`).
 
 Waiting is asking again: the file that is waited for, and each time whether the machine lives.
+
+User-Mode Linux has no room for the registers of every processor (vm/xstate.c).  Where its first
+program is therefore killed, it is started again with what mends that, and so is each that this
+process starts later.
 """
 
 import os
@@ -18,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from vm import guest, kernels, kmod, netns
 from vm.errors import LabError, LabTimeout
@@ -38,12 +42,16 @@ _THERE = {"HOME": "/run", "TMPDIR": "/run", "TERM": "linux", "PYTHONDONTWRITEBYT
 class Machine:
     """A machine of a lab, by its folder `vm/HOST` in the lab's directory; it may not run."""
 
+    whole_registers: ClassVar = False
+    """Whether it is known that here a User-Mode Linux must be helped with the registers."""
+
     def __init__(self, host: str, share: Path) -> None:
         self.host = host
         self.share = share
         self.folder = share / "vm" / host
         self._process: subprocess.Popen[bytes] | None = None
         self._identity: Owner | None = None
+        self._backend = ""
 
     def boot(
         self,
@@ -53,6 +61,7 @@ class Machine:
         wrapped: Callable[[Sequence[str]], Sequence[str]],
     ) -> None:
         """Starts it, and doesn't wait.  `wrapped` may put a command in front of its own."""
+        self._backend = backend
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for stale in ("up", "uml", "pid", "shell.sock"):
             path = self.folder / stale
@@ -102,14 +111,32 @@ class Machine:
         )
         first.chmod(0o755)
         if backend == "uml":
-            return guest.uml_command(kernel.image, topology, self.host, folder, shell)
+            command = guest.uml_command(kernel.image, topology, self.host, folder, shell)
+            if not self.whole_registers:
+                return command
+            return ("env", f"LD_PRELOAD={kernels.whole_registers(self.folder)}", *command)
         return guest.qemu_command(
             kernel.image, kernel.initramfs, topology, self.host, share, folder
         )
 
     def wait_up(self, timeout: float = BOOT) -> None:
-        """Waits until it takes commands.  Raises LabError if it ends before, and LabTimeout."""
-        self.until((self.folder / "up").exists, "up", timeout)
+        """Waits until it takes commands.
+
+        Raises Unsuited if the first program of a User-Mode Linux was killed, LabError if it ends
+        otherwise before, and LabTimeout.
+        """
+        up = (self.folder / "up").exists
+        try:
+            self.until(lambda: up() or self._killed_by(), "up", timeout)
+        except LabError:
+            if not self._killed_by():
+                raise
+        if not up() and (number := self._killed_by()):
+            raise Unsuited(number)
+
+    def _killed_by(self) -> int | None:
+        """The signal that has killed the first program of a User-Mode Linux."""
+        return guest.killed_by(self._console()) if self._backend == "uml" else None
 
     @property
     def identity(self) -> Owner | None:
@@ -155,16 +182,19 @@ class Machine:
 
         What the kernel shows of itself then would push out why it came to that.
         """
-        try:
-            text = (self.folder / "console.log").read_text(errors="replace")
-        except OSError:
-            text = ""
-        shown = [line.rstrip() for line in text.splitlines() if line.strip()]
+        shown = [line.rstrip() for line in self._console().splitlines() if line.strip()]
         panics = [number for number, line in enumerate(shown) if "Kernel panic" in line]
         shown = shown[: panics[0] + 1 if panics else None][-lines:]
         if not shown:
             return "; its console is empty"
         return "; its console's last lines:" + "".join(f"\n    {line}" for line in shown)
+
+    def _console(self) -> str:
+        """What the console has shown since it was started."""
+        try:
+            return (self.folder / "console.log").read_text(errors="replace")
+        except OSError:
+            return ""
 
     def submit(
         self,
@@ -206,6 +236,53 @@ class Machine:
             raise LabError(f"the machine {self.host} takes no commands any more") from None
         finally:
             os.close(console)
+
+
+class Unsuited(LabError):
+    """User-Mode Linux can't run programs on this machine: the first was killed by that signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(
+            f"User-Mode Linux does not run on this machine: its first program is killed by signal "
+            f"{number}, as on processors with AMX; QEMU works: {kernels.INSTEAD}"
+        )
+        self.number = number
+
+
+def boot_all(
+    machines: Sequence[Machine],
+    topology: Topology,
+    backends: Mapping[str, str],
+    namespace: Callable[[str], str],
+    wrapped: Callable[[Sequence[str]], Sequence[str]],
+) -> None:
+    """Starts machines, all at once, and waits until they take commands.
+
+    `backends` and `namespace` say for a host on what and where it is, `wrapped` may put a command
+    in front of a machine's own.  Raises LabError.
+    """
+
+    def start(those: Sequence[Machine]) -> None:
+        for machine in those:
+            host = machine.host
+            machine.boot(topology, backends[host], namespace(host), wrapped)
+
+    helped = Machine.whole_registers
+    start(machines)
+    killed = []
+    for machine in machines:
+        try:
+            machine.wait_up()
+        except Unsuited as error:
+            if helped or error.number != signal.SIGSEGV:
+                raise
+            machine.kill()
+            killed.append(machine)
+    if killed:
+        Machine.whole_registers = True
+        start(killed)
+        for machine in killed:
+            machine.wait_up()
 
 
 class Job:
