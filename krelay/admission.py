@@ -1,29 +1,51 @@
-"""Who may begin one more row, and whose goes for it: the limits of the NAT table.
+"""Which new flows are admitted, and which are evicted for them: the limits of the NAT table.
 
-It knows every row, and counts for each client those that aren't closed.  Where a limit is reached,
-the first of these makes room that there is, of the client alone where the limit is the client's:
+It knows every flow, and counts those that aren't closed.  Each client has two budgets of
+`flows_per_client`: one for TCP that tcp-relay terminates, one for all else, which is forged more
+easily.  Of `flows`, the last quarter is TCP's: there a new flow of UDP gets a place only in
+exchange for another flow, and UDP never has more than three quarters.
 
-    a closed row, whose last packets are through: these are no reason to refuse anyone
-    the oldest question that the kernel has learnt
-    the oldest row that is no conversation yet, and has been silent for a moment
-    the oldest of a connection that is over, silent likewise
+Where a limit is reached, the first of these that there is goes, of the client and its budget alone
+where the limit is the client's; of UDP alone where UDP has its three quarters:
 
-The last two as in Linux's connection tracking (early_drop in net/netfilter/nf_conntrack_core.c,
-can_early_drop): else a flood from forged addresses would keep everybody out for as long as its rows
-live, and a client with many short connections itself.  Conversations never go for others.
+    a closed flow, whose last packets are through: it is no reason to refuse anyone
+    the oldest query that the kernel has learnt
+    the oldest unconfirmed flow
+    the oldest exchange that only the server goes on with, if it has been silent for a while
+    the oldest connection that is over, silent likewise
+
+These are early_drop and can_early_drop of Linux's connection tracking
+(net/netfilter/nf_conntrack_core.c); without them a flood from forged addresses would keep everybody
+out for as long as its flows live, and a client with many short connections itself.  Flows that are
+confirmed never go for others.
+
+Where a limit was lowered, each new flow evicts a few more than one, and `trim` does the rest.
 
 Times are seconds that the caller passes in.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
-from krelay.flow import Endpoint
+from krelay.flow import Endpoint, Proto
 from krelay.learnt import LearntFlows
-from krelay.overload import EARLY, LOOKS, NewFlows, Spare
+from krelay.overload import LOOKS, NewFlows, Spare
 from krelay.row import Row
+
+RESERVED = 4
+"""One part in so many of `limits/flows` is TCP's."""
+LAST_PACKETS = 2.0
+"""Seconds of silence after which the last packets of a connection that is over are through."""
+ONE_SIDED = 10.0
+"""Seconds of silence after which an exchange that only the server goes on with may be evicted:
+longer than most servers wait before they say something again."""
+AT_ONCE = 8
+"""Flows evicted for one new flow, at most: more than one where a limit was lowered."""
+TRIMMED = 1024
+"""Flows evicted at a time where a limit was lowered: some milliseconds."""
 
 
 class Refusal(Exception):
@@ -39,8 +61,19 @@ class Limits(NamedTuple):
 
     flows: int = 65536
     flows_per_client: int = 4096
+    """TCP that tcp-relay terminates, and as many of all else."""
     new_flows_per_client: int = 0
     """Rows that a client may begin a second, and at once; 0: as many as it likes."""
+
+
+class Eviction(NamedTuple):
+    """Which flows are evicted: those first that stand first, and of those together the oldest."""
+
+    learnt: bool
+    """Whether queries that the kernel has learnt are the first of all."""
+    unconfirmed: tuple[Spare, ...]
+    one_sided: tuple[Spare, ...] = ()
+    over: tuple[Spare, ...] = ()
 
 
 class Admission:
@@ -50,63 +83,121 @@ class Admission:
         self,
         limits: Limits,
         rows: Mapping[int, Row],
-        per_client: Counter[bytes],
+        of_others: Counter[bytes],
         learnt: LearntFlows,
         end: Callable[[Row], None],
-        on_late: Callable[[list[Row]], None],
+        on_late: Callable[[Row], bool],
     ) -> None:
-        """`rows` are all that live, `learnt` the flows beside them, `per_client` is kept here.
+        """`rows` are all that live, `learnt` the flows beside them; `of_others` is kept here: how
+        many rows each client has but for those of tcp-relay.
 
-        `end` takes a row out (and calls `ended`).  `on_late` is called before a row is ended for
-        its silence: it may have been heard of elsewhere.
+        `end` takes a row out (and calls `ended`).  `on_late` is called before a row is evicted, as
+        it may have been heard of elsewhere; it tells whether it may.
         """
         self.limits = limits
-        self.ended_early = 0
-        """Rows ended to make room for others; `learnt.displaced` counts those beside them."""
+        self._evicted = 0
         self._rows = rows
         self._learnt = learnt
         self._end = end
         self._on_late = on_late
-        self._per_client = per_client  # without those in _closed
+        # Both without those in _closed.
+        self._of_others = of_others
+        self._of_relayed = Counter[bytes]()
+        self._udp = 0
+        """UDP among the rows."""
         self._closed: dict[int, Row] = {}  # lingering, the oldest first: no reason to refuse anyone
-        self._tentative = Spare(_IS_TENTATIVE, _IS_CONVERSATION)
-        self._over = Spare(_IS_OVER, _goes_on)
+        self._relayed = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED)
+        self._forwarded = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED)
+        self._datagrams = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED, on_settled=self.confirmed)
+        self._one_sided = Spare(_IS_ONE_SIDED, _SPOKE_AGAIN, ONE_SIDED)
+        self._over = Spare(_IS_OVER, _goes_on, LAST_PACKETS)
         self._new_flows = NewFlows()
+        confirmed = (self._one_sided,), (self._over,)
+        unconfirmed = self._datagrams, self._relayed, self._forwarded
+        self._any = Eviction(True, unconfirmed, *confirmed)
+        self._not_relayed = Eviction(True, (self._datagrams, self._forwarded), *confirmed)
+        self._of_udp = Eviction(True, (self._datagrams,), (self._one_sided,))
+        self._only_relayed = Eviction(False, (self._relayed,))
+        self._only_forwarded = Eviction(False, (self._forwarded,), (), (self._over,))
+
+    @property
+    def limits(self) -> Limits:
+        """In force for new rows."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = limits
+        self._udp_most = limits.flows - limits.flows // RESERVED
+
+    @property
+    def evicted(self) -> int:
+        """Flows ended to make room for others."""
+        return self._evicted + self._learnt.displaced
+
+    @property
+    def unconfirmed(self) -> int:
+        """Flows that would be evicted first; some may have become confirmed."""
+        return len(self._learnt) + sum(map(len, self._any.unconfirmed))
 
     # Beginning rows
 
-    def make_room(self, client: Endpoint, now: float, *, is_new: bool = True) -> None:
+    def make_room(
+        self,
+        proto: Proto,
+        client: Endpoint,
+        now: float,
+        *,
+        is_relayed: bool = False,
+        is_new: bool = True,
+    ) -> None:
         """Sees to it that one more row of this client is within the limits.
 
-        Raises Refusal: `client_rate` where it has begun too many lately (a row that isn't new
-        doesn't count as begun now), `client_full`, or `table_full`.  No other client's row goes for
-        one who has too many itself.
+        `is_relayed`: it is of TCP that tcp-relay terminates.  Raises Refusal: `client_rate` where
+        the client has begun too many lately (a row that isn't new doesn't count as begun now),
+        `client_full`, or `table_full`.  No other client's row goes for one who has too many itself.
         """
-        limits, addr = self.limits, client.addr
+        limits, addr = self._limits, client.addr
         rate = limits.new_flows_per_client if is_new else 0
         if rate and not self._new_flows.admits(addr, rate, now):
             raise Refusal("client_rate")
-        if self._is_client_full(addr):
-            self._end_one(now, addr)
-            if self._is_client_full(addr):
-                raise Refusal("client_full")
-        if self._count() >= limits.flows:
-            if self._is_full():
-                self._end_one(now)
-                if self._is_full():
-                    raise Refusal("table_full")
-            if self._count() >= limits.flows:
-                self._end(next(iter(self._closed.values())))
+        if is_relayed:
+            surplus = self._of_relayed.get(addr, 0) - limits.flows_per_client
+        else:
+            learnt = self._learnt.of_client(addr)
+            surplus = self._of_others.get(addr, 0) + learnt - limits.flows_per_client
+        if surplus >= 0:
+            which = self._only_relayed if is_relayed else self._not_relayed
+            self._evict(surplus + 1, now, which, "client_full", addr)
+        if len(self._rows) + len(self._learnt) >= self._udp_most:
+            self._make_room_in_table(proto, now, is_exchange=surplus >= 0)
         if rate:
             self._new_flows.began(addr, rate, now)
 
+    def evict_one(self, proto: Proto, now: float) -> bool:
+        """Evicts a flow of UDP, or of TCP without tcp-relay, that has something which a new flow
+        lacks; whether there was one."""
+        return self._evict_one(now, self._of_udp if proto is _UDP else self._only_forwarded)
+
     def unasked(self) -> int:
-        """How many more flows may begin without `make_room` for each."""
-        return 0 if self.limits.new_flows_per_client else self.limits.flows - self._count()
+        """How many more learnt flows may begin without `make_room` for each."""
+        if self._limits.new_flows_per_client:
+            return 0
+        return min(self._udp_most - self._live(), self._limits.flows - self._count())
 
     def learnt_make_room(self) -> bool:
-        """Whether a learnt flow is the first to go where there is no room for one more."""
-        return not self.limits.new_flows_per_client and not self._closed
+        """Whether a learnt flow is the first to go where there is no room for one more, and is
+        enough."""
+        if self._limits.new_flows_per_client or self._closed:
+            return False
+        udp = self._udp + len(self._learnt)
+        return self._live() <= self._limits.flows and udp <= self._udp_most
+
+    def trim(self, now: float) -> None:
+        """Evicts some of what is beyond a limit that was lowered; call it now and then."""
+        for _ in range(min(TRIMMED, self._live() - self._limits.flows)):
+            if not self._evict_one(now, self._any):
+                break
 
     def forget(self, now: float) -> None:
         """Lets go of what needn't be known any more of who began rows; call it now and then."""
@@ -120,12 +211,20 @@ class Admission:
 
     def began(self, row: Row) -> None:
         """The row is in the table."""
+        if row.proto is _UDP:
+            self._udp += 1
+            self._datagrams.add(row, row.created_at)
+        else:
+            self._spare_of(row).add(row, row.created_at)
         self._count_client(row, +1)
-        self._tentative.add(row, row.created_at)
 
-    def settled(self, row: Row) -> None:
-        """It has become a conversation, or is about to.  Need not be told of each at once."""
-        self._tentative.discard(row)
+    def confirmed(self, row: Row) -> None:
+        """It is confirmed, or is about to be.  Need not be told of each at once."""
+        self._spare_of(row).discard(row)
+        if row.proto is _UDP:
+            self._one_sided.discard(row)
+            if row.is_one_sided:
+                self._one_sided.add(row, row.seen_at)
 
     def changed(self, row: Row) -> None:
         """The state of a TCP connection without tcp-relay has changed."""
@@ -137,13 +236,19 @@ class Admission:
         """Both its legs are closed: it only lingers."""
         self._closed[row.id] = row
         self._count_client(row, -1)
-        self._tentative.discard(row)
+        self._spare_of(row).discard(row)
 
     def ended(self, row: Row) -> None:
         """The row is in the table no more."""
-        self._tentative.discard(row)
-        self._over.discard(row)
-        if self._closed.pop(row.id, None) is None:
+        if row.proto is _UDP:
+            self._udp -= 1
+            self._datagrams.discard(row)
+            if row.answered_at is not None:
+                self._one_sided.discard(row)
+        else:
+            self._spare_of(row).discard(row)
+            self._over.discard(row)
+        if row.closed_at is None or self._closed.pop(row.id, None) is None:
             self._count_client(row, -1)
 
     # Inside
@@ -151,38 +256,74 @@ class Admission:
     def _count(self) -> int:
         return len(self._rows) + len(self._learnt)
 
-    def _is_full(self) -> bool:
-        return self._count() - len(self._closed) >= self.limits.flows
+    def _live(self) -> int:
+        return self._count() - len(self._closed)
 
-    def _is_client_full(self, addr: bytes) -> bool:
-        count = self._per_client.get(addr, 0) + self._learnt.of_client(addr)
-        return count >= self.limits.flows_per_client
+    def _make_room_in_table(self, proto: Proto, now: float, *, is_exchange: bool) -> None:
+        """`is_exchange`: a flow has been evicted for this one already."""
+        most = self._limits.flows
+        surplus, which = self._live() - most + 1, self._any
+        if proto is _UDP:
+            udp_surplus = self._udp + len(self._learnt) - self._udp_most + 1
+            if udp_surplus > 0:
+                surplus, which = max(surplus, udp_surplus), self._of_udp
+            elif not is_exchange and self._live() >= self._udp_most:
+                surplus = max(surplus, 1)
+        self._evict(surplus, now, which, "table_full")
+        for row in list(islice(self._closed.values(), AT_ONCE)):
+            if self._count() < most:
+                break
+            self._end(row)
 
-    def _end_one(self, now: float, client: bytes | None = None) -> None:
-        """Ends a row to make room, of this client if one is named, where one may be ended."""
-        if self._learnt.remove_oldest(client):
-            return
-        for spare in (self._tentative, self._over):
+    def _evict(
+        self, surplus: int, now: float, which: Eviction, reason: str, client: bytes | None = None
+    ) -> None:
+        """Evicts so many, of this client if one is named, or as many as may be at once.
+
+        Raises Refusal for this reason where there are too few.
+        """
+        for _ in range(min(surplus, AT_ONCE)):
+            if not self._evict_one(now, which, client):
+                raise Refusal(reason)
+
+    def _evict_one(self, now: float, which: Eviction, client: bytes | None = None) -> bool:
+        if which.learnt and self._learnt.remove_oldest(client):
+            return True
+        for spares in (which.unconfirmed, which.one_sided, which.over):
             for _ in range(LOOKS):
-                row = spare.oldest(now, client)
-                if row is None:
+                oldest = None
+                for spare in spares:
+                    row = spare.oldest(now, client)
+                    if row is not None and (oldest is None or row.id < oldest.id):
+                        oldest, its = row, spare
+                if oldest is None:
                     break
-                self._on_late([row])
-                if spare.may_go(row) and row.quiet_since <= now - EARLY:
-                    self._end(row)
-                    self.ended_early += 1
-                    return
+                if self._on_late(oldest) and its.oldest(now, client) is not oldest:
+                    continue
+                self._end(oldest)
+                self._evicted += 1
+                return True
+        return False
+
+    def _spare_of(self, row: Row) -> Spare:
+        if row.proto is _UDP:
+            return self._datagrams
+        return self._forwarded if row.gport is None else self._relayed
 
     def _count_client(self, row: Row, by: int) -> None:
+        counts = self._of_others if row.gport is None else self._of_relayed
         addr = row.client.addr
-        if number := self._per_client.get(addr, 0) + by:
-            self._per_client[addr] = number
+        if number := counts.get(addr, 0) + by:
+            counts[addr] = number
         else:
-            del self._per_client[addr]
+            del counts[addr]
 
 
-_IS_TENTATIVE, _IS_CONVERSATION = attrgetter("is_tentative"), attrgetter("is_conversation")
+_IS_UNCONFIRMED, _IS_CONFIRMED = attrgetter("is_unconfirmed"), attrgetter("is_confirmed")
+_IS_ONE_SIDED, _SPOKE_AGAIN = attrgetter("is_one_sided"), attrgetter("spoke_again")
 _IS_OVER = attrgetter("is_over")
+_UDP = Proto.UDP
+# By this name: looking it up in its class takes ten times as long.
 
 
 def _goes_on(row: Row) -> bool:

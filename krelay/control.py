@@ -180,7 +180,7 @@ def counter_values(
     counts: Counts,
     *,
     steps: Sequence[int],
-    ended_early: int,
+    evicted: int,
     refused: Mapping[bytes, dict[str, int]],
     errors: int,
     overflows: int,
@@ -199,7 +199,7 @@ def counter_values(
     )
     values |= {f"dropped_{reason}": count for reason, count in dropped.items()}
     values |= {f"passed_{reason}": count for reason, count in sorted(counts.passed.items())}
-    values["ended_early"] = ended_early
+    values["evicted"] = values["ended_early"] = evicted  # the latter for a release
     values |= {f"refused_{ip_address(addr)}": reasons for addr, reasons in refused.items()}
     values["trace_lost"] = counts.trace_lost
     values["errors"] = errors

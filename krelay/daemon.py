@@ -20,7 +20,7 @@ from krelay.controlsock import ControlSocket
 from krelay.flow import Proto
 from krelay.keeper import CannotKeep, TreeKeeper
 from krelay.links import LinkWatcher, look
-from krelay.log import Failures, Log
+from krelay.log import Failures, Log, Throttle
 from krelay.loop import Loop, Timer
 from krelay.nat import NatTable
 from krelay.nfqueue import figures
@@ -75,6 +75,9 @@ class Daemon:
         except CannotKeep as error:
             raise CannotServe(str(error)) from None
         self._looking: Timer | None = None
+        self._evicted = 0
+        """Flows evicted when it was last said."""
+        self._eviction_warning = Throttle()
         self.nat = NatTable(rng=SystemRandom())
         self._worker = Worker(self.nat)
         name = ruleset.instance_name(str(root.absolute()), DEFAULT_ROOT)
@@ -136,6 +139,7 @@ class Daemon:
             "flows": len(self.nat),
             "flows_tcp": tcp,
             "flows_udp": len(self.nat) - tcp,
+            "flows_unconfirmed": self.nat.unconfirmed,
             "tcp_relays": len(self._relay_socket.pids) if self._relay_socket else 0,
             **control.tcp_status_values(self._relaying.relays.totals),
             "rules": self._relaying.rules,
@@ -156,7 +160,7 @@ class Daemon:
         return control.counter_values(
             self._worker.counts,
             steps=self._relaying.step_counts(),
-            ended_early=self.nat.ended_early,
+            evicted=self.nat.evicted,
             refused=self._worker.refused.top(),
             errors=sum(queue.errors for queue in queues),
             overflows=sum(queue.overflows for queue in queues),
@@ -266,7 +270,20 @@ class Daemon:
         self._relaying.on_time(now)
         self._keeper.on_time()
         self._control.on_time(now)
+        self._warn_of_evictions(now)
         self._loop.call_at(now + TICK, self._tick)
+
+    def _warn_of_evictions(self, now: float) -> None:
+        """Says so while flows are evicted: somebody floods, or a limit is too low."""
+        if self.nat.evicted == self._evicted or self._eviction_warning.admit(now) is None:
+            return
+        _log.warning(
+            "a limit is reached; unconfirmed flows are evicted",
+            evicted=self.nat.evicted - self._evicted,
+            flows=len(self.nat),
+            unconfirmed=self.nat.unconfirmed,
+        )
+        self._evicted = self.nat.evicted
 
 
 def serve(root: Path, queue_num: int, relay_gid: int | None = None) -> int:

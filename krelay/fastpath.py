@@ -42,9 +42,9 @@ from math import inf
 from typing import NamedTuple
 
 from krelay.flow import Proto
-from krelay.nat import BUSY, NatTable
+from krelay.nat import NatTable
 from krelay.nftmsg import Count
-from krelay.row import SIDES, Rewrite, Row, Step
+from krelay.row import BUSY, SIDES, Rewrite, Row, Step
 from krelay.ruleset import CHANGES
 
 HAND_AFTER = 0.05
@@ -265,7 +265,7 @@ class FastPath:
         if row.closed_at is not None or row.tracker.reset or row.service == row.server:
             return False
         if row.is_forwarded:
-            return not row.abort_asked and row.is_conversation and not row.is_over
+            return not row.abort_asked and row.is_confirmed and not row.is_over
         return row.relay is not None or row in self._half_open or self._admits(row)
 
     def _admits(self, row: Row) -> bool:

@@ -10,7 +10,7 @@ somebody wants to see it, or when a packet comes that the worker must decide abo
 
 import struct
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -120,9 +120,9 @@ class LearntFlows:
         """How many this address has."""
         return self._per_client.get(client, 0)
 
-    def hear(self, copies: Iterable[Copy], now: float, beginning: Beginning) -> list[Copy]:
-        """Takes note of packets that were relayed; returns those that are of none of these flows,
-        and don't begin one: there is a row of it, or no room.
+    def hear(self, copies: Iterator[Copy], now: float, beginning: Beginning) -> Copy | None:
+        """Takes note of packets that were relayed, until one is of none of these flows and doesn't
+        begin one: there is a row of it, or no room.  That one is returned, None if there is none.
 
         Nothing else in krelay is done so often but for the way of a packet through the queue, so
         all is written out here.
@@ -132,7 +132,7 @@ class LearntFlows:
         server = self._server
         get, of_client, of_others = flows.get, clients.get, self._of_others.get
         begun: list[bytes] = []
-        left: list[Copy] = []
+        left: Copy | None = None
         for copy in copies:
             hook, head = copy
             if hook == _PREROUTING:
@@ -146,15 +146,16 @@ class LearntFlows:
                         self._on_busy(question)
                     continue
                 if question in rows:
-                    left.append(copy)
-                    continue
+                    left = copy
+                    break
                 client = question[:4]
                 count = of_client(client, 0)
-                is_full = count + of_others(client, 0) >= per_client
-                if is_full or len(begun) >= room:
-                    if not (displaces and self.remove_oldest(client if is_full else None)):
-                        left.append(copy)
-                        continue
+                surplus = count + of_others(client, 0) - per_client
+                if surplus >= 0 or len(begun) >= room:
+                    its = client if surplus >= 0 else None
+                    if surplus > 0 or not displaces or not self.remove_oldest(its):
+                        left = copy
+                        break
                     room += 1
                     count = of_client(client, 0)
                 clients[client] = count + 1
@@ -164,8 +165,8 @@ class LearntFlows:
                 src, dst, sport, dport = _ENDS.unpack(head)
                 flow = get(dst + src + dport + sport)
                 if flow is None:
-                    left.append(copy)
-                    continue
+                    left = copy
+                    break
                 flow.answered += 1
                 flow.answered_bytes += head[2] << 8 | head[3]
                 flow.heard_at = now

@@ -40,6 +40,7 @@ from krelay.flow import Endpoint, Proto, Source
 from krelay.learnt import Beginning, LearntFlow, LearntFlows
 from krelay.ports import RelayPorts
 from krelay.row import (
+    BUSY,
     DNS_PORT,
     SIDES,
     Footprint,
@@ -58,8 +59,6 @@ from krelay.wheel import Wheel
 from krelay.wire.checksum import ONES
 from krelay.wire.tcp import ACK, FIN
 
-BUSY = 4
-"""Packets of one direction after each of which a row is thought about anew (on_changed)."""
 HORIZON = 64
 """Seconds after which each row is looked at, at the latest."""
 _SPREAD = HORIZON // 2
@@ -67,6 +66,8 @@ _SPREAD = HORIZON // 2
 TRIES = 512
 """Ports of each parity that are looked at where the wanted one is taken: below 1024 all of them.
 A client that has taken that many of its own in a row is refused; the packet path isn't held up."""
+PORTS_FREED = 8
+"""Flows evicted, at most, until one of the relay's own ports is free for a new one."""
 
 
 class DirectFlows:
@@ -143,7 +144,7 @@ class NatTable:
             per_client,
             self.learnt,
             self.end,
-            lambda rows: self.on_late(rows),
+            self._may_be_late,
         )
         self._relay_ports = {proto: RelayPorts(rng) for proto in Proto}
         self._outside: dict[Proto, dict[bytes, Row]] = {proto: {} for proto in Proto}
@@ -164,7 +165,8 @@ class NatTable:
 
     @property
     def limits(self) -> Limits:
-        """In force for new rows; none that lives is ended where they are lowered."""
+        """In force for new rows.  Where they are lowered, what is beyond goes by and by (`expire`),
+        but for what is confirmed."""
         return self._admission.limits
 
     @limits.setter
@@ -172,9 +174,14 @@ class NatTable:
         self._admission.limits = limits
 
     @property
-    def ended_early(self) -> int:
-        """Rows ended to make room for others."""
-        return self._admission.ended_early + self.learnt.displaced
+    def evicted(self) -> int:
+        """Flows ended to make room for others."""
+        return self._admission.evicted
+
+    @property
+    def unconfirmed(self) -> int:
+        """Flows that would be evicted first; some may have become confirmed."""
+        return self._admission.unconfirmed
 
     @property
     def workers(self) -> list[Row]:
@@ -226,7 +233,7 @@ class NatTable:
         restart names its `inside`, and is not counted as new.  Raises Refusal (`table_full`,
         `client_full`, `client_rate`, `no_port`).
         """
-        self._admission.make_room(client, now, is_new=inside is None)
+        self._admission.make_room(_TCP, client, now, is_relayed=True, is_new=inside is None)
         if inside is None:
             inside = client
             if not self._inside_is_free(inside, gport, service):
@@ -264,7 +271,7 @@ class NatTable:
         if taken or (Proto.TCP, at) in self.direct or outside == row.client:
             raise Refusal("port_taken")
         self.detach(row)
-        self._admission.settled(row)
+        self._admission.confirmed(row)
         row.relay = relay
         self._by_relay[relay] = row
         self._reserve(row, at)
@@ -294,7 +301,7 @@ class NatTable:
         """
         if proto is Proto.UDP and (known := self.adopt(key(client, service), now)) is not None:
             return known
-        self._admission.make_room(client, now)
+        self._admission.make_room(proto, client, now)
         row = self._row(proto, client, service, server, source, now)
         if source is _CLIENT:
             outside = self._seen_as(proto, client, server)
@@ -307,10 +314,17 @@ class NatTable:
                 ends = (Endpoint(addr, port) for addr in (client.addr, hidden))
                 return all(self._is_free(proto, key(end, server)) for end in ends)
 
-            take = self._relay_ports[proto].take
-            port = take(hidden, client.port, lambda p: p not in services and is_free(p))
-            if port is None and (port := take(hidden, client.port, is_free)) is None:
-                raise Refusal("no_port")
+            def take() -> int | None:
+                ports, wanted = self._relay_ports[proto], client.port
+                port = ports.take(hidden, wanted, lambda p: p not in services and is_free(p))
+                return ports.take(hidden, wanted, is_free) if port is None else port
+
+            port, tries = take(), PORTS_FREED
+            while port is None:
+                tries -= 1
+                if tries < 0 or not self._admission.evict_one(proto, now):
+                    raise Refusal("no_port")
+                port = take()
             row.relay = Endpoint(hidden, port)
             between, outside = key(Endpoint(client.addr, port), server), key(row.relay, server)
             self._reserve(row, between)
@@ -345,7 +359,7 @@ class NatTable:
         if holder is None:
             self.direct.saw(proto, at, now)
             return None
-        self._admission.make_room(client, now)
+        self._admission.make_room(proto, client, now)
         moved = self._seen_as(proto, client, server)
         row = self._row(proto, client, server, server, Source.CLIENT, now)
         self._reserve(row, moved)
@@ -396,9 +410,13 @@ class NatTable:
 
         Questions are copied as they came (PREROUTING), answers as they went on (POSTROUTING).
         """
-        room, displaces = self._admission.unasked(), self._admission.learnt_make_room()
-        together = self._beginning(now, room, displaces=displaces)
-        for copy in self.learnt.hear(copies, now, together):
+        coming = iter(copies)
+        while True:
+            room, displaces = self._admission.unasked(), self._admission.learnt_make_room()
+            together = self._beginning(now, room, displaces=displaces)
+            copy = self.learnt.hear(coming, now, together)
+            if copy is None:
+                return
             hook, head = copy
             is_question = hook == _PRE
             question = head[12:24] if is_question else answering(head[12:24])
@@ -412,7 +430,7 @@ class NatTable:
                 or self.learnt.get(question) is not None
                 or self._has_made_room(question, now)
             ):
-                self.learnt.hear((copy,), now, self._beginning(now, 1))
+                self.learnt.hear(iter((copy,)), now, self._beginning(now, 1))
 
     def ended(self, copies: Iterable[tuple[int, bytes]], now: float) -> None:
         """The kernel has rewritten these FINs, of ends whose connections tcp-relay terminates.
@@ -490,13 +508,43 @@ class NatTable:
         rewrite.seen_at = max(rewrite.seen_at, now)
         row = rewrite.row
         tracker = row.tracker
-        if row.proto is Proto.UDP or row.id not in self._rows:
+        if row.proto is Proto.UDP:
+            self._heard_datagrams(rewrite, now)
+            return
+        if row.id not in self._rows:
             return
         before, reset = tracker.state, tracker.reset
         tracker.saw(SIDES.get(rewrite.step, Side.DAEMON), ACK)
         tracker.reset = reset  # they came before the RST, which wasn't theirs
         if tracker.state is not before:
             self.changed(row)
+
+    def counted(self, rewrite: Rewrite, now: float) -> None:
+        """The worker has rewritten as many packets as this is to be told of (`tell_at`)."""
+        rewrite.told()
+        row = rewrite.row
+        if row.proto is Proto.UDP and not row.spoke_again:
+            self._heard_datagrams(rewrite, now)
+        if rewrite.packets >= BUSY:
+            self.on_changed(row)
+
+    def _heard_datagrams(self, rewrite: Rewrite, now: float) -> None:
+        """A flow of UDP is confirmed when its client speaks again after an answer."""
+        row = rewrite.row
+        if row.spoke_again or row.service.port == DNS_PORT:
+            return
+        side = SIDES.get(rewrite.step)
+        if side is Side.SERVER and row.answered_at is None:
+            there = row.by(Side.CLIENT)
+            if there is not None and there.packets >= BUSY:
+                self.on_late([row])  # what the kernel has seen of it was before
+            row.answered_at = now
+            if there is not None:
+                there.tell_at = there.packets + 1
+        elif side is Side.CLIENT and row.answered_at is not None:
+            row.spoke_again = True
+            if row.id in self._rows:
+                self._admission.confirmed(row)
 
     def schedule(self, row: Row) -> None:
         """The row is looked at when its time is over; call this when its state has changed."""
@@ -576,6 +624,7 @@ class NatTable:
                 self._look_again(row, when)
         self.learnt.expire(now, self._timeouts.udp_dns)
         self._admission.forget(now)
+        self._admission.trim(now)
         self.direct.expire(Proto.TCP, now - self._timeouts.tcp_established)
         self.direct.expire(Proto.UDP, now - self._timeouts.udp)
         return ended
@@ -590,7 +639,7 @@ class NatTable:
     def _has_made_room(self, question: bytes, now: float) -> bool:
         """Whether there is room for this flow, and be it that of another."""
         try:
-            self._admission.make_room(Endpoint(question[:4], 0), now)
+            self._admission.make_room(Proto.UDP, Endpoint(question[:4], 0), now)
         except Refusal:
             return False
         return True
@@ -647,8 +696,15 @@ class NatTable:
 
     def _look_again(self, row: Row, when: float) -> None:
         self._look_at(row, when)
-        if row.is_conversation:
-            self._admission.settled(row)
+        if row.is_confirmed:
+            self._admission.confirmed(row)
+
+    def _may_be_late(self, row: Row) -> bool:
+        """Hears what the kernel has counted for a row, if it may have any of it."""
+        if row.proto is Proto.UDP and all(each.packets < BUSY for each in row.rewrites.values()):
+            return False
+        self.on_late([row])
+        return True
 
     def _relayed(self) -> Iterator[Row]:
         """The worker's rows, but those of clients' own conversations."""
@@ -702,7 +758,9 @@ class NatTable:
         table, step = tables[hooks[1], proto], steps[1]
         if old in table:
             self.on_displaced(table[old].row)
-        table[old] = rewrites[step] = Rewrite(row, step, table, old, new, back, now)
+        table[old] = rewrites[step] = answers = Rewrite(row, step, table, old, new, back, now)
+        if proto is Proto.UDP and row.service.port != DNS_PORT:
+            answers.tell_at = 1  # the first answer matters (_heard_datagrams)
 
     def _reserve(self, row: Row, outside: bytes) -> None:
         self._outside[row.proto][outside] = row

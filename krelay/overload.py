@@ -6,26 +6,25 @@ a flood is mostly forged, and differs from packet to packet):
     Pace      how often something may happen: our own answers to what is refused
     NewFlows  the same for each client: how many rows it may begin a second
     Refused   who was refused most, and why
-    Spare     rows that nobody would miss, oldest first: at a limit one of them makes room
+    Spare     flows that may be evicted at a limit, the oldest first
 
 Times are seconds that the caller passes in.
 """
 
+from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 from krelay.row import Row
-
-EARLY = 2.0
-"""Seconds of idleness before a row may be ended to make room: a handshake, an answer or the last
-packets of a connection that are still on their way take less.  So a flood must bring limits/flows
-rows within two seconds before a genuine client is refused, and two seconds after it everybody is
-served again."""
 
 _SLACK = 1e-6
 """Of a gap between two events: what sums of fractions are off by is less."""
 
 LOOKS = 256
-"""Rows looked at for one new flow, at most; what is left is for the next."""
+"""Flows looked at for one eviction, at most; what is left is for the next."""
+
+_FETCHED = 1024
+"""Of the oldest flows, at a time."""
 
 
 class Pace:
@@ -99,52 +98,114 @@ class Refused:
 
 
 class Spare:
-    """Rows that may be ended to make room for others, in the order in which they were entered.
+    """Flows that may be evicted, in the order in which they were entered.
 
-    `may_go` tells whether a row may be ended as it stands; `is_settled` whether it needn't be asked
-    again.
+    `may_go` tells whether a flow may be evicted as it stands, and `quiet` for how many seconds it
+    must have been silent; `is_settled` whether it needn't be asked again.
     """
 
-    def __init__(self, may_go: Callable[[Row], bool], is_settled: Callable[[Row], bool]) -> None:
+    def __init__(
+        self,
+        may_go: Callable[[Row], bool],
+        is_settled: Callable[[Row], bool],
+        quiet: float = 0.0,
+        on_settled: Callable[[Row], None] = lambda row: None,
+    ) -> None:
+        """`on_settled` is called with each flow that leaves because it is settled."""
         self.may_go = may_go
         self._is_settled = is_settled
-        self._since: dict[Row, float] = {}  # when it was entered, or looked at last
-        self._of: dict[bytes, dict[Row, float]] = {}  # the same rows by client
+        self._quiet = quiet
+        self._on_settled = on_settled
+        self._all = _Line()
+        self._of: dict[bytes, Row | _Line] = {}
+        """The same by client.  Most clients of a flood have one, which therefore needs no more."""
 
     def __len__(self) -> int:
-        return len(self._since)
+        return len(self._all.since)
 
     def add(self, row: Row, now: float) -> None:
-        """A row that isn't in yet."""
-        self._since[row] = now
-        of_client = self._of.get(row.client.addr)
+        """A flow that isn't in yet."""
+        self._all.since[row] = now
+        of, client = self._of, row.client.addr
+        of_client = of.get(client)
         if of_client is None:
-            of_client = self._of[row.client.addr] = {}
-        of_client[row] = now
+            of[client] = row
+        elif isinstance(of_client, _Line):
+            of_client.since[row] = now
+        else:
+            line = of[client] = _Line()
+            line.since[of_client] = line.since[row] = now
 
     def discard(self, row: Row) -> None:
-        """It has ended, or makes no room any more.  Harmless if it isn't in."""
-        if self._since.pop(row, None) is not None:
-            of_client = self._of[row.client.addr]
-            del of_client[row]
-            if not of_client:
-                del self._of[row.client.addr]
+        """It has ended, or is not to be evicted any more.  Harmless if it isn't in."""
+        if self._all.since.pop(row, None) is None:
+            return
+        client = row.client.addr
+        of_client = self._of[client]
+        if isinstance(of_client, _Line):
+            del of_client.since[row]
+            if of_client.since:
+                return
+        del self._of[client]
 
     def oldest(self, now: float, client: bytes | None = None) -> Row | None:
-        """The oldest row, of this client if one is named, that may be ended now; it is still in.
+        """The oldest flow, of this client if one is named, that may be evicted; it is still in.
 
-        Rows that are settled leave; others that may not be ended go to the end.
+        Flows that are settled leave; others that may not be evicted go to the end.
         """
-        since = self._since if client is None else self._of.get(client, {})
+        since, before = self._all.since, now - self._quiet
         for _ in range(LOOKS):
-            row = next(iter(since), None)
-            if row is None or since[row] > now - EARLY:
+            row = self._first(client)
+            if row is None or since[row] > before:
                 return None
             if self._is_settled(row):
                 self.discard(row)
-            elif self.may_go(row) and row.quiet_since <= now - EARLY:
+                self._on_settled(row)
+            elif self.may_go(row) and (not self._quiet or row.quiet_since <= before):
                 return row
             else:
-                del since[row]
-                since[row] = now
+                self._all.to_the_end(row, now)
+                of_client = self._of[row.client.addr]
+                if isinstance(of_client, _Line):
+                    of_client.to_the_end(row, now)
         return None
+
+    def _first(self, client: bytes | None) -> Row | None:
+        if client is None:
+            return self._all.first()
+        of_client = self._of.get(client)
+        return of_client.first() if isinstance(of_client, _Line) else of_client
+
+
+class _Line:
+    """Flows in the order in which they were entered."""
+
+    __slots__ = ("_ahead", "since")
+
+    def __init__(self) -> None:
+        self.since: dict[Row, float] = {}
+        """When each was entered, or looked at last."""
+        self._ahead: deque[tuple[Row, float]] | None = None
+        """Some that were the first when last looked for; gone ones may be among them.  To find the
+        first in a dictionary takes the longer, the more have gone before it."""
+
+    def first(self) -> Row | None:
+        """The one that was entered first."""
+        since, ahead = self.since, self._ahead
+        if not since:
+            self._ahead = None
+            return None
+        while ahead:
+            row, entered = ahead[0]
+            if since.get(row) is entered:
+                return row
+            ahead.popleft()
+        self._ahead = ahead = deque(islice(since.items(), _FETCHED))
+        return ahead[0][0]
+
+    def to_the_end(self, row: Row, now: float) -> None:
+        """It becomes the last."""
+        del self.since[row]
+        self.since[row] = now
+        if self._ahead and self._ahead[0][0] is row:
+            self._ahead.popleft()

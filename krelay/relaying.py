@@ -486,7 +486,7 @@ class Relaying:
         doubtful = [
             row
             for row in self.nat.workers
-            if (row.is_forwarded or row.gport is not None) and row.is_conversation
+            if (row.is_forwarded or row.gport is not None) and row.is_confirmed
         ]
         for wait in ASK_AFTER:
             self._loop.call_at(self._loop.now + wait, lambda: self._ask_ends(doubtful))

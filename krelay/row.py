@@ -19,6 +19,15 @@ CLOSED_LINGER = 10.0
 
 DNS_PORT = 53
 
+BUSY = 4
+"""Packets of one direction after which a flow isn't over soon, and may be the kernel's."""
+_SELDOM = 64
+"""Packets after each of which the table is told of a busy direction (`Rewrite.told`)."""
+
+EXCHANGE = 2.0
+"""Seconds for which an exchange of datagrams goes on before it counts as a conversation, as in
+Linux's connection tracking (stream_ts in net/netfilter/nf_conntrack_proto_udp.c)."""
+
 
 class Hook(IntEnum):
     """Where a packet was caught, by the numbers of linux/netfilter.h."""
@@ -117,6 +126,7 @@ class Rewrite:
         "seen_at",
         "step",
         "table",
+        "tell_at",
         "watched",
     )
 
@@ -143,6 +153,13 @@ class Rewrite:
         self.seen_at = now
         self.watched = row.proto is _TCP
         """Whether each packet's flags matter: the connection is opening, or was perhaps reset."""
+        self.tell_at = BUSY
+        """Packets at which the table is told (NatTable.counted)."""
+
+    def told(self) -> None:
+        """The table was: from now on at multiples of BUSY, later less often."""
+        every = BUSY if self.packets < _SELDOM else _SELDOM
+        self.tell_at = self.packets - self.packets % every + every
 
     @property
     def src(self) -> Endpoint:
@@ -182,6 +199,10 @@ class Row:
     relay: Endpoint | None = None
     """The relay's own address and port towards the server."""
     tracker: Tracker = field(default_factory=Tracker)
+    answered_at: float | None = None
+    """UDP but to port 53: when the server's first answer came."""
+    spoke_again: bool = False
+    """UDP: the client has, after that answer."""
     accepted: bool = False
     """TCP: tcp-relay has accepted the client's connection, so its address is no forgery."""
     reset_at: float = 0.0
@@ -233,33 +254,49 @@ class Row:
         return max(self.seen_at, self.reset_at)
 
     @property
-    def is_conversation(self) -> bool:
+    def is_confirmed(self) -> bool:
         """Whether both ends take part for certain, from then on always.
 
         TCP: the client, whose address may be forged until tcp-relay has accepted its connection;
         in a client's own connection the server.  Forwarded, a handshake of both, and no RST: a
         client whose address was forged resets what the server answers, or says nothing.  UDP: the
-        server has answered; a question to a name server is over with its answer, so port 53 has no
-        conversations.
+        client has spoken again after an answer, or the exchange goes on for some time; a query to a
+        name server is over with its response, so flows to port 53 are never confirmed.
         """
         if self.is_forwarded:
             tracker = self.tracker
             return tracker.client_acked and tracker.server_answered and not tracker.reset
         if self.proto is Proto.TCP:
             return self.accepted or self.tracker.server_answered
-        return self.service.port != DNS_PORT and self.state is State.REPLIED
+        return self.spoke_again or self.is_one_sided
 
     @property
-    def is_tentative(self) -> bool:
-        """Whether this is no conversation, nor about to become one.
+    def is_one_sided(self) -> bool:
+        """UDP: whether the server goes on to answer what the client said once.
+
+        A client whose address was forged looks the same, where the server says things several
+        times.
+        """
+        answered_at = self.answered_at
+        if answered_at is None or self.spoke_again:
+            return False
+        return self.seen_at - answered_at >= EXCHANGE
+
+    @property
+    def is_unconfirmed(self) -> bool:
+        """Whether this isn't confirmed, nor about to be.
 
         A TCP client that has acknowledged waits for tcp-relay to accept it, unless that was a guess
         and the relay's host has reset it (RFC 9293, section 3.10.7.4).  A forwarded row that was
-        killed has its ends still to tell: without it they would go on.
+        killed has its ends still to tell: without it they would go on.  One that was reset after
+        its handshake may have been so by a forger; it goes as one that is over.
         """
-        if self.is_conversation or (self.abort_asked and self.is_forwarded):
+        tracker = self.tracker
+        if self.is_confirmed or (self.is_forwarded and self.abort_asked):
             return False
-        return not self.tracker.client_acked or self.tracker.reset
+        if self.is_forwarded and tracker.server_answered and tracker.client_acked:
+            return False
+        return tracker.reset or not tracker.client_acked
 
     @property
     def is_over(self) -> bool:

@@ -50,7 +50,7 @@ from ipaddress import IPv4Network
 from krelay import icmperror
 from krelay.admission import Refusal
 from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.nat import BUSY, NatTable
+from krelay.nat import NatTable
 from krelay.overload import NewFlows, Pace, Refused
 from krelay.row import SIDES, Hook, Rewrite, Row, Step, key
 from krelay.tracker import Side, State, Tracker
@@ -207,8 +207,8 @@ class Worker:
                     if rewrite is not None and length == size - 20:
                         rewrite.seen_at = now
                         rewrite.packets += 1
-                        if not rewrite.packets % BUSY:
-                            self.nat.on_changed(rewrite.row)
+                        if rewrite.packets >= rewrite.tell_at:
+                            self.nat.counted(rewrite, now)
                         rewrite.bytes += size
                         self.counts.steps[rewrite.step] += 1
                         if l4_check:
@@ -231,8 +231,8 @@ class Worker:
                         else:
                             rewrite.seen_at = now
                         rewrite.packets += 1
-                        if not rewrite.packets % BUSY:
-                            self.nat.on_changed(rewrite.row)
+                        if rewrite.packets >= rewrite.tell_at:
+                            self.nat.counted(rewrite, now)
                         rewrite.bytes += size
                         self.counts.steps[rewrite.step] += 1
                         l4_check = packet[36] << 8 | packet[37]
@@ -306,8 +306,8 @@ class Worker:
         except Refusal as refusal:
             return self._refuse(packet, header, hook, refusal.reason, now)
         rewrite.packets += 1
-        if not rewrite.packets % BUSY:
-            self.nat.on_changed(rewrite.row)
+        if rewrite.packets >= rewrite.tell_at:
+            self.nat.counted(rewrite, now)
         rewrite.bytes += header.total
         self.counts.steps[rewrite.step] += 1
         new = readdressed(packet, header, rewrite)

@@ -352,7 +352,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
     values = counter_values(
         counts,
         steps=range(1, 13),
-        ended_early=8,
+        evicted=8,
         refused={addr("D"): {"table_full": 5, "client_rate": 2}, addr("C"): {"table_full": 2}},
         errors=1,
         overflows=2,
@@ -388,7 +388,8 @@ def test_counters_are_named_by_step_and_reason() -> None:
         ("dropped_no_row", 5),
         ("passed_direct", 1),
         ("passed_own", 2),
-        ("ended_early", 8),
+        ("evicted", 8),
+        ("ended_early", 8),  # as it was called before
         ("refused_10.0.0.9", {"table_full": 5, "client_rate": 2}),
         ("refused_10.0.0.1", {"table_full": 2}),
         ("trace_lost", 6),

@@ -22,10 +22,10 @@ from krelay.fastpath import (
     is_simple,
 )
 from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.nat import BUSY, NatTable
+from krelay.nat import NatTable
 from krelay.nftmsg import Count
 from krelay.relaymsg import Close, Open, Opened
-from krelay.row import CLOSED_LINGER, SIDES, Hook, Rewrite, Row, Step, Timeouts
+from krelay.row import BUSY, CLOSED_LINGER, EXCHANGE, SIDES, Hook, Rewrite, Row, Step, Timeouts
 from krelay.tracker import State
 from krelay.worker import Verdict
 from tests.tools.kernel import Datapath
@@ -721,19 +721,43 @@ def test_a_row_goes_late_by_a_look_and_never_early() -> None:
     assert len(d.kernel) == 0
 
 
-def test_who_talks_past_the_worker_is_not_ended_for_others_sake() -> None:
-    """Nobody answers it, and it hasn't been looked at for a while: more rows than LOOKS."""
-    d = datapath()
+@pytest.mark.parametrize("spoke", ["before", "after"])
+def test_who_speaks_past_the_worker_after_an_answer_is_confirmed_when_it_matters(
+    spoke: str,
+) -> None:
+    """The kernel can't tell when it saw a packet, and hasn't been asked for a while."""
+    d = datapath(udp=frozenset({7}))
     d.nat.limits = Limits(flows=2)
-    by(d, PRE, *["C:4000 > K:53"] * BUSY)
+    by(d, PRE, *["C:4000 > K:7"] * BUSY)
     (row,) = d.nat
-    d.now = 2
-    by(d, PRE, "D:4000 > K:53")
-    d.now = 5
-    assert by(d, PRE, "C:4000 > K:53") == ["kernel"]
-    assert by(d, PRE, "D:5000 > K:53") == ["worker"]
-    assert row in set(d.nat)
-    assert {each.client for each in d.nat} == {at("C:4000"), at("D:5000")}
+    by(d, PRE, "D:4000 > K:7")
+    if spoke == "before":
+        assert by(d, PRE, *["C:4000 > K:7"] * 2) == ["kernel"] * 2
+    assert by(d, POST, "S:7 > C:4000") == ["worker"]
+    if spoke == "after":
+        assert by(d, PRE, "C:4000 > K:7") == ["kernel"]
+    assert not row.spoke_again
+    assert by(d, PRE, "D:5000 > K:7") == ["worker"]
+    if spoke == "before":
+        assert {each.client for each in d.nat} == {at("D:4000"), at("D:5000")}
+    else:
+        assert {each.client for each in d.nat} == {at("C:4000"), at("D:5000")}
+        assert row.spoke_again
+
+
+@pytest.mark.parametrize("when", [EXCHANGE - 0.1, EXCHANGE])
+def test_an_exchange_that_goes_on_past_the_worker_is_confirmed_by_its_duration(
+    when: float,
+) -> None:
+    d = datapath(udp=frozenset({7}))
+    d.nat.limits = Limits(flows=1)
+    by(d, PRE, "C:4000 > K:7")
+    by(d, POST, *["S:7 > C:4000"] * BUSY)
+    d.now += when
+    assert by(d, POST, "S:7 > C:4000") == ["kernel"]
+    by(d, PRE, "D:5000 > K:7")
+    confirmed = when >= EXCHANGE
+    assert {each.client for each in d.nat} == {at("C:4000" if confirmed else "D:5000")}
 
 
 # Whether anybody can tell
@@ -792,7 +816,7 @@ class Twins:
         assert self.slow.steps() == self.fast.steps()
         for name in ("passed", "dropped"):
             assert getattr(self.slow.worker.counts, name) == getattr(self.fast.worker.counts, name)
-        assert self.slow.nat.ended_early == self.fast.nat.ended_early
+        assert self.slow.nat.evicted == self.fast.nat.evicted
         assert len(self.fast.kernel) == len(self.fast.fast)
 
     # What happens

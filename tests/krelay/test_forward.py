@@ -416,7 +416,7 @@ def test_one_that_is_over_makes_room_at_a_limit_when_its_last_packets_are_throug
     assert client_begins(host, 40001, 2.9) == "drop client_full"
     assert client_begins(host, 40001, 3) == "C:40001 > S:443"
     assert [row.client.port for row in host.nat] == [40001]
-    assert host.nat.ended_early == 1
+    assert host.nat.evicted == 1
 
 
 def test_one_that_lives_is_half_closed_or_is_to_be_told_of_its_end_makes_no_room() -> None:
@@ -439,8 +439,9 @@ def test_who_was_never_a_conversation_makes_room_before_one_that_is_over() -> No
     host = play(OPENED + FINS + "    2 pre D:40000 > K:443 [S] => D:40000 > S:443\n", on=THROUGH)
     host.nat.limits = host.nat.limits._replace(flows=2)
 
-    begun = ["9 pre D:40001 > K:443 [S]", "9 pre D:40002 > K:443 [S]"]
-    assert run(host, begun[0]) == ["D:40001 > S:443"]
+    assert run(host, "9 pre D:40001 > K:443 [S]") == ["D:40001 > S:443"]
     assert states(host) == ["closing", "opening"]
-    assert run(host, begun[1]) == ["D:40002 > S:443"]
-    assert states(host) == ["opening", "opening"]
+    handshake = "9 post S:443 > D:40001 [S.]", "9 pre D:40001 > K:443 [.]"
+    assert run(host, *handshake) == ["K:443 > D:40001", "D:40001 > S:443"]
+    assert run(host, "9 pre D:40002 > K:443 [S]") == ["D:40002 > S:443"]
+    assert states(host) == ["established", "opening"]

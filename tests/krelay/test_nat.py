@@ -40,6 +40,12 @@ def open_udp(
     return nat.open_forwarded(Proto.UDP, at(client), K53, S53, source, now, relay_addr=K53.addr)
 
 
+def confirm(row: Row) -> Row:
+    """Both its ends take part for certain."""
+    row.accepted = row.spoke_again = True
+    return row
+
+
 def held(value: Any) -> int:
     """How many things are in a container, counting those in its containers."""
     match value:
@@ -95,8 +101,9 @@ def busy() -> NatTable:
 def test_the_busy_table_fills_every_table() -> None:
     """What the tests below find empty was not empty before."""
     assert set(left_behind(busy())) == {
-        "tables", "direct", "footprints", "_rows", "_per_client", "_closed", "_outside", "_inside",
-        "_by_relay", "_due", "_relay_ports", "_tentative", "_over", "_new_flows",
+        "tables", "direct", "footprints", "_rows", "_of_others", "_of_relayed", "_closed",
+        "_outside", "_inside", "_by_relay", "_due", "_relay_ports", "_datagrams", "_relayed",
+        "_forwarded", "_over", "_new_flows",
     }  # fmt: skip
 
 
@@ -412,7 +419,7 @@ def test_the_least_recently_seen_direct_conversation_makes_room() -> None:
 
 def test_rows_are_refused_beyond_the_limit_and_admitted_again_when_one_ends() -> None:
     nat = table(flows=2)
-    first, _ = open_udp(nat), open_tcp(nat)
+    first, _ = (confirm(each) for each in (open_udp(nat), open_tcp(nat)))
     for refused in (open_tcp, open_udp):
         with pytest.raises(Refusal) as caught:
             refused(nat, "D:1")
@@ -423,19 +430,23 @@ def test_rows_are_refused_beyond_the_limit_and_admitted_again_when_one_ends() ->
     assert open_udp(nat, "D:1") in list(nat)
 
 
-def test_a_client_is_refused_beyond_its_share_whatever_the_protocol() -> None:
-    nat = table(flows_per_client=2)
-    open_udp(nat)
-    row = open_tcp(nat)
-    for refused in (open_tcp, open_udp):
+def test_a_client_has_a_share_of_what_tcp_relay_terminates_and_one_of_all_else() -> None:
+    nat = table(flows_per_client=1)
+    rows = [confirm(each) for each in (open_udp(nat), open_tcp(nat))]
+
+    def forwarded(nat: NatTable, client: str) -> Row:
+        return nat.open_forwarded(Proto.TCP, at(client), K80, S80, Source.CLIENT, 0)
+
+    for refused in (open_tcp, open_udp, forwarded):
         with pytest.raises(Refusal) as caught:
             refused(nat, "C:1")
         assert caught.value.reason == "client_full"
-    open_udp(nat, "D:1")
+        refused(nat, "D:1")
 
-    nat.close(row, 0)
-
-    open_udp(nat, "C:1")
+    nat.close(rows[1], 0)
+    open_tcp(nat, "C:1")
+    nat.end(rows[0])
+    forwarded(nat, "C:1")
 
 
 def test_lingering_rows_are_no_reason_to_refuse_anyone() -> None:
@@ -472,7 +483,8 @@ def test_each_clients_rows_are_counted_without_those_closed(
             case "end" if number < len(rows):
                 nat.end(rows[number])
 
-        counted = {name: nat._admission._per_client[addr(name)] for name in "CD"}
+        counts = nat._admission._of_relayed + nat._admission._of_others
+        counted = {name: counts[addr(name)] for name in "CD"}
         assert counted == {
             name: sum(row.client.addr == addr(name) and row.closed_at is None for row in nat)
             for name in "CD"
@@ -688,6 +700,7 @@ def test_60000_rows_of_source_relay_have_a_port_each_and_beyond_all_ports_it_is_
             Proto.UDP, client, service, server, Source.RELAY, 0, relay_addr=K53.addr
         )
         assert row.relay
+        row.spoke_again = True
         ports[row.relay.port] += 1
         kept += row.relay.port % 2 == client.port % 2
         if number == 60_000:

@@ -1,18 +1,19 @@
 """Paces, who was refused, who makes room: against slow twins, and bounded whatever is forged."""
 
+import time
 from collections import Counter
 from operator import attrgetter
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from krelay.flow import Source
+from krelay.flow import Endpoint, Source
 from krelay.nat import NatTable
-from krelay.overload import EARLY, LOOKS, NewFlows, Pace, Refused, Spare
+from krelay.overload import LOOKS, NewFlows, Pace, Refused, Spare
 from krelay.row import Row
-from tests.tools.packets import at
+from tests.tools.packets import addr, at
 
 C, D = b"\x0a\0\0\x01", b"\x0a\0\0\x02"
 gaps = st.lists(st.sampled_from((0.0, 0.0, 0.0, 0.001, 0.05, 0.1, 0.3, 1.0, 7.0)), max_size=200)
@@ -115,8 +116,11 @@ def nat() -> NatTable:
     return NatTable(rng=Random(1))
 
 
-def spare() -> Spare:
-    return Spare(attrgetter("is_tentative"), attrgetter("is_conversation"))
+QUIET = 2.0
+
+
+def spare(quiet: float = 0.0) -> Spare:
+    return Spare(attrgetter("is_unconfirmed"), attrgetter("is_confirmed"), quiet)
 
 
 def rows(nat: NatTable, count: int) -> list[Row]:
@@ -127,57 +131,124 @@ def rows(nat: NatTable, count: int) -> list[Row]:
     ]
 
 
-def test_the_oldest_row_is_spared_first_and_none_before_its_time(nat: NatTable) -> None:
-    tentative = spare()
+def test_the_oldest_flow_goes_first(nat: NatTable) -> None:
+    spares = spare()
     first, second = rows(nat, 2)
     for row in (first, second):
-        tentative.add(row, row.created_at)
+        spares.add(row, row.created_at)
 
-    assert tentative.oldest(EARLY - 0.1) is None
-    assert tentative.oldest(EARLY) is first
-    assert tentative.oldest(EARLY) is first, "until it is taken out"
-    tentative.discard(first)
-    tentative.discard(first)
-    assert tentative.oldest(EARLY + 0.9) is None
-    assert tentative.oldest(EARLY + 1) is second
+    assert spares.oldest(1) is first
+    assert spares.oldest(1) is first, "until it is taken out"
+    spares.discard(first)
+    spares.discard(first)
+    assert spares.oldest(1) is second
 
 
-def test_a_row_that_was_heard_of_lately_goes_to_the_end(nat: NatTable) -> None:
-    tentative = spare()
+def test_a_flow_that_must_be_silent_stays_until_it_has_been(nat: NatTable) -> None:
+    spares = spare(QUIET)
     first, second = rows(nat, 2)
     for row in (first, second):
-        tentative.add(row, row.created_at)
+        spares.add(row, row.created_at)
+
+    assert spares.oldest(QUIET - 0.1) is None
+    assert spares.oldest(QUIET) is first
     first.rewrites[min(first.rewrites)].seen_at = 9
+    assert spares.oldest(10) is second, "the other has been heard of"
+    spares.discard(second)
+    assert spares.oldest(10) is None
+    assert spares.oldest(10 + QUIET) is first
 
-    assert tentative.oldest(10) is second
-    tentative.discard(second)
-    assert tentative.oldest(10) is None
-    assert tentative.oldest(10 + EARLY) is first
 
-
-def test_rows_that_have_become_conversations_leave_a_few_at_a_time(nat: NatTable) -> None:
-    tentative = spare()
+def test_flows_that_have_been_confirmed_leave_a_few_at_a_time(nat: NatTable) -> None:
+    left: list[Row] = []
+    spares = Spare(attrgetter("is_unconfirmed"), attrgetter("is_confirmed"), 0.0, left.append)
     all_rows = rows(nat, 2 * LOOKS + 1)
     for row in all_rows:
-        tentative.add(row, 0)
+        spares.add(row, 0)
         row.accepted = row is not all_rows[-1]
 
-    assert tentative.oldest(1000) is None
-    assert tentative.oldest(1000) is None
-    assert tentative.oldest(1000) is all_rows[-1]
-    assert len(tentative) == 1
+    assert spares.oldest(1000) is None
+    assert spares.oldest(1000) is None
+    assert spares.oldest(1000) is all_rows[-1]
+    assert len(spares) == 1
+    assert left == all_rows[:-1]
 
 
-def test_each_client_has_an_oldest_row_of_its_own(nat: NatTable) -> None:
-    tentative = spare()
+def test_each_client_has_an_oldest_flow_of_its_own(nat: NatTable) -> None:
+    spares = spare()
     first, second = (
         nat.open_tcp(at(f"{host}:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 0)
         for host in "CD"
     )
     for row in (first, second):
-        tentative.add(row, 0)
+        spares.add(row, 0)
 
-    assert [tentative.oldest(9, row.client.addr) for row in (first, second)] == [first, second]
-    tentative.discard(second)
-    assert tentative.oldest(9, second.client.addr) is None
-    assert len(tentative._of) == len(tentative) == 1
+    assert [spares.oldest(9, row.client.addr) for row in (first, second)] == [first, second]
+    spares.discard(second)
+    assert spares.oldest(9, second.client.addr) is None
+    assert len(spares._of) == len(spares) == 1
+
+
+@settings(max_examples=300)
+@given(
+    script=st.lists(
+        st.tuples(st.sampled_from(("add", "waits", "goes", "oldest", "oldest of", "leaves")),
+                  st.integers(0, 5)),
+        max_size=80,
+    )
+)  # fmt: skip
+def test_the_order_is_that_of_a_list(script: list[tuple[str, int]]) -> None:
+    """Those that are looked at and may not go are the last from then on."""
+    nat, spares, twin = NatTable(rng=Random(1)), spare(), list[Row]()
+
+    def oldest(client: bytes | None) -> Row | None:
+        for row in [row for row in twin if client in (None, row.client.addr)]:
+            if row.is_unconfirmed:
+                return row
+            twin.remove(row)
+            twin.append(row)
+        return None
+
+    for step, (verb, number) in enumerate(script):
+        client = addr("CD"[number % 2])
+        match verb:
+            case "add":
+                end = Endpoint(client, 5000 + step)
+                row = nat.open_tcp(end, at("K:80"), at("S:80"), Source.CLIENT, 16000, 0)
+                spares.add(row, 0)
+                twin.append(row)
+            case "waits" | "goes" if number < len(twin):
+                twin[number].tracker.client_acked = verb == "waits"
+            case "leaves" if number < len(twin):
+                spares.discard(twin.pop(number))
+            case "oldest":
+                assert unless_all_wait(spares.oldest(0), twin) is oldest(None)
+            case "oldest of":
+                mine = [row for row in twin if row.client.addr == client]
+                assert unless_all_wait(spares.oldest(0, client), mine) is oldest(client)
+        assert len(spares) == len(twin)
+        assert spares._of.keys() == {row.client.addr for row in twin}
+
+
+def unless_all_wait(found: Row | None, among: list[Row]) -> Row | None:
+    """Where none may go all are looked at again and again, which leaves the order open."""
+    assume(any(row.is_unconfirmed for row in among) or not among)
+    return found
+
+
+def test_the_first_of_many_is_found_as_fast_as_the_first_of_few(nat: NatTable) -> None:
+    """Where each that comes takes the place of the oldest, in a table of any size."""
+    costs = []
+    for size in (100, 20_000):
+        spares, all_rows = spare(), rows(nat, size + 4000)
+        for row in all_rows[:size]:
+            spares.add(row, 0)
+        began = time.perf_counter()
+        for row in all_rows[size:]:
+            oldest = spares.oldest(0)
+            assert oldest is not None
+            spares.discard(oldest)
+            spares.add(row, 0)
+        costs.append(time.perf_counter() - began)
+        nat.clear()
+    assert costs[1] < 4 * costs[0]

@@ -44,6 +44,12 @@ CONNECTED = """
     0     pre   S:80 > C:45678 [S.]           => S:80 > K:45678
     0     post  K:45678 > S:80 [.]            => C:45678 > S:80
 """
+CONFIRMED = """
+    0     set   udp=53,7
+    0     pre   C:4000 > K:7                  => C:4000 > S:7
+    0     post  S:7 > C:4000                  => K:7 > C:4000
+    0     pre   C:4000 > K:7                  => C:4000 > S:7
+"""
 
 
 def states(host: Host) -> list[str]:
@@ -791,32 +797,39 @@ def test_a_resumed_connection_goes_on_as_if_nothing_had_been() -> None:
 def test_a_full_table_refuses_new_flows_and_disturbs_none() -> None:
     host = play(
         CONNECTED
+        + CONFIRMED
         + """
-    0     pre   C:4000 > K:53                 => C:4000 > S:53
     1     set   flows=2
     1     pre   D:40000 > K:80 [S]            => drop table_full + K:80 > D:40000 [R.]
     1     pre   D:4000 > K:53                 => drop table_full + K > D icmp 3/13
     1     pre   C:40000 > K:80 [P.]           => C:40000 > K:16000
     1     post  K:45678 > S:80 [P.]           => C:45678 > S:80
-    1     pre   C:4000 > K:53                 => C:4000 > S:53
-    1     post  S:53 > C:4000                 => K:53 > C:4000
+    1     pre   C:4000 > K:7                  => C:4000 > S:7
+    1     post  S:7 > C:4000                  => K:7 > C:4000
     1     pre   D:5000 > S:80 [S]             => pass direct
-    22    pre   D:4000 > K:53                 => D:4000 > S:53    # there is room again
+    302   pre   D:4000 > K:53                 => D:4000 > S:53    # there is room again
     """
     )
 
     assert host.worker.counts.dropped == {"table_full": 2}
+    assert host.nat.evicted == 0
 
 
 def test_a_client_that_has_its_share_is_refused_and_others_are_not() -> None:
-    play("""
+    play(
+        CONFIRMED
+        + """
     0     set   flows_per_client=1
-    0     pre   C:4000 > K:53                 => C:4000 > S:53
     0     pre   C:4001 > K:53                 => drop client_full + K > C icmp 3/13
-    0     pre   C:40000 > K:80 [S]            => drop client_full + K:80 > C:40000 [R.]
+    0     pre   D:4000 > K:53                 => D:4000 > S:53
+    0     pre   C:4000 > K:7                  => C:4000 > S:7
+    """
+        + CONNECTED
+        + """
+    0     pre   C:40001 > K:80 [S]            => drop client_full + K:80 > C:40001 [R.]
     0     pre   D:40000 > K:80 [S]            => D:40000 > K:16000
-    0     pre   C:4000 > K:53                 => C:4000 > S:53
-    """)
+    """
+    )
 
 
 @pytest.mark.parametrize(
@@ -900,13 +913,14 @@ def test_connections_that_are_resumed_are_not_new() -> None:
 
 def test_who_is_refused_hears_nothing_where_that_is_wanted() -> None:
     play(
-        """
+        CONNECTED
+        + CONFIRMED
+        + """
     0     set   flows_per_client=1
-    0     pre   C:4000 > K:53                 => C:4000 > S:53
     0     pre   C:4001 > K:53                 => drop client_full
-    0     pre   C:40000 > K:80 [S]            => drop client_full
+    0     pre   C:40001 > K:80 [S]            => drop client_full
     """,
-        on=policy(answers=False),
+        on=policy(answers=False, udp=frozenset({53, 7})),
     )
 
 
@@ -921,17 +935,15 @@ def test_a_syn_on_a_closing_row_may_be_refused_too() -> None:
     )
 
 
-def test_half_open_rows_make_room_when_they_have_been_idle_for_a_while() -> None:
+def test_half_open_connections_make_room_the_oldest_first() -> None:
     host = play(
         CONNECTED
         + """
     1     set   flows=3
     1     pre   D:5001 > K:80 [S]             => D:5001 > K:16000
     1     pre   D:5002 > K:80 [S]             => D:5002 > K:16000
-    2.9   pre   D:5003 > K:80 [S]             => drop table_full + K:80 > D:5003 [R.]
-    2.9   pre   D:5002 > K:80 [S]             => D:5002 > K:16000 # it tries again
-    3     pre   D:5003 > K:80 [S]             => D:5003 > K:16000 # instead of 5001
-    3     pre   D:5001 > K:80 [S]             => drop table_full + K:80 > D:5001 [R.]
+    1     pre   D:5001 > K:80 [S]             => D:5001 > K:16000 # it tries again
+    1     pre   D:5003 > K:80 [S]             => D:5003 > K:16000 # instead of 5001
     3     pre   D:5002 > K:80 [.]             => D:5002 > K:16000
     3     pre   D:5003 > K:80 [.]             => D:5003 > K:16000
     60    pre   D:5004 > K:80 [S]             => drop table_full + K:80 > D:5004 [R.]
@@ -939,7 +951,7 @@ def test_half_open_rows_make_room_when_they_have_been_idle_for_a_while() -> None
     """
     )
 
-    assert host.nat.ended_early == 1
+    assert host.nat.evicted == 1
 
 
 def test_an_acknowledgement_that_the_relays_host_resets_keeps_no_row() -> None:
@@ -950,37 +962,57 @@ def test_an_acknowledgement_that_the_relays_host_resets_keeps_no_row() -> None:
     0     pre   C:40000 > K:80 [.]            => C:40000 > K:16000
     5     pre   D:40000 > K:80 [S]            => drop table_full + K:80 > D:40000 [R.]
     5     post  K:16000 > C:40000 [R]         => K:80 > C:40000
-    7     pre   D:40000 > K:80 [S]            => D:40000 > K:16000
+    5     pre   D:40000 > K:80 [S]            => D:40000 > K:16000
     """)
 
 
-def test_unanswered_datagrams_and_answered_questions_make_room_and_conversations_do_not() -> None:
-    play("""
-    0     set   udp=53,7 flows=3
+def test_unconfirmed_datagrams_and_answered_queries_make_room_and_confirmed_ones_do_not() -> None:
+    """Two of four rows: D:9's connection has one, and the last of four is TCP's."""
+    play(
+        CONNECTED
+        + """
+    0     set   udp=53,7 flows=4
     0     pre   C:1 > K:7                     => C:1 > S:7
     0     pre   C:2 > K:7                     => C:2 > S:7
-    0     pre   C:3 > K:53                    => C:3 > S:53
     0     post  S:7 > C:1                     => K:7 > C:1
-    0     post  S:53 > C:3                    => K:53 > C:3
-    1     pre   D:4 > K:7                     => drop table_full + K > D icmp 3/13
-    4     pre   D:4 > K:7                     => D:4 > S:7         # instead of C:2
-    4     post  S:7 > D:4                     => K:7 > D:4
-    5     pre   D:5 > K:7                     => D:5 > S:7         # instead of C:3
-    5     post  S:7 > D:5                     => K:7 > D:5
-    9     pre   D:6 > K:7                     => drop table_full + K > D icmp 3/13
-    9     pre   C:1 > K:7                     => C:1 > S:7
+    0     post  S:7 > C:2                     => K:7 > C:2
+    0     pre   C:2 > K:7                     => C:2 > S:7        # confirmed
+    9     pre   D:3 > K:53                    => D:3 > S:53       # instead of C:1
+    9     post  S:53 > D:3                    => K:53 > D:3
+    9     pre   D:3 > K:53                    => D:3 > S:53
+    9     pre   D:4 > K:7                     => D:4 > S:7        # instead of D:3
+    9     pre   D:4 > K:7                     => D:4 > S:7        # which nobody has answered
+    9     post  S:7 > D:4                     => K:7 > D:4
+    9     pre   D:5 > K:7                     => D:5 > S:7        # instead of D:4
+    9     post  S:7 > D:5                     => K:7 > D:5
+    9     pre   D:5 > K:7                     => D:5 > S:7        # confirmed
+    99    pre   D:6 > K:7                     => drop table_full + K > D icmp 3/13
+    99    pre   C:2 > K:7                     => C:2 > S:7
+    """
+    )
+
+
+def test_an_exchange_that_goes_on_for_two_seconds_is_confirmed() -> None:
+    play("""
+    0     set   udp=7 flows=1
+    0     pre   C:1 > K:7                     => C:1 > S:7
+    9     post  S:7 > C:1                     => K:7 > C:1        # a late answer is but one
+    9     pre   C:2 > K:7                     => C:2 > S:7
+    10    post  S:7 > C:2                     => K:7 > C:2
+    12    post  S:7 > C:2                     => K:7 > C:2
+    12    pre   C:3 > K:7                     => drop table_full + K > C icmp 3/13
+    22    pre   C:3 > K:7                     => C:3 > S:7        # it didn't go on
     """)
 
 
-def test_one_way_datagrams_that_keep_coming_make_no_room() -> None:
+def test_one_way_datagrams_make_room_however_many_come() -> None:
     play("""
     0     set   udp=514 flows=1
     0     pre   C:1 > K:514                   => C:1 > S:514
     1.5   pre   C:1 > K:514                   => C:1 > S:514
     3     pre   C:1 > K:514                   => C:1 > S:514
-    4     pre   D:1 > K:514                   => drop table_full + K > D icmp 3/13
+    4     pre   D:1 > K:514                   => D:1 > S:514
     4.5   pre   C:1 > K:514                   => C:1 > S:514
-    7     pre   D:1 > K:514                   => D:1 > S:514
     """)
 
 
@@ -991,14 +1023,13 @@ def test_a_client_at_its_limit_makes_room_for_itself_and_leaves_others_alone() -
     0     pre   D:4000 > K:80 [S]             => D:4000 > K:16000
     1     pre   C:4000 > K:80 [S]             => C:4000 > K:16000
     1     pre   C:4001 > K:80 [S]             => C:4001 > K:16000
-    2     pre   C:4002 > K:80 [S]             => drop client_full + K:80 > C:4002 [R.]
-    3     pre   C:4002 > K:80 [S]             => C:4002 > K:16000
-    3     post  K:16000 > D:4000 [S.]         => K:80 > D:4000
-    3     post  K:16000 > C:4000 [S.]         => drop no_row
-    3     post  K:16000 > C:4001 [S.]         => K:80 > C:4001
+    1     pre   C:4002 > K:80 [S]             => C:4002 > K:16000
+    1     post  K:16000 > D:4000 [S.]         => K:80 > D:4000
+    1     post  K:16000 > C:4000 [S.]         => drop no_row
+    1     post  K:16000 > C:4001 [S.]         => K:80 > C:4001
     """)
 
-    assert host.nat.ended_early == 1
+    assert host.nat.evicted == 1
 
 
 def test_answers_to_refused_packets_are_paced() -> None:
@@ -1316,16 +1347,16 @@ def test_a_packet_that_is_not_rewritten_is_told_with_the_reason_while_somebody_t
     told: list[tuple[bytes, int, Verdict, str, int]] = []
     host.worker.on_untouched = lambda *what: told.append((*what, len(host.worker.answers)))
     host.worker.on_rewrite = lambda *_: None
-    host.nat.limits = host.nat.limits._replace(flows_per_client=1)
     script = [
         ("C:40000 > K:80 [S]", None),
+        ("C:40000 > K:80 [.]", None),
         ("C:40001 > K:80 [S]", (Verdict.DROP, "client_full", 1)),
-        ("C:4000 > K:53", (Verdict.DROP, "client_full", 1)),
         ("C:40000 > K:22 [S]", (Verdict.PASS, "no_row", 0)),
         ("D:40000 > K:16000 [S]", (Verdict.DROP, "gateway_port", 1)),
         ("D:40000 > S:80 [S]", (Verdict.PASS, "direct", 0)),
     ]
 
+    host.nat.limits = host.nat.limits._replace(flows_per_client=1)
     for text, expected in script:
         packet = template(text).build()
         told.clear()
