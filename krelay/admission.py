@@ -3,15 +3,16 @@
 It knows every flow, and counts those that aren't closed.  Each client has two budgets of
 `flows_per_client`: one for TCP that tcp-relay terminates, one for all else, which is forged more
 easily.  Of `flows`, the last quarter is TCP's: there a new flow of UDP gets a place only in
-exchange for another flow, and UDP never has more than three quarters.
+exchange for another flow, of UDP unless TCP has more than that quarter, and UDP never has more than
+three quarters.
 
 Where a limit is reached, the first of these that there is goes, of the client and its budget alone
-where the limit is the client's; of UDP alone where UDP has its three quarters:
+where the limit is the client's:
 
     a closed flow, whose last packets are through: it is no reason to refuse anyone
     the oldest query that the kernel has learnt
-    the oldest unconfirmed flow
-    the oldest exchange that only the server goes on with, if it has been silent for a while
+    the oldest unconfirmed flow, and among these exchanges that only the server has gone on with, if
+    they have been silent for a while: servers that repeat themselves do so to forged addresses too
     the oldest connection that is over, silent likewise
 
 These are early_drop and can_early_drop of Linux's connection tracking
@@ -39,9 +40,9 @@ RESERVED = 4
 """One part in so many of `limits/flows` is TCP's."""
 LAST_PACKETS = 2.0
 """Seconds of silence after which the last packets of a connection that is over are through."""
-ONE_SIDED = 10.0
-"""Seconds of silence after which an exchange that only the server goes on with may be evicted:
-longer than most servers wait before they say something again."""
+ONE_SIDED = 5.0
+"""Seconds of silence after which an exchange that only the server has gone on with counts as
+unconfirmed: longer than most servers wait before they say something again."""
 AT_ONCE = 8
 """Flows evicted for one new flow, at most: more than one where a limit was lowered."""
 TRIMMED = 1024
@@ -72,7 +73,6 @@ class Eviction(NamedTuple):
     learnt: bool
     """Whether queries that the kernel has learnt are the first of all."""
     unconfirmed: tuple[Spare, ...]
-    one_sided: tuple[Spare, ...] = ()
     over: tuple[Spare, ...] = ()
 
 
@@ -112,13 +112,12 @@ class Admission:
         self._one_sided = Spare(_IS_ONE_SIDED, _SPOKE_AGAIN, ONE_SIDED)
         self._over = Spare(_IS_OVER, _goes_on, LAST_PACKETS)
         self._new_flows = NewFlows()
-        confirmed = (self._one_sided,), (self._over,)
-        unconfirmed = self._datagrams, self._relayed, self._forwarded
-        self._any = Eviction(True, unconfirmed, *confirmed)
-        self._not_relayed = Eviction(True, (self._datagrams, self._forwarded), *confirmed)
-        self._of_udp = Eviction(True, (self._datagrams,), (self._one_sided,))
+        datagrams, over = (self._datagrams, self._one_sided), (self._over,)
+        self._any = Eviction(True, (*datagrams, self._relayed, self._forwarded), over)
+        self._not_relayed = Eviction(True, (*datagrams, self._forwarded), over)
+        self._of_udp = Eviction(True, datagrams)
         self._only_relayed = Eviction(False, (self._relayed,))
-        self._only_forwarded = Eviction(False, (self._forwarded,), (), (self._over,))
+        self._only_forwarded = Eviction(False, (self._forwarded,), over)
 
     @property
     def limits(self) -> Limits:
@@ -138,7 +137,8 @@ class Admission:
     @property
     def unconfirmed(self) -> int:
         """Flows that would be evicted first; some may have become confirmed."""
-        return len(self._learnt) + sum(map(len, self._any.unconfirmed))
+        spares = self._datagrams, self._relayed, self._forwarded
+        return len(self._learnt) + sum(map(len, spares))
 
     # Beginning rows
 
@@ -262,13 +262,15 @@ class Admission:
     def _make_room_in_table(self, proto: Proto, now: float, *, is_exchange: bool) -> None:
         """`is_exchange`: a flow has been evicted for this one already."""
         most = self._limits.flows
-        surplus, which = self._live() - most + 1, self._any
+        live, which = self._live(), self._any
+        surplus = live - most + 1
         if proto is _UDP:
-            udp_surplus = self._udp + len(self._learnt) - self._udp_most + 1
-            if udp_surplus > 0:
-                surplus, which = max(surplus, udp_surplus), self._of_udp
-            elif not is_exchange and self._live() >= self._udp_most:
+            udp = self._udp + len(self._learnt)
+            if live - udp <= most - self._udp_most or udp >= self._udp_most:
+                which = self._of_udp  # TCP has no more than its part
+            if live >= self._udp_most and not is_exchange:
                 surplus = max(surplus, 1)
+            surplus = max(surplus, udp - self._udp_most + 1)
         self._evict(surplus, now, which, "table_full")
         for row in list(islice(self._closed.values(), AT_ONCE)):
             if self._count() < most:
@@ -289,7 +291,7 @@ class Admission:
     def _evict_one(self, now: float, which: Eviction, client: bytes | None = None) -> bool:
         if which.learnt and self._learnt.remove_oldest(client):
             return True
-        for spares in (which.unconfirmed, which.one_sided, which.over):
+        for spares in (which.unconfirmed, which.over):
             for _ in range(LOOKS):
                 oldest = None
                 for spare in spares:

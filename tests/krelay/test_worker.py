@@ -1001,7 +1001,7 @@ def test_an_exchange_that_goes_on_for_two_seconds_is_confirmed() -> None:
     10    post  S:7 > C:2                     => K:7 > C:2
     12    post  S:7 > C:2                     => K:7 > C:2
     12    pre   C:3 > K:7                     => drop table_full + K > C icmp 3/13
-    22    pre   C:3 > K:7                     => C:3 > S:7        # it didn't go on
+    17    pre   C:3 > K:7                     => C:3 > S:7        # it didn't go on
     """)
 
 
