@@ -155,11 +155,11 @@ class FileTree:
         path = self.root / name
         found = path.lstat()
         if not _is_single(found):
-            raise trust.Untrusted(path, f"is {_kind(found)}, and no setting; remove it")
+            raise trust.Untrusted(path, f"is {_kind(found)}, and no setting", "rm")
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         with _closing(fd):
             if not _is_single(found := os.fstat(fd)):
-                raise trust.Untrusted(path, f"is {_kind(found)}, and no setting; remove it")
+                raise trust.Untrusted(path, f"is {_kind(found)}, and no setting", "rm")
             _overwrite(fd, text)
 
     def show(self, name: str, text: str) -> None:

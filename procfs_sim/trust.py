@@ -13,6 +13,7 @@ import pwd
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from procfs_sim.tree import DIRECTORIES
 
@@ -25,8 +26,13 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 class Untrusted(OSError):
     """Others can change the tree.  Its text is one line: the path, its owner, and what to do."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(errno.EPERM, reason, str(path))
+    def __init__(self, path: Path, what: str, command: str) -> None:
+        mend = f"{command} {quote(str(path))}"
+        super().__init__(errno.EPERM, f"{what}; {mend}, or choose another tree with --root", path)
+        self.what = f"{path} {what}"
+        """What is wrong."""
+        self.mend = mend
+        """The command that puts it right, as it is typed in a shell."""
 
     def __str__(self) -> str:
         return f"{self.filename} {self.strerror}"
@@ -50,9 +56,8 @@ def check(root: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         if name and stat.S_ISLNK(found.st_mode):
-            raise Untrusted(
-                path, f"is a symbolic link, owner {user(found.st_uid)}, not a directory; remove it"
-            )
+            owner = user(found.st_uid)
+            raise Untrusted(path, f"is a symbolic link, owner {owner}, not a directory", "rm")
         _check(path, found, {0, os.geteuid()}, sticky=False)
 
 
@@ -69,16 +74,16 @@ def _check(path: Path, found: os.stat_result, owners: set[int], *, sticky: bool 
     if found.st_uid not in owners:
         raise Untrusted(
             path,
-            f"belongs to {owner}, who could change the file tree; "
-            f"give it to {user(os.geteuid())}, or choose another tree with --root",
+            f"belongs to {owner}, who could change the file tree",
+            f"chown {user(os.geteuid())}",
         )
     shared = found.st_mode & _OTHERS_WRITE and not (sticky and found.st_mode & stat.S_ISVTX)
     if shared and stat.S_ISDIR(found.st_mode):
         raise Untrusted(
             path,
             f"(owner {owner}, mode {stat.S_IMODE(found.st_mode):04o}) may be written by others, "
-            "who could change the file tree; "
-            f"chmod go-w {path}, or choose another tree with --root",
+            "who could change the file tree",
+            "chmod go-w",
         )
 
 

@@ -138,6 +138,16 @@ def serving(facts: Facts) -> list[Finding]:
     return [Finding("krelay", OK, facts.state or "running")]
 
 
+def tree(facts: Facts) -> list[Finding]:
+    """Whether the file tree can be served, and is shown by who serves it."""
+    if facts.tree_fault:
+        return [Finding("file tree", FAILED, facts.tree_fault, facts.tree_mend)]
+    if facts.tree_state != "ok":
+        text = f"what is in force can't be shown: {facts.tree_state}"
+        return [Finding("file tree", WARNING, text)]
+    return [Finding("file tree", OK, f"nobody else can change {facts.root}")]
+
+
 def forwarding(facts: Facts) -> list[Finding]:
     """UDP, TCP that is forwarded, and the clients' own connections to the server are forwarded by
     the kernel."""
@@ -351,6 +361,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     rules,
     datapath,
     serving,
+    tree,
     leftovers,
     forwarding,
     rp_filter,

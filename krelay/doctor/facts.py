@@ -77,6 +77,11 @@ class Facts:
     instance: str = "krelay"
     """The name of this tree's rules."""
     tree_exists: bool = True
+    tree_fault: str = ""
+    """Why the tree isn't trusted."""
+    tree_mend: str = ""
+    tree_state: str = "ok"
+    """What a krelay that serves it says of the tree."""
     config: Config = DEFAULTS
     served: bool = False
     """A krelay is at work on this tree."""

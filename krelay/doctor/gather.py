@@ -26,6 +26,7 @@ from krelay.clean import SOCKETS
 from krelay.doctor import iptrules, nftrules
 from krelay.doctor.facts import LOOPBACK, Facts, Leftover, Link, Listener, Path
 from krelay.doctor.firewall import Chain, Chains, Rule
+from procfs_sim import trust
 from procfs_sim.ondisk import FileTree
 from procfs_sim.tree import DEFAULT_ROOT, SETTINGS, Config, Refused, parse
 
@@ -118,6 +119,10 @@ class _Gatherer:
             except Refused as refused:
                 self.problems.append((name, f"{refused}; its default is checked"))
         served = treelock.is_served(self._root)
+        try:
+            trust.check(self._root)
+        except trust.Untrusted as untrusted:
+            self._add(tree_fault=untrusted.what, tree_mend=untrusted.mend)
         self._add(
             config=replace(Config(), **values),
             tree_exists=self._root.is_dir(),
@@ -132,6 +137,7 @@ class _Gatherer:
         self._add(
             state=str(status["state"]),
             tcp_relays=int(status["tcp_relays"]),
+            tree_state=str(status.get("tree", "ok")),
             queue_num=int(status["queue"]),
         )
 

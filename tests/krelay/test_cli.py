@@ -209,7 +209,8 @@ def test_a_file_that_cannot_be_written_is_one_line(run: Run, root: Path) -> None
     assert run("set", "gport", "17000") == (
         1,
         "",
-        f"krelay set: {root}/gport is a directory, owner {owner}, and no setting; remove it\n",
+        f"krelay set: {root}/gport is a directory, owner {owner}, and no setting; "
+        f"rm {root}/gport, or choose another tree with --root\n",
     )
 
 

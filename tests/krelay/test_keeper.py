@@ -531,7 +531,9 @@ def test_the_tree_of_another_user_is_not_taken() -> None:
         root = directory / "tree"
         with Nobody(root.mkdir) as nobody:
             assert nobody.said == "None"
-        with pytest.raises(CannotKeep, match=rf"^{root} belongs to nobody, .*give it to root"):
+        with pytest.raises(
+            CannotKeep, match=rf"^{root} belongs to nobody, .*; chown root {root}, "
+        ):
             Rig(root)
         assert list(root.iterdir()) == []
 

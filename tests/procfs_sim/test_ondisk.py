@@ -670,7 +670,7 @@ def test_a_device_is_not_opened(tree: FileTree, keeper: Keeper) -> None:
         pytest.skip("no device can be made here")
     shell(tree, "mv device gport")
     assert tree.read("gport") == "(a device, owner root)"
-    with pytest.raises(Untrusted, match="gport is a device, owner root, and no setting; remove it"):
+    with pytest.raises(Untrusted, match="gport is a device, owner root, and no setting; rm "):
         tree.put("gport", "17000\n")
     keeper.settle()
 

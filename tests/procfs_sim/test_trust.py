@@ -68,7 +68,7 @@ def test_what_belongs_to_another_is_refused_with_his_name(root: Path, where: str
     path = Path(os.path.normpath(root / where))
     os.chown(path, NOBODY, -1)
 
-    with pytest.raises(Untrusted, match=f"^{path} belongs to nobody, .*give it to root"):
+    with pytest.raises(Untrusted, match=f"^{path} belongs to nobody, .*; chown root {path}, "):
         check(root)
 
 
