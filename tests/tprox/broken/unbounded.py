@@ -1,8 +1,15 @@
-"""Reads for ever: whatever the sink doesn't take is held, however much it is."""
+"""Reads for ever: whatever the sink doesn't take is held, however much it is and however long."""
 
 from functools import partial
 
 from tests.tprox.broken.sound import Half, main, pair
 
+
+class Patient(Half):
+    """Has no limit of either kind: how much is taken before one is a matter of speed."""
+
+    overdue = False
+
+
 if __name__ == "__main__":
-    main(partial(pair, half=partial(Half, limit=1 << 60)))
+    main(partial(pair, half=partial(Patient, limit=1 << 60)))
