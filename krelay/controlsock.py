@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from krelay import control
@@ -276,16 +277,16 @@ class _Client:
             host = os.uname()
             system = f"{host.sysname} {host.release}"
             self._recorder = Capture(
-                time.time_ns(), hardware=host.machine, os=system, asked=words, is_own=self._is_own
+                time.time_ns(),
+                hardware=host.machine,
+                os=system,
+                asked=words,
+                is_own=partial(_is_own, self._worker),  # not our own method: a circle
             )
         self._out += self._recorder.begin()
         self._tracing_changed()
         if self._ended:
             self._end_capture()
-
-    def _is_own(self, address: bytes) -> bool:
-        policy = self._worker.policy
-        return policy is not None and address in policy.own
 
     def _end_capture(self) -> None:
         """Who half-closes has had enough of a capture; lines go on, for `echo trace | socat`."""
@@ -305,3 +306,7 @@ class _Client:
         if mask != self._mask:
             self._mask = mask
             self._loop.modify(self._socket.fileno(), mask)
+
+
+def _is_own(worker: Worker, address: bytes) -> bool:
+    return worker.policy is not None and address in worker.policy.own

@@ -4,7 +4,6 @@ Everything is an event of one loop.  A file was written: the tree's state judges
 is shown again, what is accepted is put in force (relaying.py), and the status files are published.
 """
 
-import gc
 import os
 import select
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from random import SystemRandom
 
 from krelay import control, listeners, notify, ruleset
+from krelay.collector import Collector
 from krelay.control import Values
 from krelay.controlsock import ControlSocket
 from krelay.flow import Proto
@@ -38,6 +38,8 @@ NICENESS = -5
 """Of this process (sched(7)): where it competes for a core, it gets three quarters of it."""
 COUNTED_TOGETHER = 64
 """Rows for which the kernel is asked at once before they are shown."""
+BLOCKS_OF_A_ROW = 24
+"""Blocks of memory that a row may have, with its rewrites and its places in the tables."""
 LOOK_AFTER = 0.1
 """Seconds between a change of links, addresses or routes and the look at all that have changed."""
 
@@ -287,11 +289,7 @@ class Daemon:
 
 
 def serve(root: Path, queue_num: int, relay_gid: int | None = None) -> int:
-    """Runs the daemon in the foreground; its exit status.  Raises CannotServe.
-
-    The cyclic collector is off: it would walk every row there is, and who ends a row cuts the
-    circle between it and its rewrites.
-    """
+    """Runs the daemon in the foreground; its exit status.  Raises CannotServe."""
     _hurry()
     with Loop() as loop:
         failures = Failures(_log)
@@ -299,9 +297,7 @@ def serve(root: Path, queue_num: int, relay_gid: int | None = None) -> int:
         daemon = Daemon(loop, root, queue_num, relay_gid)
         if (problem := notify.ready()) is not None:
             _log.warning("the service manager can't be told", error=problem)
-        gc.collect()
-        gc.freeze()
-        gc.disable()
+        Collector(loop, lambda: len(daemon.nat) * BLOCKS_OF_A_ROW)
         return daemon.run()
 
 

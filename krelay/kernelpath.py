@@ -10,16 +10,18 @@ import select
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from ipaddress import IPv4Address, IPv4Network, collapse_addresses
+from ipaddress import IPv4Address, IPv4Network
 
 from krelay.fastpath import FastPath
 from krelay.flow import Proto, Source
 from krelay.kernelmaps import KernelMaps, MapsLost
+from krelay.links import LOOPBACK
 from krelay.log import Log, Throttle
 from krelay.logmsg import TOGETHER
 from krelay.loop import Loop, Timer
 from krelay.nat import NatTable
 from krelay.netfilter import NO_MAPS, Backend
+from krelay.networks import collapse, network
 from krelay.nflog import Copies
 from krelay.row import DNS_PORT, Row, Step
 from krelay.ruleset import LEARNING_MOST, LEARNT, Learning, RuleSpec, ends, steps_handed
@@ -42,7 +44,6 @@ TOLD_TOGETHER = 512
 """Flows handed over, or taken back, before packets have their turn: some milliseconds."""
 MOST_LOSSES, LOSSES_WITHIN = 5, 60.0
 """So many losses of the kernel's maps within so many seconds, and nothing is handed over again."""
-LOOPBACK = 127
 NO_CLIENTS = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")))
 """Policy.may_be_client."""
 
@@ -122,12 +123,12 @@ class KernelPath:
             return None
         own = sorted(policy.own)
         addresses = [IPv4Address(each) for each in own if each[0] != LOOPBACK]
-        strangers = [IPv4Network(each) for each in (*own, policy.server, *self._traced_clients)]
+        strangers = [network(each) for each in (*own, policy.server, *self._traced_clients)]
         strangers += [*policy.beside, *NO_CLIENTS]
         return Learning(
             config.real_ip,
             tuple(addresses[:LEARNING_MOST]),
-            tuple(collapse_addresses(strangers)),
+            collapse(strangers),
         )
 
     # When the rules come and go

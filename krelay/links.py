@@ -6,17 +6,23 @@ link is told by the addresses that this host has there.
 """
 
 import errno
+import os
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import NamedTuple
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from krelay.networks import network
+from krelay.wire import netlink, rtnetlink
+from krelay.wire.netlink import Message
 
 _GROUPS = 0x1 | 0x10 | 0x40
 """RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE (linux/rtnetlink.h)."""
+PATIENCE = 2.0
+"""Seconds for an answer of the kernel's, which mostly is there at once."""
+LOOPBACK = 127
 _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 
 
@@ -36,31 +42,47 @@ class HostView(NamedTuple):
 
 
 def look(server: IPv4Address) -> HostView:
-    """How things are now."""
-    with IPRoute() as ip:
-        addresses = list(ip.get_addr(family=socket.AF_INET))
-        towards, link, mtu = None, None, 0xFFFF
-        with suppress(NetlinkError):
-            for route in ip.route("get", dst=str(server)):
-                link = route.get_attr("RTA_OIF")
-                if source := route.get_attr("RTA_PREFSRC"):
-                    towards = IPv4Address(source).packed
-            if link is not None:
-                mtu = min(mtu, ip.get_links(link)[0].get_attr("IFLA_MTU"))
-    own = frozenset(
-        IPv4Address(address).packed
-        for message in addresses
-        if (address := message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
-        and not IPv4Address(address).is_loopback
-    )
-    beside = tuple(
-        IPv4Network(f"{message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}", strict=False)
-        for message in addresses
-        if message["index"] == link
-    )
+    """How things are now.  Raises OSError."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
+        kernel.settimeout(PATIENCE)
+        addresses = list(rtnetlink.addresses(_asked(kernel, rtnetlink.get_addresses(1))))
+        link, towards, mtu = None, None, None
+        with suppress(_NoAnswer):  # there is no route
+            link, towards = rtnetlink.route(
+                _asked(kernel, rtnetlink.get_route(2, server.packed), answers=1)
+            )
+        if link is not None:
+            with suppress(_NoAnswer):  # it went meanwhile
+                mtu = rtnetlink.mtu(_asked(kernel, rtnetlink.get_link(3, link), answers=1))
+    own = frozenset(each.local for each in addresses if each.local[0] != LOOPBACK)
+    beside = tuple(network(each.beyond, each.length) for each in addresses if each.link == link)
     forwards = _FORWARD.read_text().strip() != "0"
     beside = beside if any(server in net for net in beside) else ()
-    return HostView(own, beside, towards, forwards, mtu)
+    return HostView(own, beside, towards, forwards, min(0xFFFF, mtu or 0xFFFF))
+
+
+class _NoAnswer(OSError):
+    """The kernel answers by an error."""
+
+
+def _asked(kernel: socket.socket, request: bytes, answers: int | None = None) -> Iterator[Message]:
+    """What the kernel answers to this: so many messages, or all until it says that it is done.
+
+    Raises OSError, and of these _NoAnswer if it says so itself.
+    """
+    (asked,) = netlink.messages(request)
+    kernel.sendto(request, (0, 0))
+    while True:
+        for message in netlink.messages(kernel.recv(1 << 16)):
+            if message.sequence != asked.sequence:
+                continue
+            if (message.subsystem, message.kind) == (0, netlink.DONE):
+                return
+            if code := message.error:
+                raise _NoAnswer(code, os.strerror(code))
+            yield message
+            if answers is not None and (answers := answers - 1) == 0:
+                return
 
 
 class LinkWatcher:

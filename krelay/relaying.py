@@ -16,7 +16,6 @@ of them has changed, the same few functions derive the rules and the policy agai
 done where the result is the same as before.
 """
 
-import gc
 import select
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -243,7 +242,7 @@ class Relaying:
         """Addresses, links or routes of this host may have changed."""
         if self.queue is None or self._stopping:
             return
-        view = _look(self._config.real_ip)
+        view = look(self._config.real_ip)
         if view != self._view:
             self._view = view
             self._worker.policy = self._policy()
@@ -302,7 +301,7 @@ class Relaying:
             self._loop.add(self.openings.fileno(), select.EPOLLIN, self._serve_openings)
             self._worker.recovering_until = self._loop.now + RECOVERY if stale else 0.0
             self._gport = config.gport
-            self._view = _look(config.real_ip)
+            self._view = look(config.real_ip)
             self._worker.policy = self._policy()
             self.kernel.listen()
             self._watch_rules(backend)
@@ -336,7 +335,7 @@ class Relaying:
     def _adopt(self, changed: frozenset[str]) -> None:
         """Takes over changed values while running: new flows get them, the rows keep theirs."""
         if "real_ip" in changed:
-            self._view = _look(self._config.real_ip)
+            self._view = look(self._config.real_ip)
             self._warn_of_surroundings()
             for row in self.nat.unanswered():
                 if row.server.addr != self._config.real_ip.packed:
@@ -597,13 +596,6 @@ class Relaying:
                 in_all=lost,
             )
             self._overflows_told = lost
-
-
-def _look(server: IPv4Address) -> HostView:
-    """As links.look; the netlink library leaves circles behind, and the collector is off."""
-    view = look(server)
-    gc.collect(0)
-    return view
 
 
 def _ports(services: Iterable[Service]) -> frozenset[int]:

@@ -7,11 +7,11 @@ alike (linux/netfilter/nf_tables.h).  What was *added* is of no interest: nobody
 ours away by that.
 """
 
-import ctypes
 import errno
 import socket
 import struct
 import sys
+from array import array
 from collections.abc import Iterator
 
 from krelay.wire import netlink
@@ -56,10 +56,10 @@ class RuleWatcher:
             _INSTRUCTION.pack(*each)
             for each in ((0x20, 0, 0, 12), (0x15, 0, 1, told), (6, 0, 0, 0), (6, 0, 0, 0xFFFFFFFF))
         )
-        kept = ctypes.create_string_buffer(program, len(program))
+        kept = array("B", program)
         count = len(program) // _INSTRUCTION.size
         self._socket.setsockopt(
-            socket.SOL_SOCKET, _ATTACH_FILTER, _PROGRAM.pack(count, ctypes.addressof(kept))
+            socket.SOL_SOCKET, _ATTACH_FILTER, _PROGRAM.pack(count, kept.buffer_info()[0])
         )
 
     def drain(self) -> frozenset[str] | None:

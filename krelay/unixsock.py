@@ -97,6 +97,7 @@ class UnixListener:
             self._resuming.cancel()
         self._loop.remove(self._socket.fileno())
         self._socket.close()
+        del self._accepted  # a circle with its owner, and the collector is off
         with suppress(OSError):  # the file system can't be written: it stays
             if self._is_in_place():
                 self._path.unlink()

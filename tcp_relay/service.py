@@ -2,14 +2,9 @@
 
 SIGTERM drains: nobody is accepted any more, who is there has some time to finish.  A second one, or
 Ctrl-C, ends at once.  SIGHUP loses nothing, and SIGUSR1 shows who is connected.
-
-The cyclic collector is off.  It walks all objects there are, tens of thousands of sockets and
-pairs, for circles that these programs don't leave behind: who ends a connection cuts the one circle
-it has (and a test counts).
 """
 
 import argparse
-import gc
 import resource
 import signal
 import sys
@@ -17,6 +12,7 @@ from collections.abc import Callable
 
 from krelay import log as logs
 from krelay import privileges
+from krelay.collector import Collector
 from krelay.log import Log
 from krelay.loop import Loop, Timer
 from krelay.privileges import Account, Cap
@@ -29,6 +25,9 @@ INTERRUPTED = 128 + signal.SIGINT
 
 GRACE = 5.0
 """Seconds that a worker may take beyond the drain, before it is killed."""
+
+BLOCKS_OF_A_CONNECTION = 48
+"""Blocks of memory that a connection may have, with both its sockets and what waits for it."""
 
 log = Log("service")
 
@@ -49,9 +48,7 @@ class Service:
 
     def run(self) -> int:
         """Returns the exit status, when all connections have ended."""
-        gc.collect()
-        gc.freeze()
-        gc.disable()
+        Collector(self._loop, lambda: len(self._engine) * BLOCKS_OF_A_CONNECTION)
         try:
             self._loop.run()
         finally:

@@ -78,13 +78,13 @@ def message(
     resource: int = 0,
 ) -> bytes:
     """A request; `attributes` is padded already, as `attribute` makes it."""
-    return (
-        _HEAD.pack(
-            HEAD + GENERIC + len(attributes), subsystem << 8 | kind, REQUEST | flags, sequence, 0
-        )
-        + _GENERIC.pack(family, 0, resource)
-        + attributes
-    )
+    body = _GENERIC.pack(family, 0, resource) + attributes
+    return request(subsystem << 8 | kind, flags, body, sequence=sequence)
+
+
+def request(kind: int, flags: int, body: bytes, *, sequence: int = 0) -> bytes:
+    """A request of any family: what follows its sixteen bytes is that family's matter."""
+    return _HEAD.pack(HEAD + len(body), kind, REQUEST | flags, sequence, 0) + body
 
 
 def batch(subsystem: int, messages: bytes) -> bytes:
