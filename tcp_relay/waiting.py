@@ -47,8 +47,10 @@ class Waiting(Generic[T]):
 
     def _look(self) -> None:
         self._has_timer = False
-        due = self._loop.now - self.seconds
-        late = list(takewhile(lambda who: self._since[who] <= due, self._since))
+        # The very sum that the timer was set to: a difference, rounded otherwise, may find nobody
+        # late, and the timer would be due again, in the same instant, for ever.
+        since, now = self._since, self._loop.now
+        late = list(takewhile(lambda who: since[who] + self.seconds <= now, since))
         for who in late:
             if self._since.pop(who, None) is not None:  # else it went with one before it
                 self._too_late(who)

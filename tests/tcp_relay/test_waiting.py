@@ -108,3 +108,19 @@ def test_one_who_is_told_may_take_others_away_and_wait_again() -> None:
     clock.turn_to(20.0)
     assert told == ["a", "a"]
     assert clock.timers == []
+
+
+@given(st.floats(0, 1e7), st.floats(1e-3, 1e5))
+def test_when_the_timer_is_due_somebody_is_late_however_sums_are_rounded(
+    began: float, seconds: float
+) -> None:
+    """Or it would be set to the same instant again and again, and the loop never got on."""
+    clock, late = Clock(), list[int]()
+    waiting = Waiting[int](cast(Loop, clock), seconds, late.append)
+    clock.now = began
+    waiting.add(1)
+    ((when, look),) = clock.timers
+    clock.now = when
+    look()
+
+    assert late == [1]
