@@ -15,6 +15,7 @@ import inspect
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 from statistics import median
 from types import MethodType
@@ -193,7 +194,9 @@ def _lives() -> dict[tuple[str, str], float]:
     while clock() < until:
         worker = _worker(_ROWS)
         nat = worker.nat
-        relays = Relays(nat, lambda client: Source.CLIENT)
+        relays = Relays(nat, partial(getattr, worker, "policy"), lambda *_: None)
+        relays.joined(_unheard, uid=0)
+        relays.listens(_unheard, _GPORT)
 
         def come(packet: bytes, worker: Worker = worker) -> bytes | Verdict:
             return worker.handle(packet, Hook.PREROUTING, 1.0)
@@ -205,6 +208,8 @@ def _lives() -> dict[tuple[str, str], float]:
         assert all(isinstance(new, bytes) for new in each(FIRST_UDP, UNIT, come, first[Proto.UDP]))
         each(END_UDP, ROW_UNIT, nat.end, list(nat))
         assert all(isinstance(new, bytes) for new in each(FIRST_TCP, UNIT, come, first[Proto.TCP]))
+        for row in nat:
+            row.tracker.client_acked = True
         assert all(b"server" in answer for answer in each(OPEN, MESSAGE_UNIT, answered, asked))
         each(CLOSE, MESSAGE_UNIT, answered, told)
         assert all(row.closed_at for row in nat)
@@ -223,7 +228,13 @@ def _worker(rows: int) -> Worker:
     worker = Worker(nat)
     ports = frozenset((_RELAY.port,))
     worker.policy = Policy(
-        _GPORT, _SERVER.addr, Source.CLIENT, ports, ports, frozenset((_RELAY.addr,))
+        _GPORT,
+        frozenset((_GPORT,)),
+        _SERVER.addr,
+        Source.CLIENT,
+        ports,
+        ports,
+        frozenset((_RELAY.addr,)),
     )
     return worker
 

@@ -90,7 +90,7 @@ class Daemon:
             self._worker,
             self._sender,
             self._keeper.publish,
-            self._who_else_listens,
+            self._keeper.left("status/resumable"),
         )
         self._relay_socket: RelaySocket | None = None
         try:
@@ -144,6 +144,7 @@ class Daemon:
             "flows_unconfirmed": self.nat.unconfirmed,
             "tcp_relays": len(self._relay_socket.pids) if self._relay_socket else 0,
             **control.tcp_status_values(self._relaying.relays.totals),
+            "gateway_port": self._relaying.gateway,
             "rules": self._relaying.rules,
             "datapath": self._relaying.datapath,
             "queue": self._queue_num,
@@ -228,20 +229,21 @@ class Daemon:
         return refused
 
     def _who_else_listens(self, port: int) -> str | None:
-        """The program that listens there, unless it is a tcp-relay: those follow gport faster."""
+        """The program that listens there, unless it is a tcp-relay: those follow gport faster.
+
+        It only says what a person should know: whom clients are led to is another matter
+        (gatewayport.py).
+        """
         inodes = listeners.listening(port)
         if not inodes or self._relay_socket is None:
             return None
         if any(listeners.holds_any(pid, inodes) in (True, None) for pid in self._relay_socket.pids):
             return None
-        who = listeners.holder(inodes)
-        if who is not None and who.is_tcp_relay(self._root):
-            return None  # about to connect, or to connect again
-        return str(who or "another program")
+        return str(listeners.holder(inodes) or "another program")
 
     def _relay_listener(self) -> RelaySocket:
-        path, relays = self._root / "relay.sock", self._relaying.relays
-        return RelaySocket(self._loop, path, relays, self._relay_gid)
+        path, relaying = self._root / "relay.sock", self._relaying
+        return RelaySocket(self._loop, path, relaying.relays, relaying.gateways, self._relay_gid)
 
     def _status_texts(self) -> Mapping[str, str]:
         """What the status files are to show."""
@@ -249,6 +251,7 @@ class Daemon:
             "status/state": self._relaying.state + "\n",
             "status/applied": applied_text(self._state.config, self._state.generation),
             "status/errors": errors_text(self._state.errors),
+            "status/resumable": self._relaying.resumable,
         }
 
     # Signals, links, the second

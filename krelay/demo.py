@@ -350,7 +350,7 @@ class Play:
 
     def _tcp_relay_is_connected(self) -> bool:
         status = self._ask("show status json")
-        return bool(status and status[0]["tcp_relays"])
+        return bool(status and status[0]["gateway_port"] == "served")
 
     # The file tree
 

@@ -96,6 +96,13 @@ class TreeKeeper:
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         return lines[0] + more if lines else OK
 
+    def left(self, name: str) -> str:
+        """What a krelay before has left in this file; empty if it can't be read."""
+        try:
+            return self._tree.read(name) or ""
+        except OSError:
+            return ""
+
     def begin(self) -> Outcome:
         """Watches and reads the tree; what comes of it.  Raises OSError."""
         self._watch()

@@ -201,6 +201,10 @@ class NatTable:
             row = next(learnt, None)
         return row
 
+    def of_id(self, row_id: int) -> Row | None:
+        """The row with this number, if it is one whose packets the worker knows."""
+        return self._rows.get(row_id)
+
     @property
     def timeouts(self) -> Timeouts:
         """In force for all rows, also those that live."""
@@ -257,8 +261,8 @@ class NatTable:
         """tcp-relay will connect to the row's server from `relay`: steps T3 and T4.
 
         Takes the place of a port that it had before, from which it couldn't connect.
-        Raises Refusal (`port_taken`) when the server may know that port already: the client's own
-        connection, another row's, or the client's port itself.
+        Raises Refusal (`port_taken`) when another row has the port on this side, or the server may
+        know it already: the client's own connection, another row's, or the client's port itself.
         """
         row_source = row.client.addr if row.source is Source.CLIENT else relay.addr
         outside = Endpoint(row_source, relay.port)
@@ -267,7 +271,10 @@ class NatTable:
         if holder is not None and holder.closed_at is not None:
             self.end(holder)  # its port was free to be bound again, so both its legs are gone
             holder = None
-        taken = holder is not None and holder is not row
+        beside = self._by_relay.get(relay)
+        if beside is not None and beside.closed_at is not None:
+            beside = None
+        taken = any(other is not None and other is not row for other in (holder, beside))
         if taken or (Proto.TCP, at) in self.direct or outside == row.client:
             raise Refusal("port_taken")
         self.detach(row)

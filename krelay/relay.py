@@ -1,5 +1,16 @@
 """What krelay answers to tcp-relay: the relay socket's requests against the NAT table.
 
+A tcp-relay is believed as little as will do: it may be another program by now.  What it asks is
+bounded by what krelay knows itself:
+
+    open     a client whose handshake was seen, at a gateway port where this tcp-relay listens, and
+             whom no other tcp-relay has; from an address of this host, and a port of no other row
+    resume   a row whose own tcp-relay was lost a moment ago, by one of the same user; or, for some
+             seconds after krelay was started over a killed one, a connection that this host's
+             kernel says a process of this user has, with values that were in force together
+             (inforce.py), in place of no other
+    close    rows of its own
+
 A row belongs to the connection of the relay socket on which it was opened or resumed; when that
 connection is lost, tcp-relay has died (then the kernel resets the legs of its connections, and
 these resets still pass through the rows) or it will be back and resume them.  After ORPHAN_GRACE,
@@ -13,9 +24,11 @@ more than their sum is kept.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from krelay.admission import Refusal
-from krelay.flow import Endpoint, Source
+from krelay.flow import Endpoint, Proto, Source
+from krelay.inforce import MOST, InForce
 from krelay.nat import NatTable
 from krelay.relaymsg import (
     COUNTERS,
@@ -33,11 +46,19 @@ from krelay.relaymsg import (
     Resume,
     Resumed,
 )
-from krelay.row import Row, Step
+from krelay.row import Hook, Row, Step, key
 from krelay.wire import ipv4
+from krelay.worker import Policy
 
 ORPHAN_GRACE = 5.0
 """Seconds."""
+
+ABORT_WITHIN = 5.0
+"""Seconds that a tcp-relay may take to reset a connection that was ended; then its row is closed,
+whatever it does."""
+
+GPORTS_KEPT = 64
+"""Gateway ports for which a tcp-relay may ask, of those at which it has listened; the latest."""
 
 GONE_KEPT = 256
 """Workers that are remembered after they have gone; more than are ever connected at once."""
@@ -45,17 +66,46 @@ GONE_KEPT = 256
 Send = Callable[[Answer], object]
 """Sends to one tcp-relay; also its identity."""
 
+Carrier = Callable[[Endpoint, Endpoint], int | None]
+"""The uid of who has this host's connection between the two, the own end first; None: nobody.
+Raises OSError if that can't be known."""
+
+
+@dataclass(slots=True)
+class _Link:
+    """What is known of a tcp-relay that is connected."""
+
+    uid: int
+    gports: dict[int, None] = field(default_factory=dict)
+    """Where it has listened, in that order."""
+
 
 class Relays:
-    """The tcp-relays that are connected, and which row is whose."""
+    """The tcp-relays that are connected, and which row is whose.
 
-    def __init__(self, nat: NatTable, source_for: Callable[[bytes], Source]) -> None:
+    `policy` is what new flows get now, None while nothing is relayed; `carrier` asks the kernel.
+    """
+
+    def __init__(
+        self,
+        nat: NatTable,
+        policy: Callable[[], Policy | None],
+        carrier: Carrier,
+    ) -> None:
         self.before_answers: Callable[[], object] = lambda: None
         """To be called when requests were handled, before their answers are sent."""
+        self.resumable_until = 0.0
+        """Until then, connections that a killed krelay had are resumed."""
+        self.in_force: list[InForce] = []
+        """What those may have begun with, the latest last."""
         self._nat = nat
-        self._source_for = source_for
+        self._policy = policy
+        self._carrier = carrier
+        self._links: dict[Send, _Link] = {}
         self._owner: dict[int, Send] = {}
-        self._orphans: list[tuple[float, list[int]]] = []
+        self._orphans: list[tuple[float, int, frozenset[int]]] = []
+        """Until when, of which user, which rows."""
+        self._aborted: list[tuple[float, int]] = []
         self._reports = Reports()
 
     @property
@@ -63,8 +113,27 @@ class Relays:
         """As Reports.totals."""
         return self._reports.totals()
 
+    def remember(self, in_force: InForce) -> None:
+        """From now on connections begin with these."""
+        if in_force in self.in_force:
+            self.in_force.remove(in_force)
+        self.in_force.append(in_force)
+        del self.in_force[:-MOST]
+
+    def joined(self, send: Send, uid: int) -> None:
+        """A tcp-relay of this user has connected."""
+        self._links[send] = _Link(uid)
+
+    def listens(self, send: Send, gport: int) -> None:
+        """It has handed over its listening socket for this gateway port."""
+        gports = self._links[send].gports
+        gports.pop(gport, None)
+        gports[gport] = None
+        if len(gports) > GPORTS_KEPT:
+            del gports[next(iter(gports))]
+
     def handle(self, request: Request, send: Send, now: float) -> Answer | None:
-        """The answer to a request that came from there."""
+        """The answer to a request that came from there, but for those that come with sockets."""
         match request:
             case Open() | Resume() if not _is_ipv4(request):
                 return Refused(request.id, "only IPv4 addresses are relayed")
@@ -73,22 +142,22 @@ class Relays:
             case Resume():
                 return self._resume(request, send, now)
             case Close(relay=relay):
-                if (row := self._nat.of_relay_port(relay)) is not None:
-                    self._owner.pop(row.id, None)
-                    self._nat.close(row, now)
-                return None
+                return self._close(relay, send, now)
             case Report():
                 self._reports.told(request, send)
-                return None
+        return None
 
     def lost(self, send: Send, now: float) -> None:
         """That connection is gone."""
         self._reports.lost(send)
+        link = self._links.pop(send, None)
         rows = [row_id for row_id, owner in self._owner.items() if owner is send]
         for row_id in rows:
             del self._owner[row_id]
-        if rows:
-            self._orphans.append((now + ORPHAN_GRACE, rows))
+            if (row := self._nat.of_id(row_id)) is not None:
+                row.orphaned = True
+        if rows and link is not None:
+            self._orphans.append((now + ORPHAN_GRACE, link.uid, frozenset(rows)))
 
     def abort(self, row: Row, now: float) -> None:
         """Has both legs of a connection reset; its row ends when that is done.
@@ -99,6 +168,7 @@ class Relays:
         row.abort_asked = True
         owner = self._owner.get(row.id)
         if owner is not None and row.relay is not None:
+            self._aborted.append((now + ABORT_WITHIN, row.id))
             owner(Abort(row.relay))
         elif row.relay is not None:
             self._nat.close(row, now)
@@ -110,47 +180,68 @@ class Relays:
     def on_time(self, now: float) -> None:
         """Closes what nobody has come back for, and forgets rows that are no more."""
         while self._orphans and self._orphans[0][0] <= now:
-            for row_id in self._orphans.pop(0)[1]:
-                row = self._nat.get(row_id)
+            for row_id in self._orphans.pop(0)[2]:
+                row = self._nat.of_id(row_id)
                 if row is not None and row_id not in self._owner:
                     self._nat.close(row, now)
+        while self._aborted and self._aborted[0][0] <= now:
+            if (row := self._nat.of_id(self._aborted.pop(0)[1])) is not None:
+                self._nat.close(row, now)
         if len(self._owner) > len(self._nat):  # some have ended; not looked for every second
-            for row_id in [i for i in self._owner if self._nat.get(i) is None]:
+            for row_id in [i for i in self._owner if self._nat.of_id(i) is None]:
                 del self._owner[row_id]
 
     def _open(self, request: Open, send: Send, now: float) -> Answer:
+        link, policy = self._links.get(send), self._policy()
         row = self._nat.accepted(request.client, request.gport)
-        if row is None:
+        if row is not None and not row.tracker.client_acked:
+            self._nat.on_late([row])  # what the kernel rewrote by itself may be news
+        if row is None or not row.tracker.client_acked:
             return Refused(request.id, "no row for this client")
+        if link is None or request.gport not in link.gports:
+            return Refused(request.id, "the listening socket was not handed over")
+        if self._owner.get(row.id, send) is not send:
+            return Refused(request.id, "another tcp-relay has this client")
         row.accepted = True
         if row.abort_asked or row.closed_at is not None:
             self._nat.close(row, now)
             return Refused(request.id, "the row was ended")
+        if policy is None or request.relay.addr not in policy.own:
+            return Refused(request.id, "relay is no address of this host")
         try:
             self._nat.attach(row, request.relay, now)
         except Refusal:
             self._nat.detach(row)  # it may have had another port before
             return Refused(request.id, PORT_TAKEN)
-        self._owner[row.id] = send
+        self._has(row, send)
         origin = row.client if row.client != request.client else None
         return Opened(request.id, row.server, row.source, origin)
 
     def _resume(self, request: Resume, send: Send, now: float) -> Answer:
         known = self._nat.of_relay_port(request.relay)
-        if known is not None and known.inside == request.client and known.closed_at is None:
-            self._owner[known.id] = send  # the socket was lost, not the table
+        if known is not None and _is_same(known, request):
+            if not self._may_have(known, send):
+                return Refused(request.id, "can't be resumed: another tcp-relay has it")
+            self._has(known, send)  # the socket was lost, not the table
             return Resumed(request.id)
         other = self._nat.accepted(request.client, request.gport)
         if other is not None and other.closed_at is None:
             return Refused(request.id, "can't be resumed: another row has this client")
-        row: Row | None = None
         service = request.service or Endpoint(request.relay.addr, request.server.port)
+        origin = request.origin or request.client
+        policy = self._policy()
+        source = request.source or (policy.source_for(request.client.addr) if policy else None)
+        if now >= self.resumable_until or policy is None or source is None:
+            return Refused(request.id, "can't be resumed: krelay has no row of it")
+        if (wrong := self._never_was(request, service, origin, source, policy, send)) is not None:
+            return Refused(request.id, f"can't be resumed: {wrong}")
+        row: Row | None = None
         try:
             row = self._nat.open_tcp(
-                request.origin or request.client,
+                origin,
                 service,
                 request.server,
-                request.source or self._source_for(request.client.addr),
+                source,
                 request.gport,
                 now,
                 inside=request.client,
@@ -165,8 +256,58 @@ class Relays:
         for step in (Step.T1, Step.T2, Step.T3, Step.T4):
             row.rewrites[step].watched = False
         self._nat.schedule(row)
-        self._owner[row.id] = send
+        self._has(row, send)
         return Resumed(request.id)
+
+    def _never_was(
+        self,
+        request: Resume,
+        service: Endpoint,
+        origin: Endpoint,
+        source: Source,
+        policy: Policy,
+        send: Send,
+    ) -> str | None:
+        """Why this can't be a connection that a killed krelay had; None if it can."""
+        client, server, gport = request.client, request.server, request.gport
+        if service.addr not in policy.own or request.relay.addr not in policy.own:
+            return "service and relay are addresses of this host"
+        if not policy.may_be_client(client.addr) or origin.addr != client.addr:
+            return "this is no client"
+        if service.port != server.port or not any(
+            each.allows(gport, server, source) for each in self.in_force
+        ):
+            return "this was never in force"
+        taken = self._nat.tables[Hook.PREROUTING, Proto.TCP].get(key(origin, service))
+        if taken is not None and taken.row.closed_at is None:
+            return "another row has this client"
+        link = self._links.get(send)
+        try:
+            uid = self._carrier(Endpoint(service.addr, gport), client)
+        except OSError:
+            return "the kernel doesn't tell whose connection it is"
+        return None if link is not None and uid == link.uid else "there is no such connection"
+
+    def _close(self, relay: Endpoint, send: Send, now: float) -> Answer | None:
+        row = self._nat.of_relay_port(relay)
+        if row is None:
+            return None
+        if self._owner.get(row.id) is not send:
+            return Refused(None, "that row is not this tcp-relay's")
+        del self._owner[row.id]
+        self._nat.close(row, now)
+        return None
+
+    def _may_have(self, row: Row, send: Send) -> bool:
+        """Whether a row is this tcp-relay's, or that of one of its user that was lost just now."""
+        owner, link = self._owner.get(row.id), self._links.get(send)
+        if owner is not None or link is None:
+            return owner is send
+        return any(uid == link.uid and row.id in rows for _, uid, rows in self._orphans)
+
+    def _has(self, row: Row, send: Send) -> None:
+        self._owner[row.id] = send
+        row.orphaned = False
 
 
 class Reports:
@@ -213,6 +354,12 @@ class Reports:
             for name, number in counts.items():
                 if name in self._forgotten or len(self._forgotten) < MAX_COUNTS:
                     self._forgotten[name] += number
+
+
+def _is_same(row: Row, request: Resume) -> bool:
+    """Whether this is the connection of that row, which lives."""
+    same = (row.inside, row.gport, row.server) == (request.client, request.gport, request.server)
+    return same and row.closed_at is None
 
 
 def _is_ipv4(request: Open | Resume) -> bool:

@@ -11,6 +11,10 @@ A killed krelay leaves its rules; while nobody serves the queue the kernel drops
 The next krelay binds the queue, puts its rules in their place in one step, and for RECOVERY seconds
 drops what it can't assign yet, until tcp-relay has resumed its connections.
 
+Clients of TCP are led to tcp-relay from when it has handed over its listening socket
+(gatewayport.py) until its connection to the relay socket is lost.  Where another program has the
+gateway port when relaying begins, it fails, and begins by itself when the port is free.
+
 What is in force follows from the config, the rows that live and the links of this host; whichever
 of them has changed, the same few functions derive the rules and the policy again, and nothing is
 done where the result is the same as before.
@@ -22,11 +26,13 @@ from contextlib import suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
 
-from krelay import listeners, netfilter, ruleset
+from krelay import handed, listeners, netfilter, ruleset
 from krelay.admission import Limits
 from krelay.doctor import checks
 from krelay.doctor.facts import Facts, Path
 from krelay.flow import Source
+from krelay.gatewayport import GatewayPorts
+from krelay.inforce import InForce
 from krelay.kernelpath import KernelPath
 from krelay.links import HostView, look
 from krelay.log import Log, Throttle
@@ -39,14 +45,16 @@ from krelay.relay import Relays
 from krelay.row import Row, Step, Timeouts
 from krelay.ruleset import RuleSpec
 from krelay.rulewatch import RuleWatcher
+from krelay.sockdiag import SocketDiag
 from krelay.trace import Filter
-from krelay.worker import Policy, Worker, asks, probes
+from krelay.wire import sockdiag
+from krelay.worker import AWAY_GRACE, Policy, Worker, asks, probes
 from procfs_sim.tree import Config, Service, in_force
 
 STOP_WITHIN = 0.06
 """Seconds: a change is in force within 100 ms."""
-SWITCH_WITHIN = 0.08
-"""Seconds that a new gateway port may take to be listened on."""
+REGISTERED_WITHIN = 2.0
+"""Seconds after the start in which a tcp-relay that listens says so; who doesn't is another."""
 RECOVERY = 5.0
 """Seconds after a start over stale rules in which unknown packets are dropped, not passed."""
 LOOK_AFTER = 0.02
@@ -74,7 +82,7 @@ _log = Log("relaying")
 class Relaying:
     """Switches relaying on and off as the config says; `on_change` is called when state changes.
 
-    `taken_by` says who but tcp-relay listens on a port.
+    `resumable` is the text that a krelay before, if it was killed, left of what was in force.
     """
 
     def __init__(
@@ -85,11 +93,16 @@ class Relaying:
         worker: Worker,
         sender: RawSender,
         on_change: Callable[[], object],
-        taken_by: Callable[[int], str | None] = lambda port: None,
+        resumable: str = "",
     ) -> None:
         self.nat: NatTable = worker.nat
         self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
-        self.relays = Relays(self.nat, self._source_for)
+        self._diag = SocketDiag()
+        self.gateways = GatewayPorts(
+            handed.cookie_of_listener, self._diag.listeners, handed.close_all
+        )
+        self.gateways.on_change = self._gateways_changed
+        self.relays = Relays(self.nat, lambda: worker.policy, self._diag.carrier)
         self.kernel = KernelPath(loop, self.nat, name, queue_num, self._make_maps_anew)
         self.relays.before_answers = self.kernel.hurry
         self.queue: Queue | None = None
@@ -102,14 +115,21 @@ class Relaying:
         self._worker = worker
         self._sender = sender
         self._on_change = on_change
-        self._taken_by = taken_by
+        self._resumable = InForce.parse(resumable)
         self._backend: Backend | None = None
         self._spec: RuleSpec | None = None
         self._failure: str | None = None
         self._stopping: Timer | None = None
         self._on_stopped: Callable[[], object] | None = None
         self._gport: int | None = None
-        """The gateway port of new flows: the config's, as soon as it is listened on."""
+        """The gateway port of new flows: the config's, unless only a former one is served."""
+        self._waits_for_port = False
+        """Relaying failed because another program has the gateway port."""
+        self._refusing: str | None = None
+        """Why clients of TCP are refused, when last looked."""
+        self._refusal_warning = Throttle()
+        self._named: tuple[list[sockdiag.Socket], str] = ([], "")
+        """Who listens on the gateway port without being known, and what that program is called."""
         self._view = HostView(frozenset(), (), None, False)
         self._no_maps = ""
         """Why nothing is handed to the kernel though it is wished."""
@@ -147,6 +167,16 @@ class Relaying:
         if self.queue is None or self._config.datapath == "queue":
             return "queue"
         return f"queue ({self._no_maps})"
+
+    @property
+    def resumable(self) -> str:
+        """What connections can have begun with that live: a line for each change, to be kept."""
+        return "".join(f"{each.text()}\n" for each in self.relays.in_force)
+
+    @property
+    def gateway(self) -> str:
+        """`served`; `unused`, where nothing needs tcp-relay; or why clients of TCP are refused."""
+        return (self._why_refused() or "served") if self._config.terminated else "unused"
 
     def prepare(self, start: bool) -> None:
         """Finds out how rules can be made, and removes those that a killed krelay left.
@@ -188,6 +218,7 @@ class Relaying:
             self.stop()
         elif self.queue is None:
             self._failure = None
+            self._waits_for_port = False
 
     def stop(self, then: Callable[[], object] | None = None) -> None:
         """Ends relaying in order, then calls `then`.  Called again it ends at once."""
@@ -244,14 +275,18 @@ class Relaying:
             return
         view = look(self._config.real_ip)
         if view != self._view:
-            self._view = view
-            self._worker.policy = self._policy()
+            self._take_view(view)
+            self._apply()
             self._refresh_rules()
 
     def on_time(self, now: float) -> None:
         """Expiry and everything else that is done once a second."""
         self.nat.expire(now)
         self.relays.on_time(now)
+        self._begin_where_free()
+        if self.queue is not None:
+            self.gateways.check()
+            self._warn_of_refusal(now)
         self._refresh_rules()
         if self._look_at is not None and now >= self._look_at:
             self._look_at = now + LOOK_EVERY
@@ -278,12 +313,8 @@ class Relaying:
         config = self._config
         self._failure = None
         backend = self._backend or self._probe()
+        self._waits_for_port = False
         if backend is None:
-            return
-        if config.terminated and (who := self._taken_by(config.gport)):
-            self._fail(
-                f"port {config.gport}, the gateway port, is in use by {who}; end that, or set gport"
-            )
             return
         try:
             stale = backend.present(self._name)
@@ -301,8 +332,11 @@ class Relaying:
             self._loop.add(self.openings.fileno(), select.EPOLLIN, self._serve_openings)
             self._worker.recovering_until = self._loop.now + RECOVERY if stale else 0.0
             self._gport = config.gport
-            self._view = look(config.real_ip)
-            self._worker.policy = self._policy()
+            self._take_view(look(config.real_ip))
+            was_killed = stale or bool(self._resumable)
+            self.relays.resumable_until = self._loop.now + RECOVERY if was_killed else 0.0
+            self.relays.in_force, self._resumable = self._resumable, []
+            self._apply()
             self.kernel.listen()
             self._watch_rules(backend)
             self._install(self._wanted(), afresh=True)
@@ -321,6 +355,8 @@ class Relaying:
             after="a killed krelay" if stale else None,
         )
         self._warn_of_surroundings()
+        if not stale:
+            self._loop.call_at(self._loop.now + REGISTERED_WITHIN, self._look_who_listens)
 
     def _warn_of_surroundings(self) -> None:
         """What would make relaying fail quietly, told before the first packet is lost."""
@@ -335,31 +371,101 @@ class Relaying:
     def _adopt(self, changed: frozenset[str]) -> None:
         """Takes over changed values while running: new flows get them, the rows keep theirs."""
         if "real_ip" in changed:
-            self._view = look(self._config.real_ip)
+            self._take_view(look(self._config.real_ip))
             self._warn_of_surroundings()
             for row in self.nat.unanswered():
                 if row.server.addr != self._config.real_ip.packed:
                     self.nat.end(row)  # the client's next packet makes it anew
-        if "gport" in changed:
-            self._switch_gport(self._loop.now + SWITCH_WITHIN)
-        self._worker.policy = self._policy()
+        self._apply()
         self._refresh_rules()
 
-    def _switch_gport(self, deadline: float) -> None:
-        """Sends new connections to the new gateway port once tcp-relay listens there."""
-        wanted = self._config.gport
-        if self._loop.now < deadline and not listeners.listening(wanted):
-            self._loop.call_at(self._loop.now + _SOON, lambda: self._switch_gport(deadline))
-        elif self.queue and not self._stopping and self._gport != wanted:
+    def _apply(self) -> None:
+        """New flows get what is in force now."""
+        wanted, served = self._config.gport, self.gateways.served
+        if wanted in served or self._gport not in served:
             self._gport = wanted
-            self._worker.policy = self._policy()
-            self._refresh_rules()
+        policy = self._worker.policy = self._policy()
+        self.relays.remember(
+            InForce(policy.gport, policy.server, policy.source, policy.tcp - policy.forwarded)
+        )
+
+    def _take_view(self, view: HostView) -> None:
+        self._view = view
+        self.gateways.own = view.own
+        self.gateways.check()
+
+    # Whom T1 leads to
+
+    def _gateways_changed(self) -> None:
+        """A tcp-relay listens, or does no more, or is not alone; T1 follows before anything else.
+
+        Clients that it hasn't accepted end, since their next packets might reach another.
+        """
+        if self.queue is None:
+            return
+        served = self.gateways.served
+        self._worker.waiting_until = self._loop.now + AWAY_GRACE
+        if self._stopping:
+            assert self._worker.policy is not None
+            self._worker.policy = replace(self._worker.policy, served=served)
+        else:
+            self._apply()
+            self._loop.call_soon(self._refresh_rules)
+        for row in self.nat.workers:
+            if row.gport is not None and row.gport not in served and not row.accepted:
+                self.nat.end(row)
+        self._on_change()
+
+    def _look_who_listens(self) -> None:
+        """Relaying can't begin where another program has the gateway port."""
+        port = self._config.gport
+        if self.queue is None or self._stopping or not self._config.terminated:
+            return
+        if not self.gateways.served and (others := self.gateways.others(port)):
+            who = self._called(others)
+            self._fail(f"port {port}, the gateway port, is in use by {who}; end that, or set gport")
+            self._waits_for_port = True
+
+    def _begin_where_free(self) -> None:
+        """Begins after all, if it was for the gateway port that relaying couldn't."""
+        port = self._config.gport
+        if self._waits_for_port and self._config.start and not self.gateways.others(port):
+            self._start()
+            self._on_change()
+
+    def _why_refused(self) -> str | None:
+        """Why clients of TCP are refused now; None if they aren't."""
+        port = self._gport if self._gport and self.queue else self._config.gport
+        if port in self.gateways.served:
+            return None
+        others = self.gateways.others(port)
+        if others is None:
+            return "the kernel doesn't tell who listens on a port; modprobe tcp_diag"
+        if others:
+            return f"port {port} is in use by {self._called(others)}; end that, or set gport"
+        return f"no tcp-relay listens on port {port}"
+
+    def _called(self, others: list[sockdiag.Socket]) -> str:
+        if self._named[0] != others:
+            who = listeners.holder([each.inode for each in others])
+            self._named = (others, str(who or f"another program of user {others[0].uid}"))
+        return self._named[1]
+
+    def _warn_of_refusal(self, now: float) -> None:
+        why = self._why_refused() if self._config.terminated else None
+        lasts = why is not None and why == self._refusing
+        if lasts and now >= self._worker.recovering_until:
+            before = self._refusal_warning.admit(now)
+            if before is not None:
+                _log.warning("clients of TCP are refused", reason=why, again=before or None)
+        self._refusing = why
 
     def _policy(self) -> Policy:
         config = self._config
         assert self._gport is not None
         return Policy(
             gport=self._gport,
+            served=self.gateways.served,
             server=config.real_ip.packed,
             source=Source(config.source),
             tcp=_ports(s for s in config.services if s.proto == "tcp"),
@@ -371,10 +477,6 @@ class Relaying:
             mtu=self._view.mtu,
             answers=config.limits_refusal == "reset",
         )
-
-    def _source_for(self, client: bytes) -> Source:
-        policy = self._worker.policy
-        return policy.source_for(client) if policy else Source.CLIENT
 
     def _wanted(self) -> RuleSpec:
         config, policy = self._config, self._worker.policy
@@ -569,6 +671,8 @@ class Relaying:
                 queue.close()
             self.queue = self.openings = None
         self.nat.clear()
+        self.relays.in_force = []
+        self._resumable = []
 
     def _serve_queue(self, _: int) -> None:
         self._serve(self.queue)

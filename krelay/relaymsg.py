@@ -5,6 +5,10 @@ server?), `resume` (after a reconnect: this one still lives) and tells `close`; 
 `id`, and tells `abort` when a row was ended and its two connections must be reset.  Both ends use
 this module alone: what one emits the other parses.
 
+By `listening` tcp-relay says at which gateway port it listens, and hands over the descriptor of the
+listening socket with the packet (SCM_RIGHTS); by `not_listening`, that it is about to close it.
+Neither has an answer, but `listening` may be refused, by its `id`.
+
 Beyond the fields of the contract there are some that a krelay which has lost its table can't know,
 and that are left out where there is nothing to tell.  `service`: the address and port the client
 asked for.  `source`: whose address the server sees.  `origin`: the client's own port, where the
@@ -52,6 +56,7 @@ They are shown in this order, and after them what else a tcp-relay may count.
 MAX_COUNTS = 32
 """Names in a report."""
 
+_OPS = ("open", "resume", "close", "report", "listening", "not_listening")
 _json = json.JSONEncoder(separators=(",", ":")).encode
 _read = json.JSONDecoder().raw_decode
 """json.loads without the blanks around the value, which take it as long as the value itself."""
@@ -106,6 +111,21 @@ class Close:
 
 
 @dataclass(slots=True, unsafe_hash=True)
+class Listening:
+    """A listening socket, whose descriptor comes with the message."""
+
+    gport: int
+    id: int | None = None
+
+
+@dataclass(slots=True, unsafe_hash=True)
+class NotListening:
+    """The socket that was handed over for this gateway port will be closed."""
+
+    gport: int
+
+
+@dataclass(slots=True, unsafe_hash=True)
 class Report:
     """What `worker` counts: names `[a-z_]{1,32}`, at most MAX_COUNTS, values below 2**63.
 
@@ -139,7 +159,7 @@ class Resumed:
 
 @dataclass(slots=True, unsafe_hash=True)
 class Refused:
-    """Answer to Open or Resume (or, with id None, to something malformed)."""
+    """Answer to Open, Resume or Listening (or, with id None, to something else)."""
 
     id: int | None
     error: str
@@ -152,7 +172,7 @@ class Abort:
     relay: Endpoint
 
 
-Request = Open | Resume | Close | Report
+Request = Open | Resume | Close | Listening | NotListening | Report
 Answer = Opened | Resumed | Refused | Abort
 
 
@@ -176,6 +196,11 @@ def emit(message: Request | Answer) -> bytes:
             fields += _maybe("origin", m.origin)
         case Resumed():
             fields = f'"id":{m.id}'
+        case Listening():
+            fields = f'"op":"listening","gport":{m.gport}'
+            fields += f',"id":{m.id}' if m.id is not None else ""
+        case NotListening():
+            fields = f'"op":"not_listening","gport":{m.gport}'
         case Report():
             fields = f'"op":"report","worker":"{m.worker}","counts":{_json(dict(m.counts))}'
         case Refused():
@@ -212,8 +237,13 @@ def parse_request(packet: bytes) -> Request:
             return Close(_endpoint(fields, "relay"))
         case "report":
             return Report(_worker(fields), _counts(fields))
+        case "listening":
+            number = _id(fields) if fields.get("id") is not None else None
+            return Listening(_port(fields, "gport"), number)
+        case "not_listening":
+            return NotListening(_port(fields, "gport"))
         case op:
-            raise BadMessage(f"op {repr(op)[:40]} is none of open, resume, close, report")
+            raise BadMessage(f"op {ascii(op)[:40]} is none of {', '.join(_OPS)}")
 
 
 def parse_answer(packet: bytes) -> Answer:

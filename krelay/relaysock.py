@@ -2,34 +2,58 @@
 
 A malformed message gets an error and ends that connection.  A tcp-relay that doesn't read its
 answers is disconnected once its buffer is full: it will reconnect and resume.
+
+Descriptors may come with any message (handed.py); but for `listening`, a message with one is
+malformed.  Where a connection is lost, what still lies in it unread may hold some, too, and so it
+is closed apart.
 """
 
 import select
 import socket
+from contextlib import suppress
 from pathlib import Path
 
+from krelay import handed
+from krelay.gatewayport import GatewayPorts
 from krelay.log import Log, Throttle
 from krelay.loop import Loop
 from krelay.relay import Relays
-from krelay.relaymsg import MAX_MESSAGE, Answer, BadMessage, Refused, emit, parse_request
+from krelay.relaymsg import (
+    MAX_MESSAGE,
+    Answer,
+    BadMessage,
+    Listening,
+    NotListening,
+    Refused,
+    emit,
+    parse_request,
+)
 from krelay.unixsock import Peer, UnixListener
 
 MAX_PER_TURN = 64
 SEND_BUFFER = 4 << 20
 
 _log = Log("relays")
-_malformed = Throttle()
+_malformed, _not_listening = Throttle(), Throttle()
 
 
 class RelaySocket:
     """Listens at `path` and answers tcp-relays from `relays`, those of `group` if that is given.
 
-    Raises OSError if it can't listen.
+    `gateways` gets their listening sockets.  Raises OSError if it can't listen.
     """
 
-    def __init__(self, loop: Loop, path: Path, relays: Relays, group: int | None = None) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        path: Path,
+        relays: Relays,
+        gateways: GatewayPorts,
+        group: int | None = None,
+    ) -> None:
         self._loop = loop
         self._relays = relays
+        self._gateways = gateways
         self._links: set[_Link] = set()
         self._listener = UnixListener(loop, path, socket.SOCK_SEQPACKET, self._accepted, group)
 
@@ -54,20 +78,30 @@ class RelaySocket:
         self._listener.close()
 
     def _accepted(self, connection: socket.socket, peer: Peer) -> None:
-        self._links.add(_Link(self._loop, connection, peer.pid, self._relays, self._links))
+        self._links.add(
+            _Link(self._loop, connection, peer, self._relays, self._gateways, self._links)
+        )
         _log.info("tcp-relay connected", pid=peer.pid)
 
 
 class _Link:
     def __init__(
-        self, loop: Loop, connection: socket.socket, pid: int, relays: Relays, links: "set[_Link]"
+        self,
+        loop: Loop,
+        connection: socket.socket,
+        peer: Peer,
+        relays: Relays,
+        gateways: GatewayPorts,
+        links: "set[_Link]",
     ) -> None:
-        self.pid = pid
+        self.pid = peer.pid
         self._loop = loop
         self._socket = connection
         self._relays = relays
+        self._gateways = gateways
         self._links = links
         self._send = self.send  # one object: rows are recognised by it
+        relays.joined(self._send, peer.uid)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         loop.add(connection.fileno(), select.EPOLLIN, self._ready)
 
@@ -85,8 +119,11 @@ class _Link:
             return
         self._links.remove(self)
         self._loop.remove(self._socket.fileno())
-        self._socket.close()
+        with suppress(OSError):  # gone already
+            self._socket.shutdown(socket.SHUT_RDWR)
+        handed.close_apart(self._socket.close)
         self._relays.lost(self._send, self._loop.now)
+        self._gateways.lost(self._send)
         del self._send  # a circle, and the collector is off
         _log.info("tcp-relay disconnected", pid=self.pid)
 
@@ -106,16 +143,20 @@ class _Link:
             if self not in self._links:
                 return True
             try:
-                packet = self._socket.recv(MAX_MESSAGE + 1)
+                packet, descriptors = handed.receive(self._socket, MAX_MESSAGE + 1)
             except BlockingIOError:
                 return True
             except OSError:
-                packet = b""
+                packet, descriptors = b"", []
             if not packet:
+                handed.close_all(descriptors)
                 return False
             try:
                 request = parse_request(packet)
+                if descriptors and not isinstance(request, Listening):
+                    raise BadMessage("a descriptor comes with listening alone")
             except BadMessage as error:
+                handed.close_all(descriptors)
                 if (held_back := _malformed.admit(self._loop.now)) is not None:
                     _log.warning(
                         "malformed message from tcp-relay",
@@ -125,7 +166,32 @@ class _Link:
                     )
                 answers.append(Refused(None, str(error)))
                 return False
-            answer = self._relays.handle(request, self._send, self._loop.now)
+            if isinstance(request, Listening | NotListening):
+                answer = self._listening(request, descriptors)
+            else:
+                answer = self._relays.handle(request, self._send, self._loop.now)
             if answer is not None:
                 answers.append(answer)
         return True
+
+    def _listening(
+        self, request: Listening | NotListening, descriptors: list[int]
+    ) -> Answer | None:
+        """Where this tcp-relay listens has changed."""
+        gport = request.gport
+        if isinstance(request, NotListening):
+            self._gateways.given_up(self._send, gport)
+            return None
+        wrong = self._gateways.listening(self._send, gport, descriptors)
+        if wrong is None:
+            self._relays.listens(self._send, gport)
+            return None
+        if (held_back := _not_listening.admit(self._loop.now)) is not None:
+            _log.warning(
+                "tcp-relay's listening socket refused",
+                pid=self.pid,
+                gport=gport,
+                error=wrong,
+                suppressed=held_back or None,
+            )
+        return Refused(request.id, wrong)

@@ -205,6 +205,8 @@ class Row:
     """UDP: the client has, after that answer."""
     accepted: bool = False
     """TCP: tcp-relay has accepted the client's connection, so its address is no forgery."""
+    orphaned: bool = False
+    """TCP: the tcp-relay that had it is not connected any more."""
     reset_at: float = 0.0
     """TCP: when the RST came that made it `closing`."""
     closed_at: float | None = None

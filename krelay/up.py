@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from krelay import children, client, listeners, privileges, treelock
+from krelay import children, client, privileges, treelock
 from krelay.clean import remove_tree
 from krelay.doctor import checks
 from krelay.doctor import command as doctor
@@ -82,7 +82,7 @@ def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
         _refuse_low_port(who, int(config["gport"]))
         as_whom = ("--user", str(who)) if who else ()
         both.append(Child("tcp-relay", children.start("tcp_relay", *tree, *as_whom)))
-        _wait(both, "tcp-relay isn't ready", lambda: _is_served(root, int(config["gport"])))
+        _wait(both, "tcp-relay isn't ready", lambda: _is_served(root))
         _look_first(root)
         _write(root, {"start": "1"})
         _wait(both, "krelay isn't running", lambda: _is_running(root))
@@ -153,8 +153,11 @@ def _checked(root: Path, values: Mapping[str, str]) -> dict[str, Any]:
     return config
 
 
-def _is_served(root: Path, gport: int) -> bool:
-    return bool(_status(root)["tcp_relays"]) and bool(listeners.listening(gport))
+def _is_served(root: Path) -> bool:
+    status = _status(root)
+    if " is in use by " in (reason := str(status["gateway_port"])):
+        raise UpFailed(reason)
+    return bool(status["tcp_relays"]) and reason in ("served", "unused")
 
 
 def _is_running(root: Path) -> bool:

@@ -13,6 +13,9 @@ What is decided here for packets that no row claims, and why (K is any address o
     to K, from S's own port   dropped: a server that answers whatever comes would answer itself for
                               ever
     to K, the gateway port    refused with a RST: only rewritten packets may reach tcp-relay
+    a SYN that T1 would lead  refused likewise, unless tcp-relay is known to listen there: a port
+    to a gateway port         that it has lost may be anybody's (gatewayport.py).  For AWAY_GRACE
+                              after its loss in silence, so that the client asks again
     from a client to S        the client's own connection, seen on its way through this router: its
                               port is noted, so that the relay never uses it (NatTable.saw_direct)
     from S                    an answer to such a connection, goes on untouched
@@ -70,6 +73,8 @@ class Policy:
     """What new flows get, and what this host is."""
 
     gport: int
+    served: frozenset[int]
+    """Gateway ports where tcp-relays listen, and nobody else can get what is led there."""
     server: bytes
     source: Source
     tcp: frozenset[int]
@@ -159,6 +164,9 @@ ANSWERS_AT_ONCE = 50
 TOLD_EACH = 6
 """ICMP errors of those to one address, a second and at once: where that is forged, its owner is not
 to be bothered much (Linux's icmp_ratelimit is of the same kind)."""
+AWAY_GRACE = 1.0
+"""Seconds: a SYN that isn't answered is sent again after one (RFC 6298)."""
+_NO_RELAY = "no_tcp_relay"
 
 
 class Worker:
@@ -172,6 +180,8 @@ class Worker:
         self.nat = nat
         self.policy: Policy | None = None
         self.recovering_until = 0.0
+        self.waiting_until = 0.0
+        """Until then, who is refused for want of a tcp-relay is so in silence."""
         self.counts = Counts()
         self.answers: list[bytes] = []
         """Packets of our own that refusals gave rise to; the shell sends them and empties this."""
@@ -480,6 +490,8 @@ class Worker:
     def _open_tcp(self, client: Endpoint, service: Endpoint, now: float) -> Row:
         policy = self.policy
         assert policy is not None
+        if policy.gport not in policy.served:
+            raise Refusal(_NO_RELAY)
         server = Endpoint(policy.server, service.port)
         source = policy.source_for(client.addr)
         return self.nat.open_tcp(client, service, server, source, policy.gport, now)
@@ -520,8 +532,11 @@ class Worker:
         self, packet: bytes, header: ipv4.Header, hook: int, reason: str, now: float
     ) -> Verdict:
         """There is no room for a new flow: TCP hears of it by a RST, UDP by ICMP 3/13."""
-        self.refused.saw(header.src, reason)
         assert self.policy is not None
+        if reason != _NO_RELAY:
+            self.refused.saw(header.src, reason)
+        elif now < max(self.waiting_until, self.recovering_until):
+            return self._drop(reason)
         if self.policy.answers and hook == Hook.PREROUTING and self._answer_pace.admits(now):
             if header.proto == Proto.UDP:
                 # About a client's own question to the server: the kernel fills in who says it.
@@ -536,11 +551,17 @@ class Worker:
     def _opens_again(self, rewrite: Rewrite, flags: int) -> bool:
         """Whether this packet opens a new connection between the ports of one that has ended.
 
-        RFC 9293, section 3.6.1: a port may be used again.
+        RFC 9293, section 3.6.1: a port may be used again.  Where T1 would lead it to a port that is
+        no tcp-relay's any more it is taken for new as well, unless that one still has the row.
         """
         if flags & _OPENING != tcp.SYN or rewrite.step not in _BEGINNINGS:
             return False
-        tracker = rewrite.row.tracker
+        row = rewrite.row
+        policy = self.policy
+        is_nobodys = rewrite.step is _T1 and (row.orphaned or not row.accepted)
+        if is_nobodys and policy is not None and row.gport not in policy.served:
+            return True
+        tracker = row.tracker
         if tracker.state not in _ENDED:
             self.nat.hear_ends()
         return tracker.state in _ENDED
@@ -552,6 +573,9 @@ class Worker:
             return row.rewrites[Step.D1]
         if self.policy is None or not self.policy.serves(Proto.TCP, row.service.port):
             return None
+        terminated = row.service.port not in self.policy.forwarded
+        if terminated and self.policy.gport not in self.policy.served:
+            raise Refusal(_NO_RELAY)
         self.nat.on_displaced(row)  # what the kernel has seen of it is told with that
         if row.is_forwarded or not row.tracker.client_acked:
             # The port it had towards the server is wanted again; or that towards tcp-relay, who has

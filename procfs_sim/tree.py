@@ -28,7 +28,7 @@ DEFAULT_ROOT = "/run/krelay"
 ROOT_VARIABLE = "KRELAY_ROOT"
 """The environment variable that moves the tree elsewhere."""
 
-STATUS = ("status/state", "status/applied", "status/errors")
+STATUS = ("status/state", "status/applied", "status/errors", "status/resumable")
 DIRECTORIES = ("timeouts", "limits", "status")
 
 MAX_PORT = 0xFFFF

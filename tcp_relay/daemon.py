@@ -37,7 +37,7 @@ class Daemon:
         self._worker = secrets.token_hex(4)
         self._engine = Engine(loop, limits, self._on_room)
         self._relay = Relay(self._engine, root / "relay.sock", (index, of))
-        self._gateway = Gateway(loop, self._relay.accepted, shared=of > 1)
+        self._gateway = Gateway(loop, self._relay.accepted, self._relay, shared=of > 1)
         self._follower = TreeFollower(loop, root, self._configured)
         self._service = Service(loop, self._engine, self._stop_accepting)
         self._report()

@@ -5,6 +5,9 @@ other, never to one where nobody listens.  The old listener then lingers, becaus
 rewritten a moment ago, and clients in the middle of their handshake, still arrive there.  Running
 connections don't notice any of it.
 
+Who leads clients here is handed the listening sockets themselves (`Hears`): a port number says
+nothing about who listens there.
+
 A port that can't be had (taken, privileged) leaves the old listener in place and is tried again as
 long as it is asked for.
 """
@@ -12,7 +15,7 @@ long as it is asked for.
 import errno
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
@@ -28,17 +31,29 @@ RETRY = 1.0
 Accepted = Callable[[int, Socket, Socket, tuple[Any, ...]], None]
 """As of a listener, but for the first, which is the gateway port."""
 
+
+class Hears(Protocol):
+    """Who is to know where is listened."""
+
+    def listening(self, port: int, sock: Socket) -> None:
+        """From now on, by this socket."""
+
+    def not_listening(self, port: int) -> None:
+        """That socket will be closed."""
+
+
 log = Log("gateway")
 
 
 class Gateway:
-    """Listens on one gateway port; `accepted` gets the clients.
+    """Listens on one gateway port; `accepted` gets the clients, and `hears` is told.
 
     `shared`: other processes listen there as well.
     """
 
-    def __init__(self, loop: Loop, accepted: Accepted, shared: bool = False) -> None:
+    def __init__(self, loop: Loop, accepted: Accepted, hears: Hears, shared: bool = False) -> None:
         self._loop = loop
+        self._hears = hears
         self._shared = shared
         self._accepted = accepted
         self._current: Listener | None = None
@@ -88,14 +103,21 @@ class Gateway:
             self._retry.cancel()
         for listener, timer in self._lingering.items():
             timer.cancel()
-            listener.close()
+            self._close(listener)
         self._lingering.clear()
         if self._current is not None:
-            self._current.close()
+            self._close(self._current)
             self._current = None
 
     def _listener(self, port: int) -> Listener:
-        return Listener(self._loop, port, partial(self._accepted, port), shared=self._shared)
+        accepted = partial(self._accepted, port)
+        listener = Listener(self._loop, port, accepted, shared=self._shared)
+        self._hears.listening(port, listener.sock)
+        return listener
+
+    def _close(self, listener: Listener) -> None:
+        self._hears.not_listening(listener.port)  # first: nobody more is to be led there
+        listener.close()
 
     def _lingering_on(self, port: int) -> Listener | None:
         for listener, timer in self._lingering.items():
@@ -107,7 +129,7 @@ class Gateway:
 
     def _give_up(self, listener: Listener) -> None:
         del self._lingering[listener]
-        listener.close()
+        self._close(listener)
 
     def _complain(self, port: int, error: OSError) -> None:
         if (suppressed := self._complaints.admit(self._loop.now)) is None:

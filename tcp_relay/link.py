@@ -5,20 +5,25 @@ socket takes it: after a reconnect ten thousand connections are resumed, and nei
 buffer nor the turn should be filled by them. When the link is lost the queue is thrown away,
 because the whole state is told anew on the next one (`Talk.link_up`).
 
+A descriptor may go with a message (unix(7), SCM_RIGHTS).  Its socket is asked for it when it is
+sent, and where that has been closed meanwhile, there is nothing left to say of it.
+
 The link knows nothing of connections.  It complains once when krelay is away, once when it talks
 nonsense, not ten times a second while that lasts.
 """
 
+import array
 import errno
 import select
 import socket
 from collections import deque
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from krelay.log import Log
 from krelay.loop import Loop, Timer
 from krelay.relaymsg import MAX_MESSAGE, Answer, BadMessage, Request, emit, parse_answer
+from tcp_relay.sockets import Socket
 
 RETRY = 0.1
 """Seconds between attempts to connect."""
@@ -28,6 +33,8 @@ PER_TURN = 64
 
 FAREWELL = 1.0
 """Seconds that closing may wait for krelay to take what is still to be said."""
+
+_With: TypeAlias = tuple[Request, Socket]
 
 log = Log("link")
 
@@ -53,7 +60,7 @@ class Link:
         self._path = path
         self._talk = talk
         self._socket: socket.socket | None = None
-        self._queue: deque[Request] = deque()
+        self._queue: deque[Request | _With] = deque()
         self._is_watching_out = False
         self._told_away = False
         self._told_nonsense = False  # since the last message that made sense
@@ -75,6 +82,14 @@ class Link:
         if not self._is_watching_out:
             self._drain()
 
+    def send_with(self, message: Request, sock: Socket) -> None:
+        """Says that in its turn, and hands over this socket."""
+        if self._socket is None:
+            return
+        self._queue.append((message, sock))
+        if not self._is_watching_out:
+            self._drain()
+
     def close(self) -> None:
         """Says what is still to be said, if krelay listens, and hangs up."""
         self._timer.cancel()
@@ -86,7 +101,7 @@ class Link:
             sock.settimeout(FAREWELL)
             try:
                 for message in self._queue:
-                    sock.send(emit(message))
+                    _say(sock, message)
             except OSError:
                 pass
         self._queue.clear()
@@ -165,7 +180,7 @@ class Link:
             for _ in range(PER_TURN):
                 if not queue:
                     break
-                sock.send(emit(queue[0]))
+                _say(sock, queue[0])
                 queue.popleft()
         except BlockingIOError:
             pass
@@ -178,6 +193,16 @@ class Link:
             self._is_watching_out = bool(queue)
             out = select.EPOLLOUT if queue else 0
             self._loop.modify(sock.fileno(), select.EPOLLIN | out)
+
+
+def _say(sock: socket.socket, message: Request | _With) -> None:
+    if not isinstance(message, tuple):
+        sock.send(emit(message))
+        return
+    request, handed = message
+    if (descriptor := handed.fileno()) >= 0:
+        rights = array.array("i", [descriptor])
+        sock.sendmsg([emit(request)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
 
 
 _REASON = {

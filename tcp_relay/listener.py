@@ -76,6 +76,11 @@ class Listener:
             raise
 
     @property
+    def sock(self) -> socket.socket:
+        """The listening socket, which stays this object's own."""
+        return self._socket
+
+    @property
     def paused(self) -> bool:
         """Nothing is accepted for now."""
         return self._resuming is not None

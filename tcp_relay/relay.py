@@ -19,6 +19,7 @@ import itertools
 import random
 import socket
 from array import array
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from krelay.relaymsg import (
     Answer,
     BadMessage,
     Close,
+    Listening,
+    NotListening,
     Open,
     Opened,
     Refused,
@@ -50,6 +53,9 @@ ASK_TIMEOUT = 5.0
 
 ROUTE_AGE = 1.0
 """Seconds that the own address is remembered: routes change rarely, unlike connections."""
+
+HAND_OVER_AGAIN = 1.0
+"""Seconds after which a listening socket that krelay refused is handed over once more."""
 
 MEND = "net.ipv4.tcp_timestamps=1, here and at the server; or widen net.ipv4.ip_local_port_range"
 """Against a lack of relay ports."""
@@ -79,6 +85,10 @@ class Relay:
         self._ports = _shuffled(_own_ports(*share))
         self._next_port = 0
         self._last_report: Report | None = None
+        self._listening: dict[int, Socket] = {}
+        """By gateway port."""
+        self._handed: dict[int, int] = {}
+        """The gateway port by the number of the message that handed its socket over."""
         self._link = Link(loop, relay_socket, self)
 
     def __len__(self) -> int:
@@ -90,6 +100,16 @@ class Relay:
         Takes over both.
         """
         Connection(self._engine, self, gport, client, peer).begin(server)
+
+    def listening(self, port: int, sock: Socket) -> None:
+        """Hands this listening socket over to krelay, now and whenever it is there again."""
+        self._listening[port] = sock
+        self._hand_over(port)
+
+    def not_listening(self, port: int) -> None:
+        """The socket of this gateway port will be closed."""
+        if self._listening.pop(port, None) is not None:
+            self._link.send(NotListening(port))
 
     def report(self, report: Report) -> None:
         """Tells krelay the counters, now and whenever it is there again."""
@@ -139,7 +159,9 @@ class Relay:
     # What the link tells.
 
     def link_up(self) -> None:
-        """Says of each connection where it stands."""
+        """Says where is listened, and of each connection where it stands."""
+        for port in self._listening:
+            self._hand_over(port)
         for connection in list(self._by_relay.values()):
             if not connection.is_in_line:
                 self._ask(connection)
@@ -149,6 +171,7 @@ class Relay:
     def link_down(self) -> None:
         """No question will be answered any more."""
         self._by_id.clear()
+        self._handed.clear()
 
     def answered(self, answer: Answer) -> None:
         """Hands it to the connection it is about, if that hasn't ended since."""
@@ -166,12 +189,35 @@ class Relay:
                     log.error(
                         "krelay refused a message", error=error, suppressed=suppressed or None
                     )
-            case Refused(id=int(number)):
+            case Refused(id=int(number), error=error):
                 if connection := self._by_id.pop(number, None):
                     connection.refused(answer)
+                elif (port := self._handed.pop(number, None)) is not None:
+                    self._not_taken(port, error)
             case Resumed(id=number):
                 if (connection := self._by_id.pop(number, None)) and connection.server is None:
                     raise BadMessage(f"message {number} was no resume")
+
+    def _hand_over(self, port: int) -> None:
+        sock = self._listening.get(port)
+        if sock is None or not self._link.is_up:
+            return
+        for number in [number for number, other in self._handed.items() if other == port]:
+            del self._handed[number]
+        number = next(self._ids)
+        self._handed[number] = port
+        self._link.send_with(Listening(port, number), sock)
+
+    def _not_taken(self, port: int, error: str) -> None:
+        """krelay leads nobody there; it may have had no descriptor left."""
+        if (suppressed := self._complaints.admit(self._loop.now)) is not None:
+            log.warning(
+                "krelay refused the listening socket",
+                gport=port,
+                error=error,
+                suppressed=suppressed or None,
+            )
+        self._loop.call_at(self._loop.now + HAND_OVER_AGAIN, partial(self._hand_over, port))
 
     def _ask(self, connection: Connection) -> None:
         number = connection.message_id = next(self._ids)

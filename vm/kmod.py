@@ -32,7 +32,7 @@ RELAY = {
             "nft_fib_inet",
             "nft_tproxy",
         ),
-        *("nft_socket", "nft_ct"),
+        *("nft_socket", "nft_ct", "tcp_diag"),
     ),
 }
 """What a host that forwards may be asked for: iptables-legacy in the one, which has no nf_tables

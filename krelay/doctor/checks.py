@@ -270,6 +270,8 @@ def gateway_port(facts: Facts) -> list[Finding]:
     if not facts.config.terminated:
         return []
     taken = [one for one in facts.listeners if one.proto == "tcp" and one.port == port]
+    if not taken and " is in use by " in facts.gateway:
+        return [Finding(check, FAILED, f"{facts.gateway}: clients of TCP are refused", "")]
     if not taken:
         return [Finding(check, OK, f"{port} is free for tcp-relay, or tcp-relay's")]
     text = f"port {port} is in use by {_who(taken[0])}: clients would meet it instead of the server"

@@ -88,6 +88,8 @@ class Facts:
     state: str | None = None
     """What it says of itself."""
     tcp_relays: int | None = None
+    gateway: str = ""
+    """What krelay says of its gateway port; empty if it isn't asked."""
     uid: int = 0
     net_admin: bool = True
     net_raw: bool = True

@@ -138,6 +138,7 @@ class _Gatherer:
             state=str(status["state"]),
             tcp_relays=int(status["tcp_relays"]),
             tree_state=str(status.get("tree", "ok")),
+            gateway=str(status.get("gateway_port", "")),
             queue_num=int(status["queue"]),
         )
 
@@ -239,8 +240,11 @@ class _Gatherer:
         config = self.facts.config
         found = []
         for proto, address, port, inode in _sockets():
-            if not (config.serves(proto, port) or (proto == "tcp" and port == config.gport)):
+            is_gateway = proto == "tcp" and port == config.gport
+            if not (config.serves(proto, port) or is_gateway):
                 continue
+            if is_gateway and self.facts.gateway == "served":
+                continue  # tcp-relay's, and krelay's, which holds it
             who = listeners.holder([inode])
             if who is not None and who.is_tcp_relay(self._root):
                 continue

@@ -371,7 +371,9 @@ class Day:
         if any(o.relay == relay for o in self.rows):
             return False
         assert row.inside is not None
-        answer = self.relays.handle(Open(1, row.inside, row.gport, relay), self.nobody, self.now)
+        answer = self.relays.handle(
+            Open(1, row.inside, row.gport, relay), self.path.tcp_relay, self.now
+        )
         self.path.turn()
         alive = row in self.rows and (row.id, "T1") not in self.lost
         if not alive or row.closed_at is not None:
@@ -389,14 +391,11 @@ class Day:
         row.heard = self.now  # the server's leg begins its time
         return True
 
-    def nobody(self, *_: object) -> None:
-        """What tcp-relay is told unasked."""
-
     def close(self, row: Known) -> None:
         """tcp-relay has closed both legs."""
         if row.relay is None or any(o.relay == row.relay for o in self.rows if o is not row):
             return  # its row has gone, and its port is another's
-        self.relays.handle(Close(row.relay), self.nobody, self.now)
+        self.relays.handle(Close(row.relay), self.path.tcp_relay, self.now)
         self.path.turn()
         if row in self.rows and row.closed_at is None:
             row.closed_at = self.now

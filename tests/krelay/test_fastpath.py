@@ -80,7 +80,7 @@ def opened(datapath: Datapath, client: str = "C:40000") -> Row:
 def attach(datapath: Datapath, client: str = "C:40000", relay: str = "K:45678") -> None:
     """tcp-relay has accepted it, and will connect from there."""
     request = Open(1, at(client), 16000, at(relay))
-    answer = datapath.relays.handle(request, lambda answer: None, datapath.now)
+    answer = datapath.relays.handle(request, datapath.tcp_relay, datapath.now)
     assert isinstance(answer, Opened), answer
     datapath.turn()
 
@@ -99,7 +99,7 @@ def connected(datapath: Datapath, client: str = "C:40000", relay: str = "K:45678
 
 
 def close(datapath: Datapath, relay: str = "K:45678") -> None:
-    datapath.relays.handle(Close(at(relay)), lambda answer: None, datapath.now)
+    datapath.relays.handle(Close(at(relay)), datapath.tcp_relay, datapath.now)
     datapath.turn()
 
 
@@ -156,6 +156,7 @@ def test_of_connections_that_are_only_begun_a_number_is_handed_over() -> None:
     assert late is not None
     assert handed(d, late) == frozenset()
 
+    assert by(d, PRE, "C:7 > K:80 [.]") == ["kernel"]
     attach(d, "C:7")  # is accepted, and so makes room for one
     assert by(d, PRE, "D:2 > K:80 [S]", "D:2 > K:80 [.]") == ["worker", "kernel"]
     assert by(d, PRE, "D:3 > K:80 [S]", "D:3 > K:80 [.]") == ["worker"] * 2
@@ -271,12 +272,12 @@ def test_what_changes_a_port_beside_stays_with_the_worker() -> None:
     """A port that was taken: two connections of a client would meet at the gateway port."""
     d = datapath(tcp=frozenset({80, 8080}))
     connected(d)
-    by(d, PRE, "C:40000 > K:8080 [S]")
+    by(d, PRE, "C:40000 > K:8080 [S]", "C:40000 > K:8080 [.]")
     row = next(row for row in d.nat if row.service.port == 8080)
     assert row.inside is not None
     assert row.inside != row.client
     request = Open(1, row.inside, 16000, at("K:46000"))
-    d.relays.handle(request, lambda answer: None, 0)
+    d.relays.handle(request, d.tcp_relay, 0)
     d.turn()
     assert handed(d, row) == {Step.T3, Step.T4}
     assert by(d, PRE, *["C:40000 > K:8080 [.]"] * 5) == ["worker"] * 5
@@ -521,7 +522,7 @@ def test_a_relay_port_that_is_used_again_never_carries_the_former_clients_addres
     other = opened(d, "D:50000")
     d.told = 0
     request = Open(1, at("D:50000"), 16000, at("K:45678"))
-    answer = d.relays.handle(request, lambda answer: None, 0)
+    answer = d.relays.handle(request, d.tcp_relay, 0)
     assert isinstance(answer, Opened)
     assert handed(d, row) == frozenset()  # no turn has ended since
     assert d.told == 1
@@ -884,7 +885,7 @@ class Twins:
             self.ask(Close(row.relay))
 
     def ask(self, request: Open | Close) -> None:
-        answers = [each.relays.handle(request, nobody, each.now) for each in self.both]
+        answers = [each.relays.handle(request, each.tcp_relay, each.now) for each in self.both]
         assert answers[0] == answers[1]
         for each in self.both:
             each.refresh()
@@ -976,10 +977,6 @@ ENDS = ((0, 8), (4, 10))
 LATEST = 3.0
 """Seconds that a row may go late: a look each second, the table's own second, and this clock's
 steps."""
-
-
-def nobody(*_: object) -> None:
-    """What tcp-relay is told unasked."""
 
 
 def replace_addr(end: Endpoint, to: bytes) -> Endpoint:

@@ -1,5 +1,6 @@
 """The answers to tcp-relay: whose connection is which, after every way to lose one another."""
 
+import math
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -7,6 +8,7 @@ import pytest
 
 from krelay.admission import Limits
 from krelay.flow import Endpoint, Source
+from krelay.inforce import InForce
 from krelay.nat import NatTable
 from krelay.relay import GONE_KEPT, ORPHAN_GRACE, Relays
 from krelay.relaymsg import (
@@ -26,9 +28,11 @@ from krelay.relaymsg import (
 )
 from krelay.row import CLOSED_LINGER, Row, Step
 from krelay.tracker import State
-from tests.tools.packets import addr, at
+from krelay.worker import Policy
+from tests.tools.packets import addr, at, policy
 
 C, K, S, Y = at("C:40000"), at("K:80"), at("S:80"), at("K:45678")
+USER = 990
 OPEN = Open(1, C, 16000, Y)
 RESUME = Resume(2, C, 16000, Y, S)
 
@@ -44,18 +48,32 @@ class TcpRelay:
 
 
 class World:
-    """A table and the tcp-relays connected to it; source=relay for clients in S's subnet."""
+    """A table and the tcp-relays connected to it, two of one user."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.nat = NatTable(limits, rng=Random(1))
+        self.policy: Policy | None = policy()
+        self.carriers: dict[tuple[Endpoint, Endpoint], int] = {}
+        """Whose connections the kernel knows."""
         self.relays = Relays(
-            self.nat, lambda client: Source.RELAY if client[0] == 192 else Source.CLIENT
+            self.nat, lambda: self.policy, lambda *ends: self.carriers.get(ends, USER)
         )
-        self.one, self.two = TcpRelay(), TcpRelay()
+        self.relays.resumable_until = math.inf
+        self.relays.remember(InForce(16000, S.addr, Source.CLIENT, frozenset({80, 443})))
+        self.one, self.two = self.joined(), self.joined()
+
+    def joined(self, uid: int = USER) -> "TcpRelay":
+        tcp_relay = TcpRelay()
+        self.relays.joined(tcp_relay, uid)
+        self.relays.listens(tcp_relay, 16000)
+        return tcp_relay
 
     def client(self, client: Endpoint = C, service: Endpoint = K, now: float = 0) -> Row:
+        """A row whose client has completed its handshake."""
         server = Endpoint(S.addr, service.port)
-        return self.nat.open_tcp(client, service, server, Source.CLIENT, 16000, now)
+        row = self.nat.open_tcp(client, service, server, Source.CLIENT, 16000, now)
+        row.tracker.client_acked = True
+        return row
 
     def connected(self) -> Row:
         row = self.client()
@@ -90,6 +108,7 @@ def test_a_clients_row_is_opened_with_its_server_and_source(world: World) -> Non
     ],
 )
 def test_without_a_row_nobody_is_served(world: World, request_: Open) -> None:
+    world.relays.listens(world.one, 17000)
     if request_ != OPEN:
         world.client()
 
@@ -342,7 +361,9 @@ def test_a_row_that_tcp_relay_has_not_asked_for_waits_to_refuse_it(world: World)
 
 
 def test_a_row_whose_client_has_not_completed_its_handshake_ends_at_once(world: World) -> None:
-    world.relays.abort(world.client(), 1)
+    row = world.client()
+    row.tracker.client_acked = False
+    world.relays.abort(row, 1)
 
     assert len(world.nat) == 0
 

@@ -8,8 +8,10 @@ from random import Random
 
 import pytest
 
+from krelay import handed
 from krelay.admission import Limits
 from krelay.flow import Source
+from krelay.gatewayport import GatewayPorts
 from krelay.loop import Loop
 from krelay.nat import NatTable
 from krelay.relay import Relays, Send
@@ -27,7 +29,8 @@ from krelay.relaymsg import (
 )
 from krelay.relaysock import RelaySocket
 from krelay.row import Row
-from tests.tools.packets import at
+from krelay.sockdiag import SocketDiag
+from tests.tools.packets import at, policy
 
 RELAY_PORT = 10_000
 """By so much the relay's port is less than the client's."""
@@ -39,7 +42,7 @@ class ToldRelays(Relays):
     """Relays that remember which connections they were told to be lost."""
 
     def __init__(self, nat: NatTable) -> None:
-        super().__init__(nat, lambda _: Source.CLIENT)
+        super().__init__(nat, policy, lambda *_: None)
         self.losses: list[tuple[Send, float]] = []
 
     def lost(self, send: Send, now: float) -> None:
@@ -55,11 +58,16 @@ class World:
         self.loop = Loop()
         self.nat = NatTable(Limits(flows_per_client=20_000), rng=Random(1))
         self.relays = ToldRelays(self.nat)
-        self.socket = RelaySocket(self.loop, self.path, self.relays)
+        self.diag = SocketDiag()
+        self.gateways = GatewayPorts(
+            handed.cookie_of_listener, self.diag.listeners, handed.close_all
+        )
+        self.socket = RelaySocket(self.loop, self.path, self.relays, self.gateways)
         self.links: list[socket.socket] = []
 
     def close(self) -> None:
         self.socket.close()
+        self.diag.close()
         self.loop.close()
         for link in self.links:
             link.close()
@@ -74,7 +82,10 @@ class World:
         self.links.append(link)
         link.connect(str(self.path))
         link.setblocking(False)
+        known = set(self.relays._links)
         self.turn()
+        for send in set(self.relays._links) - known:
+            self.relays.listens(send, 16000)
         return link
 
     def say(self, link: socket.socket, *messages: Request | bytes) -> None:
@@ -86,6 +97,7 @@ class World:
         """A client's row, and the question of the tcp-relay that has accepted it."""
         client, relay = at(f"C:{number}"), at(f"K:{number - RELAY_PORT}")
         row = self.nat.open_tcp(client, at("K:80"), at("S:80"), Source.CLIENT, 16000, self.loop.now)
+        row.tracker.client_acked = True
         return row, Open(number, client, 16000, relay)
 
 
@@ -132,7 +144,7 @@ def test_who_wants_to_know_is_told_before_answers_are_sent(world: World) -> None
 
     assert seen == [(at("K:30000"), [])]
     assert [type(parse_answer(each)) for each in heard(link)[:3]] == [Opened, Refused, Refused]
-    world.say(world.connect(), Close(at("K:30000")))
+    world.say(world.connect(), Close(at("K:39999")))
     assert len(seen) == 1
 
 
@@ -198,7 +210,7 @@ def test_a_lost_connection_is_told_once_and_its_rows_become_orphans(world: World
     assert row.closed_at is not None
     world.socket.close()
     assert len(world.relays.losses) == 1
-    world.socket = RelaySocket(world.loop, world.path, world.relays)
+    world.socket = RelaySocket(world.loop, world.path, world.relays, world.gateways)
 
 
 def test_an_abort_goes_to_the_connection_that_opened_the_row(world: World) -> None:
@@ -268,4 +280,4 @@ def test_closing_ends_all_connections_and_removes_the_socket(world: World) -> No
     assert (heard(one), heard(two)) == ([b""], [b""])
     assert len({send for send, _ in world.relays.losses}) == 2
     assert not world.path.exists()
-    world.socket = RelaySocket(world.loop, world.path, world.relays)
+    world.socket = RelaySocket(world.loop, world.path, world.relays, world.gateways)

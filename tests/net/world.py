@@ -167,7 +167,7 @@ class World:
         if tree is None:
             self.tcp_relay_process = program
         self.until(lambda: "listening gport=" in program.output, "tcp-relay listening")
-        self.until(lambda: "tcp_relays=1" in self.ask("show status", root), "tcp-relay connected")
+        self.until(lambda: "gateway_port=served" in self.ask("show status", root), "served")
         return program
 
     def begin(

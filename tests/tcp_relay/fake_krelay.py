@@ -13,6 +13,8 @@ from krelay.relaymsg import (
     MAX_MESSAGE,
     Answer,
     Close,
+    Listening,
+    NotListening,
     Open,
     Opened,
     Refused,
@@ -34,6 +36,7 @@ class FakeKrelay:
         self.requests: list[Request] = []
         self.reports: list[Report] = []
         """Told once a second, between the requests: kept apart from them."""
+        self.gports: list[Listening | NotListening] = []
         self.reply: Callable[[Request], Reply] = lambda request: opened_to(server, request)
         self._path = root / "relay.sock"
         self._listening: socket.socket | None = None
@@ -118,6 +121,9 @@ class FakeKrelay:
                 if isinstance(request, Report):
                     self.reports.append(request)
                     continue
+                if isinstance(request, Listening | NotListening):
+                    self.gports.append(request)
+                    continue
                 self.requests.append(request)
                 if (reply := self.reply(request)) is not None:
                     self.say(reply)
@@ -132,7 +138,7 @@ def opened_to(server: Endpoint, request: Request) -> Reply:
             return Opened(number, server, Source.CLIENT)
         case Resume(id=number):
             return Resumed(number)
-        case Close() | Report():
+        case Close() | Report() | Listening() | NotListening():
             return None
 
 

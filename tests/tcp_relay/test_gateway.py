@@ -13,6 +13,20 @@ from tcp_relay.sockets import Socket
 from tests.tcp_relay.helpers import LOCALHOST, free_port, turns
 
 
+class Nobody:
+    """Who hears where is listened, and notes it."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, int]] = []
+        """Each port, and the descriptor; -1 when it is given up."""
+
+    def listening(self, port: int, sock: Socket) -> None:
+        self.heard.append((port, sock.fileno()))
+
+    def not_listening(self, port: int) -> None:
+        self.heard.append((port, -1))
+
+
 @pytest.fixture
 def loop() -> Iterator[Loop]:
     with Loop() as loop:
@@ -36,7 +50,7 @@ def gateway(loop: Loop, accepted: list[int], monkeypatch: pytest.MonkeyPatch) ->
         client.close()
         server.close()
 
-    gateway = Gateway(loop, take)
+    gateway = Gateway(loop, take, Nobody())
     yield gateway
     gateway.close()
 
@@ -127,7 +141,7 @@ def test_what_a_client_needs_is_inherited_from_the_listener(loop: Loop) -> None:
             )
             sock.close()
 
-    gateway = Gateway(loop, take)
+    gateway = Gateway(loop, take, Nobody())
     port = free_port()
     gateway.listen_on(port)
     assert knock(port)
@@ -150,7 +164,7 @@ def test_a_gateway_that_is_closed_stays_closed_whoever_makes_room(
 
 def test_several_processes_may_listen_on_a_shared_gateway_port(loop: Loop) -> None:
     port = free_port()
-    gateways = [Gateway(loop, lambda *_: None, shared=True) for _ in range(2)]
+    gateways = [Gateway(loop, lambda *_: None, Nobody(), shared=True) for _ in range(2)]
     for gateway in gateways:
         gateway.listen_on(port)
         assert gateway.port == port

@@ -25,7 +25,7 @@ from krelay.flow import Endpoint, Flow, Proto, Source
 from krelay.logmsg import HEAD
 from krelay.nat import NatTable
 from krelay.nftmsg import Count
-from krelay.relay import Relays
+from krelay.relay import Relays, Send
 from krelay.row import SIDES, Hook, Rewrite, Row, Step
 from krelay.ruleset import RuleSpec
 from krelay.worker import Policy, Verdict, Worker
@@ -274,7 +274,11 @@ class Datapath:
         self.nat = NatTable(self.limits, rng=Random(self.seed))
         self.worker = Worker(self.nat)
         self.worker.policy = self.policy
-        self.relays = Relays(self.nat, lambda client: self.policy.source_for(client))
+        self.relays = Relays(self.nat, lambda: self.policy, lambda local, remote: 0)
+        self.tcp_relay: Send = lambda answer: None
+        """The one that is connected; what it is told unasked it doesn't hear."""
+        self.relays.joined(self.tcp_relay, uid=0)
+        self.relays.listens(self.tcp_relay, self.policy.gport)
         self.kernel = FakeKernel()
         self.pending = False
         self.told = 0

@@ -59,10 +59,14 @@ def flags_of(text: str) -> int:
     return sum(LETTERS[letter] for letter in text.partition("[")[2].partition("]")[0])
 
 
+EVERY_PORT = frozenset(range(1, 1 << 16))
+
+
 def policy(**changes: object) -> Policy:
     """The relay of the design: K:80, K:443 and K:53 are relayed to S through K:16000."""
     usual = Policy(
         gport=16000,
+        served=EVERY_PORT,
         server=addr("S"),
         source=Source.CLIENT,
         tcp=frozenset({80, 443}),

@@ -18,8 +18,10 @@ agree.
     open, resume   tcp-relay asks: the client as it sees it, its gateway port, its relay port,
                    `to` its server
     close          tcp-relay has closed the connection with that relay port
-    set            other values for new flows: gport, server, source, tcp, udp, forwarded; flows,
-                   flows_per_client, new_flows_per_client, recovering (until when); `off`
+    lost           tcp-relay's connection to krelay is lost
+    set            other values for new flows: gport, served, server, source, tcp, udp, forwarded;
+                   flows, flows_per_client, new_flows_per_client, recovering and waiting (until
+                   when); `off`
 
 Before each line the time until then passes, as it does in the daemon.  A rewritten packet is
 compared in all its bytes with one built from scratch.  Each script runs twice, the second time with
@@ -27,11 +29,13 @@ IP options in all packets: the worker's fast path and its general path must give
 mismatch the script is printed up to the line that failed.
 """
 
+import math
 import re
 from dataclasses import replace
 from random import Random
 
 from krelay.flow import Endpoint, Flow, Proto, Source
+from krelay.inforce import InForce
 from krelay.nat import NatTable
 from krelay.relay import Relays
 from krelay.relaymsg import Answer, Close, Open, Opened, Refused, Request, Resume
@@ -51,14 +55,14 @@ class Host:
         self.nat = NatTable(rng=Random(1))
         self.worker = Worker(self.nat)
         self.worker.policy = policy
-        self.relays = Relays(self.nat, self._source_for)
+        self.relays = Relays(self.nat, lambda: self._policy, lambda local, remote: 0)
+        self.relays.resumable_until = math.inf
         self.said: list[Answer] = []
+        self._tcp_relay = self.said.append
+        self.relays.joined(self._tcp_relay, uid=0)
         """What tcp-relay was told unasked."""
         self._policy = policy or packets.policy()
         self._ip_options = ip_options
-
-    def _source_for(self, client: bytes) -> Source:
-        return self._policy.source_for(client)
 
     @property
     def steps(self) -> dict[str, int]:
@@ -74,6 +78,10 @@ class Host:
                 return self._packet(packets.template(rest), HOOKS[verb], now)
             case "open" | "resume" | "close":
                 return self._ask(rest, verb, now)
+            case "lost":
+                self.relays.lost(self._tcp_relay, now)
+                self.relays.joined(self._tcp_relay, uid=0)
+                return ""
             case "set":
                 self._set(rest)
                 return ""
@@ -108,10 +116,15 @@ class Host:
         else:
             words = rest.replace("@", "").split()
             client, gport, relay = at(words[0]), int(words[1]), at(words[3])
+            self.relays.listens(self._tcp_relay, gport)
+            if verb == "open" and (row := self.nat.accepted(client, gport)) is not None:
+                row.tracker.client_acked = True  # most scripts leave out the client's first ACK
             request = Open(1, client, gport, relay)
             if verb == "resume":
+                new = self._policy
+                self.relays.remember(InForce(new.gport, new.server, new.source, new.tcp))
                 request = Resume(1, client, gport, relay, at(words[5]))
-        match self.relays.handle(request, self.said.append, now):
+        match self.relays.handle(request, self._tcp_relay, now):
             case None:
                 return ""
             case Opened(server=server, source=source):
@@ -134,13 +147,15 @@ class Host:
                     self._policy = replace(self._policy, server=addr(value))
                 case "source":
                     self._policy = replace(self._policy, source=Source(value))
-                case "tcp" | "udp" | "forwarded":
+                case "tcp" | "udp" | "forwarded" | "served":
                     ports = frozenset(map(int, filter(None, value.split(","))))
                     self._policy = replace(self._policy, **{name: ports})  # type: ignore[arg-type]
                 case "flows" | "flows_per_client" | "new_flows_per_client":
                     self.nat.limits = self.nat.limits._replace(**{name: int(value)})
                 case "recovering":
                     self.worker.recovering_until = float(value)
+                case "waiting":
+                    self.worker.waiting_until = float(value)
                 case _:
                     raise ValueError(f"{word} can't be set by a script")
         self.worker.policy = self._policy

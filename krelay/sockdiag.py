@@ -1,0 +1,73 @@
+"""Asks the kernel whose TCP sockets are which: who listens on a port, whose a connection is.
+
+The answer is the kernel's own, of one system call or two; no process is looked at.
+"""
+
+import errno
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+
+from krelay.flow import Endpoint
+from krelay.wire import sockdiag
+
+BUFFER = 1 << 16
+
+
+class SocketDiag:
+    """A socket to ask by, in hand from the start.  Raises OSError if the kernel gives none."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sockdiag.FAMILY)
+        self._socket.setblocking(False)  # what is asked is answered before `send` returns
+
+    def close(self) -> None:
+        """Asks nothing more."""
+        self._socket.close()
+
+    def listeners(self, port: int) -> list[sockdiag.Socket] | None:
+        """All sockets that listen on this TCP port; None if the kernel doesn't tell."""
+        found = []
+        for family in (sockdiag.IPV4, sockdiag.IPV6):
+            try:
+                for each in self._ask(sockdiag.listeners_on(port, family), is_list=True):
+                    if each.port == port and each.state == sockdiag.LISTEN:
+                        found.append(each)
+            except OSError:
+                if family == sockdiag.IPV4:
+                    return None  # an IPv4 kernel tells of no IPv6 sockets, and has none
+        return found
+
+    def carrier(self, local: Endpoint, remote: Endpoint) -> int | None:
+        """The uid of who has this connection, accepted or made; None if nobody has.
+
+        Raises OSError if the kernel doesn't tell.
+        """
+        try:
+            for each in self._ask(sockdiag.connection_between(local, remote), is_list=False):
+                return each.uid if each.state in sockdiag.CARRYING else None
+        except FileNotFoundError:
+            if self.listeners(local.port) is None:
+                raise  # not the connection is unknown, but the question
+        return None
+
+    def _ask(self, request: bytes, *, is_list: bool) -> Iterator[sockdiag.Socket]:
+        with suppress(BlockingIOError):  # of a question before that was given up
+            while self._socket.recv(BUFFER):
+                pass
+        self._socket.sendto(request, (0, 0))
+        while True:
+            try:
+                data = self._socket.recv(BUFFER)
+            except BlockingIOError:
+                return
+            for each in sockdiag.sockets(data):
+                if each is None:
+                    return
+                if isinstance(each, int):
+                    if each:
+                        raise OSError(each, errno.errorcode.get(each, "error"))
+                    return
+                yield each
+            if not is_list:
+                return
