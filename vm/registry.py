@@ -4,7 +4,7 @@ A lab that was killed can't clean up behind itself, so what it made must be know
 file names everything, and its owner by pid *and* start time, because pids are used again.  A record
 without an owner is a lab that is meant to stay. Files appear complete (rename), and claims are made
 under a lock on the directory itself: nothing is left to clean but the files, and the directory goes
-with the last of them.
+with the last of them.  It is open to its owner alone: who can open it could lock it (flock(2)).
 """
 
 import fcntl
@@ -86,12 +86,13 @@ def locked() -> Iterator[None]:
 def _lock() -> int | None:
     """The directory, open and locked; None if it went away under our hands."""
     with suppress(FileExistsError):
-        os.mkdir(DIRECTORY, 0o755)
+        os.mkdir(DIRECTORY, 0o700)
     try:
-        lock = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY)
+        lock = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     try:
+        os.fchmod(lock, 0o700)  # it may be there from a version that let others in
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Whoever held it before us may have removed it: then it is nobody's directory any more.
         if os.path.samestat(os.fstat(lock), os.stat(DIRECTORY)):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -112,6 +113,36 @@ def test_the_lock_keeps_others_out_even_while_the_directory_comes_and_goes(direc
 
     assert len(most) == 200
     assert max(most) == 1
+
+
+LOCKS = """
+import fcntl, os, sys
+os.setuid(65534)
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("before", [None, 0o755, 0o777])
+def test_no_other_user_can_hold_the_lock(
+    before: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as open_to_all:
+        os.chmod(open_to_all, 0o755)
+        directory = Path(open_to_all) / "labs"
+        monkeypatch.setattr(registry, "DIRECTORY", directory)
+        if before is not None:
+            directory.mkdir()
+            directory.chmod(before)
+        with registry.locked():
+            registry.claim(record())
+        other = subprocess.run(
+            [sys.executable, "-c", LOCKS, str(directory)], capture_output=True, text=True
+        )
+
+        assert other.returncode == 1
+        assert "PermissionError" in other.stderr
+        assert registry.records() == [record()]
 
 
 def test_an_error_under_the_lock_comes_out_and_frees_it(directory: Path) -> None:
