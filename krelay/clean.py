@@ -7,10 +7,11 @@ from pathlib import Path
 
 from krelay import netfilter, reserve, ruleset, treelock
 from krelay.netfilter import RulesUnavailable
+from krelay.roles import ADMIN, RELAY, VIEW
 from procfs_sim import trust
 from procfs_sim.tree import DEFAULT_ROOT, DIRECTORIES, SETTINGS, STATUS
 
-SOCKETS = ("control.sock", "relay.sock")
+SOCKETS = (ADMIN.socket, VIEW.socket, RELAY.socket)
 
 
 class StillServed(Exception):

@@ -278,7 +278,7 @@ def _ask(root: Path, request: str) -> list[str]:
     except (client.NoDaemon, client.Rejected) as error:
         raise Failed(error) from None
     except OSError as error:
-        raise Failed(f"no answer from {root}/control.sock: {error}") from None
+        raise Failed(f"no answer from the krelay that serves {root}: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

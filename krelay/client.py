@@ -1,12 +1,18 @@
-"""The control socket from the other side: what the commands ask the daemon."""
+"""The control sockets from the other side: what the commands ask the daemon.
+
+Who may not use control.sock asks view.sock what that answers (roles.py).
+"""
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from krelay.roles import ADMIN, VIEW, Role, needs_admin, refusal
+from krelay.unixsock import group_id
 from krelay.wire import pcapng
 
 CHUNK = 1 << 20
@@ -15,8 +21,12 @@ TIMEOUT = 10.0
 """Seconds for an answer; the daemon answers in milliseconds."""
 
 
+PAUSE = 0.02
+"""Seconds between tries to connect to a daemon that hasn't accepted others yet."""
+
+
 class NoDaemon(Exception):
-    """Nobody serves that tree.  The text says what to do."""
+    """Nobody serves that tree, or not this user.  The text says what to do."""
 
 
 class Rejected(Exception):
@@ -25,8 +35,7 @@ class Rejected(Exception):
 
 def ask(root: Path, request: str) -> list[str]:
     """The lines of the answer.  Raises NoDaemon, Rejected; OSError if it isn't whole."""
-    with _connect(root) as connection:
-        connection.sendall(request.encode() + b"\n")
+    with _connect(root, request) as connection:
         lines = []
         with connection.makefile(encoding="utf-8", errors="replace") as answer:
             for line in answer:
@@ -47,9 +56,8 @@ def ask_json(root: Path, request: str) -> list[dict[str, Any]]:
 
 def follow(root: Path, request: str) -> Iterator[str]:
     """Lines as they come, until the daemon ends.  Raises NoDaemon, Rejected."""
-    with _connect(root) as connection:
+    with _connect(root, request) as connection:
         connection.settimeout(None)
-        connection.sendall(request.encode() + b"\n")
         with connection.makefile(encoding="utf-8", errors="replace") as answer:
             for line in answer:
                 if line.startswith("error: "):
@@ -64,9 +72,8 @@ class Captured:
     """
 
     def __init__(self, root: Path, request: str) -> None:
-        self._socket = _connect(root)
+        self._socket = _connect(root, request)
         try:
-            self._socket.sendall(request.encode() + b"\n")
             data = self._beginning()
             end = pcapng.whole(data)
             self.begun, self._held = data[:end], data[end:]
@@ -123,19 +130,53 @@ def _is_text(data: bytes) -> bool:
     return not data.startswith(pcapng.MAGIC)
 
 
-def _connect(root: Path) -> socket.socket:
+def _connect(root: Path, request: str) -> socket.socket:
+    """A connection on which this was asked.  Raises NoDaemon; OSError if it can't be said."""
+    roles = (ADMIN,) if needs_admin(request.split()) else (ADMIN, VIEW)
+    for role in roles:
+        try:
+            connection = _connected(root / role.socket)
+        except PermissionError:
+            continue
+        except OSError as error:
+            if role is VIEW and isinstance(error, FileNotFoundError):
+                break  # a krelay that has none
+            raise NoDaemon(
+                f"no krelay serves {root}; start one with `krelay daemon` or `krelay up`"
+            ) from None
+        try:
+            connection.sendall(request.encode() + b"\n")
+        except BrokenPipeError:
+            pass  # it has hung up, and has said why
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+    raise NoDaemon(f"no permission for {root}: {_needed(roles)}")
+
+
+def _needed(roles: tuple[Role, ...]) -> str:
+    """What who may use none of these has to do: the least first."""
+    role = roles[-1]
+    told = refusal(role, exists=group_id(role.group) is not None)
+    return f"{told}; {ADMIN.group} may do everything" if role is VIEW else told
+
+
+def _connected(path: Path) -> socket.socket:
+    """A connection to the socket there; waits while others are to be accepted first."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(TIMEOUT)
+    give_up = time.monotonic() + TIMEOUT
     try:
-        connection.connect(str(root / "control.sock"))
-    except PermissionError:
+        while True:
+            try:
+                connection.connect(str(path))
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(PAUSE)
+            else:
+                return connection
+    except BaseException:
         connection.close()
-        raise NoDaemon(
-            f"no permission for {root}/control.sock; run as root or join the group krelay"
-        ) from None
-    except OSError:
-        connection.close()
-        raise NoDaemon(
-            f"no krelay serves {root}; start one with `krelay daemon` or `krelay up`"
-        ) from None
-    return connection
+        raise

@@ -7,6 +7,9 @@ are sent, so that a large table delays no packet.
     show nat [json] [proto=tcp|udp] [client=ADDR[:PORT]] [state=STATE] [service=tcp/80]
     show status [json]    show counters [json]    show config [json]
     flush    kill ID    trace [pcap] [filters] [verdict=rewrite,drop,pass]    help
+
+Who may only look (`may_change` false) has the same language without `kill`, `flush` and
+`trace pcap`, which shows what is in packets.
 """
 
 import json
@@ -18,6 +21,7 @@ from typing import Any, Protocol
 from krelay.flow import Endpoint, Proto
 from krelay.nat import NatTable
 from krelay.relaymsg import GAUGES
+from krelay.roles import ADMIN, VIEW, needs_admin
 from krelay.row import Row, Step
 from krelay.trace import REWRITE, WORDS, Filter
 from krelay.tracker import Side, State
@@ -36,6 +40,11 @@ HELP = (
     "trace [pcap] [filters as for show nat] [verdict=rewrite,drop,pass]",
     "help",
 )
+
+VIEW_HELP = tuple(
+    line.replace("[pcap] ", "") for line in HELP if not line.startswith(("kill", "flush"))
+)
+"""What is left of it for who may only look."""
 
 Value = str | int | float | list[int] | dict[str, int]
 Values = Mapping[str, Value]
@@ -72,14 +81,22 @@ class Trace:
     pcap: bool = False
 
 
-def answer(line: str, relay: Relay, now: float) -> Iterator[str] | Trace:
+def answer(
+    line: str, relay: Relay, now: float, *, may_change: bool = True
+) -> Iterator[str] | Trace:
     """The lines that answer a request, without the empty one at the end.  Raises BadRequest."""
     words = line.split()
+    if not may_change and needs_admin(words):
+        what = "trace pcap" if words[0] == "trace" else words[0]
+        raise BadRequest(
+            f"{what} isn't for {VIEW.socket}, which only shows: ask {ADMIN.socket}, which is for "
+            f"root and the group {ADMIN.group}"
+        )
     match words:
         case []:
             raise BadRequest("no command; try help")
         case ["help"]:
-            return iter(HELP)
+            return iter(HELP if may_change else VIEW_HELP)
         case ["show", "nat", *rest]:
             as_json = "json" in rest
             wanted = parse_filter([word for word in rest if word != "json"])

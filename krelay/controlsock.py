@@ -1,14 +1,21 @@
-"""The control socket itself: lines in and out for clients, none of whom can hold us up.
+"""The control sockets themselves: lines in and out for clients, none of whom can hold us up.
+
+There are two, of one language: control.sock with all of it, and view.sock for who may only look.
 
 A client has a bounded buffer in either direction.  Lines of an answer are made only as fast as the
 client takes them; a tracing client that is too slow loses packets and is told how many.  Who says
 nothing and has asked for nothing, or doesn't read, for IDLE seconds is dropped.
+
+However many ask, and however fast they read: in a turn of the loop one request is heard, or one
+piece of an answer made, and as long as packets come that takes a quarter of the time (_Turns).
+Root's come first.
 """
 
 import os
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -17,17 +24,26 @@ from pathlib import Path
 from krelay import control
 from krelay.control import MAX_LINE, BadRequest, Relay, Trace
 from krelay.loop import Loop
+from krelay.roles import ADMIN, VIEW, Role
 from krelay.row import Rewrite
 from krelay.trace import REWRITE, WORDS, Lines, Recorder, Untouched
 from krelay.tracefile import Capture
-from krelay.unixsock import Peer, UnixListener
+from krelay.unixsock import Crowd, Peer, UnixListener
 from krelay.worker import Verdict, Worker
 
 IDLE = 60.0
 """Seconds."""
-MAX_CLIENTS = 64
-CHUNK = 32 * 1024
-"""Bytes of an answer made at a time."""
+MAX_CLIENTS, MAX_OF_ONE = 64, 16
+"""Of each socket, in all and of one user who isn't root (unixsock.Crowd)."""
+MAX_TRACERS, MAX_TRACERS_OF_ONE = 32, 4
+"""The same for those that trace, of both sockets together: each costs something per packet."""
+CHUNK = 8 * 1024
+"""Bytes of an answer made at a time: half a millisecond."""
+BUSY = 0.0001
+"""Seconds between two pieces of answers, made in two turns that follow each other, that tell of
+other work: two system calls take a tenth of it."""
+SHARE = 3
+"""Times as long as a piece of an answer took, others have their turn before the next."""
 TRACE_BUFFER = 256 * 1024
 """Bytes of trace lines that wait for a slow reader."""
 CAPTURE_BUFFER = 4 << 20
@@ -39,23 +55,23 @@ _SO_SNDBUFFORCE = 32
 
 
 class ControlSocket:
-    """Listens at `path` and answers for `relay`.  Raises OSError if it can't listen."""
+    """Listens at `root` for both roles, and answers for `relay`.  Raises OSError if it can't."""
 
-    def __init__(self, loop: Loop, path: Path, relay: Relay, worker: Worker) -> None:
+    def __init__(self, loop: Loop, root: Path, relay: Relay, worker: Worker) -> None:
         self._loop = loop
         self._relay = relay
         self._worker = worker
         self._clients: set[_Client] = set()
-        self._listener = UnixListener(loop, path, socket.SOCK_STREAM, self._accepted)
-
-    @property
-    def path(self) -> Path:
-        """Where it listens."""
-        return self._listener.path
-
-    def renew(self) -> None:
-        """Listens at its path again, if that leads elsewhere by now.  Raises OSError."""
-        self._listener.renew()
+        self._tracers = Crowd(MAX_TRACERS, MAX_TRACERS_OF_ONE)
+        self._turns = _Turns(loop)
+        self.listeners: list[UnixListener] = []
+        """One for each role."""
+        try:
+            for role in (ADMIN, VIEW):
+                self.listeners.append(self._listening(root, role))
+        except OSError:
+            self.close()
+            raise
 
     def on_time(self, now: float) -> None:
         """Drops who has been silent for too long; call about once a second."""
@@ -63,28 +79,36 @@ class ControlSocket:
             client.on_time(now)
 
     def close(self) -> None:
-        """Drops everyone and removes the socket."""
+        """Drops everyone and removes the sockets."""
         for client in list(self._clients):
             client.close()
-        self._listener.close()
+        for listener in self.listeners:
+            listener.close()
 
-    def _accepted(self, connection: socket.socket, _: Peer) -> None:
-        if len(self._clients) >= MAX_CLIENTS:
-            connection.close()
-            return
-        client = _Client(
-            self._loop,
-            connection,
-            self._relay,
-            self._worker,
-            self._left,
-            self._tracing_changed,
-        )
-        self._clients.add(client)
+    def _listening(self, root: Path, role: Role) -> UnixListener:
+        crowd = Crowd(MAX_CLIENTS, MAX_OF_ONE)
 
-    def _left(self, client: "_Client") -> None:
-        self._clients.discard(client)
-        self._tracing_changed()
+        def accepted(connection: socket.socket, peer: Peer) -> None:
+            def left(client: _Client) -> None:
+                crowd.leave(peer)
+                self._clients.discard(client)
+                self._tracing_changed()
+
+            client = _Client(
+                self._loop,
+                connection,
+                peer,
+                self._relay,
+                self._worker,
+                left,
+                self._tracing_changed,
+                self._turns,
+                self._tracers,
+                may_change=role is ADMIN,
+            )
+            self._clients.add(client)
+
+        return UnixListener(self._loop, root, role, socket.SOCK_STREAM, accepted, _error, crowd)
 
     def _tracing_changed(self) -> None:
         """Packets are looked at for traces only while somebody traces, and only those wanted."""
@@ -113,18 +137,74 @@ class ControlSocket:
         worker.on_untouched = untouched if wanted - {REWRITE} else None
 
 
+class _Turns:
+    """Who is next to have a request heard, or a piece of an answer made: one in a turn of the loop.
+
+    Root's clients first, and those of others one after the other.  A turn that took longer than
+    nothing had other work: then the next piece waits until that has had its share.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._roots: deque[_Client] = deque()
+        self._others: deque[_Client] = deque()
+        self._is_going = False
+        self._took = 0.0
+        self._ended_at = 0.0
+
+    def want(self, client: "_Client") -> None:
+        """It has something to do; it is told to `step` once."""
+        if client.waits:
+            return
+        client.waits = True
+        (self._roots if client.peer.is_root else self._others).append(client)
+        if not self._is_going:
+            self._is_going = True
+            self._loop.call_soon(self._step)
+
+    def _next(self) -> None:
+        if not (self._roots or self._others):
+            self._is_going = False
+        elif time.monotonic() - self._ended_at > BUSY:
+            self._loop.call_at(self._loop.now + SHARE * self._took, self._step)
+        else:
+            self._step()
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        client = (self._roots or self._others).popleft()
+        client.waits = False
+        try:
+            client.step()
+        finally:
+            self._ended_at = time.monotonic()
+            self._took = self._ended_at - began
+            self._loop.call_soon(self._next)
+
+
 class _Client:
     def __init__(
         self,
         loop: Loop,
         connection: socket.socket,
+        peer: Peer,
         relay: Relay,
         worker: Worker,
         left: "Callable[[_Client], object]",
         tracing_changed: Callable[[], object],
+        turns: _Turns,
+        tracers: Crowd,
+        *,
+        may_change: bool,
     ) -> None:
+        self.peer = peer
+        self.waits = False
+        """Whether its turn is to come."""
         self._loop = loop
         self._socket = connection
+        self._turns = turns
+        self._tracers = tracers
+        self._may_change = may_change
         self._relay = relay
         self._worker = worker
         self._left = left
@@ -176,10 +256,22 @@ class _Client:
         if self._closed:
             return
         self._closed = True
-        self.tracing = None
-        self._loop.remove(self._socket.fileno())
-        self._socket.close()
-        self._left(self)
+        self._answer = None
+        self._end_trace()
+        try:
+            self._loop.remove(self._socket.fileno())
+            self._socket.close()
+        finally:
+            self._left(self)
+
+    def step(self) -> None:
+        """Its turn: a request is heard, if there is none to answer, and a piece of answer made."""
+        if not self._closed and not self._out:  # else it is to read first
+            if self._answer is None and self._has_request:
+                self._next_request()
+            if self._answer is not None:
+                self._make_more()
+        self._flush()
 
     def _ready(self, events: int) -> None:
         if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not self._ended:
@@ -204,7 +296,7 @@ class _Client:
         self._flush()
 
     def _flush(self) -> None:
-        """Answers what was asked, as far as the client takes it."""
+        """Says what is to be said, as far as the client takes it."""
         while not self._closed:
             if self._out:
                 try:
@@ -216,16 +308,24 @@ class _Client:
                     return
                 del self._out[:sent]
                 self._heard_at = self._loop.now
-                continue
-            if self._answer is not None:
-                self._make_more()
-                continue
-            if self.tracing is not None and (said := self._recorder.caught_up()):
+            elif self.tracing is not None and (said := self._recorder.caught_up()):
                 self._out += said
-                continue
-            if not self._next_request():
+            else:
                 break
+        if self._closed:
+            return
+        if not self._out:
+            if self._answer is not None or self._has_request:
+                self._turns.want(self)
+            elif self._ended and self.tracing is None:
+                self.close()
+                return
         self._wait()
+
+    @property
+    def _has_request(self) -> bool:
+        """Whether there is a whole line; the last may lack its end, and one may be too long."""
+        return b"\n" in self._in or len(self._in) > MAX_LINE or (self._ended and bool(self._in))
 
     def _make_more(self) -> None:
         assert self._answer is not None
@@ -241,31 +341,32 @@ class _Client:
             made.append("")
         self._out += ("\n".join(made) + "\n").encode()
 
-    def _next_request(self) -> bool:
-        """Takes the next whole line; False if there is none yet."""
-        line, newline, rest = self._in.partition(b"\n")
-        if not newline and self._ended and self._in:
-            newline = b"\n"  # the last line may lack its end
+    def _next_request(self) -> None:
+        """Takes the next line."""
+        line, _, rest = self._in.partition(b"\n")
         if len(line) > MAX_LINE:  # whole or not
             self._in = b""
             self._ended = True
-            self._out += f"error: a line has at most {MAX_LINE} bytes\n\n".encode()
-            return True
-        if not newline:
-            if self._ended and self.tracing is None:
-                self.close()
-            return False
+            self._out += _error(f"a line has at most {MAX_LINE} bytes")
+            return
         self._in = rest
         try:
-            found = control.answer(line.decode(errors="replace"), self._relay, self._loop.now)
+            found = control.answer(
+                line.decode(errors="replace"),
+                self._relay,
+                self._loop.now,
+                may_change=self._may_change,
+            )
         except BadRequest as error:
-            self._out += f"error: {error}\n\n".encode()
-            return True
-        if isinstance(found, Trace):
+            self._out += _error(str(error))
+            return
+        if not isinstance(found, Trace):
+            self._answer = found
+        elif self._tracers.enter(self.peer):
             self._begin_trace(found, " ".join(line.decode(errors="replace").split()))
         else:
-            self._answer = found
-        return True
+            of_one = self._tracers.of_one
+            self._out += _error(f"there are too many traces; a user has at most {of_one}: end some")
 
     def _begin_trace(self, asked: Trace, words: str) -> None:
         self.tracing = asked
@@ -292,20 +393,32 @@ class _Client:
         """Who half-closes has had enough of a capture; lines go on, for `echo trace | socat`."""
         if self.tracing is not None and self.tracing.pcap:
             self._out += self._recorder.end(time.time_ns())
-            self.tracing = None
+            self._end_trace()
             self._tracing_changed()
+
+    def _end_trace(self) -> None:
+        if self.tracing is not None:
+            self.tracing = None
+            self._tracers.leave(self.peer)
 
     def _wait(self) -> None:
         """Waits for what can go on: more to read, unless an answer is still under way."""
         if self._closed:
             return
-        busy = bool(self._out) or self._answer is not None
-        mask = (select.EPOLLOUT if busy else 0) | (
+        busy = self.waits or bool(self._out) or self._answer is not None
+        mask = (select.EPOLLOUT if self._out else 0) | (
             0 if self._ended or (busy and self.tracing is None) else select.EPOLLIN
         )
         if mask != self._mask:
-            self._mask = mask
-            self._loop.modify(self._socket.fileno(), mask)
+            try:
+                self._loop.modify(self._socket.fileno(), mask)
+                self._mask = mask
+            except OSError:
+                self.close()
+
+
+def _error(text: str) -> bytes:
+    return f"error: {text}\n\n".encode()
 
 
 def _is_own(worker: Worker, address: bytes) -> bool:

@@ -5,10 +5,11 @@ is shown again, what is accepted is put in force (relaying.py), and the status f
 """
 
 import os
+import resource
 import select
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from random import SystemRandom
@@ -19,7 +20,7 @@ from krelay.control import Values
 from krelay.controlsock import ControlSocket
 from krelay.flow import Proto
 from krelay.keeper import CannotKeep, TreeKeeper
-from krelay.links import LinkWatcher, look
+from krelay.links import LinkWatcher, Looker
 from krelay.log import Failures, Log, Throttle
 from krelay.loop import Loop, Timer
 from krelay.nat import NatTable
@@ -66,11 +67,11 @@ class Daemon:
         self._loop = loop
         self._root = root
         self._queue_num = queue_num
-        self._relay_gid = relay_gid
         self._began_at = loop.now
         self._exit_status = 0
         self._leaving = False
         self._sender = _raw_sender()
+        self._looker = _looker()
         self._state = TreeState(host_check=self._host_check)
         try:
             self._keeper = TreeKeeper(loop, root, self._state, self._judged, self._status_texts)
@@ -89,6 +90,7 @@ class Daemon:
             queue_num,
             self._worker,
             self._sender,
+            self._looker,
             self._keeper.publish,
             self._keeper.left("status/resumable"),
         )
@@ -96,11 +98,13 @@ class Daemon:
         try:
             outcome = self._keeper.begin()
             self._links = LinkWatcher()
-            self._control = ControlSocket(loop, root / "control.sock", self, self._worker)
-            self._relay_socket = self._relay_listener()
+            self._control = ControlSocket(loop, root, self, self._worker)
+            self._relay_socket = RelaySocket(
+                loop, root, self._relaying.relays, self._relaying.gateways, relay_gid
+            )
         except OSError as error:
             raise CannotServe(f"cannot serve {root}: {error.strerror}") from None
-        self._keeper.sockets = (self._control, self._relay_socket)
+        self._keeper.sockets = (*self._control.listeners, self._relay_socket)
         loop.add(self._links.fileno(), select.EPOLLIN, self._links_changed)
         loop.on_signal(signal.SIGTERM, self._leave)
         loop.on_signal(signal.SIGINT, self._interrupted)
@@ -123,6 +127,7 @@ class Daemon:
             self._keeper.close()
             self._links.close()
             self._sender.close()
+            self._looker.close()
         _log.info("krelay ended")
         return self._exit_status
 
@@ -222,8 +227,13 @@ class Daemon:
 
     def _host_check(self, _: Config, new: Config, changed: frozenset[str]) -> Mapping[str, str]:
         refused = {}
-        if "real_ip" in changed and new.real_ip.packed in look(new.real_ip).own:
-            refused["real_ip"] = f"{new.real_ip} is an address of this host"
+        if "real_ip" in changed:
+            try:
+                if new.real_ip.packed in self._looker.look(new.real_ip).own:
+                    refused["real_ip"] = f"{new.real_ip} is an address of this host"
+            except OSError as error:
+                refused["real_ip"] = f"this host's addresses can't be read ({error.strerror}), "
+                refused["real_ip"] += f"so {new.real_ip} may be one; write it again"
         if "gport" in changed and (who := self._who_else_listens(new.gport)):
             refused["gport"] = f"port {new.gport} is in use by {who}"
         return refused
@@ -240,10 +250,6 @@ class Daemon:
         if any(listeners.holds_any(pid, inodes) in (True, None) for pid in self._relay_socket.pids):
             return None
         return str(listeners.holder(inodes) or "another program")
-
-    def _relay_listener(self) -> RelaySocket:
-        path, relaying = self._root / "relay.sock", self._relaying
-        return RelaySocket(self._loop, path, relaying.relays, relaying.gateways, self._relay_gid)
 
     def _status_texts(self) -> Mapping[str, str]:
         """What the status files are to show."""
@@ -272,11 +278,12 @@ class Daemon:
 
     def _tick(self) -> None:
         now = self._loop.now
-        self._relaying.on_time(now)
-        self._keeper.on_time()
-        self._control.on_time(now)
-        self._warn_of_evictions(now)
-        self._loop.call_at(now + TICK, self._tick)
+        self._loop.call_at(now + TICK, self._tick)  # first: the next comes, whatever fails here
+        with ExitStack() as then:  # whatever fails
+            then.callback(self._keeper.on_time)
+            then.callback(self._control.on_time, now)
+            then.callback(self._warn_of_evictions, now)
+            self._relaying.on_time(now)
 
     def _warn_of_evictions(self, now: float) -> None:
         """Says so while flows are evicted: somebody floods, or a limit is too low."""
@@ -294,6 +301,7 @@ class Daemon:
 def serve(root: Path, queue_num: int, relay_gid: int | None = None) -> int:
     """Runs the daemon in the foreground; its exit status.  Raises CannotServe."""
     _hurry()
+    _open_many()
     with Loop() as loop:
         failures = Failures(_log)
         loop.on_failure = lambda error: failures.tell(loop.now, "a call failed; going on", error)
@@ -312,6 +320,20 @@ def _hurry() -> None:
     with suppress(PermissionError):
         if os.getpriority(os.PRIO_PROCESS, 0) == 0:
             os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+
+
+def _open_many() -> None:
+    """As many descriptors as this process may have, so that connections are what limits them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _looker() -> Looker:
+    try:
+        return Looker()
+    except OSError as error:
+        raise CannotServe(f"this host's links can't be looked at: {error.strerror}") from None
 
 
 def _raw_sender() -> RawSender:

@@ -61,8 +61,14 @@ def cookie_of_listener(descriptor: int) -> int | None:
 
 
 def close_apart(close: Callable[[], object]) -> None:
-    """Calls this in a thread of its own, which keeps no process from ending."""
-    threading.Thread(target=_quietly, args=(close,), daemon=True).start()
+    """Calls this in a thread of its own, which keeps no process from ending.
+
+    Here, where the host has no room for a thread.
+    """
+    try:
+        threading.Thread(target=_quietly, args=(close,), daemon=True).start()
+    except RuntimeError:
+        _quietly(close)
 
 
 def close_all(descriptors: Iterable[int]) -> None:

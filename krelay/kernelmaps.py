@@ -29,6 +29,8 @@ _BUFFER = 4 << 20
 _SNDBUFFORCE, _RCVBUFFORCE = 32, 33
 """asm-generic/socket.h"""
 _RECEIVE = 1 << 17
+_LOST = (errno.ENOBUFS, errno.EBADF, errno.ETIMEDOUT, None)
+"""Errors after which there is nothing more to read; None: a time-out of ours."""
 
 
 class MapsLost(Exception):
@@ -178,6 +180,10 @@ class KernelMaps:
         return told
 
     def _send(self, data: bytes) -> None:
+        """To the kernel; once more if that fails, for a moment without memory changes no map."""
+        with suppress(OSError):
+            self._socket.send(data)
+            return
         try:
             self._socket.send(data)
         except OSError as error:
@@ -185,13 +191,16 @@ class KernelMaps:
 
     def _answers(self, count: int | None, *, until: int | None = None) -> Iterator[netlink.Message]:
         """So many messages; or until the acknowledgement of that one, or the end of a dump."""
-        heard = 0
+        heard, failed = 0, False
         give_up = time.monotonic() + TIMEOUT
         while time.monotonic() < give_up:
             try:
                 data = self._socket.recv(_RECEIVE)
             except OSError as error:
-                raise MapsLost(str(error)) from None
+                if error.errno in _LOST or failed:
+                    raise MapsLost(str(error)) from None
+                failed = True  # what was to be read is still there
+                continue
             for message in netlink.messages(data):
                 if message.subsystem == 0 and message.kind == netlink.DONE:
                     return

@@ -16,8 +16,8 @@ from krelay.fastpath import FastPath
 from krelay.flow import Proto, Source
 from krelay.kernelmaps import KernelMaps, MapsLost
 from krelay.links import LOOPBACK
-from krelay.log import Log, Throttle
-from krelay.logmsg import TOGETHER
+from krelay.log import Failures, Log, Throttle
+from krelay.logmsg import TOGETHER, Copy
 from krelay.loop import Loop, Timer
 from krelay.nat import NatTable
 from krelay.netfilter import NO_MAPS, Backend
@@ -73,6 +73,7 @@ class KernelPath:
         """Whose questions are traced; None: everybody's."""
         self._lost_at: deque[float] = deque(maxlen=MOST_LOSSES)
         self._loss_warning = Throttle()
+        self._failures = Failures(_log)
         self._telling = False
         self._handing: Timer | None = None
         self._counting: Timer | None = None
@@ -182,14 +183,16 @@ class KernelPath:
 
     def close(self) -> None:
         """Relaying ends."""
-        self.leave(rows=False)
-        if self._copies is not None:
-            self._read_copies()
-            self._loop.remove(self._copies.fileno())
-        for copies in (self._copies, self._ends):
-            if copies is not None:
-                copies.close()
-        self._copies = self._ends = None
+        try:
+            self.leave(rows=False)
+        finally:
+            if self._copies is not None:
+                self._read_copies()
+                self._loop.remove(self._copies.fileno())
+            for copies in (self._copies, self._ends):
+                if copies is not None:
+                    copies.close()
+            self._copies = self._ends = None
 
     # Flows
 
@@ -301,7 +304,7 @@ class KernelPath:
 
     def _read_copies(self, _: int = 0) -> None:
         """What the kernel tells of questions and answers that it has relayed."""
-        if self._copies is not None and (copies := self._copies.read(COPIES_TOGETHER)):
+        if copies := self._read(self._copies, COPIES_TOGETHER):
             self._nat.learn(copies, self._loop.now)
 
     def _read_ends(self) -> None:
@@ -309,8 +312,18 @@ class KernelPath:
 
         It is read when it matters, and by turns: to wake for each would cost more than to read it.
         """
-        while self._ends is not None and (copies := self._ends.read(ENDS_TOGETHER)):
+        while copies := self._read(self._ends, ENDS_TOGETHER):
             self._nat.ended(copies, self._loop.now)
+
+    def _read(self, source: Copies | None, most: int) -> list[Copy]:
+        """Those that wait, about so many.  What can't be read now is read the next time."""
+        if source is None:
+            return []
+        try:
+            return source.read(most)
+        except OSError as error:
+            self._failures.tell(self._loop.now, "copies can't be read; trying again", error)
+            return []
 
     def _learnt_address(self, client: bytes, port: bytes) -> bytes | None:
         """The address of this host that was asked, if the kernel has learnt such a question."""

@@ -3,15 +3,17 @@
 Read through the kernel's routing socket when something has changed there, not when a packet comes.
 One route is asked for, never the whole table, which on a router would take seconds: what is on a
 link is told by the addresses that this host has there.
+
+The descriptors are opened at the start and kept: a host that has none left looks all the same.
 """
 
 import errno
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network
-from pathlib import Path
 from typing import NamedTuple
 
 from krelay.networks import network
@@ -23,7 +25,7 @@ _GROUPS = 0x1 | 0x10 | 0x40
 PATIENCE = 2.0
 """Seconds for an answer of the kernel's, which mostly is there at once."""
 LOOPBACK = 127
-_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+_FORWARD = "/proc/sys/net/ipv4/ip_forward"
 
 
 class HostView(NamedTuple):
@@ -41,48 +43,94 @@ class HostView(NamedTuple):
     """Bytes of the largest packet that the link towards the server takes."""
 
 
-def look(server: IPv4Address) -> HostView:
-    """How things are now.  Raises OSError."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
-        kernel.settimeout(PATIENCE)
-        addresses = list(rtnetlink.addresses(_asked(kernel, rtnetlink.get_addresses(1))))
-        link, towards, mtu = None, None, None
-        with suppress(_NoAnswer):  # there is no route
-            link, towards = rtnetlink.route(
-                _asked(kernel, rtnetlink.get_route(2, server.packed), answers=1)
-            )
+class Looker:
+    """Looks at this host.  Raises OSError if it can't be looked at."""
+
+    def __init__(self) -> None:
+        self._sequence = 0
+        self._unfinished = False
+        """Whether answers to a look that failed may still come."""
+        self._forward = os.open(_FORWARD, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+            self._socket.settimeout(PATIENCE)
+        except BaseException:
+            os.close(self._forward)
+            raise
+
+    def look(self, server: IPv4Address) -> HostView:
+        """How things are now.  Raises OSError if the kernel doesn't tell; then look once more."""
+        if self._unfinished:
+            self._finish()
+        self._unfinished = True
+        addresses = list(rtnetlink.addresses(self._ask(rtnetlink.get_addresses(self._next()))))
+        link, towards = self._way_to(server)
+        mtu = None
         if link is not None:
             with suppress(_NoAnswer):  # it went meanwhile
-                mtu = rtnetlink.mtu(_asked(kernel, rtnetlink.get_link(3, link), answers=1))
-    own = frozenset(each.local for each in addresses if each.local[0] != LOOPBACK)
-    beside = tuple(network(each.beyond, each.length) for each in addresses if each.link == link)
-    forwards = _FORWARD.read_text().strip() != "0"
-    beside = beside if any(server in net for net in beside) else ()
-    return HostView(own, beside, towards, forwards, min(0xFFFF, mtu or 0xFFFF))
+                asked = self._ask(rtnetlink.get_link(self._next(), link), answers=1)
+                mtu = rtnetlink.mtu(asked)
+        own = frozenset(each.local for each in addresses if each.local[0] != LOOPBACK)
+        beside = tuple(network(each.beyond, each.length) for each in addresses if each.link == link)
+        forwards = os.pread(self._forward, 16, 0).strip() != b"0"
+        beside = beside if any(server in net for net in beside) else ()
+        self._unfinished = False
+        return HostView(own, beside, towards, forwards, min(0xFFFF, mtu or 0xFFFF))
+
+    def close(self) -> None:
+        """Lets go of what it has open."""
+        self._socket.close()
+        os.close(self._forward)
+
+    def _way_to(self, server: IPv4Address) -> rtnetlink.Route:
+        try:
+            request = rtnetlink.get_route(self._next(), server.packed)
+            return rtnetlink.route(self._ask(request, answers=1))
+        except _NoAnswer as error:
+            if error.errno not in _NO_ROUTE:
+                raise
+            return rtnetlink.Route(None, None)
+
+    def _finish(self) -> None:
+        """Reads what a look that failed has left: the kernel gives no other list before (EBUSY)."""
+        self._socket.setblocking(False)
+        with suppress(BlockingIOError):
+            for _ in range(100):
+                self._socket.recv(1 << 16)
+        self._socket.settimeout(PATIENCE)
+
+    def _next(self) -> int:
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        return self._sequence
+
+    def _ask(self, request: bytes, answers: int | None = None) -> Iterator[Message]:
+        """What the kernel answers to this: so many messages, or all until it says that it is done.
+
+        What is late to an earlier question is passed over.  Raises OSError, and of these _NoAnswer
+        if the kernel says so itself.
+        """
+        self._socket.sendto(request, (0, 0))
+        give_up = time.monotonic() + PATIENCE
+        while time.monotonic() < give_up:
+            for message in netlink.messages(self._socket.recv(1 << 16)):
+                if message.sequence != self._sequence:
+                    continue
+                if (message.subsystem, message.kind) == (0, netlink.DONE):
+                    return
+                if code := message.error:
+                    raise _NoAnswer(code, os.strerror(code))
+                yield message
+                if answers is not None and (answers := answers - 1) == 0:
+                    return
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
 
 class _NoAnswer(OSError):
     """The kernel answers by an error."""
 
 
-def _asked(kernel: socket.socket, request: bytes, answers: int | None = None) -> Iterator[Message]:
-    """What the kernel answers to this: so many messages, or all until it says that it is done.
-
-    Raises OSError, and of these _NoAnswer if it says so itself.
-    """
-    (asked,) = netlink.messages(request)
-    kernel.sendto(request, (0, 0))
-    while True:
-        for message in netlink.messages(kernel.recv(1 << 16)):
-            if message.sequence != asked.sequence:
-                continue
-            if (message.subsystem, message.kind) == (0, netlink.DONE):
-                return
-            if code := message.error:
-                raise _NoAnswer(code, os.strerror(code))
-            yield message
-            if answers is not None and (answers := answers - 1) == 0:
-                return
+_NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.ESRCH)
+"""What the kernel says of an address that it would send nothing to; EACCES: `ip route prohibit`."""
 
 
 class LinkWatcher:

@@ -125,9 +125,11 @@ class Loop:
     def remove(self, fd: int) -> None:
         """Forgets `fd`, which must still be open.
 
-        Its handler isn't called any more, not even for this batch's events.
+        Its handler isn't called any more, not even for this batch's events.  Does nothing for one
+        that is not registered: whose owner was told by `add` that it can't be, and lets go.
         """
-        del self._handlers[fd]
+        if self._handlers.pop(fd, None) is None:
+            return
         self._removed.add(fd)
         try:
             self._epoll.unregister(fd)

@@ -14,6 +14,7 @@ well.
 """
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -59,6 +60,17 @@ class RulesUnavailable(Exception):
     """The kernel or the tools can't do it.  The text says what was tried and what is missing."""
 
 
+class RulesDelayed(RulesUnavailable):
+    """This host lacks what it takes at the moment (a descriptor, memory, a process): try again."""
+
+
+_PASSING = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC),
+    *(errno.EIO, errno.EROFS),
+)
+"""Errors of which a tool's complaint says that another try may go well."""
+
+
 class Backend(Protocol):
     """One way to have rules."""
 
@@ -82,7 +94,7 @@ class Backend(Protocol):
         """Takes them out, if they are there.  Raises RulesUnavailable."""
 
     def present(self, name: str) -> bool:
-        """Whether rules of that name are there."""
+        """Whether rules of that name are there.  Raises RulesDelayed."""
 
     def intact(self, spec: RuleSpec) -> bool:
         """Whether as many rules are there as `install` puts in, where they are seen by packets.
@@ -118,8 +130,13 @@ class Nft:
         """One transaction; with NFQUEUE a second, until which what is to be queued is dropped."""
         if afresh and former is not None:
             text = ruleset.nft_install(spec, former=former, with_xt=self.with_xt)
-            with suppress(RulesUnavailable):  # somebody has taken some of it out
+            try:
                 _run(("nft", "-f", "-"), text)
+            except RulesDelayed:
+                raise
+            except RulesUnavailable:
+                pass  # somebody has taken some of it out
+            else:
                 return
         _run(("nft", "-f", "-"), ruleset.nft_install(spec, afresh=afresh, with_xt=self.with_xt))
         if self.with_xt and afresh:
@@ -130,7 +147,8 @@ class Nft:
                 )
             except OSError as error:
                 self.remove(spec.name)
-                raise RulesUnavailable(f"the NFQUEUE target in nf_tables: {error}") from None
+                kind = RulesDelayed if error.errno in _PASSING else RulesUnavailable
+                raise kind(f"the NFQUEUE target in nf_tables: {error}") from None
 
     def remove(self, name: str) -> None:
         """One transaction."""
@@ -141,6 +159,8 @@ class Nft:
         """Whether the table is there."""
         try:
             _run(("nft", "list", "chain", "ip", name, "pre"))
+        except RulesDelayed:
+            raise
         except RulesUnavailable:
             return False
         return True
@@ -198,6 +218,8 @@ class Iptables:
         """Whether one of the chains is there."""
         try:
             return bool(self._found(name)[1])
+        except RulesDelayed:
+            raise
         except RulesUnavailable:
             return False
 
@@ -265,11 +287,16 @@ def same_rules(one: Backend, other: Backend) -> bool:
 
 
 def probe() -> Backend:
-    """The first way that works here.  Raises RulesUnavailable if none does."""
+    """The first way that works here.  Raises RulesUnavailable if none does.
+
+    RulesDelayed if that can't be said now: a worse way isn't taken for that.
+    """
     tried = []
     for backend in CANDIDATES:
         try:
             _try(backend)
+        except RulesDelayed:
+            raise
         except RulesUnavailable as error:
             tried.append(f"{backend.name}: {error}")
         else:
@@ -371,10 +398,16 @@ def _run(command: tuple[str, ...], text: str = "") -> str:
         )
     except FileNotFoundError:
         raise RulesUnavailable(f"{command[0]} is not installed") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
         raise RulesUnavailable(str(error)) from None
+    except OSError as error:
+        kind = RulesUnavailable if error.errno == errno.EACCES else RulesDelayed
+        raise kind(f"{command[0]}: {error.strerror}") from None
     if done.returncode:
-        raise RulesUnavailable(_complaint(done.stderr) or f"exit status {done.returncode}")
+        complaint = _complaint(done.stderr)
+        passing = any(os.strerror(each) in complaint for each in _PASSING)
+        kind = RulesDelayed if passing or done.returncode < 0 else RulesUnavailable
+        raise kind(complaint or f"{command[0]}: exit status {done.returncode}")
     return done.stdout
 
 

@@ -70,6 +70,8 @@ class Copies:
                 break
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
+                    if found:
+                        break  # it is met again, by who has nothing to lose
                     raise
                 self.lost += 1
                 some = []

@@ -146,11 +146,19 @@ class Queue:
                 ) from None
             raise QueueUnavailable(
                 f"queue {number} can't be bound ({error}); krelay needs CAP_NET_ADMIN"
-            ) from None
-        self._socket = socket.socket(fileno=os.dup(self._queue.get_fd()))
-        self._socket.setblocking(False)
-        self._receive = self._socket.recv
-        self._ask_for_whole_packets()
+            ) from error
+        try:
+            self._socket = socket.socket(fileno=os.dup(self._queue.get_fd()))
+        except OSError:
+            self._queue.unbind()
+            raise
+        try:
+            self._socket.setblocking(False)
+            self._receive = self._socket.recv
+            self._ask_for_whole_packets()
+        except OSError:
+            self.close()
+            raise
 
     def fileno(self) -> int:
         """Readable when packets wait."""
@@ -181,8 +189,10 @@ class Queue:
 
     def close(self) -> None:
         """Unbinds; packets that still wait are dropped by the kernel.  May be called twice."""
-        self._queue.unbind()
-        self._socket.close()
+        try:
+            self._queue.unbind()
+        finally:
+            self._socket.close()
 
     def _on_packet(self, packet: Queued) -> None:
         verdicts = self._verdicts
@@ -203,7 +213,11 @@ class Queue:
     def _give_verdicts(self) -> None:
         if self._verdicts.size:
             self._before_verdicts()
-            self._socket.send(self._verdicts.take())
+            told = self._verdicts.take()
+            try:
+                self._socket.send(told)
+            except OSError:
+                self._socket.send(told)  # packets wait for it, and for nobody else
 
     def _failed(self, packet: Queued, error: Exception) -> None:
         self.errors += 1

@@ -21,8 +21,9 @@ done where the result is the same as before.
 """
 
 import select
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
 
@@ -34,11 +35,11 @@ from krelay.flow import Source
 from krelay.gatewayport import GatewayPorts
 from krelay.inforce import InForce
 from krelay.kernelpath import KernelPath
-from krelay.links import HostView, look
-from krelay.log import Log, Throttle
-from krelay.loop import Loop, Timer
+from krelay.links import HostView, Looker
+from krelay.log import Failures, Log, Throttle
+from krelay.loop import PAUSE, Loop, Timer
 from krelay.nat import NatTable
-from krelay.netfilter import Backend, RulesUnavailable
+from krelay.netfilter import Backend, RulesDelayed, RulesUnavailable
 from krelay.nfqueue import Queue, QueueUnavailable, figures
 from krelay.rawsend import RawSender
 from krelay.relay import Relays
@@ -75,6 +76,16 @@ MOST_TOLD = 1000
 more; the others' hear of it from this host, who knows nothing of them, when they next say
 something."""
 _SOON = 0.005
+RETRY = 1.0
+"""Seconds until what the host had no room for is tried again."""
+START_AGAIN = 2.0
+"""The same for a start that failed so."""
+TELL_AGAIN = 60.0
+"""Seconds after which a start that goes on failing for the same reason is told once more."""
+MOST_FAILURES = 20
+"""Times in a row that a queue can't be read before it is given up."""
+REMOVE_AFTER = (0.0, 0.02, 0.05, 0.1, 0.2)
+"""Seconds before each try to take rules out: packets that they catch have nobody any more."""
 
 _log = Log("relaying")
 
@@ -92,6 +103,7 @@ class Relaying:
         queue_num: int,
         worker: Worker,
         sender: RawSender,
+        looker: Looker,
         on_change: Callable[[], object],
         resumable: str = "",
     ) -> None:
@@ -114,11 +126,16 @@ class Relaying:
         self._queue_num = queue_num
         self._worker = worker
         self._sender = sender
+        self._looker = looker
         self._on_change = on_change
         self._resumable = InForce.parse(resumable)
         self._backend: Backend | None = None
         self._spec: RuleSpec | None = None
         self._failure: str | None = None
+        self._again_at: float | None = None
+        """When a start that failed is tried again; None: when somebody wishes it."""
+        self._failures = Failures(_log)
+        self._failed_in_a_row = 0
         self._stopping: Timer | None = None
         self._on_stopped: Callable[[], object] | None = None
         self._gport: int | None = None
@@ -138,6 +155,9 @@ class Relaying:
         self._look_at: float | None = None
         """When to look for our rules unasked; None: we are told of changes."""
         self._removal_warning = Throttle()
+        self._delay_warning = Throttle()
+        self._failure_error = Throttle(TELL_AGAIN)
+        self._told_failure = ""
         self._overflow_warning = Throttle()
         self._overflows_told = 0
         self._dropped_before = (0, 0)
@@ -185,11 +205,11 @@ class Relaying:
         """
         self._probe()
         for backend in netfilter.CANDIDATES:
-            if not backend.present(self._name):
-                continue
-            if start and self._backend and netfilter.same_rules(backend, self._backend):
-                continue
             with suppress(RulesUnavailable):
+                if not backend.present(self._name):
+                    continue
+                if start and self._backend and netfilter.same_rules(backend, self._backend):
+                    continue
                 backend.remove(self._name)
                 _log.info("stale rules removed", rules=backend.name)
 
@@ -217,7 +237,7 @@ class Relaying:
         elif self.queue and not self._stopping:
             self.stop()
         elif self.queue is None:
-            self._failure = None
+            self._failure = self._again_at = None
             self._waits_for_port = False
 
     def stop(self, then: Callable[[], object] | None = None) -> None:
@@ -273,16 +293,30 @@ class Relaying:
         """Addresses, links or routes of this host may have changed."""
         if self.queue is None or self._stopping:
             return
-        view = look(self._config.real_ip)
-        if view != self._view:
+        if (view := self._look()) != self._view:
             self._take_view(view)
             self._apply()
             self._refresh_rules()
+
+    def _look(self) -> HostView:
+        """The host as it is now; as it was before if it can't be looked at: then once more soon."""
+        try:
+            return self._looker.look(self._config.real_ip)
+        except OSError as error:
+            self._failures.tell(
+                self._loop.now, "the host's links can't be looked at; trying again", error
+            )
+            self._loop.call_at(self._loop.now + RETRY, self.links_changed)
+            return self._view
 
     def on_time(self, now: float) -> None:
         """Expiry and everything else that is done once a second."""
         self.nat.expire(now)
         self.relays.on_time(now)
+        if self._again_at is not None and now >= self._again_at:
+            self._again_at = None
+            self._start()
+            self._on_change()
         self._begin_where_free()
         if self.queue is not None:
             self.gateways.check()
@@ -311,7 +345,7 @@ class Relaying:
 
     def _start(self) -> None:
         config = self._config
-        self._failure = None
+        self._failure = self._again_at = None
         backend = self._backend or self._probe()
         self._waits_for_port = False
         if backend is None:
@@ -332,7 +366,7 @@ class Relaying:
             self._loop.add(self.openings.fileno(), select.EPOLLIN, self._serve_openings)
             self._worker.recovering_until = self._loop.now + RECOVERY if stale else 0.0
             self._gport = config.gport
-            self._take_view(look(config.real_ip))
+            self._take_view(self._looker.look(config.real_ip))
             was_killed = stale or bool(self._resumable)
             self.relays.resumable_until = self._loop.now + RECOVERY if was_killed else 0.0
             self.relays.in_force, self._resumable = self._resumable, []
@@ -341,8 +375,11 @@ class Relaying:
             self._watch_rules(backend)
             self._install(self._wanted(), afresh=True)
         except (QueueUnavailable, RulesUnavailable, OSError) as error:
-            self._fail(str(error))
+            passing = isinstance(error, RulesDelayed | OSError)
+            reason = f"this host: {error.strerror}" if isinstance(error, OSError) else str(error)
+            self._fail(reason, passing=passing or isinstance(error.__cause__, OSError))
             return
+        self._told_failure = ""
         _log.info(
             "relaying started",
             real_ip=config.real_ip,
@@ -371,7 +408,7 @@ class Relaying:
     def _adopt(self, changed: frozenset[str]) -> None:
         """Takes over changed values while running: new flows get them, the rows keep theirs."""
         if "real_ip" in changed:
-            self._take_view(look(self._config.real_ip))
+            self._take_view(self._look())
             self._warn_of_surroundings()
             for row in self.nat.unanswered():
                 if row.server.addr != self._config.real_ip.packed:
@@ -502,14 +539,17 @@ class Relaying:
     def _install(self, spec: RuleSpec, *, afresh: bool) -> None:
         """Puts these rules in force; `afresh` also their maps.  Raises RulesUnavailable."""
         assert self._backend is not None
+        former = self._spec
         if afresh:
             self.kernel.leave()
-        self._backend.install(spec, afresh=afresh, former=self._spec)
+            self._spec = None  # if this fails, the next try is to make all of it
+        self._backend.install(spec, afresh=afresh, former=former)
         self._spec = spec
         try:
             port = self.kernel.enter(spec, afresh=afresh)
         except OSError as error:
-            raise RulesUnavailable(f"no socket to nf_tables: {error}") from None
+            self._spec = None  # made afresh at the next try
+            raise RulesDelayed(f"no socket to nf_tables: {error.strerror}") from None
         if self._rule_watcher is not None and port is not None:
             self._rule_watcher.ignore(port)
         self._rules_announced(ours=True)
@@ -523,6 +563,11 @@ class Relaying:
             whole = self._backend.intact(self._spec)
             if whole:
                 self._install(self._wanted(), afresh=True)
+        except RulesDelayed as error:
+            self.kernel.leave()
+            self._spec = None
+            self._delayed(error)
+            return
         except RulesUnavailable as error:
             self._fail(f"rules can't be changed: {error}")
             return
@@ -538,8 +583,17 @@ class Relaying:
             return
         try:
             self._install(spec, afresh=self._spec is None or spec.maps != self._spec.maps)
+        except RulesDelayed as error:
+            self._delayed(error)
         except RulesUnavailable as error:
             self._fail(f"rules can't be changed: {error}")
+
+    def _delayed(self, error: RulesDelayed) -> None:
+        """The rules stay as they are; within a second it is tried again (on_time)."""
+        if (before := self._delay_warning.admit(self._loop.now)) is not None:
+            _log.warning(
+                "rules can't be changed now; trying again", reason=error, again=before or None
+            )
 
     # Rules that somebody else takes out
 
@@ -575,6 +629,10 @@ class Relaying:
                 return
             self._spec = None  # there is nothing to go by
             self._install(self._wanted(), afresh=True)
+        except RulesDelayed as error:
+            self._delayed(error)
+            self._loop.call_at(self._loop.now + RETRY, self._restore_rules)
+            return
         except RulesUnavailable as error:
             self._fail(f"somebody took krelay's rules out, and they can't be put back: {error}")
             return
@@ -611,14 +669,23 @@ class Relaying:
         try:
             self._backend = netfilter.probe()
         except RulesUnavailable as error:
-            self._fail(str(error))
+            self._fail(str(error), passing=isinstance(error, RulesDelayed))
         return self._backend
 
-    def _fail(self, reason: str) -> None:
-        """Relaying isn't possible: the host is left as before, and `state` says why."""
-        _log.error("relaying failed", reason=reason)
+    def _fail(self, reason: str, *, passing: bool = False) -> None:
+        """Relaying isn't possible: the host is left as before, and `state` says why.
+
+        `passing`: for the moment; it is begun again by and by, if it is still wished then.
+        """
+        if reason != self._told_failure:
+            self._told_failure = reason
+            self._failure_error = Throttle(TELL_AGAIN)
+        if (before := self._failure_error.admit(self._loop.now)) is not None:
+            _log.error("relaying failed", reason=reason, again=before or None)
         self._abandon()
         self._failure = reason
+        if passing and self._config.start:
+            self._again_at = self._loop.now + START_AGAIN
         self._on_change()
 
     def _wait_for_resets(self, deadline: float) -> None:
@@ -652,27 +719,49 @@ class Relaying:
     def _abandon(self) -> None:
         """Rules out, queue unbound, rows gone, whatever of these there is."""
         self._worker.policy = None
-        self._spec = None
-        self._look_at = None
-        if self._rule_watcher is not None:
-            self._loop.remove(self._rule_watcher.fileno())
-            self._rule_watcher.close()
+        self._spec = self._look_at = self._again_at = None
+        if (watcher := self._rule_watcher) is not None:
             self._rule_watcher = None
-        self.kernel.close()
+            with self._telling():
+                self._loop.remove(watcher.fileno())
+                watcher.close()
+        with self._telling():
+            self.kernel.close()
         if self.queue is not None:
             self.dropped()
-            if self._backend is not None:
-                try:
-                    self._backend.remove(self._name)
-                except RulesUnavailable as error:
-                    _log.error("rules can't be removed", reason=error, mend="krelay clean")
+            self._remove_rules()
             for queue in self.queues:
-                self._loop.remove(queue.fileno())
-                queue.close()
+                with self._telling():
+                    self._loop.remove(queue.fileno())
+                with self._telling():
+                    queue.close()
             self.queue = self.openings = None
         self.nat.clear()
         self.relays.in_force = []
         self._resumable = []
+
+    def _remove_rules(self) -> None:
+        if self._backend is None:
+            return
+        for wait in REMOVE_AFTER:
+            time.sleep(wait)
+            try:
+                self._backend.remove(self._name)
+                return
+            except RulesDelayed as error:
+                reason = str(error)
+            except RulesUnavailable as error:
+                reason = str(error)
+                break
+        _log.error("rules can't be removed", reason=reason, mend="krelay clean")
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What fails here is told, and what follows is done all the same."""
+        try:
+            yield
+        except OSError as error:
+            self._failures.tell(self._loop.now, "a call failed; going on", error)
 
     def _serve_queue(self, _: int) -> None:
         self._serve(self.queue)
@@ -686,8 +775,16 @@ class Relaying:
         try:
             queue.serve()
         except OSError as error:
-            if queue in self.queues:  # not given up meanwhile
-                self._fail(f"the queue is lost: {error}")
+            if queue not in self.queues:  # given up meanwhile
+                return
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row > MOST_FAILURES:
+                self._fail(f"the queue is lost: {error}", passing=True)
+                return
+            self._failures.tell(self._loop.now, "the queue can't be read; trying again", error)
+            time.sleep(PAUSE)
+        else:
+            self._failed_in_a_row = 0
 
     def _warn_of_overflow(self, now: float) -> None:
         lost = sum(self.dropped())

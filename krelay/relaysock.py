@@ -28,9 +28,13 @@ from krelay.relaymsg import (
     emit,
     parse_request,
 )
-from krelay.unixsock import Peer, UnixListener
+from krelay.roles import RELAY
+from krelay.unixsock import Crowd, Peer, UnixListener, last_descriptor
 
 MAX_PER_TURN = 64
+MAX_LINKS, MAX_OF_ONE = 256, 128
+"""Connections in all, and of one user who isn't root (unixsock.Crowd); a worker of tcp-relay has
+one."""
 SEND_BUFFER = 4 << 20
 
 _log = Log("relays")
@@ -38,7 +42,7 @@ _malformed, _not_listening = Throttle(), Throttle()
 
 
 class RelaySocket:
-    """Listens at `path` and answers tcp-relays from `relays`, those of `group` if that is given.
+    """Listens at `root` and answers tcp-relays from `relays`, those of `group` if that is given.
 
     `gateways` gets their listening sockets.  Raises OSError if it can't listen.
     """
@@ -46,7 +50,7 @@ class RelaySocket:
     def __init__(
         self,
         loop: Loop,
-        path: Path,
+        root: Path,
         relays: Relays,
         gateways: GatewayPorts,
         group: int | None = None,
@@ -55,7 +59,10 @@ class RelaySocket:
         self._relays = relays
         self._gateways = gateways
         self._links: set[_Link] = set()
-        self._listener = UnixListener(loop, path, socket.SOCK_SEQPACKET, self._accepted, group)
+        self._crowd = Crowd(MAX_LINKS, MAX_OF_ONE)
+        self._listener = UnixListener(
+            loop, root, RELAY, socket.SOCK_SEQPACKET, self._accepted, _worded, self._crowd, group
+        )
 
     @property
     def path(self) -> Path:
@@ -79,9 +86,21 @@ class RelaySocket:
 
     def _accepted(self, connection: socket.socket, peer: Peer) -> None:
         self._links.add(
-            _Link(self._loop, connection, peer, self._relays, self._gateways, self._links)
+            _Link(
+                self._loop,
+                connection,
+                peer,
+                self._relays,
+                self._gateways,
+                self._links,
+                self._crowd,
+            )
         )
         _log.info("tcp-relay connected", pid=peer.pid)
+
+
+def _worded(reason: str) -> bytes:
+    return emit(Refused(None, reason))
 
 
 class _Link:
@@ -93,17 +112,20 @@ class _Link:
         relays: Relays,
         gateways: GatewayPorts,
         links: "set[_Link]",
+        crowd: Crowd,
     ) -> None:
         self.pid = peer.pid
+        self._peer = peer
+        self._crowd = crowd
         self._loop = loop
         self._socket = connection
         self._relays = relays
         self._gateways = gateways
         self._links = links
         self._send = self.send  # one object: rows are recognised by it
-        relays.joined(self._send, peer.uid)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         loop.add(connection.fileno(), select.EPOLLIN, self._ready)
+        relays.joined(self._send, peer.uid)
 
     def send(self, answer: Answer) -> None:
         if self not in self._links:
@@ -118,13 +140,16 @@ class _Link:
         if self not in self._links:
             return
         self._links.remove(self)
-        self._loop.remove(self._socket.fileno())
-        with suppress(OSError):  # gone already
-            self._socket.shutdown(socket.SHUT_RDWR)
-        handed.close_apart(self._socket.close)
-        self._relays.lost(self._send, self._loop.now)
-        self._gateways.lost(self._send)
-        del self._send  # a circle, and the collector is off
+        self._crowd.leave(self._peer)
+        try:
+            self._loop.remove(self._socket.fileno())
+            with suppress(OSError):  # gone already
+                self._socket.shutdown(socket.SHUT_RDWR)
+            handed.close_apart(self._socket.close)
+        finally:
+            self._relays.lost(self._send, self._loop.now)
+            self._gateways.lost(self._send)
+            del self._send  # a circle, and the collector is off
         _log.info("tcp-relay disconnected", pid=self.pid)
 
     def _ready(self, _: int) -> None:
@@ -182,6 +207,9 @@ class _Link:
         if isinstance(request, NotListening):
             self._gateways.given_up(self._send, gport)
             return None
+        if descriptors and max(descriptors) >= last_descriptor():
+            handed.close_all(descriptors)
+            return Refused(request.id, "krelay has no descriptor left for one more socket")
         wrong = self._gateways.listening(self._send, gport, descriptors)
         if wrong is None:
             self._relays.listens(self._send, gport)

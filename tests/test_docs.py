@@ -198,7 +198,7 @@ def test_a_command_that_is_wrong_is_noticed(words: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_of_the_tree_exist(page: Path) -> None:
-    there = {*SETTINGS, *STATUS, *DIRECTORIES, "control.sock", "relay.sock"}
+    there = {*SETTINGS, *STATUS, *DIRECTORIES, "control.sock", "view.sock", "relay.sock"}
 
     assert set(TREE_FILE.findall(page.read_text())) <= there
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -127,24 +128,103 @@ def test_no_daemon_is_said_with_what_to_do(tmp_path: Path, stale: bool) -> None:
         assert str(caught.value) == said
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="another user can be made by root alone")
-def test_no_permission_is_said_with_what_to_do(daemon: Daemon, tmp_path: Path) -> None:
-    (tmp_path / "control.sock").chmod(0o600)
-    tmp_path.chmod(0o755)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="another user can be made by root alone")
+
+
+def as_nobody(directory: Path, request: str) -> str:
+    """What somebody hears who asks this."""
+    directory.chmod(0o755)
     program = (
-        "from pathlib import Path; import os; from krelay import client; os.setuid(65534)\n"
-        "try: client.ask(Path(), 'help')\nexcept client.NoDaemon as error: print(error)"
+        "from pathlib import Path; import os, sys; from krelay import client; os.setgroups([])\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "try: print(*client.ask(Path(), sys.argv[1]))\n"
+        "except (client.NoDaemon, client.Rejected) as error: print(error)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
+        [sys.executable, "-c", program, request],
+        cwd=directory,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         timeout=20,
     )
+    assert done.stderr == ""
+    return done.stdout.strip()
 
-    assert (done.stdout, done.stderr) == (
-        "no permission for ./control.sock; run as root or join the group krelay\n",
-        "",
-    )
+
+@needs_root
+@pytest.mark.parametrize(
+    ("request_line", "group"),
+    [
+        ("help", "krelay-view"),
+        ("show nat proto=tcp", "krelay-view"),
+        ("trace", "krelay-view"),
+        ("kill 7", "krelay-admin"),
+        ("flush", "krelay-admin"),
+        ("trace pcap", "krelay-admin"),
+    ],
+)
+def test_no_permission_is_said_with_the_group_to_join(
+    daemon: Daemon, tmp_path: Path, request_line: str, group: str
+) -> None:
+    (tmp_path / "control.sock").chmod(0o600)
+    with socket.socket(socket.AF_UNIX) as view:
+        view.bind(str(tmp_path / "view.sock"))
+        (tmp_path / "view.sock").chmod(0o600)
+        said = as_nobody(tmp_path, request_line)
+
+    assert said.startswith("no permission for .: ")
+    assert f"usermod -aG {group} USER" in said
+    assert len(said.splitlines()) == 1
+    assert daemon.asked == []
+
+
+@needs_root
+@pytest.mark.parametrize("request_line", ["kill 7", "flush", "trace pcap proto=udp"])
+def test_who_may_only_look_is_not_sent_to_where_it_is_refused(
+    daemon: Daemon, tmp_path: Path, request_line: str
+) -> None:
+    (tmp_path / "control.sock").chmod(0o600)
+    with socket.socket(socket.AF_UNIX) as view:
+        view.bind(str(tmp_path / "view.sock"))
+        (tmp_path / "view.sock").chmod(0o666)
+        assert "krelay-admin" in as_nobody(tmp_path, request_line)
+
+
+@needs_root
+def test_who_may_not_use_the_control_socket_asks_the_other(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.answer = b"state=running\n\n"
+    (tmp_path / "control.sock").rename(tmp_path / "view.sock")
+    (tmp_path / "view.sock").chmod(0o666)
+    with socket.socket(socket.AF_UNIX) as closed:
+        closed.bind(str(tmp_path / "control.sock"))
+        (tmp_path / "control.sock").chmod(0o600)
+        assert as_nobody(tmp_path, "show status") == "state=running"
+    assert daemon.asked == [b"show status\n"]
+
+
+def test_a_refusal_is_heard_although_the_daemon_has_hung_up(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.answer, daemon.hangs_up = b"error: join the group\n\n", True
+
+    with pytest.raises(Rejected, match="join the group"):
+        ask(tmp_path, "show status")
+
+
+def test_who_finds_many_before_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member who doesn't let the daemon catch up is no reason to say that there is none."""
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as held:
+        listener.bind(str(tmp_path / "control.sock"))
+        listener.listen(1)
+        with suppress(BlockingIOError):
+            while True:
+                sock = held.enter_context(socket.socket(socket.AF_UNIX))
+                sock.setblocking(False)
+                sock.connect(str(tmp_path / "control.sock"))
+
+        def slept(_: float) -> None:
+            held.enter_context(listener.accept()[0])
+
+        monkeypatch.setattr("time.sleep", slept)
+        monkeypatch.setattr("krelay.client.TIMEOUT", 0.5)
+        with pytest.raises(TimeoutError):
+            ask(tmp_path, "help")

@@ -2,21 +2,33 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from stat import S_IMODE
+from typing import Any
 
 import pytest
 
-from krelay.control import HELP, MAX_LINE, Values
-from krelay.controlsock import CAPTURE_BUFFER, CHUNK, IDLE, MAX_CLIENTS, TRACE_BUFFER, ControlSocket
+from krelay.control import HELP, MAX_LINE, VIEW_HELP, Values
+from krelay.controlsock import (
+    CAPTURE_BUFFER,
+    CHUNK,
+    IDLE,
+    MAX_CLIENTS,
+    MAX_OF_ONE,
+    MAX_TRACERS_OF_ONE,
+    TRACE_BUFFER,
+    ControlSocket,
+)
 from krelay.flow import Source
 from krelay.loop import Loop
 from krelay.nat import NatTable
 from krelay.row import Hook, Row, Step
 from krelay.trace import Filter
+from krelay.unixsock import Peer
 from krelay.worker import Verdict, Worker
 from tests.tools.captures import slow_read
 from tests.tools.packets import at, policy, template
@@ -84,7 +96,7 @@ class World:
         self.row = self.nat.open_tcp(
             at("C:40000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, self.loop.now
         )
-        self.control = ControlSocket(self.loop, self.path, self.relay, self.worker)
+        self.control = ControlSocket(self.loop, directory, self.relay, self.worker)
         self.clients: list[socket.socket] = []
 
     def close(self) -> None:
@@ -98,17 +110,17 @@ class World:
         self.loop.call_soon(lambda: self.loop.call_soon(self.loop.stop))
         self.loop.run()
 
-    def connect(self) -> socket.socket:
+    def connect(self, name: str = "control.sock") -> socket.socket:
         client = socket.socket(socket.AF_UNIX)
         self.clients.append(client)
-        client.connect(str(self.path))
+        client.connect(str(self.path.parent / name))
         client.setblocking(False)
         self.turn()
         return client
 
-    def ask(self, request: bytes) -> socket.socket:
+    def ask(self, request: bytes, name: str = "control.sock") -> socket.socket:
         """A client that has said this, and been heard."""
-        client = self.connect()
+        client = self.connect(name)
         client.sendall(request)
         self.turn()
         return client
@@ -146,7 +158,8 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr("krelay.controlsock.BUSY", 60.0)  # the machine's other work is none of ours
     world = World(tmp_path)
     yield world
     world.close()
@@ -308,13 +321,171 @@ def test_who_traces_may_wait_for_hours_but_has_to_read(world: World) -> None:
 
 def test_a_client_too_many_is_hung_up_on_until_another_has_left(world: World) -> None:
     clients = [world.connect() for _ in range(MAX_CLIENTS)]
-    assert world.read(world.connect()) == (b"", True)
+    told, ended = world.read(world.connect())
+    assert (told.split(b";")[0], ended) == (
+        b"error: there are too many connections to control.sock",
+        True,
+    )
     world.leave(clients[0])
     again = world.ask(b"show status\n")
 
     assert world.read(again) == (b"state=running\n\n", False)
     clients[-1].sendall(b"show counters\n")
     assert world.read(clients[-1]) == (b"T1=1\n\n", False)
+
+
+# view.sock
+
+
+@pytest.mark.parametrize(
+    ("request_line", "what"),
+    [
+        (b"kill 1\n", b"kill"),
+        (b"  kill   1 \n", b"kill"),
+        (b"kill\n", b"kill"),
+        (b"flush\n", b"flush"),
+        (b"flush now\n", b"flush"),
+        (b"trace pcap\n", b"trace pcap"),
+        (b"trace proto=tcp pcap verdict=drop\n", b"trace pcap"),
+    ],
+)
+def test_who_may_only_look_is_told_where_the_rest_is(
+    world: World, request_line: bytes, what: bytes
+) -> None:
+    answer, ended = world.read(world.ask(request_line, "view.sock"))
+
+    assert answer.startswith(b"error: " + what + b" isn't for view.sock")
+    assert b"the group krelay-admin" in answer
+    assert not ended
+    assert len(world.nat) == 1
+    assert world.worker.on_rewrite is None
+
+
+def test_who_may_only_look_sees_the_rest(world: World) -> None:
+    for request in (b"show nat\n", b"show status\n", b"show counters json\n", b"show config\n"):
+        expected = world.read(world.ask(request))
+        assert world.read(world.ask(request, "view.sock")) == expected
+    help_, _ = world.read(world.ask(b"help\n", "view.sock"))
+    assert help_ == "".join(f"{line}\n" for line in (*VIEW_HELP, "")).encode()
+    assert not any(word in help_ for word in (b"kill", b"flush", b"pcap"))
+    tracer = world.ask(b"trace\n", "view.sock")
+    world.traced()
+    assert world.read(tracer) == (SYN_LINE, False)
+
+
+def test_both_sockets_go_with_their_owner(world: World) -> None:
+    view = world.path.parent / "view.sock"
+    assert view.exists()
+    client = world.connect("view.sock")
+    world.control.close()
+    assert not view.exists()
+    assert world.read(client) == (b"", True)
+    world.control = ControlSocket(world.loop, world.path.parent, world.relay, world.worker)
+
+
+# crowds
+
+
+@pytest.fixture
+def users(monkeypatch: pytest.MonkeyPatch) -> list[Peer]:
+    """Who connects next, before root does; the groups are there."""
+    coming: list[Peer] = []
+    monkeypatch.setattr("krelay.unixsock._peer", lambda _: coming.pop(0) if coming else ROOT)
+    monkeypatch.setattr(Peer, "may_connect", lambda *_: True)
+    return coming
+
+
+ROOT = Peer(1, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["control.sock", "view.sock"])
+def test_members_who_connect_as_often_as_they_can_keep_nobody_out(
+    world: World, users: list[Peer], name: str
+) -> None:
+    users += [Peer(1, 1000, 1000)] * MAX_CLIENTS
+    clients = [world.connect(name) for _ in range(MAX_CLIENTS)]
+    users.append(Peer(2, 1001, 1001))
+    other = world.ask(b"show status\n", name)
+    root = world.ask(b"show status\n", name)
+
+    assert world.read(other) == world.read(root) == (b"state=running\n\n", False)
+    ended = [world.read(client) for client in clients]
+    assert sum(end for _, end in ended) == MAX_CLIENTS - MAX_OF_ONE
+    assert {said[:32] for said, end in ended if end} == {b"error: there are too many connec"}
+
+
+def test_many_members_together_do_not_keep_root_out(world: World, users: list[Peer]) -> None:
+    users += [Peer(1, 1000 + number % 10, 1000) for number in range(MAX_CLIENTS + 20)]
+    for _ in range(MAX_CLIENTS + 20):
+        world.connect()
+    assert world.read(world.ask(b"show status\n")) == (b"state=running\n\n", False)
+
+
+def test_a_member_who_traces_as_often_as_he_can_keeps_nobody_from_tracing(
+    world: World, users: list[Peer]
+) -> None:
+    users += [Peer(1, 1000, 1000)] * MAX_OF_ONE
+    clients = [
+        world.ask(b"trace\n", "view.sock" if number % 2 else "control.sock")
+        for number in range(MAX_OF_ONE)
+    ]
+    told = [world.read(client)[0] for client in clients]
+    assert told == [b""] * MAX_TRACERS_OF_ONE + [
+        b"error: there are too many traces; a user has at most 4: end some\n\n"
+    ] * (MAX_OF_ONE - MAX_TRACERS_OF_ONE)
+    root = world.ask(b"trace\n")
+    world.traced()
+    assert world.read(root) == (SYN_LINE, False)
+    for client in clients:
+        world.leave(client)
+    users.append(Peer(1, 1000, 1000))
+    again = world.ask(b"trace\n")
+    world.traced()
+    assert world.read(again) == (SYN_LINE, False)
+
+
+def test_in_a_turn_one_piece_of_one_answer_is_made_and_roots_first(
+    world: World, users: list[Peer]
+) -> None:
+    world.nat.times = ROWS
+    users += [Peer(1, 1000 + number, 1000) for number in range(8)]
+    members = [world.ask(b"show nat\n" * 50) for _ in range(8)]
+    world.nat.taken = 0
+    for _ in range(4):
+        world.turn()  # two turns of the loop each, and nobody reads more than the kernel holds
+    line = 150
+    assert world.nat.taken <= 9 * (CHUNK // line + 1)
+    root = world.connect()
+    root.sendall(b"show status\n")
+    for _ in range(2):
+        world.turn()
+    assert taken(root) == b"state=running\n\n"
+    for member in members:
+        assert taken(member)
+
+
+def test_answers_wait_while_there_is_other_work(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes as long as it can get leaves three quarters of the time to packets."""
+    monkeypatch.setattr("krelay.controlsock.BUSY", 0.0)
+    world.nat.times = ROWS
+    client = world.ask(b"show nat\n")
+    used = 0.0
+    ended_at = time.monotonic() + 0.5
+    make_more = type(next(iter(world.control._clients)))._make_more
+
+    def timed(client: Any) -> None:
+        nonlocal used
+        before = time.monotonic()
+        make_more(client)
+        used += time.monotonic() - before
+
+    monkeypatch.setattr(type(next(iter(world.control._clients))), "_make_more", timed)
+    while time.monotonic() < ended_at:
+        world.turn()
+        taken(client)
+    assert 0 < used < 0.5 / 3
 
 
 # traces
@@ -513,8 +684,8 @@ def test_the_socket_is_for_root_and_the_group_alone_and_goes_with_its_owner(
 
     assert not world.path.exists()
     assert world.read(client) == (b"", True)
-    monkeypatch.setattr("krelay.unixsock.GROUP", "no-such-group")
-    world.control = ControlSocket(world.loop, world.path, world.relay, world.worker)
+    monkeypatch.setattr("krelay.unixsock.group_id", lambda _: None)
+    world.control = ControlSocket(world.loop, world.path.parent, world.relay, world.worker)
     assert S_IMODE(os.stat(world.path).st_mode) == 0o600
 
 
@@ -524,4 +695,4 @@ def test_closing_with_a_tracer_takes_the_trace_off(world: World) -> None:
 
     assert world.worker.on_rewrite is None
     assert world.read(client) == (b"", True)
-    world.control = ControlSocket(world.loop, world.path, world.relay, world.worker)
+    world.control = ControlSocket(world.loop, world.path.parent, world.relay, world.worker)

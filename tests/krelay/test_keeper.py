@@ -16,7 +16,8 @@ import pytest
 from krelay import reserve, treelock
 from krelay.keeper import OK, CannotKeep, TreeKeeper
 from krelay.loop import Loop
-from krelay.unixsock import UnixListener
+from krelay.roles import ADMIN
+from krelay.unixsock import Crowd, UnixListener
 from procfs_sim.ondisk import FileTree, TreeWatcher
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import SETTINGS, in_force
@@ -39,9 +40,12 @@ class Rig:
         self.connections: list[socket.socket] = []
         self.listener = UnixListener(
             self.loop,
-            root / "control.sock",
+            root,
+            ADMIN,
             socket.SOCK_STREAM,
             lambda connection, _: self.connections.append(connection),
+            str.encode,
+            Crowd(10, 10),
         )
         self.keeper.sockets = (self.listener,)
         self.changed.clear()

@@ -1,6 +1,8 @@
 """Maps of flows in a real kernel: written, counted by real packets, read, and given back."""
 
+import errno
 import json
+import os
 import select
 import socket
 import subprocess
@@ -8,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from ipaddress import IPv4Address
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -229,6 +232,44 @@ def test_answers_that_nobody_waited_for_are_not_taken_for_later_ones(host: Host)
 
     assert [rewrite for rewrite, _ in host.give_back(*rewrites[:10])] == rewrites[:10]
     assert list(host.maps.totals()) != []
+
+
+class FailingOnce:
+    """A socket of which one method fails, the first time, without having done anything."""
+
+    def __init__(self, maps: KernelMaps, method: str, number: int) -> None:
+        self._socket, self._method, self._number = maps._socket, method, number
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self._method:
+            return getattr(self._socket, name)
+        self._method = ""
+        return self._fails
+
+    def _fails(self, *_: object) -> None:
+        raise OSError(self._number, os.strerror(self._number))
+
+
+@pytest.mark.parametrize("method", ["send", "recv"])
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EIO, errno.EPERM, errno.EMFILE])
+def test_a_call_that_fails_once_loses_no_map(host: Host, method: str, number: int) -> None:
+    rewrite = host.udp(4000).rewrites[Step.U12]
+    kernel = host.maps._socket
+    host.maps._socket = FailingOnce(host.maps, method, number)  # type: ignore[assignment]
+    host.hand(rewrite)
+    host.maps._socket = FailingOnce(host.maps, method, number)  # type: ignore[assignment]
+    assert [each for each, _ in host.maps.read([rewrite])] == [rewrite]
+    host.maps._socket = kernel
+    assert [each for each, _ in host.give_back(rewrite)] == [rewrite]
+
+
+def test_answers_that_the_kernel_had_no_room_for_are_lost(host: Host) -> None:
+    rewrite = host.udp(4000).rewrites[Step.U12]
+    kernel = host.maps._socket
+    host.maps._socket = FailingOnce(host.maps, "recv", errno.ENOBUFS)  # type: ignore[assignment]
+    with pytest.raises(MapsLost):
+        host.hand(rewrite)
+    host.maps._socket = kernel
 
 
 def test_before_the_maps_go_all_that_is_still_there_is_told_of(host: Host) -> None:

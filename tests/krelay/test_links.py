@@ -3,15 +3,18 @@
 client 10.0.0.1 ---- 10.0.0.254 relay 192.168.0.2 ---- 192.168.0.1 server
 """
 
+import errno
+import os
+import resource
 import select
-import socket
 from collections.abc import Iterator
 from contextlib import closing
 from ipaddress import IPv4Address, IPv4Network
+from typing import Any
 
 import pytest
 
-from krelay.links import HostView, LinkWatcher, look
+from krelay.links import HostView, LinkWatcher, Looker
 from krelay.wire import netlink
 from vm import Lab
 
@@ -45,8 +48,8 @@ def watcher(lab: Lab) -> Iterator[LinkWatcher]:
 
 
 def seen(lab: Lab, host: str, server: IPv4Address = SERVER) -> HostView:
-    with lab.enter(host):
-        return look(server)
+    with lab.enter(host), closing(Looker()) as looker:
+        return looker.look(server)
 
 
 def test_a_server_on_the_link_has_neighbours(quiet: Lab) -> None:
@@ -144,20 +147,65 @@ def test_the_table_of_routes_is_never_read_as_a_whole(
     quiet: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a router it takes seconds, and no packet is relayed meanwhile."""
+    asked: list[bytes] = []
+    request = netlink.request
 
-    requests: list[bytes] = []
+    def noted(kind: int, flags: int, body: bytes, *, sequence: int = 0) -> bytes:
+        if flags & netlink.DUMP:
+            asked.append(kind.to_bytes())
+        return request(kind, flags, body, sequence=sequence)
 
-    class Asking(socket.socket):
-        def sendto(self, data: bytes, *to: object) -> int:  # type: ignore[override]
-            requests.append(data)
-            return super().sendto(data, *to)  # type: ignore[call-overload,no-any-return]
-
-    monkeypatch.setattr("krelay.links.socket.socket", Asking)
+    monkeypatch.setattr(netlink, "request", noted)
     assert seen(quiet, "relay").beside == (IPv4Network("192.168.0.0/24"),)
-    asked = [message for request in requests for message in netlink.messages(request)]
-    dumped = {message.kind for message in asked if message.flags & netlink.DUMP}
-    assert len(asked) == 3
-    assert dumped == {GET_ADDRESSES}
+    assert asked == [GET_ADDRESSES.to_bytes()]
+
+
+def test_a_host_without_a_descriptor_left_looks_all_the_same(quiet: Lab) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with quiet.enter("relay"), closing(Looker()) as looker:
+        expected = looker.look(SERVER)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+            assert looker.look(SERVER) == expected
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("what", ["sendto", "recv"])
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM, errno.EPERM])
+def test_a_look_that_fails_is_told_and_the_next_goes_well(
+    quiet: Lab, what: str, number: int
+) -> None:
+    with quiet.enter("relay"), closing(Looker()) as looker:
+        kernel = looker._socket
+
+        class Failing:
+            def __getattr__(self, name: str) -> Any:
+                if name == what:
+                    looker._socket = kernel
+                    raise OSError(number, os.strerror(number))
+                return getattr(kernel, name)
+
+        looker._socket = Failing()  # type: ignore[assignment]
+        with pytest.raises(OSError, match=os.strerror(number)):
+            looker.look(SERVER)
+        assert looker.look(SERVER).towards == RELAY[1]  # what came late is passed over
+
+
+@pytest.mark.parametrize("kind", ["unreachable", "blackhole", "prohibit"])
+def test_an_address_that_nothing_is_sent_to_has_no_way(lab: Lab, kind: str) -> None:
+    lab.run("relay", "ip", "route", "add", kind, "203.0.113.0/24")
+    assert seen(lab, "relay", IPv4Address("203.0.113.1")).towards is None
+
+
+def test_a_link_with_two_ends_has_both(lab: Lab) -> None:
+    lab.run("relay", "ip", "tuntap", "add", "tun0", "mode", "tun")
+    lab.run("relay", "ip", "addr", "add", "10.8.0.1", "peer", "10.8.0.2", "dev", "tun0")
+    lab.run("relay", "ip", "link", "set", "tun0", "up")
+    view = seen(lab, "relay", IPv4Address("10.8.0.2"))
+
+    assert IPv4Address("10.8.0.1").packed in view.own
+    assert view.beside == (IPv4Network("10.8.0.2/32"),)
 
 
 def test_whether_a_host_forwards_is_told(quiet: Lab) -> None:

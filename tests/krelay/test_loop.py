@@ -344,3 +344,18 @@ def test_a_descriptor_is_let_go_although_the_first_try_fails(loop: Loop, pairs: 
     loop._epoll = FailingOnce(loop, "unregister")  # type: ignore[assignment]
     loop.remove(one.fileno())
     loop.add(one.fileno(), select.EPOLLIN, lambda _: None)
+
+
+def test_a_descriptor_that_could_not_be_registered_can_be_removed(loop: Loop, pairs: Pairs) -> None:
+    one, two = pairs[0]
+    epoll = loop._epoll
+    loop._epoll = FailingOnce(loop, "register")  # type: ignore[assignment]
+    with pytest.raises(OSError, match="no memory"):
+        loop.add(one.fileno(), select.EPOLLIN, lambda _: None)
+    loop.remove(one.fileno())
+    loop._epoll = epoll
+    got: list[int] = []
+    loop.add(one.fileno(), select.EPOLLIN, got.append)
+    two.send(b"x")
+    turn(loop)
+    assert got == [select.EPOLLIN]

@@ -1,5 +1,7 @@
 """Rules in a real kernel: in and out without a trace, and nobody else's touched."""
 
+import errno
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -9,7 +11,15 @@ from ipaddress import IPv4Address, IPv4Network
 import pytest
 
 from krelay import children, netfilter, ruleset
-from krelay.netfilter import Backend, Iptables, Nft, RulesUnavailable, probe, same_rules
+from krelay.netfilter import (
+    Backend,
+    Iptables,
+    Nft,
+    RulesDelayed,
+    RulesUnavailable,
+    probe,
+    same_rules,
+)
 from krelay.ruleset import RuleSpec
 from vm import Lab
 
@@ -260,3 +270,83 @@ def test_iptables_is_another_name_of_one_of_the_two(
 
     assert same_rules(one, other) is same
     assert not same_rules(one, Nft())
+
+
+# What this host has no room for at the moment
+
+
+def said(complaint: str, status: int = 1) -> subprocess.CompletedProcess[str]:
+    """What a tool's run comes to."""
+    return subprocess.CompletedProcess(("nft",), status, "", complaint)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.EPERM]
+)
+def test_a_tool_that_cannot_be_started_now_is_worth_another_try(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    for attempt in (
+        lambda: Nft().install(SPEC),
+        lambda: Nft().install(SPEC, former=SPEC),
+        lambda: Nft().remove("krelay-test"),
+        lambda: Nft().present("krelay-test"),
+        lambda: Nft().intact(SPEC),
+        probe,
+    ):
+        with pytest.raises(RulesDelayed, match=re.escape(os.strerror(number))):
+            attempt()
+
+
+@pytest.mark.parametrize(
+    ("done", "kind"),
+    [
+        (said("netlink: Error: cache initialization failed: Too many open files"), RulesDelayed),
+        (said("Could not process rule: No buffer space available"), RulesDelayed),
+        (said("Could not process rule: Cannot allocate memory"), RulesDelayed),
+        (said("", -9), RulesDelayed),  # somebody killed it
+        (said("Could not process rule: Operation not supported"), RulesUnavailable),
+        (said("Could not process rule: No such file or directory"), RulesUnavailable),
+    ],
+)
+def test_a_tools_complaint_tells_whether_another_try_may_go_well(
+    monkeypatch: pytest.MonkeyPatch,
+    done: subprocess.CompletedProcess[str],
+    kind: type[RulesUnavailable],
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(RulesUnavailable) as caught:
+        Nft().install(SPEC)
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("missing", [FileNotFoundError, PermissionError])
+def test_a_tool_that_is_not_there_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, missing: type[OSError]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise missing(errno.EACCES, "no")
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    with pytest.raises(RulesUnavailable) as caught:
+        Nft().install(SPEC)
+    assert type(caught.value) is RulesUnavailable
+
+
+def test_a_worse_way_is_not_taken_because_the_best_has_no_room_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[Backend] = []
+
+    def attempt(backend: Backend) -> None:
+        tried.append(backend)
+        raise RulesDelayed("nft: Too many open files")
+
+    monkeypatch.setattr(netfilter, "_try", attempt)
+    with pytest.raises(RulesDelayed):
+        probe()
+    assert tried == [netfilter.CANDIDATES[0]]

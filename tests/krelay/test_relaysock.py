@@ -62,7 +62,7 @@ class World:
         self.gateways = GatewayPorts(
             handed.cookie_of_listener, self.diag.listeners, handed.close_all
         )
-        self.socket = RelaySocket(self.loop, self.path, self.relays, self.gateways)
+        self.socket = RelaySocket(self.loop, directory, self.relays, self.gateways)
         self.links: list[socket.socket] = []
 
     def close(self) -> None:
@@ -210,7 +210,7 @@ def test_a_lost_connection_is_told_once_and_its_rows_become_orphans(world: World
     assert row.closed_at is not None
     world.socket.close()
     assert len(world.relays.losses) == 1
-    world.socket = RelaySocket(world.loop, world.path, world.relays, world.gateways)
+    world.socket = RelaySocket(world.loop, world.path.parent, world.relays, world.gateways)
 
 
 def test_an_abort_goes_to_the_connection_that_opened_the_row(world: World) -> None:
@@ -280,4 +280,4 @@ def test_closing_ends_all_connections_and_removes_the_socket(world: World) -> No
     assert (heard(one), heard(two)) == ([b""], [b""])
     assert len({send for send, _ in world.relays.losses}) == 2
     assert not world.path.exists()
-    world.socket = RelaySocket(world.loop, world.path, world.relays, world.gateways)
+    world.socket = RelaySocket(world.loop, world.path.parent, world.relays, world.gateways)
