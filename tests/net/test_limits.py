@@ -20,7 +20,8 @@ def live(world: World) -> Iterator[World]:
     world.begin()
     with world.connect("client", 80) as tcp, world.open("client", socket.SOCK_DGRAM) as udp:
         assert greet(tcp).startswith(f"{world.client}:")
-        world.exchange(udp, b"before", (world.relay, ECHO))
+        for text in (b"before", b"and again"):  # so that it is confirmed
+            world.exchange(udp, text, (world.relay, ECHO))
         yield world
         echo(tcp, b"undisturbed")
         world.exchange(udp, b"undisturbed", (world.relay, ECHO))
@@ -70,7 +71,7 @@ SILENCE = {"tcp": "TimeoutError", "udp": "timed out"}
 def test_beyond_a_limit_new_flows_are_refused_as_it_is_set(
     live: World, limit: str, reason: str, refusal: str, heard: dict[str, str]
 ) -> None:
-    rows = len(live.rows())
+    rows = 1 if limit == "flows_per_client" else len(live.rows())  # one for each of its budgets
     setting = f"limits__{limit}"
     live.put(None, limits__refusal=refusal, **{setting: rows})
 
@@ -130,5 +131,5 @@ def test_half_open_connections_of_a_full_table_make_room(live: World) -> None:
         with live.open("client") as sock:
             return sock.connect_ex((live.relay, 80)) == 0 and bool(greet(sock))
 
-    live.until(admitted, "room", 8)
-    assert live.values("counters")["ended_early"] >= 1
+    assert admitted()
+    assert live.values("counters")["evicted"] >= 1

