@@ -300,6 +300,7 @@ print(sums)
 
 
 @pytest.mark.vm
+@pytest.mark.slow
 @needs_compiler
 def test_the_real_one_is_killed_without_help_and_computes_right_with_it(
     preloaded: str, stand_in: Stand
