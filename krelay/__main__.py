@@ -6,10 +6,12 @@ import sys
 def main() -> int:
     """Runs what the command line says; the exit status."""
     try:
-        from krelay import children
+        from krelay import isolated
 
-        children.leave_callers_folder()  # before more is loaded
-        from krelay import cli
+        isolated.leave_callers_folder()  # before more is loaded
+        from krelay import children, cli
+
+        children.prepare()
     except KeyboardInterrupt:  # Ctrl-C while still loading
         return 130
     return cli.main()

@@ -11,8 +11,8 @@ are ignored.  None of it may decide whose code is run.  So children of ours
   the standard ones, and none of root's supplementary groups; and end when this process does, in
   whatever way (mortal).
 
-This process itself can't undo how it was started, but what it does from then on it can:
-`leave_callers_folder`.
+This process itself can't undo how it was started, but what it does from then on it can: `prepare`,
+and isolated.leave_callers_folder.
 """
 
 import os
@@ -91,19 +91,12 @@ def start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-def leave_callers_folder() -> None:
-    """From now on neither modules nor programs come from the folder in which we were started.
+def prepare() -> None:
+    """For commands: what this process starts by itself, or has a library start, is as safe.
 
-    For commands, before they do anything.  $PATH is what `trusted_path` leaves of it, and programs
-    are started without the variables that tell Python, the linker or a shell to load more.
+    $PATH is what `trusted_path` leaves of it, and there are no variables that tell Python, the
+    linker or a shell to load more.
     """
-    ours = str(Path(isolated.__file__).resolve().parent.parent)
-    try:
-        here = os.getcwd()
-    except OSError:  # it was removed
-        here = ""
-    if here != ours:
-        sys.path[:] = [place for place in sys.path if place not in ("", here)]
     os.environ["PATH"] = trusted_path(os.environ.get("PATH", ""))
     for name in [name for name in os.environ if name.startswith(LOADERS)]:
         del os.environ[name]

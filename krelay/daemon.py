@@ -9,12 +9,12 @@ import resource
 import select
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import islice
 from pathlib import Path
 from random import SystemRandom
 
-from krelay import control, listeners, notify, ruleset
+from krelay import control, listeners, notify, privileges, ruleset, unixsock
 from krelay.collector import Collector
 from krelay.control import Values
 from krelay.controlsock import ControlSocket
@@ -25,15 +25,21 @@ from krelay.log import Failures, Log, Throttle
 from krelay.loop import Loop, Timer
 from krelay.nat import NatTable
 from krelay.nfqueue import figures
+from krelay.privileges import Cap
 from krelay.rawsend import RawSender
 from krelay.relaying import Relaying
 from krelay.relaysock import RelaySocket
+from krelay.roles import ADMIN, RELAY, VIEW
 from krelay.row import Row
 from krelay.trace import Filter
+from krelay.witness import Witness
 from krelay.worker import Worker
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import DEFAULT_ROOT, SETTINGS, Config, in_force
 
+NEEDED = (Cap.NET_ADMIN, Cap.NET_RAW)
+"""What it takes to make rules, serve the queue and send packets; all else is given up once krelay
+serves.  docs/security.md says what was tried."""
 TICK = 1.0
 NICENESS = -5
 """Of this process (sched(7)): where it competes for a core, it gets three quarters of it."""
@@ -54,18 +60,20 @@ class CannotServe(Exception):
 class Daemon:
     """krelay on the tree at `root`; relay.sock is for the group `relay_gid`.  Raises CannotServe.
 
-    Implements what the control socket may ask (control.Relay).
+    `witness` tells who listens where.  Implements what the control socket may ask (control.Relay).
     """
 
     def __init__(
         self,
         loop: Loop,
         root: Path,
+        witness: Witness,
         queue_num: int = ruleset.DEFAULT_QUEUE,
         relay_gid: int | None = None,
     ) -> None:
         self._loop = loop
         self._root = root
+        self._witness = witness
         self._queue_num = queue_num
         self._began_at = loop.now
         self._exit_status = 0
@@ -93,6 +101,7 @@ class Daemon:
             self._looker,
             self._keeper.publish,
             self._keeper.left("status/resumable"),
+            witness.holder,
         )
         self._relay_socket: RelaySocket | None = None
         try:
@@ -247,9 +256,10 @@ class Daemon:
         inodes = listeners.listening(port)
         if not inodes or self._relay_socket is None:
             return None
-        if any(listeners.holds_any(pid, inodes) in (True, None) for pid in self._relay_socket.pids):
+        holds = self._witness.holds_any
+        if any(holds(pid, inodes) in (True, None) for pid in self._relay_socket.pids):
             return None
-        return str(listeners.holder(inodes) or "another program")
+        return str(self._witness.holder(inodes) or "another program")
 
     def _status_texts(self) -> Mapping[str, str]:
         """What the status files are to show."""
@@ -302,10 +312,11 @@ def serve(root: Path, queue_num: int, relay_gid: int | None = None) -> int:
     """Runs the daemon in the foreground; its exit status.  Raises CannotServe."""
     _hurry()
     _open_many()
-    with Loop() as loop:
+    with closing(_witness()) as witness, Loop() as loop:
         failures = Failures(_log)
         loop.on_failure = lambda error: failures.tell(loop.now, "a call failed; going on", error)
-        daemon = Daemon(loop, root, queue_num, relay_gid)
+        daemon = Daemon(loop, root, witness, queue_num, relay_gid)
+        _give_up(relay_gid)
         if (problem := notify.ready()) is not None:
             _log.warning("the service manager can't be told", error=problem)
         Collector(loop, lambda: len(daemon.nat) * BLOCKS_OF_A_ROW)
@@ -334,6 +345,24 @@ def _looker() -> Looker:
         return Looker()
     except OSError as error:
         raise CannotServe(f"this host's links can't be looked at: {error.strerror}") from None
+
+
+def _give_up(relay_gid: int | None) -> None:
+    """What krelay doesn't need to go on.
+
+    It gives new sockets to these groups: who is in a group needs no capability for that.
+    """
+    if os.geteuid() == 0:
+        ours = {unixsock.group_id(role.group) for role in (RELAY, ADMIN, VIEW)} | {relay_gid}
+        os.setgroups(sorted(group for group in ours if group is not None))
+    privileges.give_up(NEEDED, for_programs=True)
+
+
+def _witness() -> Witness:
+    try:
+        return Witness()
+    except OSError as error:
+        raise CannotServe(f"can't start a process: {error.strerror}") from None
 
 
 def _raw_sender() -> RawSender:

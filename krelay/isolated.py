@@ -6,9 +6,24 @@ file, which is started by its path, says where the modules lie: beside it, unles
 anyway.
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
+
+
+def leave_callers_folder() -> None:
+    """From now on this process takes no module from the folder in which it was started.
+
+    For commands, before they load more than this.
+    """
+    ours = str(Path(__file__).resolve().parent.parent)
+    try:
+        here = os.getcwd()
+    except OSError:  # it was removed
+        here = ""
+    if here != ours:
+        sys.path[:] = [place for place in sys.path if place not in ("", here)]
 
 
 def main() -> None:

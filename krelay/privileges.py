@@ -37,7 +37,7 @@ _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2  # linux/prctl.h
 _PR_SET_DUMPABLE = 4
 _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
 _PR_SET_NO_NEW_PRIVS = 38
-_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
 _VERSION_3 = 0x20080522  # linux/capability.h
 _HEADER, _SETS = struct.Struct("=Ii"), struct.Struct("=6I")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -48,10 +48,12 @@ class Cap(IntEnum):
 
     CHOWN = 0
     DAC_OVERRIDE = 1
+    DAC_READ_SEARCH = 2
     KILL = 5
     NET_BIND_SERVICE = 10
     NET_ADMIN = 12
     NET_RAW = 13
+    SYS_PTRACE = 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +135,19 @@ def become(who: Account) -> None:
         mortal.die_with(parent)
 
 
-def give_up(keep: Collection[Cap] = ()) -> None:
+def give_up(keep: Collection[Cap] = (), *, for_programs: bool = False) -> None:
     """Has no capability from now on but these, nor gets any, and can't be looked into.
 
-    What of them it doesn't have it doesn't get.  Raises OSError.
+    What of them it doesn't have it doesn't get.  `for_programs`: those that it starts have the
+    same, which root's have anyway, and others' by the ambient set.  Raises OSError.
     """
     _empty_bounding_set(keep)
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     kept = sum(1 << cap for cap in keep) & capabilities()
-    _set_capabilities(kept)
+    _set_capabilities(kept, inherited=kept if for_programs else 0)
+    for cap in keep:
+        if for_programs and os.geteuid() != 0 and kept >> cap & 1:
+            _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, cap)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_DUMPABLE, 0)
 
@@ -155,10 +161,10 @@ def capabilities() -> int:
     return int(low | high << 32)
 
 
-def _set_capabilities(held: int) -> None:
-    """Effective and permitted; nothing is inheritable."""
+def _set_capabilities(held: int, inherited: int) -> None:
+    """Effective and permitted; and inheritable."""
     low, high = held & 0xFFFFFFFF, held >> 32
-    sets = _SETS.pack(low, low, 0, high, high, 0)
+    sets = _SETS.pack(low, low, inherited & 0xFFFFFFFF, high, high, inherited >> 32)
     if _libc.capset(_HEADER.pack(_VERSION_3, 0), sets):
         _fail("capset")
 
@@ -178,9 +184,9 @@ def _ends_with_parent() -> bool:
     return number.value != 0
 
 
-def _prctl(option: int, argument: object) -> None:
+def _prctl(option: int, argument: object, another: int = 0) -> None:
     value = ctypes.c_ulong(argument) if isinstance(argument, int) else argument
-    if _libc.prctl(option, value, *(ctypes.c_ulong(0),) * 3):
+    if _libc.prctl(option, value, ctypes.c_ulong(another), *(ctypes.c_ulong(0),) * 2):
         _fail("prctl")
 
 

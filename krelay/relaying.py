@@ -36,6 +36,7 @@ from krelay.gatewayport import GatewayPorts
 from krelay.inforce import InForce
 from krelay.kernelpath import KernelPath
 from krelay.links import HostView, Looker
+from krelay.listeners import Holder
 from krelay.log import Failures, Log, Throttle
 from krelay.loop import PAUSE, Loop, Timer
 from krelay.nat import NatTable
@@ -93,7 +94,8 @@ _log = Log("relaying")
 class Relaying:
     """Switches relaying on and off as the config says; `on_change` is called when state changes.
 
-    `resumable` is the text that a krelay before, if it was killed, left of what was in force.
+    `resumable` is the text that a krelay before, if it was killed, left of what was in force;
+    `holder` tells which process has one of these sockets open.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Relaying:
         looker: Looker,
         on_change: Callable[[], object],
         resumable: str = "",
+        holder: Callable[[Iterable[int]], Holder | None] = listeners.holder,
     ) -> None:
         self.nat: NatTable = worker.nat
         self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
@@ -128,6 +131,7 @@ class Relaying:
         self._sender = sender
         self._looker = looker
         self._on_change = on_change
+        self._holder = holder
         self._resumable = InForce.parse(resumable)
         self._backend: Backend | None = None
         self._spec: RuleSpec | None = None
@@ -484,7 +488,7 @@ class Relaying:
 
     def _called(self, others: list[sockdiag.Socket]) -> str:
         if self._named[0] != others:
-            who = listeners.holder([each.inode for each in others])
+            who = self._holder([each.inode for each in others])
             self._named = (others, str(who or f"another program of user {others[0].uid}"))
         return self._named[1]
 

@@ -299,6 +299,15 @@ class FileTree:
         return _is_ours(found) and stat.S_IMODE(found.st_mode) == FILE_MODE
 
 
+def prepare_watching() -> None:
+    """Does what the first TreeWatcher would, for a process that may start no program later.
+
+    inotify_simple looks for libc by running ldconfig, or gcc (ctypes.util.find_library).
+    """
+    with suppress(OSError):
+        INotify().close()
+
+
 class TreeWatcher:
     """Tells which files of the tree at `root` were written, by inotify.  A context manager.
 

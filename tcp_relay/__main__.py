@@ -8,7 +8,7 @@ from pathlib import Path
 
 from krelay import log, privileges
 from krelay.privileges import Account, NoAccount
-from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, trust
+from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, ondisk, trust
 from tcp_relay import options
 from tcp_relay.daemon import serve
 from tcp_relay.service import run_program
@@ -51,9 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.prog,
         asked,
         lambda limits, index, ready: serve(asked.root, limits, ready, index, asked.workers),
-        before=lambda: trust.check(asked.root),
+        before=lambda: _look_first(asked.root),
         user=asked.user,
     )
+
+
+def _look_first(root: Path) -> None:
+    """While there is still the privilege that this was started with.  Raises OSError."""
+    trust.check(root)
+    ondisk.prepare_watching()
 
 
 def _account(text: str) -> Account:

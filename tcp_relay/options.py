@@ -46,6 +46,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=workers, default=1, metavar="N", help="processes that share the port (1)"
     )
+    parser.add_argument(
+        "--no-seccomp",
+        action="store_true",
+        help="any system call may be made; for a libc that needs one this program doesn't know of",
+    )
 
 
 def limits(options: argparse.Namespace) -> Limits:

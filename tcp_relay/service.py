@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable
 
 from krelay import log as logs
-from krelay import privileges
+from krelay import privileges, seccomp, syscalls
 from krelay.collector import Collector
 from krelay.log import Log
 from krelay.loop import Loop, Timer
 from krelay.privileges import Account, Cap
+from krelay.seccomp import FilterUnavailable
 from tcp_relay import options, workers
 from tcp_relay.engine import Engine
 from tcp_relay.limits import Limits
@@ -113,16 +114,29 @@ def run_program(
             privileges.become(user)
         else:
             privileges.give_up(keep=(Cap.NET_BIND_SERVICE,))
-        return workers.run(
-            asked.workers,
-            lambda index, ready: serve(limits, index, ready),
-            grace=limits.drain + GRACE,
-        )
+
+        def confined(index: int, ready: Callable[[], None]) -> int:
+            _confine(name, asked)
+            return serve(limits, index, ready)
+
+        return workers.run(asked.workers, confined, grace=limits.drain + GRACE)
     except KeyboardInterrupt:  # before the loop took the signals over
         return INTERRUPTED
     except OSError as error:
         print(f"{name}: {in_words(error)}", file=sys.stderr)
         return 1
+
+
+def _confine(name: str, asked: argparse.Namespace) -> None:
+    """From now on this process, which relays, makes the calls of syscalls.py alone."""
+    if asked.no_seccomp:
+        return
+    try:
+        seccomp.load(syscalls.allowed(name), syscalls.DEADLY)
+    except FilterUnavailable as error:
+        log.warning(
+            "system calls aren't filtered", reason=error, mend="apt-get install libseccomp2"
+        )
 
 
 def raise_descriptor_limit() -> None:

@@ -188,8 +188,10 @@ def test_a_child_of_root_has_none_of_roots_groups(inherited: Any) -> None:
 
 LEAVES = """
 import json, os, signal, sys
+from krelay import isolated
+isolated.leave_callers_folder()
 from krelay import children
-children.leave_callers_folder()
+children.prepare()
 import rich
 print(json.dumps([sys.path, os.environ["PATH"], sorted(os.environ),
                   signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL]))

@@ -184,7 +184,7 @@ def test_user_krelay_gets_its_own_groups_and_none_of_roots(world: World) -> None
 
     assert set(relay["Uid"] + relay["Gid"]) == {"64990"}
     assert set(relay["Groups"]) == {"64990", "64991"}
-    assert status(child(program, "krelay"))["Groups"] == []
+    assert status(child(program, "krelay"))["Groups"] == ["64990"]  # whom it gives sockets to
     assert "tcp-relay runs as user krelay;" in program.output
     assert (world.root / "relay.sock").stat().st_gid == 64990
     assert world.who("client", 80).startswith(f"{world.client}:")

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import count, cycle
 from pathlib import Path
 from random import Random
@@ -23,6 +23,7 @@ from krelay.flow import Endpoint, Flow, Proto
 from krelay.loop import Loop
 from krelay.relaymsg import Close, Open, Report, Request, emit
 from krelay.row import Hook
+from krelay.witness import Witness
 from tests.tools.hours import every, garbage, run_for, simulated
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
 
@@ -185,8 +186,8 @@ class Stories:
 
 def main(root: Path, seconds: int, names: list[str]) -> None:
     """Prints what is left."""
-    with simulated("krelay.nfqueue") as loop:
-        daemon = Daemon(loop, root)
+    with closing(Witness()) as witness, simulated("krelay.nfqueue") as loop:
+        daemon = Daemon(loop, root, witness)
         stories = Stories(loop, daemon, root)
         for name in names:
             getattr(stories, name)()

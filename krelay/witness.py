@@ -1,0 +1,101 @@
+"""Who has a socket open: asked of a process of krelay's own that may look, so that krelay need not.
+
+What other users' processes have open is shown to a process that might as well take them over
+(CAP_SYS_PTRACE, ptrace(2)).  krelay, which reads packets of anybody's, shall not be one.  So before
+it gives that up (privileges.py) it starts a witness, which keeps that much, reads /proc, and makes
+no connections: all it does is to answer which process holds one of some sockets.  It ends with
+krelay.
+
+If it is gone, nothing is known of anybody.
+"""
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from krelay import listeners, mortal, privileges, seccomp, syscalls
+from krelay.listeners import Holder
+from krelay.privileges import Cap
+
+ANSWER_WITHIN = 2.0
+"""Seconds; to look at ten thousand processes takes a tenth."""
+_ROOM = 1 << 16
+
+
+class Witness:
+    """The process, from construction to `close`.  To be made while there is no thread.
+
+    Raises OSError.
+    """
+
+    def __init__(self) -> None:
+        self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(ANSWER_WITHIN)
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _serve(its, parent)
+        its.close()
+
+    def holds_any(self, pid: int, inodes: Iterable[int]) -> bool | None:
+        """As listeners.holds_any."""
+        answer = self._ask({"pid": pid, "inodes": list(inodes)})
+        return answer if isinstance(answer, bool) else None
+
+    def holder(self, inodes: Iterable[int]) -> Holder | None:
+        """As listeners.holder."""
+        answer = self._ask({"inodes": list(inodes)})
+        if not isinstance(answer, list):
+            return None
+        pid, name, arguments = answer
+        return Holder(pid, name, tuple(arguments))
+
+    def close(self) -> None:
+        """Ends it."""
+        self._socket.close()
+        with suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+    def _ask(self, question: dict[str, Any]) -> Any:
+        try:
+            self._socket.send(json.dumps(question).encode())
+            return json.loads(self._socket.recv(_ROOM) or b"null")
+        except (OSError, ValueError):
+            return None
+
+
+def _serve(its: socket.socket, parent: int) -> NoReturn:
+    """The witness, which must not come back into krelay's frames."""
+    try:
+        os.setsid()  # Ctrl-C is krelay's to hear
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        kept = os.dup2(its.fileno(), 3) if its.fileno() != 3 else 3
+        os.closerange(4, 1 << 20)
+        privileges.give_up(keep=(Cap.SYS_PTRACE, Cap.DAC_READ_SEARCH))
+        mortal.die_with(parent)
+        with suppress(seccomp.FilterUnavailable):
+            seccomp.load(syscalls.allowed("witness"), syscalls.DEADLY)
+        with socket.socket(fileno=kept) as connection:
+            while question := connection.recv(_ROOM):
+                connection.send(_answer(json.loads(question)))
+    except (OSError, KeyboardInterrupt):
+        pass
+    finally:
+        os._exit(0)
+
+
+def _answer(question: dict[str, Any]) -> bytes:
+    inodes = question["inodes"]
+    if "pid" in question:
+        return json.dumps(listeners.holds_any(question["pid"], inodes)).encode()
+    found = listeners.holder(inodes)
+    if found is None:
+        return b"null"
+    arguments = [argument[:200] for argument in found.arguments[:20]]
+    return json.dumps([found.pid, found.name, arguments]).encode()
