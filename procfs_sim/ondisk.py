@@ -156,7 +156,7 @@ class FileTree:
         found = path.lstat()
         if not _is_single(found):
             raise trust.Untrusted(path, f"is {_kind(found)}, and no setting", "rm")
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)  # waits for leases to end
         with _closing(fd):
             if not _is_single(found := os.fstat(fd)):
                 raise trust.Untrusted(path, f"is {_kind(found)}, and no setting", "rm")
@@ -167,12 +167,16 @@ class FileTree:
         for tries_left in reversed(range(_TRIES)):
             if self._create_file(name, text):
                 return
-            with self._opened(name, os.O_RDWR) as fd:
-                if fd is None:
-                    self._make_way(name)
-                elif _lease(fd, fcntl.F_WRLCK) is not False or not tries_left:
-                    _overwrite(fd, text)
-                    return
+            try:
+                with self._opened(name, os.O_RDWR) as fd:
+                    if fd is None:
+                        self._make_way(name)
+                    elif _lease(fd, fcntl.F_WRLCK) is not False or not tries_left:
+                        _overwrite(fd, text)
+                        return
+            except BlockingIOError:
+                if not tries_left:
+                    raise
             time.sleep(_PAUSE)
 
     def show_if(self, name: str, expected: str | None, text: str) -> bool:
@@ -189,22 +193,26 @@ class FileTree:
                 break
             if self.has_writer(name):
                 return False
-            with self._opened(name, os.O_RDWR) as fd:
-                if fd is None:
-                    break
-                # Who only reads prevents the lease too: on the last try the text alone decides.
-                if _lease(fd, fcntl.F_WRLCK) is not False or not tries_left:
-                    if _text(fd, name) != expected:
-                        return False
-                    _overwrite(fd, text)
-                    return True
+            try:
+                with self._opened(name, os.O_RDWR) as fd:
+                    if fd is None:
+                        break
+                    # Who only reads prevents the lease too: on the last try the text alone decides.
+                    if _lease(fd, fcntl.F_WRLCK) is not False or not tries_left:
+                        if _text(fd, name) != expected:
+                            return False
+                        _overwrite(fd, text)
+                        return True
+            except BlockingIOError:
+                if not tries_left:
+                    raise
             time.sleep(_PAUSE)
         return self._make_way(name) and self._create_file(name, text)
 
     def has_writer(self, name: str) -> bool | None:
         """Whether somebody has this file open for writing; None if that can't be known."""
         try:
-            with self._opened(name, os.O_RDONLY | os.O_NONBLOCK) as fd:
+            with self._opened(name, os.O_RDONLY) as fd:
                 if fd is None:
                     return False
                 granted = _lease(fd, fcntl.F_RDLCK)
@@ -255,19 +263,26 @@ class FileTree:
 
     @contextmanager
     def _opened(self, name: str, how: int) -> Iterator[int | None]:
-        """A descriptor of the file of that name, if it is the tree's own; None if there is none."""
+        """A descriptor of the file of that name, if it is the tree's own; None if there is none.
+
+        Raises BlockingIOError while another process has a lease on it, as a file server may.
+        """
         if not self._is_ours(name):
             yield None
             return
         try:
-            fd = os.open(self.root / name, how | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(self.root / name, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             if error.errno not in _NOT_THERE:
                 raise
             yield None
             return
         with _closing(fd):
-            yield fd if _is_ours(os.fstat(fd)) else None
+            try:
+                yield fd if _is_ours(os.fstat(fd)) else None
+            finally:
+                with suppress(OSError):  # there may be none
+                    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
     def _make_way(self, name: str) -> bool:
         """Remove what isn't ours; False if that fails (a directory with files in it)."""

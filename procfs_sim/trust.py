@@ -70,21 +70,17 @@ def user(uid: int) -> str:
 
 
 def _check(path: Path, found: os.stat_result, owners: set[int], *, sticky: bool = True) -> None:
-    owner = user(found.st_uid)
     if found.st_uid not in owners:
         raise Untrusted(
             path,
-            f"belongs to {owner}, who could change the file tree",
+            f"belongs to {user(found.st_uid)}, who could change the file tree",
             f"chown {user(os.geteuid())}",
         )
     shared = found.st_mode & _OTHERS_WRITE and not (sticky and found.st_mode & stat.S_ISVTX)
     if shared and stat.S_ISDIR(found.st_mode):
-        raise Untrusted(
-            path,
-            f"(owner {owner}, mode {stat.S_IMODE(found.st_mode):04o}) may be written by others, "
-            "who could change the file tree",
-            "chmod go-w",
-        )
+        who, mode = user(found.st_uid), stat.S_IMODE(found.st_mode)
+        what = f"(owner {who}, mode {mode:04o}) may be written by others, who could change the tree"
+        raise Untrusted(path, what, "chmod go-w")
 
 
 def _way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
