@@ -23,7 +23,7 @@ from pathlib import Path
 
 from krelay import control
 from krelay.control import MAX_LINE, BadRequest, Relay, Trace
-from krelay.loop import Loop
+from krelay.loop import Loop, Timer
 from krelay.roles import ADMIN, VIEW, Role
 from krelay.row import Rewrite
 from krelay.trace import REWRITE, WORDS, Lines, Recorder, Untouched
@@ -39,11 +39,15 @@ MAX_TRACERS, MAX_TRACERS_OF_ONE = 32, 4
 """The same for those that trace, of both sockets together: each costs something per packet."""
 CHUNK = 8 * 1024
 """Bytes of an answer made at a time: half a millisecond."""
+END_AFTER = 0.1
+"""Seconds after the end of a trace until the kernel may be handed its flows again."""
 BUSY = 0.0001
 """Seconds between two pieces of answers, made in two turns that follow each other, that tell of
 other work: two system calls take a tenth of it."""
 SHARE = 3
 """Times as long as a piece of an answer took, others have their turn before the next."""
+LONGEST, LONGEST_OF_ROOT = 0.1, 0.02
+"""Seconds at most that a piece of an answer waits so, and one of root's."""
 TRACE_BUFFER = 256 * 1024
 """Bytes of trace lines that wait for a slow reader."""
 CAPTURE_BUFFER = 4 << 20
@@ -64,6 +68,7 @@ class ControlSocket:
         self._clients: set[_Client] = set()
         self._tracers = Crowd(MAX_TRACERS, MAX_TRACERS_OF_ONE)
         self._turns = _Turns(loop)
+        self._ending: Timer | None = None
         self.listeners: list[UnixListener] = []
         """One for each role."""
         try:
@@ -92,7 +97,7 @@ class ControlSocket:
             def left(client: _Client) -> None:
                 crowd.leave(peer)
                 self._clients.discard(client)
-                self._tracing_changed()
+                self._trace_ended()
 
             client = _Client(
                 self._loop,
@@ -101,7 +106,8 @@ class ControlSocket:
                 self._relay,
                 self._worker,
                 left,
-                self._tracing_changed,
+                self._trace_began,
+                self._trace_ended,
                 self._turns,
                 self._tracers,
                 may_change=role is ADMIN,
@@ -110,7 +116,25 @@ class ControlSocket:
 
         return UnixListener(self._loop, root, role, socket.SOCK_STREAM, accepted, _error, crowd)
 
-    def _tracing_changed(self) -> None:
+    def _trace_began(self) -> None:
+        self._tell_relay()
+        self._look()
+
+    def _trace_ended(self) -> None:
+        """What was taken back from the kernel for it may go there again by and by.
+
+        That can take a change of rules, and somebody may begin and end traces without pause.
+        """
+        self._look()
+        if self._ending is None or not self._ending.pending:
+            self._ending = self._loop.call_at(self._loop.now + END_AFTER, self._tell_relay)
+
+    def _tell_relay(self) -> None:
+        """Only what visits the worker can be shown; a row may come into the wanted state yet."""
+        filters = [each.tracing.filter for each in self._clients if each.tracing is not None]
+        self._relay.traced([each.in_any_state for each in filters])
+
+    def _look(self) -> None:
         """Packets are looked at for traces only while somebody traces, and only those wanted."""
         tracers = [client for client in self._clients if client.tracing is not None]
         wanted = {
@@ -131,8 +155,6 @@ class ControlSocket:
             for client in tracers:
                 client.saw_untouched(what)
 
-        # Only what visits the worker can be shown; a row may come into the state that is wanted.
-        self._relay.traced([t.filter.in_any_state for c in tracers if (t := c.tracing)])
         worker.on_rewrite = rewritten if REWRITE in wanted else None
         worker.on_untouched = untouched if wanted - {REWRITE} else None
 
@@ -149,6 +171,7 @@ class _Turns:
         self._roots: deque[_Client] = deque()
         self._others: deque[_Client] = deque()
         self._is_going = False
+        self._waiting: Timer | None = None
         self._took = 0.0
         self._ended_at = 0.0
 
@@ -161,12 +184,16 @@ class _Turns:
         if not self._is_going:
             self._is_going = True
             self._loop.call_soon(self._step)
+        elif client.peer.is_root and self._waiting is not None and self._waiting.pending:
+            self._waiting.cancel()  # that was for others
+            self._loop.call_soon(self._step)
 
     def _next(self) -> None:
         if not (self._roots or self._others):
             self._is_going = False
         elif time.monotonic() - self._ended_at > BUSY:
-            self._loop.call_at(self._loop.now + SHARE * self._took, self._step)
+            wait = min(SHARE * self._took, LONGEST_OF_ROOT if self._roots else LONGEST)
+            self._waiting = self._loop.call_at(self._loop.now + wait, self._step)
         else:
             self._step()
 
@@ -191,7 +218,8 @@ class _Client:
         relay: Relay,
         worker: Worker,
         left: "Callable[[_Client], object]",
-        tracing_changed: Callable[[], object],
+        trace_began: Callable[[], object],
+        trace_ended: Callable[[], object],
         turns: _Turns,
         tracers: Crowd,
         *,
@@ -208,7 +236,8 @@ class _Client:
         self._relay = relay
         self._worker = worker
         self._left = left
-        self._tracing_changed = tracing_changed
+        self._trace_began = trace_began
+        self._trace_ended = trace_ended
         self._in = b""
         self._out = bytearray()
         self._answer: Iterator[str] | None = None
@@ -385,7 +414,7 @@ class _Client:
                 is_own=partial(_is_own, self._worker),  # not our own method: a circle
             )
         self._out += self._recorder.begin()
-        self._tracing_changed()
+        self._trace_began()
         if self._ended:
             self._end_capture()
 
@@ -394,7 +423,7 @@ class _Client:
         if self.tracing is not None and self.tracing.pcap:
             self._out += self._recorder.end(time.time_ns())
             self._end_trace()
-            self._tracing_changed()
+            self._trace_ended()
 
     def _end_trace(self) -> None:
         if self.tracing is not None:

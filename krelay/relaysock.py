@@ -17,6 +17,7 @@ from krelay import handed
 from krelay.gatewayport import GatewayPorts
 from krelay.log import Log, Throttle
 from krelay.loop import Loop
+from krelay.overload import Pace
 from krelay.relay import Relays
 from krelay.relaymsg import (
     MAX_MESSAGE,
@@ -36,6 +37,8 @@ MAX_LINKS, MAX_OF_ONE = 256, 128
 """Connections in all, and of one user who isn't root (unixsock.Crowd); a worker of tcp-relay has
 one."""
 SEND_BUFFER = 4 << 20
+TOLD, TOLD_AT_ONCE = 1, 100
+"""Connections a second that are told in the log, and so many at once."""
 
 _log = Log("relays")
 _malformed, _not_listening = Throttle(), Throttle()
@@ -60,6 +63,9 @@ class RelaySocket:
         self._gateways = gateways
         self._links: set[_Link] = set()
         self._crowd = Crowd(MAX_LINKS, MAX_OF_ONE)
+        self._told = Pace(TOLD, TOLD_AT_ONCE)
+        self._untold = 0
+        """Connections that came without a line in the log, since the last that had one."""
         self._listener = UnixListener(
             loop, root, RELAY, socket.SOCK_SEQPACKET, self._accepted, _worded, self._crowd, group
         )
@@ -85,18 +91,23 @@ class RelaySocket:
         self._listener.close()
 
     def _accepted(self, connection: socket.socket, peer: Peer) -> None:
-        self._links.add(
-            _Link(
-                self._loop,
-                connection,
-                peer,
-                self._relays,
-                self._gateways,
-                self._links,
-                self._crowd,
-            )
+        is_told = self._told.admits(self._loop.now)
+        link = _Link(
+            self._loop,
+            connection,
+            peer,
+            self._relays,
+            self._gateways,
+            self._links,
+            self._crowd,
+            is_told=is_told,
         )
-        _log.info("tcp-relay connected", pid=peer.pid)
+        self._links.add(link)
+        if is_told:
+            _log.info("tcp-relay connected", pid=peer.pid, suppressed=self._untold or None)
+            self._untold = 0
+        else:
+            self._untold += 1
 
 
 def _worded(reason: str) -> bytes:
@@ -113,8 +124,11 @@ class _Link:
         gateways: GatewayPorts,
         links: "set[_Link]",
         crowd: Crowd,
+        *,
+        is_told: bool,
     ) -> None:
         self.pid = peer.pid
+        self._is_told = is_told
         self._peer = peer
         self._crowd = crowd
         self._loop = loop
@@ -150,7 +164,8 @@ class _Link:
             self._relays.lost(self._send, self._loop.now)
             self._gateways.lost(self._send)
             del self._send  # a circle, and the collector is off
-        _log.info("tcp-relay disconnected", pid=self.pid)
+        if self._is_told:
+            _log.info("tcp-relay disconnected", pid=self.pid)
 
     def _ready(self, _: int) -> None:
         answers: list[Answer] = []

@@ -38,7 +38,7 @@ PAUSE = 1.0
 """Seconds without accepting when the kernel has no room for one more."""
 RESERVE = 32
 """Descriptors that no connection is taken from, the highest: the daemon's own work needs a dozen
-at once.  Half of them where there are few."""
+at once.  A quarter of all where there are few."""
 AT_ONCE = 16
 """Connections accepted in a turn of the loop: a millisecond."""
 UNREAD = 64
@@ -282,7 +282,7 @@ def last_descriptor() -> int:
     Numbers are given out from below: one that is lower leaves those above to whoever needs them.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft - min(RESERVE, soft // 2)
+    return soft - min(RESERVE, soft // 4)
 
 
 def _listening(path: Path, kind: socket.SocketKind, group: int | None) -> socket.socket:

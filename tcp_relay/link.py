@@ -23,6 +23,7 @@ from typing import Protocol, TypeAlias
 from krelay.log import Log
 from krelay.loop import Loop, Timer
 from krelay.relaymsg import MAX_MESSAGE, Answer, BadMessage, Request, emit, parse_answer
+from krelay.roles import RELAY
 from tcp_relay.sockets import Socket
 
 RETRY = 0.1
@@ -208,6 +209,6 @@ def _say(sock: socket.socket, message: Request | _With) -> None:
 _REASON = {
     errno.ENOENT: "there is no relay socket",
     errno.ECONNREFUSED: "nobody listens",
-    errno.EACCES: "this user may not use the relay socket",
+    errno.EACCES: f"this user may not use it; start tcp-relay in the group {RELAY.group}",
 }
 _GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)

@@ -16,6 +16,7 @@ from krelay.control import HELP, MAX_LINE, VIEW_HELP, Values
 from krelay.controlsock import (
     CAPTURE_BUFFER,
     CHUNK,
+    END_AFTER,
     IDLE,
     MAX_CLIENTS,
     MAX_OF_ONE,
@@ -61,12 +62,14 @@ class FakeRelay:
     """What the daemon is to the control socket."""
 
     nat: NatTable
+    told: int = 0
+    """How often it heard of traces."""
 
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
         return iter(rows)
 
     def traced(self, filters: Sequence[Filter]) -> None:
-        pass
+        self.told += 1
 
     def status(self) -> Values:
         return {"state": "running"}
@@ -444,6 +447,19 @@ def test_a_member_who_traces_as_often_as_he_can_keeps_nobody_from_tracing(
     assert world.read(again) == (SYN_LINE, False)
 
 
+def test_traces_that_end_without_pause_are_told_together(world: World) -> None:
+    """Each may take a change of rules."""
+    tracers = [world.ask(b"trace\n") for _ in range(20)]
+    assert world.relay.told == 20
+    for tracer in tracers:
+        world.leave(tracer)
+    assert world.worker.on_rewrite is None
+    assert world.relay.told <= 21
+    world.loop.call_at(world.loop.now + END_AFTER, world.loop.stop)
+    world.loop.run()
+    assert 21 <= world.relay.told <= 22
+
+
 def test_in_a_turn_one_piece_of_one_answer_is_made_and_roots_first(
     world: World, users: list[Peer]
 ) -> None:
@@ -486,6 +502,25 @@ def test_answers_wait_while_there_is_other_work(
         world.turn()
         taken(client)
     assert 0 < used < 0.5 / 3
+
+
+def test_root_does_not_wait_for_what_others_took(
+    world: World, users: list[Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece may have taken long because the machine had other work."""
+    monkeypatch.setattr("krelay.controlsock.BUSY", 0.0)
+    world.nat.times = ROWS
+    users.append(Peer(1, 1000, 1000))
+    member = world.ask(b"show nat\n")
+    turns = world.control._turns
+    turns._took = 1000.0
+    for _ in range(5):
+        world.turn()
+        taken(member)
+    turns._took = 1000.0
+    root = world.ask(b"show status\n")
+    world.turn()
+    assert taken(root) == b"state=running\n\n"
 
 
 # traces

@@ -27,9 +27,10 @@ from krelay.relaymsg import (
     emit,
     parse_answer,
 )
-from krelay.relaysock import RelaySocket
+from krelay.relaysock import MAX_OF_ONE, TOLD_AT_ONCE, RelaySocket
 from krelay.row import Row
 from krelay.sockdiag import SocketDiag
+from krelay.unixsock import Peer
 from tests.tools.packets import at, policy
 
 RELAY_PORT = 10_000
@@ -281,3 +282,41 @@ def test_closing_ends_all_connections_and_removes_the_socket(world: World) -> No
     assert len({send for send, _ in world.relays.losses}) == 2
     assert not world.path.exists()
     world.socket = RelaySocket(world.loop, world.path.parent, world.relays, world.gateways)
+
+
+def test_who_comes_and_goes_without_pause_does_not_fill_the_log(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "krelay")
+    for _ in range(3 * TOLD_AT_ONCE):
+        world.connect().close()
+        world.turn()
+    told = [record.getMessage() for record in caplog.records]
+
+    assert TOLD_AT_ONCE <= told.count("tcp-relay connected") < 2 * TOLD_AT_ONCE
+    assert told.count("tcp-relay disconnected") <= told.count("tcp-relay connected")
+    assert not world.socket.pids
+
+
+def test_a_user_has_so_many_connections_and_no_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = Peer(1, 1000, 1000)
+    monkeypatch.setattr("krelay.unixsock._peer", lambda _: member)
+    monkeypatch.setattr(Peer, "may_connect", lambda *_: True)
+    links = [world.connect() for _ in range(MAX_OF_ONE + 5)]
+    for _ in range(5):
+        world.turn()
+    refused = [said for link in links if (said := heard(link))]
+
+    assert len(refused) == 5
+    assert all(b"a user has at most 128" in said[0] and said[-1] == b"" for said in refused)
+    monkeypatch.setattr("krelay.unixsock._peer", lambda _: Peer(2, 0, 0))
+    assert heard(world.connect()) == []
+    for link in links:
+        link.close()
+    for _ in range(5):
+        world.turn()
+    member = Peer(3, 1000, 1000)
+    monkeypatch.setattr("krelay.unixsock._peer", lambda _: member)
+    assert heard(world.connect()) == []

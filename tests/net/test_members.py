@@ -309,3 +309,26 @@ def test_many_members_leave_root_a_place_for_its_tcp_relay(grouped: World) -> No
     grouped.until(
         lambda: grouped.who("client", 80).startswith(f"{grouped.client}:") or None, "served", 10
     )
+
+
+@pytest.mark.parametrize("limit", [40, 64, 128])
+def test_with_few_descriptors_and_all_of_them_asked_for_settings_still_change(
+    world: World, limit: int
+) -> None:
+    """Also by root, who has no share but what is there."""
+    world.serve("server", "tcp/80", "udp/7", "udp/53")
+    world.lab.directory.chmod(0o755)
+    relay_with_groups(world, f"--nofile={limit}:{limit}")
+    for kind, path in ((socket.SOCK_SEQPACKET, "relay.sock"), (socket.SOCK_STREAM, "view.sock")):
+        words = (sys.executable, "-I", "-S", "-c", HOG, str(kind), str(world.root / path), "300")
+        program = world.lab.start("relay", "prlimit", "--nofile=4096:4096", *words, "")
+        world.until(lambda: program.output.strip(), "a hog", 60)  # noqa: B023
+    world.lab.run("relay", "ip", "addr", "add", "10.77.3.77/24", "dev", "eth1")
+    world.put(services="tcp/80 udp/7 udp/53 udp/99")
+    world.until(lambda: reaches(world, "10.77.3.77"), "the new address relayed")
+    for flag, state in ((0, "stopped"), (1, "running")):
+        world.put(start=flag)
+        world.until_state(state)
+    is_served(world)
+    assert world.krelay_process.poll() is None
+    assert "Traceback" not in world.krelay_process.output
