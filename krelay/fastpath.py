@@ -22,8 +22,9 @@ queue; and what is over by then never goes.
 It is taken back, so that the worker sees every packet, when an end was reset and may live on, when
 the row was killed, and while somebody traces it; and RETIRE seconds after tcp-relay has closed the
 connection, when its last packets are through.  Of packets that change how a connection stands, the
-SYN and RST of its ends visit the worker all the time.  So do FINs, but where tcp-relay ends it: of
-these the kernel makes copies (NatTable.ended).
+SYN and RST of its ends visit the worker all the time.  So do FINs of what is forwarded.  Where
+tcp-relay ends it, the FINs of its host count, and of these the kernel makes copies
+(NatTable.ended), as of the SYN to the server (NatTable.begun).
 
 Two kinds stay with the worker for good: the steps D1 and D2, and those that must change a port
 beside the field that their step always changes, which is the case where a port was taken.
@@ -373,6 +374,13 @@ class FastPath:
 def new_value(rewrite: Rewrite) -> bytes:
     """What the map of its step holds for this rewrite: an address or a port."""
     return rewrite.new[_CHANGED[rewrite.step]]
+
+
+def begins(rewrite: Rewrite) -> bool:
+    """Whether this is of the packets of tcp-relay's with which it is about to begin a connection to
+    the server: one SYN of these may go past the worker."""
+    row = rewrite.row
+    return rewrite.step is Step.T3 and row.leg is None and not row.tracker.server_answered
 
 
 def _begins(rewrite: Rewrite) -> bool:

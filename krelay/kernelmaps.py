@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from krelay import nftmsg
-from krelay.fastpath import Changes, new_value
+from krelay.fastpath import Changes, begins, new_value
 from krelay.flow import Proto
 from krelay.nftmsg import Count, Elements
 from krelay.row import SIDES, Rewrite, Step
-from krelay.ruleset import CHANGES, map_name
+from krelay.ruleset import BEGINS, CHANGES, map_name
 from krelay.wire import netlink
 
 TOGETHER = 256
@@ -47,6 +47,7 @@ class KernelMaps:
             for proto in Proto
             for step in CHANGES
         }
+        self._begins = Elements(table, BEGINS)
         self._socket = _connected()
 
     @property
@@ -73,10 +74,10 @@ class KernelMaps:
             self._map(each).delete(each.old, at, tell=each.step in SIDES)
             for at, each in enumerate(back, 1)
         ]
-        requests += [
-            self._map(each).add(each.old, new_value(each), at)
-            for at, each in enumerate(over, len(back) + 1)
-        ]
+        for each in over:
+            if begins(each):
+                requests.append(self._begins.put(each.old, len(requests) + 1))
+            requests.append(self._map(each).add(each.old, new_value(each), len(requests) + 1))
         # The kernel tells of elements that went in their order, and with the sequence number 0.
         gone = [
             nftmsg.element_count(message)

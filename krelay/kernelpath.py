@@ -24,7 +24,7 @@ from krelay.netfilter import NO_MAPS, Backend
 from krelay.networks import collapse, network
 from krelay.nflog import Copies
 from krelay.row import DNS_PORT, Row, Step
-from krelay.ruleset import LEARNING_MOST, LEARNT, Learning, RuleSpec, ends, steps_handed
+from krelay.ruleset import LEARNING_MOST, LEARNT, Learning, RuleSpec, begun, ends, steps_handed
 from krelay.trace import Filter
 from krelay.worker import Policy
 from procfs_sim.tree import Config
@@ -35,7 +35,7 @@ What finds no room stays with the worker."""
 COPIES_TOGETHER = 2048
 """Copies of packets taken note of before packets have their turn: some milliseconds."""
 ENDS_TOGETHER = 256
-"""Copies of FINs read in one piece."""
+"""Copies of SYNs or FINs read in one piece."""
 HAND_EVERY = 0.01
 """Seconds between looks at what is ripe to be handed over."""
 COUNT_EVERY = 0.1
@@ -68,6 +68,7 @@ class KernelPath:
         self._maps: KernelMaps | None = None
         self._copies: Copies | None = None
         self._ends: Copies | None = None
+        self._begun: Copies | None = None
         self._learning: Learning | None = None
         self._traced_clients: frozenset[bytes] | None = frozenset()
         """Whose questions are traced; None: everybody's."""
@@ -87,13 +88,14 @@ class KernelPath:
 
     @property
     def tells_ends(self) -> bool:
-        """Whether copies of FINs are taken."""
-        return self._ends is not None
+        """Whether copies of SYNs and FINs are taken."""
+        return self._ends is not None and self._begun is not None
 
     @property
     def copies_lost(self) -> int:
         """How often the kernel had more copies for us than there was room for."""
-        return sum(each.lost for each in (self._copies, self._ends) if each is not None)
+        groups = (self._copies, self._ends, self._begun)
+        return sum(each.lost for each in groups if each is not None)
 
     # What the rules are to be
 
@@ -142,6 +144,7 @@ class KernelPath:
         if self._copies is not None:
             self._loop.add(self._copies.fileno(), select.EPOLLIN, self._read_copies)
         self._ends = _copies_of(ends(self._group), 1)
+        self._begun = _copies_of(begun(self._group), 1)
 
     def enter(self, spec: RuleSpec, *, afresh: bool) -> int | None:
         """These rules are in force; `afresh`: their maps are empty.
@@ -189,10 +192,10 @@ class KernelPath:
             if self._copies is not None:
                 self._read_copies()
                 self._loop.remove(self._copies.fileno())
-            for copies in (self._copies, self._ends):
+            for copies in (self._copies, self._ends, self._begun):
                 if copies is not None:
                     copies.close()
-            self._copies = self._ends = None
+            self._copies = self._ends = self._begun = None
 
     # Flows
 
@@ -308,12 +311,14 @@ class KernelPath:
             self._nat.learn(copies, self._loop.now)
 
     def _read_ends(self) -> None:
-        """What the kernel tells of FINs that it has relayed.
+        """What the kernel tells of SYNs and FINs of tcp-relay's that it has relayed.
 
         It is read when it matters, and by turns: to wake for each would cost more than to read it.
         """
+        while copies := self._read(self._begun, ENDS_TOGETHER):
+            self._nat.begun(copies)
         while copies := self._read(self._ends, ENDS_TOGETHER):
-            self._nat.ended(copies, self._loop.now)
+            self._nat.ended(copies)
 
     def _read(self, source: Copies | None, most: int) -> list[Copy]:
         """Those that wait, about so many.  What can't be read now is read the next time."""

@@ -42,6 +42,9 @@ from krelay.ports import RelayPorts
 from krelay.row import (
     BUSY,
     DNS_PORT,
+    NO_LEG,
+    PAST_LEG,
+    SENDERS,
     SIDES,
     Footprint,
     Hook,
@@ -54,7 +57,7 @@ from krelay.row import (
     deltas,
     key,
 )
-from krelay.tracker import Side, State
+from krelay.tracker import Side, State, Through
 from krelay.wheel import Wheel
 from krelay.wire.checksum import ONES
 from krelay.wire.tcp import ACK, FIN
@@ -129,7 +132,7 @@ class NatTable:
         """Called when it matters whether the kernel has learnt a flow of this client's address and
         port of which nothing has been told yet: the address of this host that was asked."""
         self.hear_ends: Callable[[], None] = lambda: None
-        """Called when it matters whether the ends of a connection have ended it (`ended`)."""
+        """Called when it matters how far tcp-relay's connections have come (`begun`, `ended`)."""
         self._timeouts = timeouts or Timeouts()
         self._rng = rng
         self._rows: dict[int, Row] = {}
@@ -246,7 +249,7 @@ class NatTable:
                     lambda p: self._inside_is_free(Endpoint(client.addr, p), gport, service),
                 )
                 inside = Endpoint(client.addr, port)
-        row = self._row(_TCP, client, service, server, source, now)
+        row = self._row(_TCP, client, service, server, source, now, through=False)
         row.gport = gport
         row.inside = inside
         row.footprint = Footprint(_TCP, service.port, gport, server.addr, False)
@@ -256,6 +259,18 @@ class NatTable:
         self._enter(row)
         self.on_changed(row)
         return row
+
+    def succeed(self, row: Row, now: float) -> Row:
+        """The row of another connection between the same ports of a client and tcp-relay.
+
+        The former keeps its leg to the server until that is closed.  Raises Refusal.
+        """
+        assert row.gport is not None
+        client, service, server = row.client, row.service, row.server
+        new = self.open_tcp(client, service, server, row.source, row.gport, now, inside=row.inside)
+        new.tracker.client_acked = True
+        row.called_again = False
+        return new
 
     def attach(self, row: Row, relay: Endpoint, now: float) -> None:
         """tcp-relay will connect to the row's server from `relay`: steps T3 and T4.
@@ -279,7 +294,7 @@ class NatTable:
             raise Refusal("port_taken")
         self.detach(row)
         self._admission.confirmed(row)
-        row.relay = relay
+        row.relay, row.leg = relay, None
         self._by_relay[relay] = row
         self._reserve(row, at)
         self._add(row, _T3T4, _POST_PRE, key(relay, row.server), at, now)
@@ -439,12 +454,12 @@ class NatTable:
             ):
                 self.learnt.hear(iter((copy,)), now, self._beginning(now, 1))
 
-    def ended(self, copies: Iterable[tuple[int, bytes]], now: float) -> None:
-        """The kernel has rewritten these FINs, of ends whose connections tcp-relay terminates.
+    def ended(self, copies: Iterable[tuple[int, bytes]]) -> None:
+        """The kernel has rewritten these FINs of tcp-relay's, by which it passes an end on.
 
-        Copied as they went on (PREROUTING); how many they were is told otherwise (`heard`).
+        Copied as they went on (POSTROUTING).
         """
-        facing = self.tables[Hook.POSTROUTING, _TCP]
+        facing = self.tables[_PRE, _TCP]
         for _, head in copies:
             back = facing.get(answering(head[12:24]))
             step = _FACING.get(back.step) if back is not None else None
@@ -452,10 +467,18 @@ class NatTable:
                 continue
             row, tracker = back.row, back.row.tracker
             before = tracker.state
-            tracker.saw(SIDES[step], FIN | ACK)
-            row.rewrites[step].seen_at = now
+            tracker.saw(SENDERS[step], FIN | ACK)
             if tracker.state is not before:
                 self.changed(row)
+
+    def begun(self, copies: Iterable[tuple[int, bytes]]) -> None:
+        """The kernel has rewritten these SYNs, with which tcp-relay begins its connections to the
+        server.  Copied as they went on (POSTROUTING)."""
+        facing = self.tables[_PRE, _TCP]
+        for _, head in copies:
+            back = facing.get(answering(head[12:24]))
+            if back is not None and back.step is Step.T4 and back.row.leg is None:
+                back.row.leg = int.from_bytes(head[24:28])
 
     def adopt(self, at: bytes, now: float) -> Row | None:
         """The row of what was learnt, if a packet with these twelve bytes is a question or an
@@ -478,11 +501,33 @@ class NatTable:
     def close(self, row: Row, now: float) -> None:
         """Both legs are closed: the row goes soon, but not before the last packets are through."""
         if row.closed_at is None and row.id in self._rows:
+            if row.leg is None and row.relay is not None and row.gport is not None:
+                self.hear_ends()
+                self._leave(row)
             row.closed_at = now
             row.tracker.closed = True
             self._admission.closed(row)
             self.schedule(row)
             self.on_closed(row, now)
+
+    def orphaned(self, row: Row) -> None:
+        """Whose tcp-relay is gone, its port towards the server is anybody's: no connection may
+        begin from there in this row's name, unless tcp-relay is back and asks again (`attach`)."""
+        row.orphaned = True
+        self._leave(row)
+
+    def _leave(self, row: Row) -> None:
+        if row.leg is None:
+            self.on_displaced(row)  # one SYN might go past the worker
+            row.leg = NO_LEG
+        else:
+            row.leg = PAST_LEG
+
+    def give_up(self, row: Row, now: float) -> None:
+        """Another than its tcp-relay uses its port towards the server: both its legs are gone."""
+        self.on_displaced(row)
+        self.detach(row)
+        self.close(row, now)
 
     def kill(self, row: Row, now: float) -> None:
         """Ends a forwarded row: no packet of it goes on, each end is told instead (worker.py).
@@ -496,8 +541,7 @@ class NatTable:
 
     def changed(self, row: Row) -> None:
         """What is known of a TCP connection has changed, and with it perhaps its state."""
-        tracker = row.tracker
-        watched = tracker.state is State.OPENING or tracker.reset
+        watched = row.tracker.is_watched
         for rewrite in row.rewrites.values():
             rewrite.watched = watched
         if row.gport is None:
@@ -521,7 +565,7 @@ class NatTable:
         if row.id not in self._rows:
             return
         before, reset = tracker.state, tracker.reset
-        tracker.saw(SIDES.get(rewrite.step, Side.DAEMON), ACK)
+        tracker.saw(SIDES[rewrite.step], ACK)
         tracker.reset = reset  # they came before the RST, which wasn't theirs
         if tracker.state is not before:
             self.changed(row)
@@ -725,8 +769,13 @@ class NatTable:
         server: Endpoint,
         source: Source,
         now: float,
+        *,
+        through: bool = True,
     ) -> Row:
-        return Row(next(self._ids), proto, client, service, server, source, now)
+        row = Row(next(self._ids), proto, client, service, server, source, now)
+        if through and proto is _TCP:
+            row.tracker = Through()
+        return row
 
     def _enter(self, row: Row) -> Row:
         self._rows[row.id] = row
@@ -839,7 +888,7 @@ _TCP, _CLIENT = Proto.TCP, Source.CLIENT
 _PRE = Hook.PREROUTING
 _PRE_POST = Hook.PREROUTING, Hook.POSTROUTING
 _POST_PRE = Hook.POSTROUTING, Hook.PREROUTING
-_FACING = {Step.T2: Step.T1, Step.T3: Step.T4}
+_FACING = {Step.T1: Step.T2, Step.T4: Step.T3}
 """The other direction of a leg."""
 _T1T2, _T3T4 = (Step.T1, Step.T2), (Step.T3, Step.T4)
 _U12U34, _U1U4, _U2U3 = (Step.U12, Step.U34), (Step.U1, Step.U4), (Step.U2, Step.U3)

@@ -72,7 +72,7 @@ def queue_rule(table: str, chain: str, queue: int) -> bytes:
 
 
 class Elements:
-    """Requests about the elements of one map."""
+    """Requests about the elements of one map, or set."""
 
     def __init__(self, table: str, name: str) -> None:
         where = netlink.text(_SET_TABLE, table) + netlink.text(_SET_NAME, name)
@@ -87,11 +87,16 @@ class Elements:
             for tell in (False, True)
         }
         self._get = _form(where, GET_ELEMENT, 0)
+        self._put = _form(where, NEW_ELEMENT, netlink.CREATE)
 
     def add(self, key: bytes, value: bytes, sequence: int = 0) -> bytes:
         """Puts one in; replaces none (the kernel refuses another value).  `key` as row.key makes
         it; `value` is an address or a port."""
         return self._add[len(value)](sequence, key, value)
+
+    def put(self, key: bytes, sequence: int = 0) -> bytes:
+        """Puts one without a value into a set, if it isn't there."""
+        return self._put(sequence, key)
 
     def delete(self, key: bytes, sequence: int = 0, *, tell: bool = False) -> bytes:
         """Takes one out.  `tell`: what it was is sent back, its counter with it."""

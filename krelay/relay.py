@@ -46,7 +46,7 @@ from krelay.relaymsg import (
     Resume,
     Resumed,
 )
-from krelay.row import Hook, Row, Step, key
+from krelay.row import PAST_LEG, Hook, Row, Step, key
 from krelay.wire import ipv4
 from krelay.worker import Policy
 
@@ -152,10 +152,11 @@ class Relays:
         self._reports.lost(send)
         link = self._links.pop(send, None)
         rows = [row_id for row_id, owner in self._owner.items() if owner is send]
+        self._nat.hear_ends()
         for row_id in rows:
             del self._owner[row_id]
             if (row := self._nat.of_id(row_id)) is not None:
-                row.orphaned = True
+                self._nat.orphaned(row)
         if rows and link is not None:
             self._orphans.append((now + ORPHAN_GRACE, link.uid, frozenset(rows)))
 
@@ -202,6 +203,13 @@ class Relays:
             return Refused(request.id, "the listening socket was not handed over")
         if self._owner.get(row.id, send) is not send:
             return Refused(request.id, "another tcp-relay has this client")
+        if row.called_again:
+            # It has had its server: this is another connection between the same ports, whose SYN
+            # came before krelay knew that the former was over.
+            try:
+                row = self._nat.succeed(row, now)
+            except Refusal as refusal:
+                return Refused(request.id, refusal.reason)
         row.accepted = True
         if row.abort_asked or row.closed_at is not None:
             self._nat.close(row, now)
@@ -253,6 +261,7 @@ class Relays:
             return Refused(request.id, f"can't be resumed: {refusal.reason}")
         row.accepted = True
         row.tracker.resumed()
+        row.leg = PAST_LEG
         for step in (Step.T1, Step.T2, Step.T3, Step.T4):
             row.rewrites[step].watched = False
         self._nat.schedule(row)

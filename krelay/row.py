@@ -69,7 +69,11 @@ SIDES = {
     Step.U34: Side.SERVER,
     Step.D2: Side.SERVER,
 }
-"""Whose packets a step rewrites; those not listed see a packet a second time, or the daemon's."""
+"""Whose packets a step rewrites; those not listed see a packet a second time, or tcp-relay's."""
+SENDERS = SIDES | {Step.T2: Side.TO_CLIENT, Step.T3: Side.TO_SERVER}
+"""The same with tcp-relay's own; those not listed see a packet a second time."""
+NO_LEG, PAST_LEG = -1, -2
+"""Row.leg where no number is known."""
 
 
 class Timeouts(NamedTuple):
@@ -203,6 +207,11 @@ class Row:
     """UDP but to port 53: when the server's first answer came."""
     spoke_again: bool = False
     """UDP: the client has, after that answer."""
+    leg: int | None = None
+    """TCP: the number of the SYN by which tcp-relay's leg to the server began; None while it may
+    still begin, NO_LEG if it mustn't any more, PAST_LEG if it has and no SYN can be its own."""
+    called_again: bool = False
+    """TCP: a SYN of the client's has come since, for tcp-relay's host to judge."""
     accepted: bool = False
     """TCP: tcp-relay has accepted the client's connection, so its address is no forgery."""
     orphaned: bool = False

@@ -40,10 +40,12 @@ SYNs to services have a queue of their own (`openings`).
 Before all that comes the fast path, in nft alone: what the worker would do with a packet of a flow
 that was handed over, the kernel does itself (fastpath.py).  There is a map for each step, from the
 addresses and ports that a packet comes with to the one field that the step changes, and a counter.
-Packets that tell how a connection stands go to the worker all the same: SYN, FIN and RST of its
-ends, RST of this host.  But a FIN of TCP that tcp-relay terminates need not wait for the worker: of
-it a copy is enough (`ends`).  A flow that isn't in a map goes to the worker, so with empty maps
-these rules change nothing.
+Packets that tell how a connection stands go to the worker all the same: SYN and RST of its ends and
+of this host, FIN of what is forwarded.  But a FIN by which tcp-relay passes an end on need not wait
+for the worker: of it a copy is enough (`ends`).  Nor need the SYN by which tcp-relay begins (T3):
+one for each connection, which is known beforehand (the set tcp-begins), and copied (`begun`).  So
+nobody else begins a connection past the worker from a port that a row had.  A flow that isn't in a
+map goes to the worker, so with empty maps these rules change nothing.
 
 What a datagram costs the kernel is mostly how many rules it meets, so those that most of them need
 stand before any others, and what no rule asks for leaves early.  Measured, where relaying a packet
@@ -76,6 +78,8 @@ U32_ERRORS = f"{_U32_ICMP}@0>>24={','.join(map(str, sorted(icmp.ERRORS)))}"
 NEVER = "255.255.255.255"
 _BESIDE = 0x8000
 """By which the numbers of a krelay's second queue, and second log group, differ from the first."""
+_BESIDE_TOO = 0x4000
+"""By which its third log group differs."""
 DEFAULT_QUEUE = 1600
 
 Ports = tuple[tuple[int, int], ...]
@@ -145,6 +149,11 @@ def openings(queue: int) -> int:
 def ends(queue: int) -> int:
     """The log group of FINs, beside that of all other copies."""
     return queue ^ _BESIDE
+
+
+def begun(queue: int) -> int:
+    """The log group of the SYNs with which tcp-relay begins, beside both others."""
+    return queue ^ _BESIDE_TOO
 
 
 def instance_name(root: str, default_root: str) -> str:
@@ -239,6 +248,10 @@ ANSWERED = 1
 """Seconds that a question is known in the kernel after its answer."""
 LEARNT_LENGTH = 576
 """Bytes of a question: longer ones might not fit the link to the server, so the worker looks."""
+BEGINS = "tcp-begins"
+"""The set of the connections to the server that tcp-relay may begin past the worker: once each."""
+BEGINS_WITHIN = 5
+"""Seconds for which it may."""
 WORKER, OPENINGS = "to-worker", "openings"
 """The chains that send packets to the two queues."""
 _HOOKS = {
@@ -277,8 +290,16 @@ CHANGES = {
 """Not D1 and D2, which are rare.  What must change a port beside stays with the worker, too."""
 
 
-_ENDS = (Step.T1, Step.T4)
-"""The steps of packets that tell how the ends of a connection stand, which tcp-relay terminates."""
+_ENDS = (Step.T2, Step.T3)
+"""The steps in which tcp-relay passes on that an end has ended its direction."""
+_PLAIN_FLAGS = {
+    Step.T1: "(syn | rst) == 0",
+    Step.T4: "(rst | ack) == ack",
+    Step.T2: "(fin | rst | ack) == ack",
+    Step.T3: "(fin | rst | ack) == ack",
+}
+"""Which flags packets must have to be the kernel's.  Whoever begins a connection sends one without
+an ACK: so none begins past the worker, in a row's name."""
 
 
 def map_name(proto: Proto, step: Step) -> str:
@@ -355,7 +376,8 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
     for proto, step in steps_handed(spec):
         fast.setdefault(_chain_of(proto, step), []).append(_nft_handed(spec, proto, step))
     if spec.tells_ends and spec.tcp and spec.room:
-        fast["pre-tcp"] += [_nft_handed(spec, Proto.TCP, step, fins=True) for step in _ENDS]
+        fast["post-tcp"] += [_nft_handed(spec, Proto.TCP, step, fins=True) for step in _ENDS]
+        fast["post-tcp"].append(_nft_handed(spec, Proto.TCP, Step.T3, begins=True))
     fast.setdefault("post-udp", []).extend(answers)
     return {
         "pre": [*fast.get("pre", []), *_nft_by_protocol("pre"), *pre],
@@ -441,24 +463,29 @@ def _nft_udp_done(spec: RuleSpec) -> list[str]:
     return [f"ip protocol udp {others}accept"]
 
 
-def _nft_handed(spec: RuleSpec, proto: Proto, step: Step, *, fins: bool = False) -> str:
+def _nft_handed(
+    spec: RuleSpec, proto: Proto, step: Step, *, fins: bool = False, begins: bool = False
+) -> str:
     """The rule by which the kernel takes a step for the flows it was handed.
 
-    `fins`: for the packets with which an end says that it has nothing more to say.
+    `fins`: for the packets with which an end says that it has nothing more to say; `begins`: for
+    the one with which tcp-relay begins its connection to the server.
     """
     name, change, chain = map_name(proto, step), CHANGES[step], _chain_of(proto, step)
     guard = _nft_guard(spec, proto, step)
     copied = ""
+    key = "ip saddr . th sport . ip daddr . th dport"
     if chain == change.hook:
         guard = f"ip protocol {proto.name.lower()} {guard}"
-    if fins:
+    if begins:
+        guard += "ip hdrlength 5 tcp flags & (fin | syn | rst | ack) == syn "
+        guard += f"{key} @{BEGINS} delete @{BEGINS} {{ {key} }} "
+        copied = f"log group {begun(spec.queue)} snaplen {HEAD} "
+    elif fins:
         guard += "ip hdrlength 5 tcp flags & (fin | syn | rst) == fin "
         copied = f"log group {ends(spec.queue)} snaplen {HEAD} "
     elif proto is Proto.TCP:
-        mine, server = step in (Step.T2, Step.T3), step is Step.T4
-        flags = "rst" if mine else "(fin | rst)" if server else "(fin | syn | rst)"
-        guard += f"tcp flags & {flags} == 0 "
-    key = "ip saddr . th sport . ip daddr . th dport"
+        guard += f"tcp flags & {_PLAIN_FLAGS.get(step, '(fin | syn | rst) == 0')} "
     where = "ip" if change.field.endswith("addr") else proto.name.lower()
     return f"{guard}{where} {change.field} set {key} map @{name} {copied}counter name {name} accept"
 
@@ -532,6 +559,11 @@ def _nft_maps(spec: RuleSpec) -> list[str]:
         lines.append(f"  counter {name} {{ }}")
         counted = " counter;" if step in SIDES else ""
         lines.append(f"  map {name} {{ type {key} : {value}; size {spec.room};{counted} }}")
+    if spec.room and spec.tcp:
+        lines.append(
+            f"  set {BEGINS} {{ type {key}; flags dynamic, timeout; size {spec.room}; "
+            f"timeout {BEGINS_WITHIN}s; }}"
+        )
     if spec.room:
         lines += [
             f"  set {name} {{ type ipv4_addr . inet_service; flags dynamic, timeout; "

@@ -22,6 +22,11 @@ What is decided here for packets that no row claims, and why (K is any address o
     from K's gateway port     never goes out unrewritten
     from K to S               the host's own connection, not tcp-relay's: goes on untouched
 
+A SYN that comes from a row's port towards the server, and isn't the one by which tcp-relay began
+there, is somebody else's, who has got the port: the row's part there ends, and the SYN goes on as
+it is.  A client's SYN on a row that tcp-relay hasn't closed is no new connection before tcp-relay
+says so: its host judges it, by its number.
+
 While a killed krelay's flows may still be taken up again (`recovering_until`), whatever could
 belong to one is dropped instead of passed, since its ends would reset the connection; TCP sends it
 again.
@@ -55,8 +60,8 @@ from krelay.admission import Refusal
 from krelay.flow import Endpoint, Flow, Proto, Source
 from krelay.nat import NatTable
 from krelay.overload import NewFlows, Pace, Refused
-from krelay.row import SIDES, Hook, Rewrite, Row, Step, key
-from krelay.tracker import Side, State, Tracker
+from krelay.row import SENDERS, SIDES, Hook, Rewrite, Row, Step, key
+from krelay.tracker import Side, State, Through
 from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
 from krelay.wire.checksum import updated
 
@@ -151,7 +156,8 @@ _OPENING = tcp.SYN | tcp.ACK | tcp.RST
 """Flags that are just SYN in what begins a connection."""
 _TCP, _UDP = Proto.TCP, Proto.UDP
 _RELAY, _PREROUTING, _T1 = Source.RELAY, Hook.PREROUTING, Step.T1
-_CLIENT, _DAEMON = Side.CLIENT, Side.DAEMON
+_CLIENT, _SYN = Side.CLIENT, tcp.SYN
+_T2, _T3, _T4 = Step.T2, Step.T3, Step.T4
 _BEGINNINGS = (Step.T1, Step.D1, Step.U12, Step.U1)
 """The steps that a client's first packet can take."""
 _ENDED = (State.CLOSING, State.CLOSED)
@@ -235,7 +241,12 @@ class Worker:
                         if flags & _NOTEWORTHY or rewrite.watched:
                             if self._is_answer(packet, ipv4.MIN_HEADER):
                                 return self._told(packet, hook, self._pass("own"))
-                            if self._opens_again(rewrite, flags) or _was_killed(rewrite.row):
+                            if flags & _OPENING == _SYN:
+                                if not self._opens(rewrite, packet, ipv4.MIN_HEADER):
+                                    return self._told(
+                                        packet, hook, self._general(packet, hook, now)
+                                    )
+                            elif _was_killed(rewrite.row):
                                 return self._told(packet, hook, self._general(packet, hook, now))
                             self._track(rewrite, flags, now)
                         else:
@@ -304,10 +315,12 @@ class Worker:
                 rewrite = found
             if proto is _TCP:
                 flags = packet[at + tcp.FLAGS]
-                if self._opens_again(rewrite, flags):
-                    rewrite = self._open_again(rewrite.row, now)
-                    if rewrite is None:
-                        return self._drop("not_relaying")
+                if flags & _OPENING == _SYN:
+                    if not self._opens(rewrite, packet, at):
+                        found = self._opens_other(rewrite, now)
+                        if not isinstance(found, Rewrite):
+                            return found
+                        rewrite = found
                 elif _was_killed(rewrite.row):
                     return self._tell_end(rewrite, packet, header, flags, now)
                 self._track(rewrite, flags, now)
@@ -548,28 +561,63 @@ class Worker:
                 self.answers.append(answer)
         return self._drop(reason)
 
-    def _opens_again(self, rewrite: Rewrite, flags: int) -> bool:
-        """Whether this packet opens a new connection between the ports of one that has ended.
+    def _opens(self, rewrite: Rewrite, packet: bytes, at: int) -> bool:
+        """Whether this SYN is the row's own: it begins the connection, or repeats what began it, or
+        is for an end to judge by its numbers.  `at`: where its TCP header begins.
 
-        RFC 9293, section 3.6.1: a port may be used again.  Where T1 would lead it to a port that is
-        no tcp-relay's any more it is taken for new as well, unless that one still has the row.
+        RFC 9293, section 3.6.1: a port may be used again; and 3.10.7.4: in a connection a SYN is
+        answered by an ACK, whoever has sent it.
         """
-        if flags & _OPENING != tcp.SYN or rewrite.step not in _BEGINNINGS:
-            return False
-        row = rewrite.row
+        row, step = rewrite.row, rewrite.step
+        if step is _T3:
+            number = int.from_bytes(packet[at + tcp.SEQ : at + tcp.SEQ + 4])
+            if row.leg is None:
+                self.nat.hear_ends()
+            if row.leg is None and row.closed_at is None:
+                row.leg = number
+            return row.leg == number and row.closed_at is None
+        if step is _T1:
+            if row.closed_at is not None or self._is_nobodys(row):
+                return False
+            if not row.accepted:
+                return not row.tracker.reset
+            row.called_again = self._still_served(row)
+            return row.called_again
+        if step in _BEGINNINGS:
+            return row.tracker.state not in _ENDED
+        if step is _T4:
+            return row.closed_at is None and row.leg is not None and row.leg >= 0
+        return step is not _T2
+
+    def _opens_other(self, rewrite: Rewrite, now: float) -> Rewrite | Verdict:
+        """What becomes of a SYN that is none of the row's own.  Raises Refusal."""
+        row, step = rewrite.row, rewrite.step
+        if step in _BEGINNINGS:
+            found = None
+            if row.closed_at is not None or not row.accepted or row.orphaned:
+                found = self._open_again(row, now)
+            return found or self._drop("not_relaying")
+        if step is _T2:
+            return self._drop("no_row")  # a listening port of this host, from which nobody connects
+        # Its port is free, and somebody else's connection begins there, or leads to it.
+        self.nat.give_up(row, now)
+        return self._pass("own" if step is _T3 else "no_row")
+
+    def _is_nobodys(self, row: Row) -> bool:
+        """Whether T1 would lead to a port that is no tcp-relay's any more, of whom none has the
+        row."""
         policy = self.policy
-        is_nobodys = rewrite.step is _T1 and (row.orphaned or not row.accepted)
-        if is_nobodys and policy is not None and row.gport not in policy.served:
-            return True
-        tracker = row.tracker
-        if tracker.state not in _ENDED:
-            self.nat.hear_ends()
-        return tracker.state in _ENDED
+        is_free = row.orphaned or not row.accepted
+        return is_free and policy is not None and row.gport not in policy.served
+
+    def _still_served(self, row: Row) -> bool:
+        """Whether new connections to the service of this row are relayed."""
+        return self.policy is not None and self.policy.serves(_TCP, row.service.port)
 
     def _open_again(self, row: Row, now: float) -> Rewrite | None:
         """The rewrite for that packet; None if the service is none any more.  Raises Refusal."""
         if row.gport is None and not row.is_forwarded:
-            row.tracker = Tracker()
+            row.tracker = Through()
             return row.rewrites[Step.D1]
         if self.policy is None or not self.policy.serves(Proto.TCP, row.service.port):
             return None
@@ -577,10 +625,9 @@ class Worker:
         if terminated and self.policy.gport not in self.policy.served:
             raise Refusal(_NO_RELAY)
         self.nat.on_displaced(row)  # what the kernel has seen of it is told with that
-        if row.is_forwarded or not row.tracker.client_acked:
-            # The port it had towards the server is wanted again; or that towards tcp-relay, who has
-            # never heard of it: this host took the SYN for one of a connection that it remembers
-            # (TIME_WAIT), and forgot that when the client reset it.  So the client tries again.
+        if row.is_forwarded or not row.accepted:
+            # The port it had towards the server is wanted again; or that towards tcp-relay, which
+            # never heard of it: this host has reset what it can't place, and now it tries again.
             self.nat.end(row)
         if row.service.port in self.policy.forwarded:
             return self._open_forwarded(Proto.TCP, row.client, row.service, now).by(Side.CLIENT)
@@ -593,9 +640,12 @@ class Worker:
         before, reset = tracker.state, tracker.reset
         if not flags & tcp.RST:  # RFC 7857: a RST doesn't keep a row alive
             rewrite.seen_at = now
-        elif not reset:
+        sender = SENDERS.get(rewrite.step)
+        if sender is None:
+            return
+        tracker.saw(sender, flags)
+        if tracker.reset and not reset:
             row.reset_at = now
-        tracker.saw(SIDES.get(rewrite.step, _DAEMON), flags)
         if tracker.state is not before or tracker.reset is not reset:
             self.nat.changed(row)
 

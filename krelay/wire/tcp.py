@@ -16,6 +16,8 @@ from krelay.wire import ipv4
 from krelay.wire.checksum import checksum
 
 HEADER = 20
+SEQ = 4
+"""Offset of the sequence number in the header."""
 FLAGS = 13
 """Offset of the flags in the header."""
 CHECK = 16

@@ -203,7 +203,7 @@ class Day:
     ) -> tuple[Endpoint, Endpoint] | Verdict:
         opens = proto is Proto.TCP and flags & (S | A | R) == S
         found = self.find(hook, src, dst, proto)
-        if found and found[1] == "T1" and opens and found[0].state in ("closing", "closed"):
+        if found and found[1] == "T1" and opens and found[0].state == "closed":
             found = None  # a port that is used again
             again = True
         else:
@@ -236,7 +236,7 @@ class Day:
         row.counted[step] += 1
         row.counted[who] += 1
         if proto is Proto.TCP:
-            self.track(row, who, flags)
+            self.track(row, step, who, flags)
         elif who != "daemon":
             row.heard = self.now
             row.answered |= who == "server"
@@ -253,12 +253,15 @@ class Day:
                         return row, step, (to_a, to_b), who
         return None
 
-    def track(self, row: Known, who: str, flags: int) -> None:
-        if flags & R:
-            if row.reset_at is None:
-                row.reset_at = row.ever_reset_at = self.now
+    def track(self, row: Known, step: str, who: str, flags: int) -> None:
+        if who == "daemon":  # whose host has judged by numbers what the ends have said
+            if flags & R:
+                if row.reset_at is None:
+                    row.reset_at = row.ever_reset_at = self.now
+            elif flags & FIN:
+                row.fins.add("server" if step == "T2" else "client")
             return
-        if who == "daemon":
+        if flags & R:
             return
         row.heard = self.now
         row.reset_at = None
@@ -266,8 +269,6 @@ class Day:
             row.client_acked |= bool(flags & A)
         else:
             row.server_answered |= bool(flags & (A | S))
-        if flags & FIN:
-            row.fins.add(who)
 
     def refusal(self, client: Endpoint, proto: Proto) -> str:
         """Why no row may begin, or nothing; what was evicted for it is taken out."""

@@ -210,7 +210,7 @@ ops = st.one_of(
     st.tuples(st.just("close"), st.integers(0, 9)),
     st.tuples(st.just("wait"), st.sampled_from((0.1, 0.9, 1, 4, 9.5, 11, 29, 61, 1000))),
     st.tuples(
-        st.sampled_from(("client", "server", "daemon")),
+        st.sampled_from(("client", "server", "to_client", "to_server")),
         st.tuples(st.integers(0, 9), st.sampled_from((SYN, SYN | ACK, ACK, PSH | ACK, FIN, RST))),
     ),
 )
@@ -239,7 +239,7 @@ def test_rows_live_as_long_as_in_two_plain_lists(
             case "close" if what < len(alive) and alive[what].row.proto is Proto.TCP:
                 nat.close(alive[what].row, now)
                 alive[what].closed_at = alive[what].closed_at or now
-            case "client" | "server" | "daemon" if what[0] < len(alive):
+            case "client" | "server" | "to_client" | "to_server" if what[0] < len(alive):
                 _packet(nat, alive[what[0]], verb, what[1], now)
 
         ended = nat.expire(now)
@@ -257,33 +257,30 @@ def test_rows_live_as_long_as_in_two_plain_lists(
 def _packet(nat: NatTable, known: Known, who: str, flags: int, now: float) -> None:
     """As the worker takes note of a packet."""
     row, side = known.row, Side[who.upper()]
-    rewrite = row.by(side) or row.rewrites.get(Step.T3)
+    own = {Side.TO_CLIENT: Step.T2, Side.TO_SERVER: Step.T3}
+    rewrite = row.rewrites.get(own[side]) if side in own else row.by(side)
     if rewrite is None:
         return
     rewrite.packets += 1
     is_tcp = row.proto is Proto.TCP
     if is_tcp:
         before = row.tracker.state
-        if flags & RST and not known.reset:
-            row.reset_at = known.reset_at = now
         row.tracker.saw(side, flags)
+        if flags & RST and side in own and not known.reset:
+            row.reset_at = known.reset_at = now
         if row.tracker.state is not before:
             nat.schedule(row)
-        if flags & RST:
-            known.reset = True
-        elif side is not Side.DAEMON:
+        if side in own:
+            known.reset |= bool(flags & RST)
+            if not flags & RST:
+                known.fins |= (flags & FIN) * (1 if side is Side.TO_SERVER else 2)
+        elif not flags & RST:
             known.reset = False
-        if flags & RST:
-            pass
-        elif side is Side.CLIENT:
-            known.client_acked |= bool(flags & ACK)
-            known.fins |= flags & FIN
-        elif side is Side.SERVER:
-            known.server_answered |= bool(flags & (SYN | ACK))
-            known.fins |= (flags & FIN) * 2
+            known.client_acked |= side is Side.CLIENT and bool(flags & ACK)
+            known.server_answered |= side is Side.SERVER and bool(flags & (SYN | ACK))
     if not is_tcp or not flags & RST:
         rewrite.seen_at = now
-        if side is not Side.DAEMON:
+        if side not in own:
             known.seen = now
 
 

@@ -14,11 +14,13 @@ from krelay.flow import Proto
 from krelay.row import SIDES, Footprint
 from krelay.ruleset import (
     ANYONE,
+    BEGINS,
     MULTIPORT_MOST,
     U32_MOST,
     Learning,
     Ports,
     RuleSpec,
+    begun,
     chains,
     ends,
     instance_name,
@@ -173,13 +175,13 @@ def test_each_step_of_what_is_relayed_has_its_map_and_ends_have_their_flags_seen
 
     assert handed(spec, "pre") == lines_of("""
         ip protocol udp th dport { 53 } ip daddr set flow of udp-u12
-        th sport { 80 } tcp flags & (fin | rst) == 0 ip daddr set flow of tcp-t4
-        th dport { 80 } tcp flags & (fin | syn | rst) == 0 tcp dport set flow of tcp-t1
+        th sport { 80 } tcp flags & (rst | ack) == ack ip daddr set flow of tcp-t4
+        th dport { 80 } tcp flags & (syn | rst) == 0 tcp dport set flow of tcp-t1
     """)
     assert handed(spec, "post") == lines_of("""
         ip protocol udp th sport { 53 } ip saddr set flow of udp-u34
-        th sport { 16000 } tcp flags & rst == 0 tcp sport set flow of tcp-t2
-        th dport { 80 } tcp flags & rst == 0 ip saddr set flow of tcp-t3
+        th sport { 16000 } tcp flags & (fin | rst | ack) == ack tcp sport set flow of tcp-t2
+        th dport { 80 } tcp flags & (fin | rst | ack) == ack ip saddr set flow of tcp-t3
     """)
     assert handed(SPEC, "pre") == handed(SPEC, "post") == []
 
@@ -191,13 +193,13 @@ def test_several_ports_are_not_looked_for_where_the_map_or_the_servers_address_t
 
     assert handed(spec, "pre") == lines_of("""
         ip protocol udp ip daddr set flow of udp-u12
-        ip saddr { 192.168.0.1 } tcp flags & (fin | rst) == 0 ip daddr set flow of tcp-t4
-        tcp flags & (fin | syn | rst) == 0 tcp dport set flow of tcp-t1
+        ip saddr { 192.168.0.1 } tcp flags & (rst | ack) == ack ip daddr set flow of tcp-t4
+        tcp flags & (syn | rst) == 0 tcp dport set flow of tcp-t1
     """)
     assert handed(spec, "post") == lines_of("""
         ip protocol udp ip saddr { 192.168.0.1 } ip saddr set flow of udp-u34
-        th sport { 16000, 17000 } tcp flags & rst == 0 tcp sport set flow of tcp-t2
-        ip daddr { 192.168.0.1 } tcp flags & rst == 0 ip saddr set flow of tcp-t3
+        th sport { 16000, 17000 } tcp flags & (fin | rst | ack) == ack tcp sport set flow of tcp-t2
+        ip daddr { 192.168.0.1 } tcp flags & (fin | rst | ack) == ack ip saddr set flow of tcp-t3
     """)
 
 
@@ -326,11 +328,16 @@ def test_fins_are_copied_where_copies_are_taken_and_visit_the_worker_where_not()
     rules = nft_rules(replace(spec, tells_ends=True))
 
     copied = [rule for lines in rules.values() for rule in lines if "log group" in rule]
-    assert len(copied) == 2
-    for rule, changes in zip(copied, ("tcp dport set", "ip daddr set"), strict=True):
+    assert len(copied) == 3
+    begins = copied.pop()
+    assert f"@{BEGINS} delete @{BEGINS} {{ {KEY} }} ip saddr set {KEY} map @tcp-t3 " in begins
+    assert f"tcp flags & (fin | syn | rst | ack) == syn {KEY} @{BEGINS}" in begins
+    assert f" log group {begun(spec.queue)} snaplen 28 counter name tcp-t3 accept" in begins
+    for rule, changes in zip(copied, ("tcp sport set", "ip saddr set"), strict=True):
         assert f"ip hdrlength 5 tcp flags & (fin | syn | rst) == fin {changes} {KEY} map @" in rule
     assert all(f" log group {ends(spec.queue)} snaplen 28 counter name" in rule for rule in copied)
     assert ends(ends(spec.queue)) == spec.queue != ends(spec.queue)
+    assert len({spec.queue, ends(spec.queue), begun(spec.queue)}) == 3
 
 
 # What iptables is told

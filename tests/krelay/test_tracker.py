@@ -6,37 +6,55 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krelay.tracker import Side, State, Tracker
+from krelay.tracker import Side, State, Through, Tracker
 from tests.tools.packets import flags_of
 
-SIDES = {"C": Side.CLIENT, "S": Side.SERVER, "D": Side.DAEMON}
+SIDES = {"C": Side.CLIENT, "S": Side.SERVER, "c": Side.TO_CLIENT, "s": Side.TO_SERVER}
 OPEN = "C[S] C[.] S[S.] "
 
-# Client C, server S, tcp-relay's own packets D (T2 and T3), in the order in which they pass.
+# Client C, server S, tcp-relay's own packets to them c and s, in the order in which they pass.
 TABLE = [
     ("", State.OPENING),
     ("C[S]", State.OPENING),
     ("C[S] C[S] C[S]", State.OPENING),
-    ("C[S] D[S.] C[.]", State.OPENING),
-    ("C[S] D[S.] C[.] D[S]", State.OPENING),
-    ("C[S] D[S.] C[.] D[S] S[S.]", State.ESTABLISHED),
-    ("C[S] D[S.] D[S] S[S.]", State.OPENING),
-    ("C[S] D[S.] D[S] S[S.] C[.]", State.ESTABLISHED),
+    ("C[S] c[S.] C[.]", State.OPENING),
+    ("C[S] c[S.] C[.] s[S]", State.OPENING),
+    ("C[S] c[S.] C[.] s[S] S[S.]", State.ESTABLISHED),
+    ("C[S] c[S.] s[S] S[S.]", State.OPENING),
+    ("C[S] c[S.] s[S] S[S.] C[.]", State.ESTABLISHED),
     ("C[S] C[P.] S[S.]", State.ESTABLISHED),
     ("C[S] C[.] S[S]", State.ESTABLISHED),  # a simultaneous open
-    (OPEN + "C[P.] S[P.] C[.] D[.]", State.ESTABLISHED),
-    (OPEN + "D[F.] D[F.]", State.ESTABLISHED),  # tcp-relay's are copies of theirs
+    (OPEN + "C[P.] S[P.] C[.] s[.]", State.ESTABLISHED),
+    (OPEN + "C[F.] S[F.] C[F.]", State.ESTABLISHED),  # may be forged: tcp-relay's host judges them
+    (OPEN + "C[R] S[R] C[R.]", State.ESTABLISHED),
+    ("C[S] C[R] S[R]", State.OPENING),
+    (OPEN + "C[F.] s[F.]", State.ESTABLISHED),  # half-closed, and may live for hours
+    (OPEN + "C[F.] s[F.] S[P.] S[P.]", State.ESTABLISHED),
+    (OPEN + "S[F.] c[F.] c[F.] C[.]", State.ESTABLISHED),
+    (OPEN + "C[F.] s[F.] S[F.] c[F.]", State.CLOSING),
+    (OPEN + "c[FP.] s[FP.]", State.CLOSING),
+    (OPEN + "c[F.] s[F.] C[.] S[.]", State.CLOSING),
+    (OPEN + "c[R]", State.CLOSING),
+    (OPEN + "s[R.]", State.CLOSING),
+    (OPEN + "c[R] s[P.] c[.] C[R]", State.CLOSING),  # none of these says that an end lives
+    (OPEN + "c[R] C[P.] S[P.]", State.ESTABLISHED),  # it was an answer to something forged
+    (OPEN + "c[F.] s[F.] c[R] S[.]", State.CLOSING),
+    ("C[S] C[.] c[R]", State.CLOSING),
+    ("C[S] C[F.] S[S.]", State.ESTABLISHED),
+]
+
+# What goes through this host: the ends' own packets alone.
+THROUGH = [
+    ("C[S] C[.]", State.OPENING),
+    (OPEN, State.ESTABLISHED),
     (OPEN + "C[F.]", State.ESTABLISHED),  # half-closed, and may live for hours
     (OPEN + "C[F.] S[P.] S[P.]", State.ESTABLISHED),
-    (OPEN + "S[F.]", State.ESTABLISHED),
     (OPEN + "S[F.] S[F.] C[.]", State.ESTABLISHED),
     (OPEN + "C[F.] S[F.]", State.CLOSING),
     (OPEN + "S[FP.] C[FP.]", State.CLOSING),
     (OPEN + "C[F.] S[F.] C[.] S[.]", State.CLOSING),
     (OPEN + "C[R]", State.CLOSING),
     (OPEN + "S[R.]", State.CLOSING),
-    (OPEN + "D[R]", State.CLOSING),
-    (OPEN + "C[R] D[P.] D[.]", State.CLOSING),  # tcp-relay's own say nothing about it
     (OPEN + "C[R] C[P.] S[P.]", State.ESTABLISHED),  # so the RST was forged (RFC 6146, TRANS)
     (OPEN + "C[R] S[P.]", State.ESTABLISHED),
     (OPEN + "C[F.] S[F.] C[R] S[.]", State.CLOSING),
@@ -48,8 +66,8 @@ TABLE = [
 ]
 
 
-def after(trace: str) -> Tracker:
-    tracker = Tracker()
+def after(trace: str, kind: type[Tracker] = Tracker) -> Tracker:
+    tracker = kind()
     for packet in trace.split():
         tracker.saw(SIDES[packet[0]], flags_of(packet))
     return tracker
@@ -58,6 +76,11 @@ def after(trace: str) -> Tracker:
 @pytest.mark.parametrize(("trace", "state"), TABLE)
 def test_the_state_that_follows_from_the_flags(trace: str, state: State) -> None:
     assert after(trace).state is state
+
+
+@pytest.mark.parametrize(("trace", "state"), THROUGH)
+def test_the_state_of_what_goes_through_follows_from_both_ends(trace: str, state: State) -> None:
+    assert after(trace, Through).state is state
 
 
 def test_closed_is_when_tcp_relay_says_so_whatever_was_seen() -> None:

@@ -16,7 +16,7 @@ from scapy.layers.inet import ICMP, IP, UDP
 from krelay.admission import Limits
 from krelay.flow import Flow, Proto, Source
 from krelay.nat import NatTable
-from krelay.row import Hook, Rewrite, Step, Timeouts, deltas
+from krelay.row import Hook, Rewrite, Step, Timeouts, deltas, key
 from krelay.wire import BadPacket, ipv4
 from krelay.worker import ANSWERS_AT_ONCE, TOLD_EACH, Verdict, Worker, asks, flow_of, readdressed
 from tests.tools.packets import (
@@ -629,18 +629,20 @@ def test_while_stopping_rows_live_on_and_nothing_new_begins() -> None:
 # Ports used again, and late packets
 
 
-def test_a_syn_on_a_closing_row_makes_a_new_row_beside_the_old_server_leg() -> None:
+def test_a_syn_on_a_closing_row_is_for_the_relays_host_to_judge() -> None:
+    """It has forgotten the former connection, so tcp-relay accepts another one: beside the old
+    server leg, which tcp-relay hasn't closed yet."""
     host = play(
         CONNECTED
         + """
     1     pre   C:40000 > K:80 [R]            => C:40000 > K:16000
-    2     pre   C:40000 > K:80 [S]            => C:other > K:16000
-    2     post  K:16000 > C:other [S.]        => K:80 > C:40000
-    2     open  C:other @16000 from K:45679   => S:80 client
+    2     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    2     post  K:16000 > C:40000 [S.]        => K:80 > C:40000
+    2     open  C:40000 @16000 from K:45679   => S:80 client
     2     post  K:45679 > S:80 [S]            => C:45679 > S:80
     2     pre   S:80 > C:45678 [F.]           => S:80 > K:45678   # the old server leg
     2     post  K:45678 > S:80 [R]            => C:45678 > S:80
-    200   pre   C:40000 > K:80 [.]            => C:other > K:16000
+    200   pre   C:40000 > K:80 [.]            => C:40000 > K:16000
     200   pre   S:80 > C:45679 [S.]           => S:80 > K:45679
     243   pre   S:80 > C:45678 [.]            => pass no_row      # it is gone now
     243   pre   S:80 > C:45679 [.]            => S:80 > K:45679
@@ -690,6 +692,239 @@ def test_a_syn_on_a_closed_row_of_a_service_that_is_gone_is_dropped() -> None:
     )
 
 
+# Ports that are free again, and who else may have them
+
+
+def test_who_connects_from_a_port_that_tcp_relay_has_left_is_himself() -> None:
+    """The row lingers; its late packets pass until the port is somebody's."""
+    host = play(
+        CONNECTED
+        + """
+    1     close K:45678
+    2     pre   S:80 > C:45678 [F.]           => S:80 > K:45678
+    2     post  K:45678 > S:80 [R]            => C:45678 > S:80
+    3     post  K:45678 > S:80 [S]            => pass own
+    3     pre   S:80 > K:45678 [S.]           => pass no_row      # to the host itself
+    3     post  K:45678 > S:80 [P.]           => pass no_row
+    3     pre   S:80 > C:45678 [S.]           => pass no_row
+    3     post  K:16000 > C:40000 [F.]        => K:80 > C:40000   # the client's leg lingers
+    """
+    )
+    assert host.nat.tables[Hook.POSTROUTING, Proto.TCP].keys() == {
+        key(at("K:16000"), at("C:40000"))
+    }
+
+
+def test_who_connects_from_the_port_of_a_row_that_krelay_takes_for_open_is_himself() -> None:
+    """tcp-relay has died, or its closing isn't known yet: the number tells."""
+    host = play(
+        CONNECTED
+        + """
+    1     post  K:45678 > S:80 [S!]           => pass own
+    1     post  K:45678 > S:80 [P.]           => pass no_row
+    12    pre   C:40000 > K:80 [.]            => pass no_row
+    """
+    )
+    assert len(host.nat) == 0
+
+
+def test_a_syn_that_is_repeated_is_tcp_relays() -> None:
+    play(
+        """
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     open  C:40000 @16000 from K:45678   => S:80 client
+    0     post  K:45678 > S:80 [S]            => C:45678 > S:80
+    1     post  K:45678 > S:80 [S]            => C:45678 > S:80
+    3     post  K:45678 > S:80 [S]            => C:45678 > S:80
+    3     pre   S:80 > C:45678 [S.]           => S:80 > K:45678
+    3     post  K:45678 > S:80 [S]            => C:45678 > S:80   # the answer came late
+    """
+    )
+
+
+def test_data_in_a_strangers_syn_is_his_own_as_well() -> None:
+    """TCP Fast Open (RFC 7413)."""
+    host = play(CONNECTED + "    1     close K:45678")
+    syn = template("K:45678 > S:80 [S]", payload=b"GET /", tcp_options=bytes((34, 2, 1, 1)))
+
+    assert host.worker.handle(syn.build(), Hook.POSTROUTING, 2) is Verdict.PASS
+    assert host.run(2, "post", "K:45678 > S:80 [.]") == "pass no_row"
+
+
+def test_with_source_relay_a_strangers_packets_are_not_the_rows_either() -> None:
+    host = play(
+        """
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     open  C:40000 @16000 from K:45678   => S:80 relay
+    0     post  K:45678 > S:80 [S]            => K:45678 > S:80
+    0     pre   S:80 > K:45678 [S.]           => S:80 > K:45678
+    1     close K:45678
+    2     post  K:45678 > S:80 [S]            => pass own
+    2     pre   S:80 > K:45678 [S.]           => pass no_row
+    """,
+        on=RELAY,
+    )
+    assert host.steps == {"T1": 1, "T3": 1, "T4": 1}
+
+
+def test_after_tcp_relays_death_nobody_connects_in_its_clients_names() -> None:
+    host = play(
+        CONNECTED
+        + """
+    0     pre   D:50000 > K:80 [S]            => D:50000 > K:16000
+    0     open  D:50000 @16000 from K:45679   => S:80 client      # and dies before it connects
+    """
+    )
+    for who in list(host.relays._owner.values()):
+        host.relays.lost(who, 1)
+
+    assert host.run(1, "post", "K:45678 > S:80 [R]") == "C:45678 > S:80"
+    assert host.run(1, "post", "K:16000 > C:40000 [R]") == "K:80 > C:40000"
+    assert host.run(2, "pre", "S:80 > D:45679 [S]") == "pass no_row"
+    assert host.run(2, "post", "K:45678 > S:80 [S]") == "pass own"
+    assert host.run(2, "post", "K:45679 > S:80 [S]") == "pass own"
+
+
+def test_a_resumed_connection_has_no_syn_of_its_own() -> None:
+    play(
+        """
+    0     resume C:40000 @16000 from K:45678 to S:80 => resumed
+    1     post  K:45678 > S:80 [.]            => C:45678 > S:80
+    1     pre   S:80 > C:45678 [.]            => S:80 > K:45678
+    2     post  K:45678 > S:80 [S]            => pass own
+    2     post  K:45678 > S:80 [.]            => pass no_row
+    """
+    )
+
+
+def test_a_server_that_connects_to_a_free_port_meets_nobody_on_the_relay() -> None:
+    play(
+        CONNECTED
+        + """
+    1     pre   S:80 > C:45678 [S]            => S:80 > K:45678   # tcp-relay's host judges it
+    2     close K:45678
+    3     pre   S:80 > C:45678 [S]            => pass no_row      # the client's, if anybody's
+    3     pre   S:80 > C:45678 [S.]           => pass no_row
+    """
+    )
+
+
+def test_nobody_connects_from_the_gateway_port_in_a_services_name() -> None:
+    play(
+        CONNECTED
+        + """
+    1     post  K:16000 > C:40000 [S]         => drop no_row
+    1     post  K:16000 > C:40000 [.]         => K:80 > C:40000
+    2     close K:45678
+    3     post  K:16000 > C:40000 [S]         => drop no_row
+    3     post  K:16000 > C:40000 [F.]        => K:80 > C:40000
+    """
+    )
+
+
+@pytest.mark.parametrize("source", list(Source))
+def test_the_hosts_own_datagrams_are_no_flows_whatever_port_they_have(source: Source) -> None:
+    """Nobody holds the relay port of a flow: it is no socket's, and may be anybody's."""
+    host = play(
+        """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     post  K:4000 > S:53                 => SELF
+    """.replace("SELF", "pass own" if source is Source.CLIENT else "K:p > S:53"),
+        on=policy(source=source),
+    )
+    if source is Source.RELAY:
+        own = list(host.nat)[1].rewrites[Step.D1].src.port
+        assert host.run(0, "pre", "S:53 > K:4000") == "S:53 > C:4000"
+        assert host.run(0, "pre", f"S:53 > K:{own}") == "S:53 > K:4000"
+
+
+# What flags alone decide nothing about
+
+
+@pytest.mark.parametrize("forged", ["F.", "R", "R.", "FR.", "SF", "S.", "P.", "", "FSRPU."])
+def test_forged_packets_of_both_ends_take_no_connection_from_its_client(forged: str) -> None:
+    host = play(CONNECTED)
+    [row] = host.nat
+    flags = f"[{forged}!]"
+    for _ in range(2):
+        assert host.run(1, "pre", f"C:40000 > K:80 {flags}") == "C:40000 > K:16000"
+        assert host.run(1, "pre", f"S:80 > C:45678 {flags}") == "S:80 > K:45678"
+    assert host.run(2, "pre", "C:40000 > K:80 [S!]") == "C:40000 > K:16000"
+    assert host.run(2, "post", "K:16000 > C:40000 [.]") == "K:80 > C:40000"  # which that host says
+
+    assert (list(host.nat), row.state) == ([row], "established")
+    host.nat.expire(7440)
+    assert list(host.nat) == [row]
+
+
+def test_a_forged_syn_while_a_connection_closes_leaves_its_last_bytes_their_way() -> None:
+    """They may be lost and sent again, by a host that only listens to right numbers."""
+    host = play(
+        CONNECTED
+        + """
+    1     post  K:45678 > S:80 [F.]           => C:45678 > S:80
+    1     post  K:16000 > C:40000 [F.]        => K:80 > C:40000
+    1     pre   C:40000 > K:80 [S!]           => C:40000 > K:16000
+    1     post  K:16000 > C:40000 [FP.]       => K:80 > C:40000
+    1     pre   C:40000 > K:80 [.]            => C:40000 > K:16000
+    2     close K:45678
+    3     pre   C:40000 > K:80 [S!]           => C:40000 > K:16000
+    3     post  K:16000 > C:40000 [FP.]       => K:80 > C:40000
+    3     pre   C:40000 > K:80 [.]            => C:40000 > K:16000
+    3     post  K:45678 > S:80 [FP.]          => C:45678 > S:80
+    3     pre   S:80 > C:45678 [.]            => S:80 > K:45678
+    """
+    )
+    assert [row.inside for row in host.nat] == [at("C:40000")] * 2
+
+
+def test_forged_packets_amid_a_handshake_change_nothing_of_it() -> None:
+    host = play(
+        """
+    0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    0     post  K:16000 > C:40000 [S.]        => K:80 > C:40000
+    0     pre   C:40000 > K:80 [.!]           => C:40000 > K:16000
+    0     post  K:16000 > C:40000 [R]         => K:80 > C:40000   # that was none of its numbers
+    0     pre   C:40000 > K:80 [S!]           => C:40000 > K:16000
+    0     pre   C:40000 > K:80 [R!]           => C:40000 > K:16000
+    0     pre   C:40000 > K:80 [.]            => C:40000 > K:16000
+    0     open  C:40000 @16000 from K:45678   => S:80 client
+    """
+    )
+    assert [row.inside for row in host.nat] == [at("C:40000")]
+
+
+def test_a_connection_on_another_that_tcp_relay_has_not_closed_has_a_row_of_its_own() -> None:
+    host = play(
+        CONNECTED
+        + """
+    1     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    1     close K:45678
+    2     open  C:40000 @16000 from K:45679   => S:80 client      # accepted before that
+    2     post  K:45679 > S:80 [S]            => C:45679 > S:80
+    2     post  K:45678 > S:80 [.]            => C:45678 > S:80
+    """
+    )
+    assert [(row.relay, row.state) for row in host.nat] == [
+        (at("K:45678"), "closed"),
+        (at("K:45679"), "opening"),
+    ]
+
+
+def test_a_syn_on_an_open_row_of_a_service_that_is_gone_is_dropped() -> None:
+    play(
+        CONNECTED
+        + """
+    1     set   tcp=443
+    2     pre   C:40000 > K:80 [S]            => drop not_relaying
+    2     pre   C:40000 > K:80 [.]            => C:40000 > K:16000
+    """
+    )
+
+
+# Late packets
+
+
 def test_a_closed_row_still_serves_the_last_packets_and_then_goes() -> None:
     play(
         CONNECTED
@@ -728,8 +963,9 @@ def test_packets_keep_a_row_alive_and_resets_do_not() -> None:
         + """
     7000  pre   S:80 > C:45678 [.]            => S:80 > K:45678
     14000 pre   C:40000 > K:80 [.]            => C:40000 > K:16000
-    14000 pre   S:80 > C:45678 [R]            => S:80 > K:45678
+    14000 post  K:45678 > S:80 [R]            => C:45678 > S:80
     14200 pre   S:80 > C:45678 [R]            => S:80 > K:45678
+    14200 post  K:45678 > S:80 [R]            => C:45678 > S:80
     14242 pre   S:80 > C:45678 [R]            => pass no_row
     """
     )
@@ -739,7 +975,7 @@ def test_a_row_that_is_closing_goes_by_its_new_timeout_at_once() -> None:
     host = play(CONNECTED)
     host.nat.set_timeouts(Timeouts(tcp_transitory=2))
     host.nat.expire(1)
-    assert host.run(1, "pre", "S:80 > C:45678 [R]") == "S:80 > K:45678"
+    assert host.run(1, "post", "K:45678 > S:80 [R]") == "C:45678 > S:80"
 
     assert host.run(4, "pre", "S:80 > C:45678 [R]") == "pass no_row"
 
@@ -924,13 +1160,14 @@ def test_who_is_refused_hears_nothing_where_that_is_wanted() -> None:
     )
 
 
-def test_a_syn_on_a_closing_row_may_be_refused_too() -> None:
+def test_another_connection_on_a_row_may_be_refused_too() -> None:
     play(
         CONNECTED
         + """
     1     pre   C:40000 > K:80 [R]            => C:40000 > K:16000
     2     set   flows=1
-    2     pre   C:40000 > K:80 [S]            => drop table_full + K:80 > C:40000 [R.]
+    2     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
+    2     open  C:40000 @16000 from K:45679   => refused: table_full
     """
     )
 
@@ -1087,7 +1324,7 @@ def test_all_answers_have_one_pace() -> None:
 
 
 def test_a_forged_reset_does_not_shorten_the_life_of_a_connection() -> None:
-    """RFC 6146, section 3.5.2.2: a packet after the RST shows that it was none."""
+    """Whether it was one, the relay's host judges by its number."""
     play(
         CONNECTED
         + """
@@ -1103,8 +1340,8 @@ def test_a_reset_leaves_a_row_its_four_minutes_however_long_it_was_idle() -> Non
     play(
         CONNECTED
         + """
-    7000  pre   S:80 > C:45678 [R]            => S:80 > K:45678
-    7100  pre   S:80 > C:45678 [R]            => S:80 > K:45678   # and this one adds nothing
+    7000  post  K:45678 > S:80 [R]            => C:45678 > S:80
+    7100  post  K:45678 > S:80 [R]            => C:45678 > S:80   # and this one adds nothing
     7238  post  K:45678 > S:80 [R]            => C:45678 > S:80
     7242  pre   S:80 > C:45678 [R]            => pass no_row
     """
@@ -1374,7 +1611,7 @@ def test_what_the_fast_path_does_not_rewrite_is_told_too() -> None:
     host = Host(policy())
     told: list[tuple[Verdict, str]] = []
     host.run(0, "pre", "C:40000 > K:80 [S]")
-    host.run(0, "pre", "C:40000 > K:80 [R]")
+    host.run(0, "post", "K:16000 > C:40000 [R]")
     reset = refused_directly(host.worker, "C:40000")
     host.worker.on_untouched = lambda _packet, _hook, verdict, reason: told.append(
         (verdict, reason)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.net.routed import send, watching
-from tests.net.world import World
+from tests.net.world import World, echo, greet
 from tests.tools.packets import template
 
 pytestmark = pytest.mark.net
@@ -69,8 +69,8 @@ def test_the_server_is_its_own_client_from_any_other_port(forged: World) -> None
 def test_forged_packets_are_answered_by_no_more_errors_than_the_kernel_would(
     world: World, what: dict[str, object]
 ) -> None:
-    world.serve("server", "udp/7")
-    world.begin(services="udp/7")
+    world.serve("server", "tcp/80", "udp/7")
+    world.begin(services="tcp/80 udp/7")
     unfiltered(world)
     client, wire = world.client, "eth1"
     world.run("relay", "ip", "route", "add", "198.51.0.0/16", "via", client)
@@ -95,3 +95,40 @@ def test_forged_packets_are_answered_by_no_more_errors_than_the_kernel_would(
     assert 0 < errors <= 50 + 1000 * (took + 1)
     assert errors < 3000 or took > 2
     assert dropped(world, "not_forwarded") == 3000
+
+
+# Blind packets amid a connection
+
+
+def forge(world: World, text: str) -> None:
+    """Sends a packet with numbers of no connection, from the clients' side."""
+    send(world, "client", template(text, payload=b"").build())
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.3])
+@pytest.mark.parametrize("flags", ["F.!", "R!", "R.!", "S.!", ".!"])
+@pytest.mark.parametrize("port", [80])
+def test_a_connection_outlives_forged_packets_of_both_ends(
+    forged: World, port: int, flags: str, gap: float
+) -> None:
+    sock = forged.connect("client", port)
+    greet(sock)
+    x = sock.getsockname()[1]
+    (row,) = forged.rows(f"client={forged.client}:{x}")
+    y = row["relay"].partition(":")[2] if row.get("relay") else x
+    client, relay, server = forged.client, forged.relay, forged.server
+    for text in (
+        f"{client}:{x} > {relay}:{port} [{flags}]",
+        f"{server}:{port} > {client}:{y} [{flags}]",
+        f"{client}:{x} > {relay}:{port} [S!]",
+    ):
+        forge(forged, text)
+        time.sleep(gap)
+    time.sleep(0.05)
+
+    echo(sock, b"two")
+    forged.until(
+        lambda: [each["state"] for each in forged.rows(f"client={client}:{x}")] == ["established"],
+        "one connection",
+    )
+    sock.close()

@@ -11,6 +11,7 @@ port that the relay chooses is a word; the first line that names it binds it.
 """
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -460,19 +461,19 @@ def test_5382_req_7_connections_never_share_a_port_towards_the_server(talk: Talk
         }
 
 
-def test_7857_2_2_a_reset_is_passed_on_and_leaves_the_row_its_four_minutes(talk: Talk) -> None:
-    """A forged one, that is: what it is about goes on, and the row with it."""
+def test_7857_2_2_a_forged_reset_is_passed_on_and_leaves_the_row_its_time(talk: Talk) -> None:
+    """The relay's host judges it by its number: what it is about goes on, and the row with it."""
     with Connection(talk, 40007).open() as it:
         talk.world.until(lambda: it.row["idle"] >= 0.3, "some idleness")
         it.says("server", "R", seq=it.seq["server"] + 10**9, ack=0)
-        talk.world.until(lambda: it.row["state"] == "closing", "the RST")
-        assert 239 < it.row["expires"] <= 240
+        time.sleep(0.3)
+        assert it.row["state"] == "established"
         assert it.row["idle"] >= 0.3, "a RST refreshes nothing"
         it.says("server", "P.", b"still here")
         assert bytes(it.hears("client", "PA")[Raw]) == b"still here"
         talk.world.soon(
             lambda: (it.row["state"], it.row["expires"] > 7439) == ("established", True),
-            "the reset known as forged",
+            "nothing but the time that went by",
         )
 
 

@@ -10,7 +10,7 @@ without: joined as krelay's shell joins them.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,7 +20,7 @@ from random import Random
 
 from krelay import ruleset
 from krelay.admission import Limits
-from krelay.fastpath import Changes, FastPath
+from krelay.fastpath import Changes, FastPath, begins
 from krelay.flow import Endpoint, Flow, Proto, Source
 from krelay.logmsg import HEAD
 from krelay.nat import NatTable
@@ -37,14 +37,17 @@ _MATCH = re.compile(
     r"|ip hdrlength (?P<words>\d)"
     r"|tcp flags & (?P<flags>\([^)]*\)|\w+) == (?P<set>0|\w+)"
     r"|(?P<layer>ip|th|tcp|udp) (?P<field>[sd](?:addr|port))(?: & (?P<mask>[\d.]+))?"
-    r" (?P<relation>==|!=)? ?(?P<values>\{[^}]*\}|[\d.-]+)) "
+    r" (?P<relation>==|!=)? ?(?P<values>\{[^}]*\}|\d[\d.-]*)) "
 )
 _LOOK_UP = re.compile(
+    r"(?P<once>ip saddr . th sport . ip daddr . th dport @(?P<set>[\w-]+) "
+    r"delete @(?P=set) \{ ip saddr . th sport . ip daddr . th dport \} )?"
     r"(?P<layer>ip|tcp|udp) (?P<field>[sd]addr|[sd]port) set "
     r"ip saddr \. (?P<ports>th|tcp|udp) sport \. ip daddr \. (?P=ports) dport "
-    r"map @(?P<map>[\w-]+) (?P<log>log group \d+ snaplen 28 )?counter name (?P=map) accept"
+    r"map @(?P<map>[\w-]+) (?:log group (?P<group>\d+) snaplen 28 )?counter name (?P=map) accept"
 )
 _VERDICT = re.compile(r"goto (?P<chain>(?:pre|post)-(?:tcp|udp))|accept")
+QUEUE = 1600
 _FLAGS = {"fin": FIN, "syn": SYN, "rst": RST, "ack": ACK}
 
 Fields = dict[str, int]
@@ -74,7 +77,10 @@ class FastRule:
     guards: tuple[Guard, ...]
     map: str = ""
     field: str = ""
-    log: bool = False
+    log: int = 0
+    """The group of the copies."""
+    once: str = ""
+    """The set in which the packet must stand, and does no more."""
     chain: str = ""
 
 
@@ -85,8 +91,9 @@ class FakeKernel:
         self.room = 0
         self.maps: dict[str, dict[tuple[int, ...], Element]] = {}
         self.counters: Counter[str] = Counter()
-        self.copies: list[tuple[int, bytes]] = []
-        """Heads of packets, and their hooks, that nobody has taken yet."""
+        self.copies: dict[int, list[tuple[int, bytes]]] = defaultdict(list)
+        """Heads of packets, and their hooks, that nobody has taken yet, by group."""
+        self.sets: dict[str, set[tuple[int, ...]]] = defaultdict(set)
         self.rules: dict[str, list[FastRule]] = {}
         """By chain."""
 
@@ -126,7 +133,12 @@ class FakeKernel:
                     break
                 if not rule.map:
                     return packet
-                element = self.maps[rule.map].get(tuple(seen.values())[:4])
+                key = tuple(seen.values())[:4]
+                if rule.once:
+                    if key not in self.sets[rule.once]:
+                        continue
+                    self.sets[rule.once].remove(key)
+                element = self.maps[rule.map].get(key)
                 if element is None:
                     continue
                 element.packets += 1
@@ -138,7 +150,7 @@ class FakeKernel:
                 )
                 became = replace(packet, flow=Flow(proto, *ends))
                 if rule.log:
-                    self.copies.append((hook, became.build()[:HEAD]))
+                    self.copies[rule.log].append((hook, became.build()[:HEAD]))
                 return became
         return None
 
@@ -160,6 +172,8 @@ class FakeKernel:
             if len(elements) >= self.room:
                 raise Refused("the map is full")
             elements[_key(rewrite.old)] = Element(_value(rewrite))
+            if begins(rewrite):
+                self.sets[ruleset.BEGINS].add(_key(rewrite.old))
         return final
 
     def read(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
@@ -227,7 +241,10 @@ def _rule(line: str) -> FastRule | None:
         proto = next(name for name in ("tcp", "udp") if look_up["map"].startswith(f"{name}-"))
         assert look_up["layer"] == ("ip" if look_up["field"].endswith("addr") else proto), line
         assert look_up["ports"] in ("th", proto), line
-        return FastRule(tuple(guards), look_up["map"], look_up["field"], bool(look_up["log"]))
+        group = int(look_up["group"] or 0)
+        return FastRule(
+            tuple(guards), look_up["map"], look_up["field"], group, look_up["set"] or ""
+        )
     assert "map @" not in line, line
     if verdict := _VERDICT.fullmatch(rest):
         return FastRule(tuple(guards), chain=verdict["chain"] or "")
@@ -311,7 +328,7 @@ class Datapath:
         self._needs_more = False
         spec = ruleset.wanted(
             name="krelay",
-            queue=1600,
+            queue=QUEUE,
             tcp=((port, port) for port in policy.tcp - policy.forwarded),
             udp=((port, port) for port in policy.udp),
             forwarded=((port, port) for port in policy.forwarded),
@@ -346,8 +363,9 @@ class Datapath:
 
     def hear(self) -> None:
         """Takes note of the copies that the kernel has made."""
-        copies, self.kernel.copies = self.kernel.copies, []
-        self.nat.ended(copies, self.now)
+        copies = self.kernel.copies
+        self.nat.begun(copies.pop(ruleset.begun(QUEUE), []))
+        self.nat.ended(copies.pop(ruleset.ends(QUEUE), []))
         self.turn()
 
     def turn(self, most: int = 512) -> None:

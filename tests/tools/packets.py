@@ -27,7 +27,7 @@ HOSTS = {
 }
 NAMES = {host: name for name, host in HOSTS.items()}
 
-LETTERS = {"F": 0x01, "S": 0x02, "R": 0x04, "P": 0x08, ".": 0x10, "U": 0x20}
+LETTERS = {"F": 0x01, "S": 0x02, "R": 0x04, "P": 0x08, ".": 0x10, "U": 0x20, "!": 0}
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 
 
@@ -167,11 +167,20 @@ class Template:
 
 
 def template(text: str, **parts: object) -> Template:
-    """A packet of a trace: `C:40000 > K:80 [S]`, with the payload that suits its flags."""
+    """A packet of a trace: `C:40000 > K:80 [S]`, with the payload that suits its flags.
+
+    And with numbers that suit a connection, of both ends alike: each begins with 1000, and all that
+    it ever says ends before 1001, a FIN too, so that a packet may come at any time.  `[F.!]` has
+    numbers of no connection.
+    """
     there = flow(text)
     flags = flags_of(text)
     payload = b"some bytes" if flags & PSH or there.proto is Proto.UDP else b""
-    return Template(there, **{"payload": payload, "flags": flags} | parts)  # type: ignore[arg-type]
+    following = 0x50000001 if "!" in text else 1001
+    size = 1 if flags & SYN else len(payload) + bool(flags & FIN)
+    ack = (0x60000002 if "!" in text else 1001) if flags & ACK else 0
+    usual = {"payload": payload, "flags": flags, "seq": following - size, "ack": ack}
+    return Template(there, **usual | parts)  # type: ignore[arg-type]
 
 
 def with_zero_check(packet: Template, on: Flow) -> Template:
