@@ -16,6 +16,7 @@ import errno
 import os
 import select
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -200,8 +201,9 @@ class TreeKeeper:
             if lock is None:
                 raise OSError(errno.EBUSY, f"another process serves {self._root}")
             if lock != self._lock:
-                os.close(self._lock)
-                self._lock = lock
+                before, self._lock = self._lock, lock
+                with suppress(OSError):
+                    os.close(before)
             found = self._tree.read_all()
         except OSError as error:
             self._trouble("", _why(error))
@@ -248,7 +250,12 @@ class TreeKeeper:
     def _watch(self) -> None:
         """Has changes told, if the kernel can; else the tree is looked at every second."""
         try:
-            self._watcher = TreeWatcher(self._root)
+            watcher = TreeWatcher(self._root)
+            try:
+                self._loop.add(watcher.fileno(), select.EPOLLIN, self._changed)
+            except BaseException:
+                watcher.close()
+                raise
         except OSError as error:
             if error.errno not in _NO_WATCH:
                 raise
@@ -258,7 +265,7 @@ class TreeKeeper:
                 "raise fs.inotify.max_user_instances and max_user_watches",
             )
             return
-        self._loop.add(self._watcher.fileno(), select.EPOLLIN, self._changed)
+        self._watcher = watcher
         self._troubles.pop("", None)
 
     def _unwatch(self) -> None:

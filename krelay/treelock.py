@@ -32,17 +32,17 @@ def take(root: Path) -> int | None:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            linked = os.fstat(fd).st_nlink > 1  # a file of other use: let go, not kept locked
+            if holds(root, fd) and not linked:
+                return fd
+            if linked:
+                _remove(path)
         except BlockingIOError:
             os.close(fd)
             return None
         except BaseException:
             os.close(fd)
             raise
-        linked = os.fstat(fd).st_nlink > 1  # a file of other use: let go, not kept locked
-        if holds(root, fd) and not linked:
-            return fd
-        if linked:
-            _remove(path)
         os.close(fd)
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
 

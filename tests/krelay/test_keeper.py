@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from procfs_sim.ondisk import FileTree, TreeWatcher
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import SETTINGS, in_force
 from tests.tcp_relay.helpers import run_until
-from tests.tools.nobody import NOBODY, Nobody, needs_root, open_directory
+from tests.tools.nobody import NOBODY, Nobody, Somebody, needs_root, open_directory
 
 ERRORS = ("EMFILE", "ENFILE", "ENOSPC", "EROFS", "EIO", "ENOMEM", "EPERM", "EDQUOT")
 
@@ -35,7 +37,11 @@ class Rig:
         self.loop = Loop()
         self.state = TreeState()
         self.changed: list[str] = []
-        self.keeper = TreeKeeper(self.loop, root, self.state, self._judged, self._texts)
+        try:
+            self.keeper = TreeKeeper(self.loop, root, self.state, self._judged, self._texts)
+        except BaseException:
+            self.loop.close()
+            raise
         self._judged(self.keeper.begin())
         self.connections: list[socket.socket] = []
         self.listener = UnixListener(
@@ -524,6 +530,45 @@ def test_without_a_watch_the_tree_is_looked_at(
 # Taking it at the start
 
 
+def test_a_watch_that_cannot_be_waited_for_is_tried_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    def add(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.loop, "add", add)
+        replaced(rig)
+        rig.turn()
+        assert rig.keeper.state == "Input/output error"
+        rig.tick()
+    rig.tick()
+
+    assert rig.is_shown
+    assert rig.keeper.state == OK
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_lock_that_cannot_be_looked_at_is_not_kept(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = treelock.holds
+
+    def fails(root: Path, fd: int) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    replaced(rig)
+    monkeypatch.setattr(treelock, "holds", fails)
+    rig.turn()
+    monkeypatch.setattr(treelock, "holds", real)
+    rig.tick()
+
+    assert rig.is_shown
+    assert rig.keeper.state == OK
+
+
 def test_a_tree_is_kept_by_one_alone(rig: Rig) -> None:
     with pytest.raises(CannotKeep, match=f"another krelay serves {rig.root}; stop it"):
         Rig(rig.root)
@@ -554,3 +599,25 @@ def test_no_descriptor_is_left_by_losing_and_taking(rig: Rig) -> None:
 
     assert rig.is_shown
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_lease_of_another_is_not_waited_for(rig: Rig) -> None:
+    """A file server may have one (fcntl(2)); who opens the file then waits for 45 seconds."""
+    rig.write("gport", "abc\n")
+
+    def lease() -> None:
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        fcntl.fcntl(os.open(rig.root / "gport", os.O_RDWR), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
+    with Somebody(lease) as somebody:
+        assert somebody.said == "None"
+        began = time.monotonic()
+        rig.turn()
+        rig.tick()
+        assert time.monotonic() - began < 1
+    rig.turn()
+    rig.tick()
+    rig.tick()
+
+    assert list(rig.state.errors) == ["gport"]
+    assert rig.is_shown

@@ -111,6 +111,12 @@ def rules_are_taken_out(world: World, turn: int) -> None:
     time.sleep(0.3)
 
 
+def the_tree_is_replaced(world: World, turn: int) -> None:
+    world.root.rename(world.lab.directory / f"away-{time.monotonic_ns()}")
+    world.root.mkdir(exist_ok=True)
+    time.sleep(0.3)
+
+
 def a_second_passes(world: World, turn: int) -> None:
     time.sleep(1.2)
 
@@ -125,6 +131,7 @@ HAPPENINGS: list[Happens] = [
     a_tcp_relay_comes,
     relaying_ends_and_begins,
     rules_are_taken_out,
+    the_tree_is_replaced,
     a_second_passes,
 ]
 
@@ -144,8 +151,8 @@ def is_well(world: World, turn: int) -> bool:
     """Whether new clients are served, and a new setting is in force."""
     assert world.krelay_process.poll() is None, world.krelay_process.output[-4000:]
     text = str(151 + turn % 99)
-    (world.root / "timeouts" / "udp_dns").write_text(text + "\n")
     try:
+        (world.root / "timeouts" / "udp_dns").write_text(text + "\n")
         with world.open("client") as sock:
             sock.settimeout(2)
             sock.connect((world.relay, 80))

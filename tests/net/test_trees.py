@@ -209,7 +209,13 @@ def test_another_folder_in_its_place_ends_no_connection(world: World, control: s
         shutil.rmtree(world.root / "control.sock")
     world.until(lambda: world.answers(world.root), "an answer", 5)
     world.until(lambda: world.values("status")["tree"] == "ok", "the tree in order", 5)
-    world.put(timeouts__udp=77)
+    world.put(timeouts__udp=77, gport=GPORT + 1)
+    world.until(
+        lambda: f"listening gport={GPORT + 1}" in world.tcp_relay_process.output,
+        "tcp-relay at the new port",
+        5,
+    )
+    relays(world)
     echo(connection, b"still")
     assert "Traceback" not in world.krelay_process.output
 

@@ -24,8 +24,8 @@ NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="another user can be made by root alone")
 
 
-class Nobody:
-    """Does something as user nobody, and stays until the end of the block."""
+class Somebody:
+    """Another process, of our own user: does something, and stays until the end of the block."""
 
     def __init__(self, act: Callable[[], object]) -> None:
         self._act = act
@@ -40,9 +40,7 @@ class Nobody:
             try:
                 os.close(self._leave)
                 os.close(hearing)
-                os.setgroups([])
-                os.setresgid(NOBODY, NOBODY, NOBODY)
-                os.setresuid(NOBODY, NOBODY, NOBODY)
+                self._change_user()
                 try:
                     said = repr(self._act())
                 except Exception as error:
@@ -59,6 +57,9 @@ class Nobody:
         os.close(hearing)
         return self
 
+    def _change_user(self) -> None:
+        """Becomes who is meant, in the process that is."""
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -67,6 +68,15 @@ class Nobody:
     ) -> None:
         os.close(self._leave)
         os.waitpid(self._pid, 0)
+
+
+class Nobody(Somebody):
+    """The same as user nobody."""
+
+    def _change_user(self) -> None:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def as_nobody(act: Callable[[], object]) -> str:
