@@ -66,9 +66,9 @@ GONE_KEPT = 256
 Send = Callable[[Answer], object]
 """Sends to one tcp-relay; also its identity."""
 
-Carrier = Callable[[Endpoint, Endpoint], int | None]
-"""The uid of who has this host's connection between the two, the own end first; None: nobody.
-Raises OSError if that can't be known."""
+Carrier = Callable[[Endpoint, Endpoint, bool], int | None]
+"""The uid of who has this host's connection between the two, the own end first, perhaps one that
+isn't answered yet; None: nobody.  Raises OSError if that can't be known."""
 
 
 @dataclass(slots=True)
@@ -201,7 +201,8 @@ class Relays:
             return Refused(request.id, "no row for this client")
         if link is None or request.gport not in link.gports:
             return Refused(request.id, "the listening socket was not handed over")
-        if self._owner.get(row.id, send) is not send:
+        is_anothers = self._owner.get(row.id, send) is not send
+        if is_anothers or (row.orphaned and not self._may_have(row, send)):
             return Refused(request.id, "another tcp-relay has this client")
         if row.called_again:
             # It has had its server: this is another connection between the same ports, whose SYN
@@ -292,10 +293,15 @@ class Relays:
             return "another row has this client"
         link = self._links.get(send)
         try:
-            uid = self._carrier(Endpoint(service.addr, gport), client)
+            whose = {
+                self._carrier(Endpoint(service.addr, gport), client, False),
+                self._carrier(request.relay, server, True),
+            }
         except OSError:
             return "the kernel doesn't tell whose connection it is"
-        return None if link is not None and uid == link.uid else "there is no such connection"
+        if link is None or whose != {link.uid}:
+            return "this user has no such connection"
+        return None
 
     def _close(self, relay: Endpoint, send: Send, now: float) -> Answer | None:
         row = self._nat.of_relay_port(relay)

@@ -38,14 +38,17 @@ class SocketDiag:
                     return None  # an IPv4 kernel tells of no IPv6 sockets, and has none
         return found
 
-    def carrier(self, local: Endpoint, remote: Endpoint) -> int | None:
+    def carrier(self, local: Endpoint, remote: Endpoint, may_open: bool = False) -> int | None:
         """The uid of who has this connection, accepted or made; None if nobody has.
+
+        With `may_open` also one that was begun here and isn't answered yet.
 
         Raises OSError if the kernel doesn't tell.
         """
         try:
             for each in self._ask(sockdiag.connection_between(local, remote), is_list=False):
-                return each.uid if each.state in sockdiag.CARRYING else None
+                opens = may_open and each.state == sockdiag.SYN_SENT
+                return each.uid if opens or each.state in sockdiag.CARRYING else None
         except FileNotFoundError:
             if self.listeners(local.port) is None:
                 raise  # not the connection is unknown, but the question

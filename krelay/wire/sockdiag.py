@@ -24,8 +24,8 @@ FAMILY = 4
 BY_FAMILY = 20
 """SOCK_DIAG_BY_FAMILY."""
 IPV4, IPV6 = 2, 10
-LISTEN = 10
-"""TCP_LISTEN (net/tcp_states.h)."""
+SYN_SENT, LISTEN = 2, 10
+"""TCP_SYN_SENT, TCP_LISTEN (net/tcp_states.h)."""
 CARRYING = frozenset({1, 4, 5, 8, 9, 11})
 """States of a connection that was accepted and that its program still has: ESTABLISHED, FIN_WAIT1,
 FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING; in TIME_WAIT and SYN_RECV no program has it."""

@@ -10,7 +10,7 @@ from krelay.admission import Limits
 from krelay.flow import Endpoint, Source
 from krelay.inforce import InForce
 from krelay.nat import NatTable
-from krelay.relay import GONE_KEPT, ORPHAN_GRACE, Relays
+from krelay.relay import ABORT_WITHIN, GONE_KEPT, GPORTS_KEPT, ORPHAN_GRACE, Relays
 from krelay.relaymsg import (
     COUNTERS,
     GAUGES,
@@ -53,10 +53,10 @@ class World:
     def __init__(self, limits: Limits | None = None) -> None:
         self.nat = NatTable(limits, rng=Random(1))
         self.policy: Policy | None = policy()
-        self.carriers: dict[tuple[Endpoint, Endpoint], int] = {}
-        """Whose connections the kernel knows."""
+        self.carriers: dict[tuple[Endpoint, Endpoint], int | None] = {}
+        """Who has which connections, as the kernel knows it: USER, unless it stands here."""
         self.relays = Relays(
-            self.nat, lambda: self.policy, lambda *ends: self.carriers.get(ends, USER)
+            self.nat, lambda: self.policy, lambda one, two, _: self.carriers.get((one, two), USER)
         )
         self.relays.resumable_until = math.inf
         self.relays.remember(InForce(16000, S.addr, Source.CLIENT, frozenset({80, 443})))
@@ -276,6 +276,205 @@ def test_a_refused_resume_takes_nothing_from_the_row_that_lives(world: World) ->
     assert isinstance(answer, Refused)
     assert world.nat.accepted(C, 16000) is row
     assert all(table[at_].row is row for table, at_ in found)
+
+
+# what is bounded
+
+
+STRANGER = 65534
+
+
+def test_a_client_whose_handshake_was_not_seen_is_nobodys(world: World) -> None:
+    """Its address may be forged."""
+    row = world.client()
+    row.tracker.client_acked = False
+
+    assert world.relays.handle(OPEN, world.one, 0) == Refused(1, "no row for this client")
+    assert not row.accepted
+
+
+def test_a_handshake_that_the_kernel_rewrote_is_heard_of_when_it_matters(world: World) -> None:
+    row = world.client()
+    row.tracker.client_acked = False
+    world.nat.on_late = lambda rows: world.nat.heard(rows[0].rewrites[Step.T1], 1, 40, 0)
+
+    assert world.relays.handle(OPEN, world.one, 0) == Opened(1, S, Source.CLIENT)
+
+
+def test_who_has_handed_over_no_socket_gets_nobodys_client(world: World) -> None:
+    nobody = TcpRelay()
+    world.client()
+    words = "the listening socket was not handed over"
+    assert world.relays.handle(OPEN, nobody, 0) == Refused(1, words)
+    world.relays.joined(nobody, USER)
+    assert world.relays.handle(OPEN, nobody, 0) == Refused(1, words)
+    world.relays.listens(nobody, 17000)
+
+    assert world.relays.handle(OPEN, nobody, 0) == Refused(1, words)
+
+
+def test_a_client_that_one_tcp_relay_has_is_not_anothers(world: World) -> None:
+    row = world.connected()
+    again = replace(OPEN, relay=at("K:45000"))
+
+    answer = world.relays.handle(again, world.two, 1)
+    assert answer == Refused(1, "another tcp-relay has this client")
+    assert row.relay == Y
+    stranger = world.joined(STRANGER)
+    world.relays.lost(world.one, 2)
+    assert isinstance(world.relays.handle(again, stranger, 3), Refused)
+
+    assert world.relays.handle(again, world.two, 3) == Opened(1, S, Source.CLIENT)
+
+
+def test_a_relay_port_that_another_row_has_is_taken_also_for_another_client(world: World) -> None:
+    """Its packets to the server would be the other's."""
+    row = world.connected()
+    world.client(at("D:40000"))
+
+    answer = world.relays.handle(Open(5, at("D:40000"), 16000, Y), world.two, 1)
+
+    assert answer == Refused(5, PORT_TAKEN)
+    assert world.nat.of_relay_port(Y) is row
+    assert all(rewrite.table[rewrite.old] is rewrite for rewrite in row.rewrites.values())
+
+
+@pytest.mark.parametrize("relay", [at("S:45678"), at("D:45678"), Endpoint.of("127.0.0.1", 45678)])
+def test_a_relay_port_is_one_of_this_hosts(world: World, relay: Endpoint) -> None:
+    world.client()
+    answer = world.relays.handle(replace(OPEN, relay=relay), world.one, 0)
+
+    assert answer == Refused(1, "relay is no address of this host")
+
+
+def test_a_row_is_closed_by_its_own_tcp_relay_alone(world: World) -> None:
+    row = world.connected()
+    for other in (world.two, world.joined(STRANGER), TcpRelay()):
+        answer = world.relays.handle(Close(Y), other, 1)
+        assert answer == Refused(None, "that row is not this tcp-relay's")
+
+    assert row.closed_at is None
+
+
+NEVER = "can't be resumed: this was never in force"
+NO_CLIENT = "can't be resumed: this is no client"
+NOT_OURS = "can't be resumed: service and relay are addresses of this host"
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (replace(RESUME, server=at("S:81")), NEVER),
+        (replace(RESUME, server=at("S:22")), NEVER),
+        (replace(RESUME, server=at("N:80")), NEVER),
+        (replace(RESUME, server=at("S:443"), service=K), NEVER),
+        (replace(RESUME, service=at("K:22")), NEVER),
+        (replace(RESUME, gport=17999), NEVER),
+        (replace(RESUME, service=at("D:80")), NOT_OURS),
+        (replace(RESUME, relay=at("D:45678")), NOT_OURS),
+        (replace(RESUME, client=at("K:40000")), NO_CLIENT),
+        (replace(RESUME, client=Endpoint.of("127.0.0.1", 4)), NO_CLIENT),
+        (replace(RESUME, client=Endpoint.of("224.0.0.1", 4)), NO_CLIENT),
+        (replace(RESUME, client=Endpoint.of("0.0.0.0", 4)), NO_CLIENT),
+        (replace(RESUME, origin=at("D:40000")), NO_CLIENT),
+    ],
+)
+def test_what_never_can_have_been_is_not_resumed(
+    world: World, request_: Resume, error: str
+) -> None:
+    assert world.relays.handle(request_, world.one, 0) == Refused(2, error)
+    assert len(world.nat) == 0
+
+
+def test_values_that_were_in_force_at_different_times_are_not_believed_together(
+    world: World,
+) -> None:
+    world.relays.remember(InForce(17000, addr("N"), Source.RELAY, frozenset({443})))
+
+    for request in (
+        replace(RESUME, gport=17000),
+        replace(RESUME, server=at("N:443"), service=at("K:443")),
+        replace(RESUME, gport=17000, server=at("N:80")),
+        replace(RESUME, gport=17000, server=at("N:443"), source=Source.CLIENT),
+    ):
+        assert isinstance(world.relays.handle(request, world.one, 0), Refused), request
+    good = replace(RESUME, gport=17000, server=at("N:443"), source=Source.RELAY)
+    assert world.relays.handle(good, world.one, 0) == Resumed(2)
+    assert world.relays.handle(replace(RESUME, relay=at("K:5")), world.one, 0) == Resumed(2)
+
+
+@pytest.mark.parametrize("ends", [(at("K:16000"), C), (Y, S)])
+@pytest.mark.parametrize("whose", [None, STRANGER])
+def test_a_connection_that_this_user_does_not_have_is_not_resumed(
+    world: World, ends: tuple[Endpoint, Endpoint], whose: int | None
+) -> None:
+    world.carriers[ends] = whose
+
+    answer = world.relays.handle(RESUME, world.one, 0)
+
+    assert answer == Refused(2, "can't be resumed: this user has no such connection")
+    assert len(world.nat) == 0
+
+
+def test_outside_of_a_restart_nothing_is_resumed_but_rows(world: World) -> None:
+    world.relays.resumable_until = 5.0
+    answer = world.relays.handle(RESUME, world.one, 5.0)
+    assert answer == Refused(2, "can't be resumed: krelay has no row of it")
+    assert world.relays.handle(RESUME, world.one, 4.9) == Resumed(2)
+    world.relays.lost(world.one, 6)
+
+    assert world.relays.handle(RESUME, world.two, 7) == Resumed(2)
+
+
+def test_a_row_that_lives_is_resumed_by_its_own_user_when_its_tcp_relay_is_lost(
+    world: World,
+) -> None:
+    row = world.connected()
+    stranger = world.joined(STRANGER)
+    for other in (world.two, stranger):
+        assert isinstance(world.relays.handle(RESUME, other, 1), Refused)
+    world.relays.lost(world.one, 2)
+    assert row.orphaned
+    assert isinstance(world.relays.handle(RESUME, stranger, 3), Refused)
+    assert isinstance(world.relays.handle(Close(Y), stranger, 3), Refused)
+    wrong = replace(RESUME, server=at("N:80"))
+    assert isinstance(world.relays.handle(wrong, world.two, 3), Refused)
+
+    assert world.relays.handle(RESUME, world.two, 3) == Resumed(2)
+    assert not row.orphaned
+
+
+def test_no_clients_other_connection_is_displaced_by_one_that_is_resumed(world: World) -> None:
+    """The port that the client's packets came from is tcp-relay's word alone."""
+    row = world.connected()
+    request = replace(RESUME, client=at("C:7"), origin=C, relay=at("K:5"))
+
+    answer = world.relays.handle(request, world.two, 0)
+
+    assert answer == Refused(2, "can't be resumed: another row has this client")
+    assert all(rewrite.table[rewrite.old] is rewrite for rewrite in row.rewrites.values())
+
+
+def test_a_tcp_relay_that_resets_nothing_keeps_no_row_that_was_ended(world: World) -> None:
+    row = world.connected()
+    world.relays.abort(row, 1)
+    world.relays.on_time(1 + ABORT_WITHIN - 0.1)
+    assert row.closed_at is None
+    world.relays.on_time(1 + ABORT_WITHIN)
+
+    assert row.state is State.CLOSED
+
+
+def test_gateway_ports_are_remembered_for_those_who_are_still_in_their_queues(
+    world: World,
+) -> None:
+    for gport in range(17000, 17000 + GPORTS_KEPT):
+        world.relays.listens(world.one, gport)
+    world.client()
+
+    assert isinstance(world.relays.handle(OPEN, world.one, 0), Refused)
+    world.relays.listens(world.one, 16000)
+    assert isinstance(world.relays.handle(OPEN, world.one, 0), Opened)
 
 
 # lost

@@ -291,7 +291,7 @@ class Datapath:
         self.nat = NatTable(self.limits, rng=Random(self.seed))
         self.worker = Worker(self.nat)
         self.worker.policy = self.policy
-        self.relays = Relays(self.nat, lambda: self.policy, lambda local, remote: 0)
+        self.relays = Relays(self.nat, lambda: self.policy, lambda *_: 0)
         self.tcp_relay: Send = lambda answer: None
         """The one that is connected; what it is told unasked it doesn't hear."""
         self.relays.joined(self.tcp_relay, uid=0)

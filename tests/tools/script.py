@@ -55,7 +55,7 @@ class Host:
         self.nat = NatTable(rng=Random(1))
         self.worker = Worker(self.nat)
         self.worker.policy = policy
-        self.relays = Relays(self.nat, lambda: self._policy, lambda local, remote: 0)
+        self.relays = Relays(self.nat, lambda: self._policy, lambda *_: 0)
         self.relays.resumable_until = math.inf
         self.said: list[Answer] = []
         self._tcp_relay = self.said.append
