@@ -204,6 +204,8 @@ class Relays:
         is_anothers = self._owner.get(row.id, send) is not send
         if is_anothers or (row.orphaned and not self._may_have(row, send)):
             return Refused(request.id, "another tcp-relay has this client")
+        if policy is None or request.relay.addr not in policy.own:
+            return Refused(request.id, "relay is no address of this host")
         if row.called_again:
             # It has had its server: this is another connection between the same ports, whose SYN
             # came before krelay knew that the former was over.
@@ -215,8 +217,6 @@ class Relays:
         if row.abort_asked or row.closed_at is not None:
             self._nat.close(row, now)
             return Refused(request.id, "the row was ended")
-        if policy is None or request.relay.addr not in policy.own:
-            return Refused(request.id, "relay is no address of this host")
         try:
             self._nat.attach(row, request.relay, now)
         except Refusal:

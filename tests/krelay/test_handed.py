@@ -68,7 +68,7 @@ class World:
             handed.cookie_of_listener, self.diag.listeners, handed.close_all
         )
         self.relays = Relays(NatTable(rng=None), policy, lambda *_: None)  # type: ignore[arg-type]
-        self.socket = RelaySocket(self.loop, self.path, self.relays, self.gateways)
+        self.socket = RelaySocket(self.loop, directory, self.relays, self.gateways)
 
     def turn(self) -> None:
         self.loop.call_soon(lambda: self.loop.call_soon(self.loop.stop))

@@ -288,6 +288,9 @@ class Field:
         before, tables = self.seen(), self.tables()
         ids = {row.id for row in self.nat.workers}
         full = len(ids) >= FLOWS
+        called = {
+            (row.inside, row.gport): row.client for row in self.nat.workers if row.called_again
+        }
         may_go = {  # a closed row's port is used again; others make room (admission.py)
             row.id: row.closed_at is not None or (full and (not row.is_confirmed or row.is_over))
             for row in self.nat.workers
@@ -318,7 +321,11 @@ class Field:
             if row.id in before and not may_go[row.id]:
                 assert self.nat.tables[hook, Proto.TCP].get(old) is rewrite, packet
         for row_id in now.keys() - ids:
-            self.check_resumed(now[row_id], request, answer)
+            row = now[row_id]
+            if isinstance(request, Open):  # the client's SYN was seen again (NatTable.succeed)
+                assert called[row.inside, row.gport] == row.client, packet
+            else:
+                self.check_resumed(row, request, answer)
         for at_, rewrite in self.tables().items():
             if tables.get(at_) is not rewrite:
                 self.check_rewrite(rewrite, packet)
