@@ -35,6 +35,7 @@ loop goes on behind it.  A handler that is in the middle of something has to see
 what it leaves half done, and to its next call.
 """
 
+import errno
 import heapq
 import select
 import signal
@@ -49,6 +50,11 @@ MAX_EVENTS = 256
 """Events per wake-up: enough to make the wait cheap, few enough that timers aren't late."""
 PAUSE = 0.001
 """Seconds that the loop sleeps after a failure: one that repeats for ever takes no whole core."""
+HOST_FAILS = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EIO, errno.EPERM}
+    | {errno.ENOSPC, errno.EROFS}
+)
+"""Errors of a read or a write that no peer can cause: the same call may do better a bit later."""
 
 
 class Timer:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from krelay import handed
 from krelay.gatewayport import GatewayPorts
-from krelay.log import Log, Throttle
-from krelay.loop import Loop
+from krelay.log import Failures, Log, Throttle
+from krelay.loop import HOST_FAILS, Loop
 from krelay.overload import Pace
 from krelay.relay import Relays
 from krelay.relaymsg import (
@@ -128,6 +128,7 @@ class _Link:
         is_told: bool,
     ) -> None:
         self.pid = peer.pid
+        self._failures = Failures(_log)
         self._is_told = is_told
         self._peer = peer
         self._crowd = crowd
@@ -145,10 +146,18 @@ class _Link:
         if self not in self._links:
             return
         try:
-            self._socket.send(emit(answer))
+            self._said(emit(answer))
         except OSError:
             # Full or gone; not closed here, where a caller may be in the middle of its rows.
             self._loop.call_soon(self.close)
+
+    def _said(self, message: bytes) -> None:
+        try:
+            self._socket.send(message)
+        except OSError as error:
+            if error.errno not in HOST_FAILS:
+                raise
+            self._socket.send(message)  # once more, before all connections are resumed for it
 
     def close(self) -> None:
         if self not in self._links:
@@ -186,7 +195,10 @@ class _Link:
                 packet, descriptors = handed.receive(self._socket, MAX_MESSAGE + 1)
             except BlockingIOError:
                 return True
-            except OSError:
+            except OSError as error:
+                if error.errno in HOST_FAILS:  # what was said is still there to be read
+                    self._failures.tell(self._loop.now, "tcp-relay can't be heard now", error)
+                    return True
                 packet, descriptors = b"", []
             if not packet:
                 handed.close_all(descriptors)

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from krelay import handed
 from krelay.admission import Limits
 from krelay.flow import Source
 from krelay.gatewayport import GatewayPorts
-from krelay.loop import Loop
+from krelay.loop import HOST_FAILS, Loop
 from krelay.nat import NatTable
 from krelay.relay import Relays, Send
 from krelay.relaymsg import (
@@ -320,3 +321,34 @@ def test_a_user_has_so_many_connections_and_no_more(
     member = Peer(3, 1000, 1000)
     monkeypatch.setattr("krelay.unixsock._peer", lambda _: member)
     assert heard(world.connect()) == []
+
+
+class FailingOnce:
+    """A connection of which one method fails, the first time, without having done anything."""
+
+    def __init__(self, connection: socket.socket, method: str, number: int) -> None:
+        self._connection, self._method, self._number = connection, method, number
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self._method:
+            return getattr(self._connection, name)
+        self._method = ""
+        return self._fails
+
+    def _fails(self, *_: object) -> None:
+        raise OSError(self._number, os.strerror(self._number))
+
+
+@pytest.mark.parametrize("method", ["recvmsg", "send"])
+@pytest.mark.parametrize("number", sorted(HOST_FAILS))
+def test_a_host_that_fails_once_loses_no_tcp_relay(world: World, method: str, number: int) -> None:
+    link = world.connect()
+    (ours,) = world.socket._links
+    ours._socket = FailingOnce(ours._socket, method, number)  # type: ignore[assignment]
+    _, question = world.row(RELAY_PORT + 1)
+    world.say(link, question)
+    world.turn()
+
+    (answer,) = heard(link)
+    assert b'"server"' in answer
+    assert world.relays.losses == []

@@ -33,7 +33,7 @@ SPARED = frozenset(
 )
 """Calls that aren't made to fail: the interpreter's memory, locks, signals and end."""
 
-SETTLE = 0.1
+SETTLE = 0.05
 """Seconds after a stimulus that belong to it: what the process does by and by."""
 PATIENCE = 10.0
 
