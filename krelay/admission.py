@@ -211,17 +211,23 @@ class Admission:
 
     def began(self, row: Row) -> None:
         """The row is in the table."""
-        if row.proto is _UDP:
+        counts, spare, addr = self._of_others, self._forwarded, row.client.addr
+        if row.gport is not None:
+            counts, spare = self._of_relayed, self._relayed
+        elif row.proto is _UDP:
+            spare = self._datagrams
             self._udp += 1
-            self._datagrams.add(row, row.created_at)
-        else:
-            self._spare_of(row).add(row, row.created_at)
-        self._count_client(row, +1)
+        counts[addr] = counts.get(addr, 0) + 1
+        spare.add(row, row.created_at)
 
     def confirmed(self, row: Row) -> None:
         """It is confirmed, or is about to be.  Need not be told of each at once."""
-        self._spare_of(row).discard(row)
-        if row.proto is _UDP:
+        if row.gport is not None:
+            self._relayed.discard(row)
+        elif row.proto is not _UDP:
+            self._forwarded.discard(row)
+        else:
+            self._datagrams.discard(row)
             self._one_sided.discard(row)
             if row.is_one_sided:
                 self._one_sided.add(row, row.seen_at)
@@ -229,27 +235,22 @@ class Admission:
     def changed(self, row: Row) -> None:
         """The state of a TCP connection without tcp-relay has changed."""
         self._over.discard(row)
-        if row.is_over:
+        if row.is_over and row.closed_at is None:
             self._over.add(row, row.quiet_since)
 
     def closed(self, row: Row) -> None:
         """Both its legs are closed: it only lingers."""
         self._closed[row.id] = row
-        self._count_client(row, -1)
-        self._spare_of(row).discard(row)
+        self._uncount(row)
+        self._forget_row(row)
 
     def ended(self, row: Row) -> None:
         """The row is in the table no more."""
         if row.proto is _UDP:
             self._udp -= 1
-            self._datagrams.discard(row)
-            if row.answered_at is not None:
-                self._one_sided.discard(row)
-        else:
-            self._spare_of(row).discard(row)
-            self._over.discard(row)
         if row.closed_at is None or self._closed.pop(row.id, None) is None:
-            self._count_client(row, -1)
+            self._uncount(row)
+            self._forget_row(row)
 
     # Inside
 
@@ -307,15 +308,21 @@ class Admission:
                 return True
         return False
 
-    def _spare_of(self, row: Row) -> Spare:
-        if row.proto is _UDP:
-            return self._datagrams
-        return self._forwarded if row.gport is None else self._relayed
+    def _forget_row(self, row: Row) -> None:
+        """It is not to be evicted any more."""
+        if row.gport is not None:
+            self._relayed.discard(row)
+        elif row.proto is not _UDP:
+            self._forwarded.discard(row)
+            self._over.discard(row)
+        else:
+            self._datagrams.discard(row)
+            if row.answered_at is not None:
+                self._one_sided.discard(row)
 
-    def _count_client(self, row: Row, by: int) -> None:
-        counts = self._of_others if row.gport is None else self._of_relayed
-        addr = row.client.addr
-        if number := counts.get(addr, 0) + by:
+    def _uncount(self, row: Row) -> None:
+        counts, addr = self._of_others if row.gport is None else self._of_relayed, row.client.addr
+        if number := counts[addr] - 1:
             counts[addr] = number
         else:
             del counts[addr]

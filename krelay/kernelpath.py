@@ -113,7 +113,7 @@ class KernelPath:
         """The questions that the kernel may relay without asking the worker first.
 
         None where the worker has more to decide than the kernel can: a source to be changed, a
-        rate to be kept, a trace to be shown, a table that is full.
+        rate to be kept, a trace to be shown, a table full of confirmed flows.
         """
         if (
             self._copies is None
@@ -121,7 +121,7 @@ class KernelPath:
             or DNS_PORT not in policy.udp
             or config.limits_new_flows_per_client
             or self._traced_clients is None
-            or len(self._nat) - len(self._nat.learnt) >= config.limits_flows
+            or len(self._nat) - self._nat.unconfirmed >= config.limits_flows
         ):
             return None
         own = sorted(policy.own)

@@ -321,7 +321,7 @@ class NatTable:
         for a question of the server's.  Raises Refusal
         (`table_full`, `client_full`, `client_rate`, `no_port`).
         """
-        if proto is Proto.UDP and (known := self.adopt(key(client, service), now)) is not None:
+        if proto is _UDP and (known := self.adopt(key(client, service), now)) is not None:
             return known
         self._admission.make_room(proto, client, now)
         row = self._row(proto, client, service, server, source, now)
@@ -559,7 +559,7 @@ class NatTable:
         rewrite.seen_at = max(rewrite.seen_at, now)
         row = rewrite.row
         tracker = row.tracker
-        if row.proto is Proto.UDP:
+        if row.proto is _UDP:
             self._heard_datagrams(rewrite, now)
             return
         if row.id not in self._rows:
@@ -574,7 +574,7 @@ class NatTable:
         """The worker has rewritten as many packets as this is to be told of (`tell_at`)."""
         rewrite.told()
         row = rewrite.row
-        if row.proto is Proto.UDP and not row.spoke_again:
+        if row.proto is _UDP and not row.spoke_again:
             self._heard_datagrams(rewrite, now)
         if rewrite.packets >= BUSY:
             self.on_changed(row)
@@ -585,14 +585,14 @@ class NatTable:
         if row.spoke_again or row.service.port == DNS_PORT:
             return
         side = SIDES.get(rewrite.step)
-        if side is Side.SERVER and row.answered_at is None:
+        if side is _SERVER and row.answered_at is None:
             there = row.by(Side.CLIENT)
             if there is not None and there.packets >= BUSY:
                 self.on_late([row])  # what the kernel has seen of it was before
             row.answered_at = now
             if there is not None:
                 there.tell_at = there.packets + 1
-        elif side is Side.CLIENT and row.answered_at is not None:
+        elif side is _CLIENT_SIDE and row.answered_at is not None:
             row.spoke_again = True
             if row.id in self._rows:
                 self._admission.confirmed(row)
@@ -752,7 +752,7 @@ class NatTable:
 
     def _may_be_late(self, row: Row) -> bool:
         """Hears what the kernel has counted for a row, if it may have any of it."""
-        if row.proto is Proto.UDP and all(each.packets < BUSY for each in row.rewrites.values()):
+        if row.proto is _UDP and all(each.packets < BUSY for each in row.rewrites.values()):
             return False
         self.on_late([row])
         return True
@@ -815,7 +815,7 @@ class NatTable:
         if old in table:
             self.on_displaced(table[old].row)
         table[old] = rewrites[step] = answers = Rewrite(row, step, table, old, new, back, now)
-        if proto is Proto.UDP and row.service.port != DNS_PORT:
+        if proto is _UDP and row.service.port != DNS_PORT:
             answers.tell_at = 1  # the first answer matters (_heard_datagrams)
 
     def _reserve(self, row: Row, outside: bytes) -> None:
@@ -857,7 +857,7 @@ class NatTable:
         return (
             outside not in self._outside[proto]
             and (proto, outside) not in self.direct
-            and not (proto is Proto.UDP and self.learnt.asked_as(outside) is not None)
+            and not (proto is _UDP and self.learnt.asked_as(outside) is not None)
         )
 
     def _inside_is_free(self, inside: Endpoint, gport: int, service: Endpoint) -> bool:
@@ -884,7 +884,8 @@ class NatTable:
         raise Refusal("no_port")
 
 
-_TCP, _CLIENT = Proto.TCP, Source.CLIENT
+_TCP, _UDP, _CLIENT = Proto.TCP, Proto.UDP, Source.CLIENT
+_CLIENT_SIDE, _SERVER = Side.CLIENT, Side.SERVER
 _PRE = Hook.PREROUTING
 _PRE_POST = Hook.PREROUTING, Hook.POSTROUTING
 _POST_PRE = Hook.POSTROUTING, Hook.PREROUTING

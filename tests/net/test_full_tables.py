@@ -160,3 +160,12 @@ def test_a_flood_with_the_relays_address_keeps_nobody_out(world: World) -> None:
     assert served(world) == ALL
     assert world.values("counters").get("dropped_no_port", 0) == 0
     assert world.values("counters")["evicted"] > FLOWS // 2
+
+
+@pytest.mark.one_datapath("the kernel learns queries only with auto")
+def test_a_table_full_of_unconfirmed_flows_leaves_queries_to_the_kernel(live: World) -> None:
+    forge(live, "syn", RELAYED, 2 * FLOWS, 2 * FLOWS)
+    assert live.values("status")["flows"] == FLOWS
+    live.put(services=f"{SERVICES} udp/9")  # the rules are made once more
+    assert "goto learnt-0" in live.lab.run("relay", "nft", "--terse", "list", "ruleset").stdout
+    assert served(live) == ALL
