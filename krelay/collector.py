@@ -5,11 +5,12 @@ circles that these programs don't leave behind: who ends a row or a connection c
 has, and tests hold an hour of each daemon to that.  What the interpreter and the modules are made
 of is set aside (`gc.freeze`), so that it is never walked at all.
 
-But one circle a second that nobody has thought of fills a machine in some months.  So once a second
-the blocks of memory that are in use are counted, which costs some microseconds; and when there are
-more than can be accounted for, the collector runs, once.  So what it alone could free is bounded:
-by SLACK, some ten megabytes, or by half of what else is needed.  A program that doesn't grow never
-pauses for it; the pause is some 30 milliseconds for the SLACK, 120 with 65,536 rows.
+But one circle a second that nobody has thought of fills a machine in some months.  So once a
+second, if anything happens, the blocks of memory in use are counted, which costs some microseconds;
+and when there are more than can be accounted for, the collector runs, once.  So what it alone could
+free is bounded: by SLACK, some ten megabytes, or by half of what else is needed.  A program that
+doesn't grow never pauses for it; the pause is some 30 milliseconds for the SLACK, 120 with 65,536
+rows.
 
 `Growth` decides and knows no collector; `Collector` has one.
 """
@@ -20,10 +21,9 @@ import time
 from collections.abc import Callable
 
 from krelay.log import Log
-from krelay.loop import Loop
 
 LOOK_EVERY = 1.0
-"""Seconds between counts."""
+"""Seconds between counts, at least: who is idle leaves nothing, and isn't woken for one."""
 SLACK = 100_000
 """Blocks of memory: an object is one, or two or three."""
 
@@ -56,24 +56,26 @@ class Growth:
 
 
 class Collector:
-    """Takes the collector over, for as long as `loop` runs; to be made when the daemon is built.
+    """Takes the collector over; to be made when the daemon is built.
 
     `known` tells how many blocks what lives by its own account may have.
     """
 
-    def __init__(self, loop: Loop, known: Callable[[], int]) -> None:
-        self._loop = loop
+    def __init__(self, known: Callable[[], int]) -> None:
         self._known = known
+        self._look_at = 0.0
         gc.collect()
         gc.freeze()
         gc.disable()
         self._growth = Growth(sys.getallocatedblocks(), known())
-        self._look()
 
-    def _look(self) -> None:
+    def on_time(self, now: float) -> None:
+        """To be called where something may have been left, as often as one likes."""
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_EVERY
         if self._growth.is_suspect(sys.getallocatedblocks(), self._known()):
             self._collect()
-        self._loop.call_at(self._loop.now + LOOK_EVERY, self._look)
 
     def _collect(self) -> None:
         began = time.perf_counter()

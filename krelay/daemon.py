@@ -86,6 +86,8 @@ class Daemon:
         except CannotKeep as error:
             raise CannotServe(str(error)) from None
         self._looking: Timer | None = None
+        self.collector: Collector | None = None
+        """Told of each second."""
         self._evicted = 0
         """Flows evicted when it was last said."""
         self._eviction_warning = Throttle()
@@ -293,6 +295,8 @@ class Daemon:
             then.callback(self._keeper.on_time)
             then.callback(self._control.on_time, now)
             then.callback(self._warn_of_evictions, now)
+            if self.collector is not None:
+                then.callback(self.collector.on_time, now)
             self._relaying.on_time(now)
 
     def _warn_of_evictions(self, now: float) -> None:
@@ -319,7 +323,7 @@ def serve(root: Path, queue_num: int, relay_gid: int | None = None) -> int:
         _give_up(relay_gid)
         if (problem := notify.ready()) is not None:
             _log.warning("the service manager can't be told", error=problem)
-        Collector(loop, lambda: len(daemon.nat) * BLOCKS_OF_A_ROW)
+        daemon.collector = Collector(lambda: len(daemon.nat) * BLOCKS_OF_A_ROW)
         return daemon.run()
 
 

@@ -10,6 +10,7 @@ whether the four addresses together are free, and says so in `connect`.
 """
 
 import errno
+import os
 import socket
 from collections.abc import Mapping
 from typing import Protocol
@@ -20,13 +21,16 @@ from tcp_relay.engine import Engine
 from tcp_relay.line import Line
 from tcp_relay.pair import End
 from tcp_relay.pump import Pump
-from tcp_relay.sockets import Socket, in_words, server_socket
+from tcp_relay.sockets import HOST_FAILS, NO_ROOM, Socket, in_words, server_socket
 from tcp_relay.waiting import Waiting
 
 PORT_TRIES = 8
 """Relay ports tried for one connection, before it waits in line."""
 
 _TRY_ANOTHER_PORT = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
+_PASSES = HOST_FAILS | {errno.EADDRNOTAVAIL}
+"""Errors of making a socket or binding it; the own address may just be changing."""
+_ANY = "0.0.0.0"
 
 
 class Desk(Protocol):
@@ -95,7 +99,10 @@ class Connection:
     @property
     def host(self) -> str:
         """The relay's address that the client's packets were delivered to."""
-        host: str = self._socket.getsockname()[0]  # not kept: most connections end unasked
+        try:
+            host: str = self._socket.getsockname()[0]  # not kept: most connections end unasked
+        except OSError:
+            return _ANY
         return host
 
     @property
@@ -111,7 +118,7 @@ class Connection:
         try:
             relay = self._bind(server)
         except OSError as error:
-            self._refuse(f"no relay port: {in_words(error.errno)}")
+            self._no_socket(error)
             return
         if self.relay is not None:
             self._desk.unregister(self, tell=False)  # krelay will hear of the new port instead
@@ -147,6 +154,8 @@ class Connection:
         """From the pump."""
         if error in _TRY_ANOTHER_PORT:
             self._another_port()
+        elif error in NO_ROOM:
+            self._no_socket(OSError(error, os.strerror(error)))
         else:
             self._pump.end(End.CONNECT_FAILED, f"server: {in_words(error)}")
 
@@ -198,9 +207,19 @@ class Connection:
         try:
             server = server_socket()
         except OSError as error:
-            self._refuse(f"no relay port: {in_words(error.errno)}")
+            self._no_socket(error)
             return
         self.begin(server)
+
+    def _no_socket(self, error: OSError) -> None:
+        """There is none now, or none that can be bound; if that passes, it is waited for."""
+        if error.errno in _PASSES:
+            self.server = self.source = None
+            self._pump.drop_server()
+            self.is_in_line = True
+            self._pump.wait_in(self._desk.line, self._begin_again, error)
+        else:
+            self._refuse(f"no relay port: {in_words(error.errno)}")
 
     def _refuse(self, detail: str) -> None:
         self._pump.end(End.KILLED if self._pump.is_connected else End.REFUSED, detail)

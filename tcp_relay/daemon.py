@@ -37,7 +37,13 @@ class Daemon:
         self._worker = secrets.token_hex(4)
         self._engine = Engine(loop, limits, self._on_room)
         self._relay = Relay(self._engine, root / "relay.sock", (index, of))
-        self._gateway = Gateway(loop, self._relay.accepted, self._relay, shared=of > 1)
+        self._gateway = Gateway(
+            loop,
+            self._relay.accepted,
+            self._relay,
+            shared=of > 1,
+            room=lambda: self._engine.room,
+        )
         self._follower = TreeFollower(loop, root, self._configured)
         self._service = Service(loop, self._engine, self._stop_accepting)
         self._report()
@@ -65,11 +71,12 @@ class Daemon:
         self._service.on_room()
 
     def _report(self) -> None:
+        self._loop.call_at(self._loop.now + REPORT, self._report)
+        self._service.on_time()
         counts = self._engine.report()
         if counts != self._reported:
             self._reported = counts
             self._relay.report(Report(self._worker, counts))
-        self._loop.call_at(self._loop.now + REPORT, self._report)
 
 
 def serve(root: Path, limits: Limits, ready: Callable[[], None], index: int, of: int) -> int:

@@ -7,9 +7,11 @@ through.  It is also why there are no pipes here (splice): one buffer of half a 
 as fast as they do, and pipes are scarce (pipe(7), pipe-user-pages-soft).
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from krelay.log import Failures, Log
 from krelay.loop import Loop
 from tcp_relay.counts import Counts, Row, table
 from tcp_relay.limits import Limits
@@ -49,12 +51,24 @@ class Engine:
         self.counts = Counts()
         self.view = memoryview(bytearray(limits.hold))
         self.on_room = on_room
+        self.capacity = sys.maxsize
+        """Connections that there may be at once: two descriptors each."""
         self.connecting: Waiting[Live] = Waiting(loop, limits.connect, _not_connected)
         self.stalled: Waiting[Live] = Waiting(loop, limits.stall, _look)
         self.half_closed: Waiting[Live] = Waiting(loop, limits.half_close, _look)
         self.watched: Waiting[Live] = Waiting(loop, limits.silence / 4, _check)
         """Those that move, or did a moment ago."""
+        self._failures = Failures(Log("engine"))
         self._live: dict[Live, None] = {}  # in the order they came
+
+    def host_failed(self, error: OSError) -> None:
+        """A call failed for want of something at this host, and will be made again: says so."""
+        self._failures.tell(self.loop.now, "a call failed; it is made again", error)
+
+    @property
+    def room(self) -> int:
+        """How many more there may be."""
+        return self.capacity - len(self._live)
 
     def __len__(self) -> int:
         return len(self._live)

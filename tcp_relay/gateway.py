@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
-from tcp_relay.listener import Listener
+from tcp_relay.listener import PER_TURN, Listener
 from tcp_relay.sockets import Socket
 
 LISTENER_LINGER = 3.0
@@ -48,13 +48,21 @@ log = Log("gateway")
 class Gateway:
     """Listens on one gateway port; `accepted` gets the clients, and `hears` is told.
 
-    `shared`: other processes listen there as well.
+    `shared`: other processes listen there as well.  `room` tells how many more may be accepted.
     """
 
-    def __init__(self, loop: Loop, accepted: Accepted, hears: Hears, shared: bool = False) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        accepted: Accepted,
+        hears: Hears,
+        shared: bool = False,
+        room: Callable[[], int] = lambda: PER_TURN,
+    ) -> None:
         self._loop = loop
         self._hears = hears
         self._shared = shared
+        self._room = room
         self._accepted = accepted
         self._current: Listener | None = None
         self._lingering: dict[Listener, Timer] = {}
@@ -111,7 +119,7 @@ class Gateway:
 
     def _listener(self, port: int) -> Listener:
         accepted = partial(self._accepted, port)
-        listener = Listener(self._loop, port, accepted, shared=self._shared)
+        listener = Listener(self._loop, port, accepted, shared=self._shared, room=self._room)
         self._hears.listening(port, listener.sock)
         return listener
 

@@ -1,9 +1,9 @@
-"""Those who found no local port wait in line.
+"""Those who found no local port, or no socket at all, wait in line.
 
 A host runs out of ports towards a server when many connections a second were closed by this side
 first: each port is in TIME_WAIT for a minute then.  The client can't help it, and it passes; so
-nobody is refused for that.  Only the first of the line tries again, now and then, because a search
-in vain is long; when it succeeds, so may the next.
+nobody is refused for that; nor for want of descriptors or memory.  Only the first of the line tries
+again, now and then, because a search in vain is long; when it succeeds, so may the next.
 """
 
 from collections import deque
@@ -31,26 +31,32 @@ class Line:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def join(self, retry: Callable[[], None]) -> None:
-        """Has `retry` called when it is its turn; in vain, it joins again."""
+    def join(self, retry: Callable[[], None], error: OSError | None = None) -> None:
+        """Has `retry` called when it is its turn; in vain, it joins again.
+
+        `error` says what is missing, if that is no port.
+        """
         self._waiting.append(retry)
         self._set_timer()
         if (suppressed := self._complaints.admit(self._loop.now)) is not None:
             log.warning(
-                "no local port is free",
+                "no socket for a server leg" if error else "no local port is free",
+                error=error and error.strerror,
                 waiting=len(self._waiting),
-                mend=self._mend,
+                mend=None if error else self._mend,
                 suppressed=suppressed or None,
             )
 
     def _advance(self) -> None:
         self._has_timer = False
         waiting, self._waiting = self._waiting, deque()
-        while waiting and not self._waiting:
-            waiting.popleft()()
-        # Who has joined again was the first, and stays it.
-        self._waiting.extend(waiting)
-        self._set_timer()
+        try:
+            while waiting and not self._waiting:
+                waiting.popleft()()
+        finally:
+            # Who has joined again was the first, and stays it.
+            self._waiting.extend(waiting)
+            self._set_timer()
 
     def _set_timer(self) -> None:
         if self._waiting and not self._has_timer:

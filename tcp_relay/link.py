@@ -20,11 +20,11 @@ from collections import deque
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from krelay.log import Log
+from krelay.log import Failures, Log
 from krelay.loop import Loop, Timer
 from krelay.relaymsg import MAX_MESSAGE, Answer, BadMessage, Request, emit, parse_answer
 from krelay.roles import RELAY
-from tcp_relay.sockets import Socket
+from tcp_relay.sockets import HOST_FAILS, Socket
 
 RETRY = 0.1
 """Seconds between attempts to connect."""
@@ -63,6 +63,7 @@ class Link:
         self._socket: socket.socket | None = None
         self._queue: deque[Request | _With] = deque()
         self._is_watching_out = False
+        self._failures = Failures(log)
         self._told_away = False
         self._told_nonsense = False  # since the last message that made sense
         self._timer: Timer = loop.call_at(loop.now, self._connect)
@@ -114,6 +115,7 @@ class Link:
             )
             try:
                 sock.connect(str(self._path))
+                self._loop.add(sock.fileno(), select.EPOLLIN, self._ready)
             except BaseException:
                 sock.close()
                 raise
@@ -122,7 +124,6 @@ class Link:
             return
         self._socket = sock
         self._is_watching_out = False
-        self._loop.add(sock.fileno(), select.EPOLLIN, self._ready)
         if self._told_away:
             self._told_away = False
             log.info("krelay is there", socket=self._path)
@@ -158,7 +159,10 @@ class Link:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._lost(error.strerror or str(error))
+                if error.errno in HOST_FAILS:  # it goes on; krelay has lost nothing
+                    self._failures.tell(self._loop.now, "can't hear krelay", error)
+                else:
+                    self._lost(error.strerror or str(error))
                 return
             if not packet:
                 self._lost("it closed the relay socket")
@@ -188,12 +192,23 @@ class Link:
         except OSError as error:
             # Not from within `send`, whose caller is in the middle of something: as an event, soon.
             if error.errno not in _GONE:
-                log.error("can't talk to krelay", error=error.strerror)
-            queue.clear()
-        if bool(queue) != self._is_watching_out:
-            self._is_watching_out = bool(queue)
-            out = select.EPOLLOUT if queue else 0
+                self._failures.tell(self._loop.now, "can't talk to krelay", error)
+            if error.errno not in HOST_FAILS:
+                queue.clear()
+        self._watch_out(sock)
+
+    def _watch_out(self, sock: socket.socket) -> None:
+        """Waits for room for what is still to be said."""
+        if bool(self._queue) == self._is_watching_out:
+            return
+        out = select.EPOLLOUT if self._queue else 0
+        try:
             self._loop.modify(sock.fileno(), select.EPOLLIN | out)
+        except OSError as error:
+            self._failures.tell(self._loop.now, "can't wait for krelay", error)
+            self._loop.call_at(self._loop.now + RETRY, self._drain)
+        else:
+            self._is_watching_out = bool(self._queue)
 
 
 def _say(sock: socket.socket, message: Request | _With) -> None:

@@ -1,10 +1,13 @@
 """Accepting, bounded per turn, and what happens when descriptors run out.
 
-A connection needs two descriptors, the client's and the server's.  The second is got first: with a
-spare socket in hand, an accept that succeeds can always be carried on, and one that fails leaves
-the client in the kernel's queue instead of half served. The spare stays for the next client.
+A connection needs two descriptors, the client's and the server's.  So no more are accepted than
+there is room for, two descriptors each and some for all else (Engine.room), and the second is got
+first: with a spare socket in hand, an accept that succeeds can always be carried on, and one that
+fails leaves the client in the kernel's queue instead of half served. The spare stays for the next
+client.  A client that is accepted, but can't be waited for (epoll_ctl: no memory, or
+fs.epoll.max_user_watches), is kept and handed over later.
 
-Out of descriptors (or of kernel memory), a level-triggered listener would be reported ready for
+Out of room, descriptors or kernel memory, a level-triggered listener would be reported ready for
 ever, to no avail.  So it is taken out of the loop, and put back when a connection ends (`resume`)
 or after a second, whichever is first.
 
@@ -12,6 +15,7 @@ What a client's socket needs is set on the listening one, from which accepted so
 """
 
 import errno
+import os
 import select
 import socket
 from collections.abc import Callable
@@ -19,7 +23,7 @@ from typing import Any
 
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
-from tcp_relay.sockets import Socket, accept, server_socket, set_options
+from tcp_relay.sockets import Socket, accept, close, server_socket, set_options
 
 BACKLOG = 4096
 PER_TURN = 64
@@ -31,7 +35,7 @@ PAUSE = 1.0
 Accepted = Callable[[Socket, Socket, tuple[Any, ...]], None]
 """The client's socket, an unused one for the server, the client's address.
 
-Both sockets are the callee's from then on.
+Both sockets are the callee's from then on; but if it raises an OSError it has taken neither.
 """
 
 # accept(2): errors of the connection that was waiting, which is gone; the next may be fine.
@@ -48,7 +52,8 @@ class Listener:
     """A listening socket on `port` of `address`; `::` is all addresses of IPv6, and no others.
 
     `shared`: other processes of this user may listen there as well (SO_REUSEPORT).  `spare` makes
-    the unused sockets.  Raises OSError if the port can't be had.
+    the unused sockets.  `room` tells how many more may be accepted.  Raises OSError if the port
+    can't be had.
     """
 
     def __init__(
@@ -60,12 +65,15 @@ class Listener:
         address: str = "0.0.0.0",
         shared: bool = False,
         spare: Callable[[], Socket] = server_socket,
+        room: Callable[[], int] = lambda: PER_TURN,
     ) -> None:
         self.port = port
         self._loop = loop
         self._accepted = accepted
         self._make_spare = spare
+        self._room = room
         self._spare: Socket | None = None
+        self._kept: tuple[Socket, Socket, tuple[Any, ...]] | None = None
         self._resuming: Timer | None = None
         self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._socket = _listening(self._family, address, port, shared)
@@ -87,14 +95,20 @@ class Listener:
 
     def resume(self) -> None:
         """Accepts again, if it had been paused."""
-        if self._resuming is not None:
-            self._resuming.cancel()
-            self._resuming = None
+        if self._resuming is None:
+            return
+        self._resuming.cancel()
+        self._resuming = None
+        try:
             self._loop.add(self._socket.fileno(), select.EPOLLIN, self._ready)
+        except OSError as error:
+            self._wait(error)
+            return
+        if self._kept is not None:  # no event tells of it
+            self._loop.call_soon(self._again)
 
     def close(self) -> None:
         """Accepts who is in the queue still, then closes."""
-        self.resume()
         for _ in range(BACKLOG // PER_TURN):
             if not self._accept():
                 break
@@ -107,20 +121,31 @@ class Listener:
         else:
             self._resuming.cancel()
             self._resuming = None
-        self._socket.close()
-        if self._spare is not None:
-            self._spare.close()
-            self._spare = None
+        close(self._socket)
+        client, server, _ = self._kept or (None, None, None)
+        for sock in (self._spare, client, server):
+            if sock is not None:
+                close(sock)
+        self._spare = self._kept = None
 
     def _ready(self, _: int) -> None:
         self._accept()
+
+    def _again(self) -> None:
+        if self._kept is not None and self._resuming is None:
+            self._accept()
 
     def _accept(self) -> bool:
         """Whether there may be more."""
         listening, family = self._socket, self._family
         try:
+            if self._kept is not None:
+                self._hand_over(*self._kept)
             server = self._spare or self._make_spare()
-            for _ in range(PER_TURN):
+            self._spare = server
+            if self._room() <= 0:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            for _ in range(min(PER_TURN, self._room())):
                 self._spare = server
                 try:
                     client, peer = accept(listening, family)
@@ -131,7 +156,7 @@ class Listener:
                         continue
                     raise
                 self._spare = None
-                self._accepted(client, server, peer)
+                self._hand_over(client, server, peer)
                 server = self._make_spare()
             self._spare = server
         except OSError as error:
@@ -139,8 +164,17 @@ class Listener:
             return False
         return True
 
+    def _hand_over(self, client: Socket, server: Socket, peer: tuple[Any, ...]) -> None:
+        self._kept = client, server, peer
+        self._accepted(client, server, peer)
+        self._kept = None
+
     def _pause(self, error: OSError) -> None:
-        self._loop.remove(self._socket.fileno())
+        if self._resuming is None:
+            self._loop.remove(self._socket.fileno())
+            self._wait(error)
+
+    def _wait(self, error: OSError) -> None:
         self._resuming = self._loop.call_at(self._loop.now + PAUSE, self.resume)
         if (suppressed := _complaints.admit(self._loop.now)) is not None:
             log.warning(

@@ -4,6 +4,7 @@ No port is bound: the kernel chooses one when it connects, which is when it know
 """
 
 import errno
+import os
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from tcp_relay.line import Line
 from tcp_relay.pair import End
 from tcp_relay.pump import Pump
 from tcp_relay.resolver import Address, Resolver
-from tcp_relay.sockets import Socket, in_words, server_socket
+from tcp_relay.sockets import HOST_FAILS, NO_ROOM, Socket, close, in_words, server_socket
 from tcp_relay.waiting import Waiting
 
 MEND = "sysctl net.ipv4.tcp_tw_reuse=1, or widen net.ipv4.ip_local_port_range"
@@ -78,11 +79,14 @@ class Attempt:
         try:
             if spare is None or spare.family != family:
                 if spare is not None:
-                    spare.close()  # first: its descriptor may be the last one
+                    close(spare)  # first: its descriptor may be the last one
                 pump.drop_server()
                 spare = server_socket(family)
         except OSError as error:
-            pump.end(End.CONNECT_FAILED, f"no socket: {in_words(error.errno)}")
+            if error.errno in HOST_FAILS:
+                self._wait_in_line(error)
+            else:
+                pump.end(End.CONNECT_FAILED, f"no socket: {in_words(error.errno)}")
             return
         pump.use_server(spare)
         pump.connect(sockaddr)
@@ -97,6 +101,9 @@ class Attempt:
         if error in _NO_PORT and _is_routed(self._address):
             self._wait_in_line()
             return
+        if error in NO_ROOM:
+            self._wait_in_line(OSError(error, os.strerror(error)))
+            return
         self._last_error = f"{_name(self._address[1])}: {in_words(error)}"
         self._next()
 
@@ -104,7 +111,7 @@ class Attempt:
         """From the pump."""
         self._pump = None  # which refers to this: without a collector a circle is for ever
         if self._spare is not None:
-            self._spare.close()
+            close(self._spare)
             self._spare = None
 
     def names(self) -> Mapping[str, object]:
@@ -133,9 +140,9 @@ class Attempt:
         else:
             self.connect()
 
-    def _wait_in_line(self) -> None:
+    def _wait_in_line(self, error: OSError | None = None) -> None:
         assert self._pump is not None
-        self._pump.wait_in(self._proxy.line, self.connect)
+        self._pump.wait_in(self._proxy.line, self.connect, error)
 
 
 def _is_routed(address: Address) -> bool:
@@ -143,8 +150,8 @@ def _is_routed(address: Address) -> bool:
     try:
         with socket.socket(address.family, socket.SOCK_DGRAM) as sock:
             sock.connect(address.sockaddr)  # which sends nothing
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in NO_ROOM  # not known
     return True
 
 

@@ -13,7 +13,8 @@ has.  When a write fails, at once, both sides reset.  When a read fails (reset, 
 source is gone but not what it said before: the sink gets that, and then the reset, as it would
 without a relay.  A reset throws away what the sender's kernel still has to send; so before it, that
 is waited for, by asking, because no event tells it.  An error never hides bytes that came before
-it: tcp_recvmsg gives those first.
+it: tcp_recvmsg gives those first.  An error that no peer can cause, but a host that is out of
+memory (sockets.HOST_FAILS), ends nothing: the same call is made again a little later.
 
 A server that is cut off says nothing, like one that has nothing to say, and the kernel would ask it
 after two hours.  So while bytes move, and until it has been asked once after that, its leg is
@@ -36,7 +37,9 @@ from tcp_relay.half import READ, RESET, SHUT, WAIT, WRITE, Half, Todo
 from tcp_relay.line import Line
 from tcp_relay.pair import CLIENT, SERVER, End, Pair, Side
 from tcp_relay.sockets import (
+    HOST_FAILS,
     Socket,
+    close,
     close_in_order,
     heard,
     in_words,
@@ -51,6 +54,9 @@ STEPS = 4
 
 SHORT = 16 * 1024
 """Bytes read by the short cut: a new string of that size is cheaper than a part of the buffer."""
+
+AGAIN = 0.02
+"""Seconds until a call is made again that failed for want of something at this host."""
 
 FLUSH = 0.001
 """Seconds until it is asked again whether the kernel has delivered all; doubles up to FLUSH_MAX."""
@@ -96,6 +102,7 @@ class Pump:
         "_is_probed",
         "_is_queued",
         "_is_registered",
+        "_is_retrying",
         "_is_smooth",
         "_is_watched",
         "_owner",
@@ -122,7 +129,7 @@ class Pump:
         self._timer: Timer | None = None  # or this, if it is to look at a certain time
         self._why = ""  # one side was lost
         self._is_registered = False  # the server's socket, in the loop
-        self._is_queued = False
+        self._is_queued = self._is_retrying = False
         self._is_smooth = False  # connected, and the pair is: the short cut may be taken
         self._is_watched = self._is_probed = False
         engine.loop.add(client.fileno(), _MASK, self._on_client)
@@ -143,12 +150,17 @@ class Pump:
         """Begins to connect the server's socket; the owner hears how that ends."""
         server = self._server
         assert server is not None
-        error = server.connect_ex(address)
-        if error not in _UNDER_WAY:
-            self._owner.connect_failed(error)
+        code = server.connect_ex(address)
+        if code not in _UNDER_WAY:
+            self._owner.connect_failed(code)
             return
-        # Not before: an unconnected socket reports HUP.
-        self._engine.loop.add(server.fileno(), _MASK, self._on_server)
+        try:
+            # Not before: an unconnected socket reports HUP.
+            self._engine.loop.add(server.fileno(), _MASK, self._on_server)
+        except OSError as error:
+            self._engine.host_failed(error)
+            self._owner.connect_failed(errno.ENOBUFS)
+            return
         self._is_registered = True
         self.wait(self._engine.connecting)
 
@@ -171,7 +183,7 @@ class Pump:
         if end is _CLOSED:
             close_in_order(self._client)
         else:
-            self._client.close()
+            close(self._client)
         self._close_server(in_order=end is _CLOSED)
         if names is not None:
             log.info(
@@ -187,17 +199,19 @@ class Pump:
         del self._owner  # which refers to this pump: without a collector a circle is for ever
         engine.died(self, end)
 
-    def wait_in(self, line: Line, retry: Callable[[], None]) -> None:
+    def wait_in(self, line: Line, retry: Callable[[], None], error: OSError | None = None) -> None:
         """There is no local port for the server leg now: has `retry` called when there may be.
 
-        Nobody stands in line for longer than a server may take to accept.
+        Or no socket at all: then `error` says why.  Nobody stands in line for longer than a server
+        may take to accept.
         """
         self._stop_waiting()
         limit = self._engine.limits.connect
         if self._engine.loop.now - self.since < limit:
-            line.join(retry)
+            line.join(retry, error)
         else:
-            self.end(End.CONNECT_FAILED, f"no local port was free for {limit:g} s")
+            missing = in_words(error.errno) if error else "no local port was free"
+            self.end(End.CONNECT_FAILED, f"{missing} for {limit:g} s")
 
     def not_connected(self) -> None:
         """The server has not accepted in time."""
@@ -218,6 +232,13 @@ class Pump:
 
     def check(self) -> None:
         """Ends it if the server acknowledges nothing; watches it no longer if it rests."""
+        try:
+            self._check()
+        except OSError as error:  # of the calls that ask and set: once more, later
+            self._engine.host_failed(error)
+            self._engine.watched.add(self)
+
+    def _check(self) -> None:
         engine, server = self._engine, self._server
         assert server is not None
         limit = engine.limits.silence
@@ -301,7 +322,7 @@ class Pump:
         except BlockingIOError:
             return 0
         except OSError as error:
-            return error.errno or 0
+            return 0 if error.errno in HOST_FAILS else error.errno or 0  # a read will meet it
         return 0
 
     def _note(self, side: Side, events: int) -> None:
@@ -441,13 +462,20 @@ class Pump:
             try:
                 sink.shutdown(socket.SHUT_WR)
             except OSError as error:
-                self._not_sent(side, error)
+                if error.errno in HOST_FAILS:
+                    self._engine.host_failed(error)  # this is the next step, too
+                else:
+                    self._not_sent(side, error)
                 return
         half.shut(self._engine.loop.now)
 
     def _reset(self, half: Half, sink: Socket) -> None:
         """Passes a reset on, as soon as nothing would be lost by it."""
-        if not undelivered(sink):
+        try:
+            waiting = undelivered(sink)
+        except OSError:
+            waiting = 1  # asked again
+        if not waiting:
             self.end(End.RESET, self._why)
         else:
             now = self._engine.loop.now
@@ -456,6 +484,9 @@ class Pump:
     def _not_read(self, half: Half, side: Side, error: OSError) -> None:
         if isinstance(error, BlockingIOError):
             half.empty()
+        elif error.errno in HOST_FAILS:
+            half.readable = False
+            self._again(error)
         else:
             self._lost(side, error.errno or 0)
 
@@ -478,8 +509,26 @@ class Pump:
         """0: the sink is full; else it is gone, and with it this pump."""
         if isinstance(error, BlockingIOError):
             return 0
+        if error.errno in HOST_FAILS:
+            self._again(error)
+            return 0
         self.end(End.RESET, _words(_OTHER[side], error.errno or 0))
         return -1
+
+    def _again(self, error: OSError) -> None:
+        """A call failed that may do better later: as if an event said so then."""
+        engine = self._engine
+        engine.host_failed(error)
+        if not self._is_retrying:
+            self._is_retrying = True
+            engine.loop.call_at(engine.loop.now + AGAIN, self._retry)
+
+    def _retry(self) -> None:
+        self._is_retrying = False
+        if self.alive:
+            self._note(CLIENT, _IN_OUT)
+            self._note(SERVER, _IN_OUT)
+            self._turn(CLIENT)
 
     def _guard(self) -> None:
         """Sees to it that somebody looks when the pair may be overdue."""
@@ -528,11 +577,14 @@ class Pump:
         if in_order:
             close_in_order(server)
         else:
-            server.close()
+            close(server)
 
 
 def _error_of(sock: Socket) -> int:
-    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except OSError as error:
+        return error.errno or 0
 
 
 def _words(side: Side, error: int) -> str:

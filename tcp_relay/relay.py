@@ -19,6 +19,7 @@ import itertools
 import random
 import socket
 from array import array
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from tcp_relay.line import Line
 from tcp_relay.link import Link
 from tcp_relay.pair import End
 from tcp_relay.pump import Pump
-from tcp_relay.sockets import Socket
+from tcp_relay.sockets import HOST_FAILS, Socket
 from tcp_relay.waiting import Waiting
 
 ASK_TIMEOUT = 5.0
@@ -129,7 +130,8 @@ class Relay:
         """
         real_ip, until, address = self._route
         if real_ip != self.real_ip or self._loop.now >= until:
-            address = _own_address(self.real_ip) if self.real_ip else None
+            with suppress(_Unknown):  # then the last answer serves
+                address = _own_address(self.real_ip) if self.real_ip else None
             self._route = (self.real_ip, self._loop.now + ROUTE_AGE, address)
         return address or connection.host
 
@@ -245,14 +247,23 @@ def _not_answered(pump: Pump) -> None:
     pump.end(End.REFUSED, "krelay doesn't answer")
 
 
+class _Unknown(Exception):
+    """The kernel can't be asked now."""
+
+
 def _own_address(real_ip: str) -> str | None:
-    """Connecting a datagram socket sends nothing, but makes the kernel choose."""
+    """Connecting a datagram socket sends nothing, but makes the kernel choose.
+
+    None if there is no route.  Raises _Unknown.
+    """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.connect((real_ip, 9))
             host: str = sock.getsockname()[0]
             return host
-    except OSError:
+    except OSError as error:
+        if error.errno in HOST_FAILS:
+            raise _Unknown from None
         return None
 
 

@@ -10,7 +10,8 @@ A name server that fails is no reason to fail too.  If a look-up ends in an erro
 than PATIENCE, the last known addresses serve, with a warning.  The slow one isn't given up: while
 it lasts, nobody else has to wait, and what it finds in the end counts.  It ends by itself (resolv.
 conf(5): timeout and attempts), so there is never more than one thread.  Without any address from
-before all who ask wait for the end of it; how long is theirs to limit.
+before all who ask wait for the end of it; how long is theirs to limit.  They also wait where a
+look-up can't be made for want of a descriptor, memory or a thread: it is made as soon as it can be.
 
 The thread holds up nothing.  It is a daemon thread, which the end of the process doesn't wait for;
 and it alone owns the writing end of the pipe that it closes when it is done.  The loop, or `close`,
@@ -30,11 +31,15 @@ from contextlib import suppress
 from threading import Thread
 from typing import NamedTuple, cast
 
-from krelay.log import Log, Throttle
+from krelay.log import Failures, Log, Throttle
 from krelay.loop import Loop, Timer
+from tcp_relay.sockets import NO_ROOM
 
 FRESH = 1.0
 """Seconds that a result is used without another look-up."""
+
+AGAIN = 0.1
+"""Seconds until a look-up is tried again that this host had no descriptor or memory for."""
 
 PATIENCE = 1.0
 """Seconds that a look-up may take before the addresses from before are used."""
@@ -68,16 +73,18 @@ class Resolver:
         self._waiting: list[Callable[[Answer], None]] = []
         self._lookup: _Lookup | None = None
         self._patience: Timer | None = None
+        self._again: Timer | None = None
         self._complaints = Throttle()
+        self._failures = Failures(log)
 
     def ask(self, done: Callable[[Answer], None]) -> None:
         """Calls `done(answer)` once: at once if nothing has to be waited for, else from the loop.
 
         The list is everybody's: not to be changed.  After `close` there are no more calls.
         """
-        if self._lookup is None and self._loop.now >= self._fresh_until:
+        if self._lookup is None and self._again is None and self._loop.now >= self._fresh_until:
             self._look_up()
-        if self._lookup is None:
+        if self._lookup is None and (self._again is None or isinstance(self._answer, list)):
             done(self._answer)
         elif self._patience is not None and not self._patience.pending:
             self._complain(f"no answer within {PATIENCE:g} s")
@@ -89,24 +96,50 @@ class Resolver:
         """Who waits isn't called any more.  May be called twice."""
         self._waiting.clear()
         self._finish()
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
 
     def _look_up(self) -> None:
         with suppress(OSError, ValueError):
             self._settle(_addresses(self._host, self._port, _NUMERIC))
             return
         try:
-            self._lookup = _Lookup(self._host, self._port)
+            lookup = _Lookup(self._host, self._port)
         except OSError as error:
-            self._settle(OSError(f"{self._host}: {error.strerror or error}"))
+            self._look_up_again(error)
             return
-        self._loop.add(self._lookup.reader, select.EPOLLIN, self._found)
+        try:
+            self._loop.add(lookup.reader, select.EPOLLIN, self._found)
+        except OSError as error:
+            os.close(lookup.reader)
+            self._look_up_again(error)
+            return
+        self._lookup = lookup
         if isinstance(self._answer, list):
             self._patience = self._loop.call_at(self._loop.now + PATIENCE, self._late)
+
+    def _look_up_again(self, error: OSError) -> None:
+        """There was no descriptor, no memory or no thread for it; who asked waits."""
+        self._failures.tell(self._loop.now, "no look-up now", error, host=self._host)
+        self._again = self._loop.call_at(self._loop.now + AGAIN, self._retry)
+        if isinstance(self._answer, list):
+            self._tell()
+
+    def _retry(self) -> None:
+        self._again = None
+        if self._waiting:
+            self._look_up()
+        if self._lookup is None and self._again is None:
+            self._tell()
 
     def _found(self, _: int) -> None:
         assert self._lookup is not None
         answer = self._lookup.answer
         self._finish()
+        if isinstance(answer, HostFailed):
+            self._look_up_again(answer)
+            return
         self._settle(answer)
         self._tell()
 
@@ -148,6 +181,10 @@ class Resolver:
             )
 
 
+class HostFailed(OSError):
+    """Nothing was looked up: this host had no descriptor or no memory for it."""
+
+
 class _Lookup:
     """One getaddrinfo in a thread.  Raises OSError for want of a descriptor or a thread."""
 
@@ -166,11 +203,19 @@ class _Lookup:
         try:
             self.answer = _addresses(host, port)
         except OSError as error:
-            self.answer = OSError(f"{host}: {error.strerror or error}")
+            kind = HostFailed if _is_of_the_host(error) else OSError
+            self.answer = kind(f"{host}: {error.strerror or error}")
         except ValueError:  # a label of more than 63 characters, or none: no DNS name
             self.answer = OSError(f"{host}: not a host name")
         finally:
             os.close(writer)
+
+
+def _is_of_the_host(error: OSError) -> bool:
+    """Whether getaddrinfo(3) had no memory, or a call of its own failed so that it passes."""
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_MEMORY
+    return error.errno in NO_ROOM  # EAI_SYSTEM
 
 
 def host_name(text: str) -> str:

@@ -5,15 +5,17 @@ Ctrl-C, ends at once.  SIGHUP loses nothing, and SIGUSR1 shows who is connected.
 """
 
 import argparse
+import os
 import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from krelay import log as logs
 from krelay import privileges, seccomp, syscalls
 from krelay.collector import Collector
-from krelay.log import Log
+from krelay.log import Failures, Log
 from krelay.loop import Loop, Timer
 from krelay.privileges import Account, Cap
 from krelay.seccomp import FilterUnavailable
@@ -21,6 +23,7 @@ from tcp_relay import options, workers
 from tcp_relay.engine import Engine
 from tcp_relay.limits import Limits
 from tcp_relay.pair import End
+from tcp_relay.sockets import usual_probing
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -29,6 +32,9 @@ GRACE = 5.0
 
 BLOCKS_OF_A_CONNECTION = 48
 """Blocks of memory that a connection may have, with both its sockets and what waits for it."""
+
+NEEDED, RESERVED = 12, 24
+"""Descriptors for all but connections: what it takes, and what is kept where there are enough."""
 
 log = Log("service")
 
@@ -42,6 +48,7 @@ class Service:
         self._stop_accepting = stop_accepting
         self._draining: Timer | None = None
         self._exit_status = 0
+        self._collector: Collector | None = None
         loop.on_signal(signal.SIGTERM, self._drain)
         loop.on_signal(signal.SIGINT, self._interrupt)
         loop.on_signal(signal.SIGHUP, _ignore)
@@ -49,7 +56,13 @@ class Service:
 
     def run(self) -> int:
         """Returns the exit status, when all connections have ended."""
-        Collector(self._loop, lambda: len(self._engine) * BLOCKS_OF_A_CONNECTION)
+        self._engine.capacity = max(1, capacity(descriptor_limit(), opened()))
+        usual_probing()
+        failures = Failures(log)
+        self._loop.on_failure = lambda error: failures.tell(
+            self._loop.now, "a call failed; going on", error
+        )
+        self._collector = Collector(lambda: len(self._engine) * BLOCKS_OF_A_CONNECTION)
         try:
             self._loop.run()
         finally:
@@ -61,8 +74,14 @@ class Service:
         )
         return self._exit_status
 
+    def on_time(self) -> None:
+        """Something has happened that may have left something; call it as often as you like."""
+        if self._collector is not None:
+            self._collector.on_time(self._loop.now)
+
     def on_room(self) -> None:
         """A connection has ended."""
+        self.on_time()
         if self._draining is not None and not self._engine:
             self._loop.stop()
 
@@ -87,8 +106,9 @@ class Service:
         self._loop.stop()
 
     def _show(self) -> None:
-        sys.stderr.write(self._engine.table())
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):  # whoever read it is gone, or it was never open
+            sys.stderr.write(self._engine.table())
+            sys.stderr.flush()
 
 
 def run_program(
@@ -109,6 +129,9 @@ def run_program(
     limits = options.limits(asked)
     try:
         raise_descriptor_limit()
+        if capacity(descriptor_limit(), opened()) < 1:
+            print(f"{name}: {_too_few()}", file=sys.stderr)
+            return 1
         before()
         if user is not None:
             privileges.become(user)
@@ -143,6 +166,36 @@ def raise_descriptor_limit() -> None:
     """A connection takes two descriptors: as many as this user may have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def descriptor_limit() -> int:
+    """How many descriptors this process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else sys.maxsize
+
+
+def opened() -> int:
+    """How many descriptors this process has."""
+    return len(os.listdir("/proc/self/fd")) - 1  # but for that of the folder
+
+
+def capacity(limit: int, opened: int) -> int:
+    """How many connections there may be at once, if so many descriptors are open already.
+
+    Some stay in hand for all else: listeners and what they have spare, krelay's socket, the file
+    tree, a look-up of a name.
+
+    >>> capacity(1024, 10), capacity(64, 10), capacity(24, 10)
+    (495, 19, 1)
+    """
+    return (limit - opened - max(NEEDED, min(RESERVED, limit // 4))) // 2
+
+
+def _too_few() -> str:
+    return (
+        f"{descriptor_limit()} open files are too few, it takes {opened() + NEEDED + 2} at least; "
+        "raise the limit (ulimit -n, LimitNOFILE=)"
+    )
 
 
 def _ignore() -> None:

@@ -6,10 +6,12 @@ that switched off.
 """
 
 import ctypes
+import errno
 import fcntl
 import os
 import socket
 import struct
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -27,6 +29,12 @@ _PROBES = 3
 _setsockopt = ctypes.CDLL(None, use_errno=True).setsockopt
 _SOCKET, _LINGER = int(socket.SOL_SOCKET), int(socket.SO_LINGER)
 _SIOCOUTQ = 0x5411  # linux/sockios.h
+
+NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Errors of a host that has no descriptor or no memory left just now: it passes."""
+HOST_FAILS = NO_ROOM | {errno.EIO, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EINTR}
+"""Errors of a read or a write that no peer and no network can cause: the same call may do better a
+little later."""
 
 
 def set_options(sock: Socket) -> None:
@@ -51,15 +59,26 @@ def server_socket(family: int = socket.AF_INET) -> Socket:
 def accept(listening: Socket, family: int) -> tuple[Socket, tuple[Any, ...]]:
     """A client's socket and address.  Raises OSError as accept(2) does."""
     fd, peer = listening._accept()  # type: ignore[attr-defined]
-    sock = socket.SocketType(family, _STREAM, 0, fd)
+    try:
+        sock = socket.SocketType(family, _STREAM, 0, fd)
+    except BaseException:
+        os.close(fd)
+        raise
     sock.setblocking(False)
     return sock, peer
 
 
+def close(sock: Socket) -> None:
+    """Closes by a reset.  What the kernel says to it changes nothing: the descriptor is free."""
+    with suppress(OSError):
+        sock.close()
+
+
 def close_in_order(sock: Socket) -> None:
     """Closes behind a FIN; the kernel goes on delivering what it still has."""
-    _linger(sock, _IN_ORDER)
-    sock.close()
+    with suppress(OSError):
+        _linger(sock, _IN_ORDER)
+    close(sock)
 
 
 def _linger(sock: Socket, how: bytes) -> None:
@@ -86,7 +105,7 @@ def probe_within(sock: Socket, seconds: float) -> None:
 
 def probe_as_usual(sock: Socket) -> None:
     """As the kernel does by itself: after two hours of silence (tcp(7), tcp_keepalive_time)."""
-    _set_probing(sock, _usual())
+    _set_probing(sock, usual_probing())
 
 
 def _set_probing(sock: Socket, values: tuple[int, ...]) -> None:
@@ -95,7 +114,8 @@ def _set_probing(sock: Socket, values: tuple[int, ...]) -> None:
 
 
 @cache
-def _usual() -> tuple[int, ...]:
+def usual_probing() -> tuple[int, ...]:
+    """The kernel's own values; to be asked for while there is a descriptor for it."""
     with socket.socket() as sock:
         return tuple(sock.getsockopt(_TCP, option) for option in _PROBING)
 

@@ -11,7 +11,7 @@ from krelay.loop import Loop
 from tcp_relay import options
 from tcp_relay.engine import Engine
 from tcp_relay.limits import Limits
-from tcp_relay.listener import Accepted, Listener
+from tcp_relay.listener import PER_TURN, Accepted, Listener
 from tcp_relay.proxy import Proxy
 from tcp_relay.resolver import Resolver, host_name, service_port
 from tcp_relay.service import Service, run_program
@@ -77,7 +77,9 @@ def _serve(asked: argparse.Namespace, limits: Limits, ready: Callable[[], None])
         # Before anybody can see it listening: a signal would find no handler, and end it.
         service = Service(loop, engine, stop_accepting)
         engine.on_room = on_room
-        listeners += _listeners(loop, asked, asked.workers > 1, proxy.accepted, proxy.spare)
+        listeners += _listeners(
+            loop, asked, asked.workers > 1, proxy.accepted, proxy.spare, lambda: engine.room
+        )
         log.Log("proxy").info(
             "listening",
             address=asked.listen or "all",
@@ -97,9 +99,12 @@ def _listeners(
     shared: bool,
     accepted: Accepted,
     spare: Callable[[], Socket] = server_socket,
+    room: Callable[[], int] = lambda: PER_TURN,
 ) -> list[Listener]:
     """At the address asked for, or at all of IPv4 and of IPv6.  Raises OSError."""
-    make = partial(Listener, loop, asked.listen_port, accepted, shared=shared, spare=spare)
+    make = partial(
+        Listener, loop, asked.listen_port, accepted, shared=shared, spare=spare, room=room
+    )
     if asked.listen is not None:
         return [make(address=asked.listen)]
     listeners = [make(address="0.0.0.0")]

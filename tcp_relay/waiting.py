@@ -51,8 +51,10 @@ class Waiting(Generic[T]):
         # late, and the timer would be due again, in the same instant, for ever.
         since, now = self._since, self._loop.now
         late = list(takewhile(lambda who: since[who] + self.seconds <= now, since))
-        for who in late:
-            if self._since.pop(who, None) is not None:  # else it went with one before it
-                self._too_late(who)
-        if self._since and not self._has_timer:
-            self._set_timer(next(iter(self._since.values())))
+        try:
+            for who in late:
+                if self._since.pop(who, None) is not None:  # else it went with one before it
+                    self._too_late(who)
+        finally:  # who is left, also where one call fails, has his turn
+            if self._since and not self._has_timer:
+                self._set_timer(next(iter(self._since.values())))

@@ -36,7 +36,7 @@ from functools import partial
 from typing import NoReturn
 
 from krelay import mortal, notify
-from krelay.log import Log, Throttle
+from krelay.log import Failures, Log, Throttle
 from krelay.loop import Loop, Timer
 
 FIRST_PAUSE = 0.1
@@ -78,7 +78,9 @@ def run(count: int, serve: Serve, grace: float) -> int:
         return serve(0, _tell_manager)
     # A parent that ignores its children's deaths isn't told how they died (wait(2)).
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    failures = Failures(log)
     with Loop() as loop:
+        loop.on_failure = lambda error: failures.tell(loop.now, "a call failed; going on", error)
         return _Parent(loop, count, serve, grace).run()
 
 
@@ -153,10 +155,26 @@ class _Parent:
         except OSError as error:
             self._lost(worker, "worker not started", error=error.strerror)
             return
-        worker.pidfd = os.pidfd_open(worker.pid)
-        self._loop.add(worker.pidfd, select.EPOLLIN, partial(self._ended, worker))
+        try:
+            self._watch(worker)
+        except OSError as error:  # a process that nobody watches is none of ours
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitpid(worker.pid, 0)
+            worker.pid = 0
+            self._lost(worker, "worker not started", error=error.strerror)
+            return
         if worker.is_told:
             log.info("worker started", worker=worker.index, pid=worker.pid)
+
+    def _watch(self, worker: _Worker) -> None:
+        """Has its end noticed.  Raises OSError, and leaves nothing open then."""
+        pidfd = os.pidfd_open(worker.pid)
+        try:
+            self._loop.add(pidfd, select.EPOLLIN, partial(self._ended, worker))
+        except BaseException:
+            os.close(pidfd)
+            raise
+        worker.pidfd = pidfd
 
     def _ended(self, worker: _Worker, _: int) -> None:
         self._hear()  # its last word, which came before
@@ -201,7 +219,7 @@ class _Parent:
         """Who is ready."""
         try:
             numbers = os.read(self._hearing, 1024 * _NUMBER.size)
-        except BlockingIOError:
+        except OSError:  # nothing; or what is there stays there
             return
         for (index,) in _NUMBER.iter_unpack(numbers):
             self._workers[index].is_ready = True
@@ -222,7 +240,8 @@ class _Parent:
     def _pass_on(self, signum: int) -> None:
         for worker in self._workers:
             if worker.pid:
-                signal.pidfd_send_signal(worker.pidfd, signum)
+                with suppress(ProcessLookupError):  # it has just ended
+                    signal.pidfd_send_signal(worker.pidfd, signum)
 
     def _kill(self) -> None:
         for worker in self._workers:

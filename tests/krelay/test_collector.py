@@ -52,7 +52,7 @@ def test_what_was_let_go_again_is_no_reason_to_hold_as_much_later() -> None:
 def test_an_hour_of_circles_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with simulated() as loop:
-        Collector(loop, lambda: 0)
+        collector = Collector(lambda: 0)
         before = most = sys.getallocatedblocks()
 
         def leak() -> None:
@@ -60,6 +60,7 @@ def test_an_hour_of_circles_is_bounded(caplog: pytest.LogCaptureFixture) -> None
             for _ in range(300):
                 Circle()
             most = max(most, sys.getallocatedblocks())
+            collector.on_time(loop.now)
 
         every(loop, 1, leak)
         run_for(loop, HOUR)
@@ -72,12 +73,13 @@ def test_an_hour_without_circles_has_no_pause(caplog: pytest.LogCaptureFixture) 
     kept: list[list[object]] = []
     caplog.set_level(logging.INFO)
     with simulated() as loop:
-        Collector(loop, lambda: 3 * len(kept))
+        collector = Collector(lambda: 3 * len(kept))
 
         def live() -> None:
             kept.extend([object()] for _ in range(1000))
             if len(kept) > SLACK:
                 kept.clear()
+            collector.on_time(loop.now)
 
         every(loop, 1, live)
         run_for(loop, HOUR)

@@ -95,12 +95,15 @@ def until_closed(sock: socket.socket) -> None:
 
 
 class Program:
-    """A relay program that runs, with `log` as its stderr."""
+    """A relay program that runs, with `log` as its stderr; it may have `limit` descriptors."""
 
-    def __init__(self, log: Path, *command: str) -> None:
+    def __init__(self, log: Path, *command: str, limit: int | None = None) -> None:
         self._log = log
+        argv = [sys.executable, "-m", *command]
+        if limit is not None:
+            argv = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *argv]
         with log.open("wb") as stderr:
-            self.process = subprocess.Popen([sys.executable, "-m", *command], stderr=stderr)
+            self.process = subprocess.Popen(argv, stderr=stderr)
 
     def __enter__(self) -> Self:
         return self
@@ -162,13 +165,15 @@ class Program:
 class TcpRelay(Program):
     """tcp-relay on a file tree at `root`, which is made with a gateway port that is free."""
 
-    def __init__(self, root: Path, *arguments: str, make_tree: bool = True) -> None:
+    def __init__(
+        self, root: Path, *arguments: str, make_tree: bool = True, limit: int | None = None
+    ) -> None:
         self.root = root
         self.gport = free_port()
         if make_tree:
             self.make_tree()
         log = root.parent / f"{root.name}.log"
-        super().__init__(log, "tcp_relay", "--root", str(root), *arguments)
+        super().__init__(log, "tcp_relay", "--root", str(root), *arguments, limit=limit)
 
     def make_tree(self) -> None:
         """What krelay would have made."""
@@ -188,10 +193,13 @@ class TcpRelay(Program):
 class TcpProxy(Program):
     """tcpproxy to `host` and `port`, on a port that is free; its log is in the folder `at`."""
 
-    def __init__(self, at: Path, host: str, port: int, *arguments: str) -> None:
+    def __init__(
+        self, at: Path, host: str, port: int, *arguments: str, limit: int | None = None
+    ) -> None:
         self.port = free_port()
         command = (host, str(port), str(self.port), *arguments)
-        super().__init__(at / f"tcpproxy-{self.port}.log", "tcp_relay.tcpproxy", *command)
+        log = at / f"tcpproxy-{self.port}.log"
+        super().__init__(log, "tcp_relay.tcpproxy", *command, limit=limit)
 
     def ready(self) -> Self:
         """Waits until it listens; of several workers, the first."""

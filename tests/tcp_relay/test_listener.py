@@ -172,3 +172,71 @@ def test_all_addresses_of_ipv6_leave_the_port_to_ipv4() -> None:
         for listener in listeners:
             listener.abandon()
     assert sorted(peers) == [LOCALHOST, "::1"]
+
+
+def test_beyond_the_room_clients_stay_in_the_queue(rig: Rig) -> None:
+    room = 2
+    rig.listener._room = lambda: room - rig.count
+    rig.knock(3)
+    turns(rig.loop, 2)
+    assert (rig.count, rig.listener.paused) == (2, True)
+    room = 3
+    rig.listener.resume()
+    turns(rig.loop)
+    assert rig.count == 3
+
+
+def test_a_client_that_cannot_be_waited_for_is_kept_and_handed_over_later(rig: Rig) -> None:
+    """epoll_ctl: ENOSPC, fs.epoll.max_user_watches."""
+    taken: list[Socket] = []
+    errors = [OSError(errno.ENOSPC, "no space"), OSError(errno.ENOMEM, "no memory")]
+
+    def take(client: Socket, server: Socket, _: tuple[Any, ...]) -> None:
+        if errors:
+            raise errors.pop()
+        taken.extend((client, server))
+
+    rig.listener._accepted = take
+    with socket.create_connection((LOCALHOST, rig.listener.port)) as client:
+        for _ in range(3):
+            turns(rig.loop)
+            rig.listener.resume()
+        turns(rig.loop)
+        accepted, server = taken
+        accepted.send(b"at last")
+        assert client.recv(10) == b"at last"
+    accepted.close()
+    server.close()
+
+
+def test_who_is_kept_is_reset_when_nothing_is_accepted_any_more(rig: Rig) -> None:
+    def take(client: Socket, server: Socket, _: tuple[Any, ...]) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    rig.listener._accepted = take
+    with socket.create_connection((LOCALHOST, rig.listener.port)) as client:
+        turns(rig.loop)
+        rig.listener.abandon()
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    rig.listener = Listener(rig.loop, free_port(), rig.take)
+
+
+def test_a_listener_that_cannot_be_put_back_is_tried_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.has_descriptors = False
+    rig.knock(1)
+    turns(rig.loop)
+    rig.has_descriptors = True
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.loop, "add", _no_memory)
+        rig.listener.resume()
+    assert rig.listener.paused
+    rig.listener.resume()
+    turns(rig.loop)
+    assert rig.count == 1
+
+
+def _no_memory(*_: object) -> None:
+    raise OSError(errno.ENOMEM, "no memory")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import cast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -124,3 +125,21 @@ def test_when_the_timer_is_due_somebody_is_late_however_sums_are_rounded(
     look()
 
     assert late == [1]
+
+
+def test_a_call_that_fails_takes_nobody_elses_turn() -> None:
+    clock, late = Clock(), list[int]()
+
+    def too_late(who: int) -> None:
+        late.append(who)
+        if who == 1:
+            raise OSError("failed")
+
+    waiting = Waiting[int](cast(Loop, clock), SECONDS, too_late)
+    for who in (1, 2, 3):
+        waiting.add(who)
+    with pytest.raises(OSError, match="failed"):
+        clock.turn_to(SECONDS)
+    clock.turn_to(SECONDS)
+
+    assert late == [1, 2, 3]
