@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from krelay import control
+from krelay import control, handed
 from krelay.control import MAX_LINE, BadRequest, Relay, Trace
 from krelay.loop import Loop, Timer
 from krelay.roles import ADMIN, VIEW, Role
@@ -289,7 +289,7 @@ class _Client:
         self._end_trace()
         try:
             self._loop.remove(self._socket.fileno())
-            self._socket.close()
+            handed.hang_up(self._socket)
         finally:
             self._left(self)
 
@@ -305,7 +305,7 @@ class _Client:
     def _ready(self, events: int) -> None:
         if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not self._ended:
             try:
-                data = self._socket.recv(MAX_LINE)
+                data = handed.read(self._socket, MAX_LINE)
             except BlockingIOError:
                 pass
             except OSError:

@@ -8,7 +8,8 @@ takes a socket's lock (getsockname) for a `send` that reads such a file.  So:
 - `receive` has room for as many as a message can carry.  Where there is none, the kernel closes the
   rest itself, within that call.
 - `cookie_of_listener` asks for nothing that takes the socket's lock.
-- `close_apart` closes in a thread of its own, as nobody knows how long that takes.
+- `close_apart` closes in a thread of its own, as nobody knows how long that takes.  So `hang_up`
+  closes a connection: what lies in it unread goes with it.
 
 A socket that is never to be handed anything says so (`refuse_descriptors`), as far as the kernel
 can be told (SO_PASSRIGHTS, Linux 6.16).
@@ -49,6 +50,20 @@ def receive(connection: socket.socket, size: int) -> tuple[bytes, list[int]]:
     return data, handed
 
 
+def read(connection: socket.socket, size: int) -> bytes:
+    """What came, where no descriptors are wanted.  Raises OSError as recv(2) does."""
+    data, handed = receive(connection, size)
+    close_all(handed)
+    return data
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Ends a connection, in which descriptors may be that nobody has read."""
+    with suppress(OSError):  # gone already
+        connection.shutdown(socket.SHUT_RDWR)
+    close_apart(connection.close)
+
+
 def cookie_of_listener(descriptor: int) -> int | None:
     """The kernel's number of a TCP socket over IPv4 that listens; None for anything else."""
     is_one = (
@@ -77,10 +92,16 @@ def close_all(descriptors: Iterable[int]) -> None:
         close_apart(partial(_close_each, numbers))
 
 
-def refuse_descriptors(connection: socket.socket) -> None:
-    """Nothing can be handed over to this socket, nor to those that it accepts."""
-    with suppress(OSError):  # an older kernel
+def refuse_descriptors(connection: socket.socket) -> bool:
+    """Nothing can be handed over to this socket, nor to those that it accepts.
+
+    False if the kernel can't be told.
+    """
+    try:
         connection.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError:
+        return False
+    return True
 
 
 def _close_each(numbers: Iterable[int]) -> None:

@@ -10,7 +10,6 @@ is closed apart.
 
 import select
 import socket
-from contextlib import suppress
 from pathlib import Path
 
 from krelay import handed
@@ -166,9 +165,7 @@ class _Link:
         self._crowd.leave(self._peer)
         try:
             self._loop.remove(self._socket.fileno())
-            with suppress(OSError):  # gone already
-                self._socket.shutdown(socket.SHUT_RDWR)
-            handed.close_apart(self._socket.close)
+            handed.hang_up(self._socket)
         finally:
             self._relays.lost(self._send, self._loop.now)
             self._gateways.lost(self._send)

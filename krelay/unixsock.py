@@ -27,9 +27,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from krelay import handed
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
-from krelay.roles import Role, refusal
+from krelay.roles import RELAY, Role, refusal
 
 MODE = 0o660
 BACKLOG = 1024
@@ -180,6 +181,8 @@ class UnixListener:
 
     def _listen(self) -> None:
         listening = _listening(self._path, self._kind, self._group)
+        refused = self._role is not RELAY and handed.refuse_descriptors(listening)
+        self._takes_descriptors = not refused
         try:
             found = self._path.lstat()
             self._loop.add(listening.fileno(), select.EPOLLIN, self._ready)
@@ -245,12 +248,16 @@ class UnixListener:
         What has come is read first: a peer that is closed with something unread gets an error
         before it gets the reason.
         """
-        with connection, suppress(OSError):
+        with suppress(OSError):
             connection.send(self._worded(reason))
             connection.shutdown(socket.SHUT_RD)
             for _ in range(UNREAD):
-                if not connection.recv(1 << 16):
+                if not handed.read(connection, 1 << 16):
                     break
+        if self._takes_descriptors and connection.fileno() < last_descriptor():
+            handed.hang_up(connection)
+        else:
+            connection.close()
 
     def _warn(self, message: str, **fields: object) -> None:
         if (before := self._warning.admit(self._loop.now)) is not None:

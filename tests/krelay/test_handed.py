@@ -18,7 +18,9 @@ from krelay.nat import NatTable
 from krelay.relay import Relays
 from krelay.relaymsg import Close, Listening, NotListening, Refused, emit, parse_answer
 from krelay.relaysock import RelaySocket
+from krelay.roles import ADMIN
 from krelay.sockdiag import SocketDiag
+from krelay.unixsock import Crowd, UnixListener
 from tests.tools.packets import at, policy
 
 LINGER = 3
@@ -272,6 +274,46 @@ def test_what_lingers_in_a_connection_that_is_lost_holds_nobody_up(world: World)
 
     assert time.monotonic() - began < PROMPTLY
     assert world.socket.pids == frozenset()
+    peer.close()
+
+
+@pytest.mark.parametrize("old_kernel", [False, True])
+def test_nobody_holds_up_the_control_socket_by_what_he_hands_over(
+    tmp_path: Path, old_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel can be told, nothing arrives; where not, it is closed apart."""
+    if old_kernel:
+        monkeypatch.setattr(handed, "_SO_PASSRIGHTS", 9999)
+    came: list[socket.socket] = []
+    with Loop() as loop:
+        listening = UnixListener(
+            loop,
+            tmp_path,
+            ADMIN,
+            socket.SOCK_STREAM,
+            lambda connection, _: came.append(connection),
+            str.encode,
+            Crowd(9, 9),
+        )
+        client, (number, peer) = socket.socket(socket.AF_UNIX), lingering()
+        client.connect(str(listening.path))
+        began = time.monotonic()
+        try:
+            hand(client, b"help\n", number)
+            hand(client, b"unread\n", number)
+        except PermissionError:
+            assert not old_kernel
+            peer.close()  # nothing keeps this test's own from lingering
+        os.close(number)
+        loop.call_soon(lambda: loop.call_soon(loop.stop))
+        loop.run()
+        (server,) = came
+        if old_kernel:
+            assert handed.read(server, 100) == b"help\n"
+        handed.hang_up(server)
+        assert time.monotonic() - began < PROMPTLY
+        listening.close()
+    client.close()
     peer.close()
 
 
