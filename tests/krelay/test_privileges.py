@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root has somethi
 HERE = Path(__file__).parents[2]
 SOMEBODY = Account("61200", 61200, 61200, (61200,))
 PROLOGUE = """
-import ctypes, json, os, signal, socket, subprocess, sys  # now: later it may be out of reach
+import ctypes, json, os, signal, socket, subprocess, sys, time
+# All of it now: later it may be out of reach.
 from krelay import mortal, privileges
 from krelay.privileges import Account, Cap
 
@@ -266,3 +267,74 @@ def test_where_no_number_is_free_it_says_what_to_do(known: Known) -> None:
     known.map = "0 1000 1\n"
     with pytest.raises(NoAccount, match=r"no user krelay .* useradd --system"):
         privileges.unprivileged()
+
+
+AS_KRELAY = """
+privileges.give_up((12, 13), for_programs=True)
+libc = ctypes.CDLL(None, use_errno=True)
+def call(function, *arguments):
+    if function(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), "it failed")
+print(json.dumps({
+    "become another user": fails(lambda: os.setuid(61200)),
+    "take a group": fails(lambda: os.setgroups((27,))),
+    "another namespace": fails(lambda: call(libc.unshare, 0x20000)),
+    "mount": fails(lambda: call(libc.mount, b"none", b"/mnt", b"tmpfs", 0, 0)),
+    "chroot": fails(lambda: os.chroot("/")),
+    "trace one with more": fails(lambda: call(libc.ptrace, 16, os.getppid(), 0, 0)),
+    "its memory": fails(lambda: open(f"/proc/{os.getppid()}/mem", "rb")),
+    "its files": fails(lambda: os.listdir(f"/proc/{os.getppid()}/fd/")
+                       and os.readlink(f"/proc/{os.getppid()}/fd/0")),
+    "signal another user": fails(lambda: os.kill(int(sys.argv[1]), 0)),
+    "others' files": fails(lambda: open(sys.argv[2])),
+    "give files away": fails(lambda: os.chown(sys.argv[3], 61200, 61200)),
+    "listen below 1024": fails(lambda: socket.socket().bind(("127.0.0.1", 1))),
+    "the clock": fails(lambda: time.clock_settime(0, time.time())),
+    "the host's name": fails(lambda: socket.sethostname(socket.gethostname())),
+    "be nicer to itself": fails(lambda: os.nice(-5)),
+    "a device": fails(lambda: os.mknod(sys.argv[3] + "-device", 0o20600, 259)),
+}))
+"""
+
+
+def test_what_krelay_can_not_do_any_more(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    for path in (theirs, ours):
+        path.write_text("a secret")
+        path.chmod(0o600)
+    os.chown(theirs, 61200, 61200)
+    other = subprocess.Popen(("setpriv", "--reuid=61200", "--clear-groups", "sleep", "30"))
+    try:
+        while Path(f"/proc/{other.pid}/comm").read_text() != "sleep\n":
+            pass
+        tried = run(AS_KRELAY, str(other.pid), str(theirs), str(ours))
+    finally:
+        other.kill()
+        other.wait()
+    assert set(tried.values()) <= {1, 13}, tried
+
+
+def test_programs_that_it_starts_have_what_it_has() -> None:
+    code = """
+privileges.give_up((12, 13), for_programs=True)
+print(json.dumps(subprocess.check_output(["cat", "/proc/self/status"], text=True)))
+"""
+    status = dict(line.split(":\t", 1) for line in run(code).splitlines())
+    assert [int(status[kind], 16) for kind in ("CapPrm", "CapEff", "CapBnd")] == [0x3000] * 3
+
+
+def test_those_of_a_user_with_ambient_capabilities_too() -> None:
+    code = """
+libc = ctypes.CDLL(None)
+libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+os.setresgid(61200, 61200, 61200), os.setresuid(61200, 61200, 61200)
+libc.capset(privileges._HEADER.pack(privileges._VERSION_3, 0),
+            privileges._SETS.pack(0x3400, 0x3400, 0x3400, 0, 0, 0))
+for cap in (10, 12, 13):
+    libc.prctl(47, 2, cap, 0, 0)
+privileges.give_up((12, 13), for_programs=True)
+print(json.dumps(subprocess.check_output(["cat", "/proc/self/status"], text=True)))
+"""
+    status = dict(line.split(":\t", 1) for line in run(code).splitlines())
+    assert [int(status[kind], 16) for kind in ("CapPrm", "CapEff", "CapAmb")] == [0x3000] * 3
+    assert status["Uid"].split() == ["61200"] * 4
