@@ -26,8 +26,10 @@ from pathlib import Path
 from krelay import isolated, mortal
 from procfs_sim import trust
 
-FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
-"""Where programs are looked for after those of $PATH that can be trusted."""
+FOLDERS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where programs are looked for if there is no $PATH."""
+NOWHERE = "/nonexistent"
+"""Where they are if nothing of $PATH can be trusted: an empty one is the caller's folder."""
 KEPT = frozenset(
     {
         *("LANG", "LANGUAGE", "TERM", "TZ"),  # how things are shown
@@ -50,16 +52,15 @@ def environment(given: Mapping[str, str] | None = None) -> dict[str, str]:
     """What children get of these variables, by default this process's own."""
     given = os.environ if given is None else given
     kept = {name: value for name, value in given.items() if _is_kept(name)}
-    return {"PATH": trusted_path(given.get("PATH", "")), **kept}
+    return {"PATH": trusted_path(given.get("PATH", FOLDERS)), **kept}
 
 
 def trusted_path(path: str) -> str:
     """The folders of a $PATH into which nobody but root and this user can put a program.
 
-    FOLDERS follow.  Relative ones, also an empty one, are the caller's folder.
+    Relative ones, also an empty one, are the caller's folder.
     """
-    folders = [folder for folder in path.split(":") if is_trusted(folder)]
-    return ":".join(dict.fromkeys((*folders, *FOLDERS)))
+    return ":".join(filter(is_trusted, path.split(":"))) or NOWHERE
 
 
 def is_trusted(folder: str) -> bool:
@@ -97,7 +98,7 @@ def prepare() -> None:
     $PATH is what `trusted_path` leaves of it, and there are no variables that tell Python, the
     linker or a shell to load more.
     """
-    os.environ["PATH"] = trusted_path(os.environ.get("PATH", ""))
+    os.environ["PATH"] = trusted_path(os.environ.get("PATH", FOLDERS))
     for name in [name for name in os.environ if name.startswith(LOADERS)]:
         del os.environ[name]
     # Who ignores his children's deaths isn't told how they ended (wait(2)).

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
-from krelay import children, netfilter, ruleset
+from krelay import netfilter, ruleset
 from krelay.netfilter import (
     Backend,
     Iptables,
@@ -244,7 +244,6 @@ def test_looking_for_a_way_changes_nothing_here(relay: Lab) -> None:
 
 def test_what_was_tried_is_told_where_nothing_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(children, "FOLDERS", ())
     with pytest.raises(RulesUnavailable) as told:
         probe()
 
