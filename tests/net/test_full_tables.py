@@ -16,8 +16,10 @@ pytestmark = pytest.mark.net
 
 LONG = bool(os.environ.get("KRELAY_LONG"))
 FLOWS, OF_CLIENT = (65536, 4096) if LONG else (800, 100)
-RATE = 8000 if LONG else 2000
+RATE = 3000 if LONG else 2000
 """Packets of a flood a second."""
+PATIENCE = 4.0 if LONG else 0.9
+"""Seconds; in less than one no SYN is sent again."""
 FORGED = "10.128.0.0/9"
 ECHO, DNS, RELAYED, FORWARDED = 7, 53, 80, 443
 SERVICES = f"tcp/{RELAYED} tcp/{FORWARDED}=forward udp/{ECHO} udp/{DNS}"
@@ -55,6 +57,7 @@ def forge(world: World, kind: str, port: int, count: int, clients: int, first: s
     """A flood from client2, of `clients` addresses."""
     words = (kind, world.relay, port, count, RATE, clients, first or flood.FIRST)
     world.lab.run("client2", *PYTHON, flood.__file__, *map(str, words), timeout=120)
+    world.until(lambda: not world.values("status")["queue_waiting"], "all handled")
 
 
 def served(world: World, host: str = "client") -> dict[str, bool]:
@@ -62,7 +65,7 @@ def served(world: World, host: str = "client") -> dict[str, bool]:
     found = {}
     for name, port in (("tcp", RELAYED), ("forwarded", FORWARDED)):
         with world.open(host) as sock:
-            sock.settimeout(0.9)  # no second SYN
+            sock.settimeout(PATIENCE)
             try:
                 sock.connect((world.relay, port))
                 found[name] = bool(greet(sock))
@@ -70,7 +73,7 @@ def served(world: World, host: str = "client") -> dict[str, bool]:
                 found[name] = False
     for name, port in (("udp", ECHO), ("query", DNS)):
         with world.open(host, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(0.9)
+            sock.settimeout(PATIENCE)
             sock.connect((world.relay, port))
             try:
                 sock.send(b"hello")
