@@ -33,7 +33,7 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -212,7 +212,7 @@ class FileTree:
     def has_writer(self, name: str) -> bool | None:
         """Whether somebody has this file open for writing; None if that can't be known."""
         try:
-            with self._opened(name, os.O_RDONLY) as fd:
+            with self._opened(name, os.O_RDONLY, _is_file) as fd:
                 if fd is None:
                     return False
                 granted = _lease(fd, fcntl.F_RDLCK)
@@ -262,15 +262,19 @@ class FileTree:
         return True
 
     @contextmanager
-    def _opened(self, name: str, how: int) -> Iterator[int | None]:
-        """A descriptor of the file of that name, if it is the tree's own; None if there is none.
+    def _opened(
+        self, name: str, how: int, fits: Callable[[os.stat_result], bool] | None = None
+    ) -> Iterator[int | None]:
+        """A descriptor of the file of that name if it `fits`, by default if it is the tree's own.
 
-        Raises BlockingIOError while another process has a lease on it, as a file server may.
+        None if there is none.  Raises BlockingIOError while another process has a lease on it, as a
+        file server may.
         """
-        if not self._is_ours(name):
-            yield None
-            return
+        fits = fits or _is_ours
         try:
+            if not fits((self.root / name).lstat()):
+                yield None
+                return
             fd = os.open(self.root / name, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             if error.errno not in _NOT_THERE:
@@ -279,7 +283,7 @@ class FileTree:
             return
         with _closing(fd):
             try:
-                yield fd if _is_ours(os.fstat(fd)) else None
+                yield fd if fits(os.fstat(fd)) else None
             finally:
                 with suppress(OSError):  # there may be none
                     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -496,6 +500,10 @@ def _lease(fd: int, kind: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def _is_file(found: os.stat_result) -> bool:
+    return stat.S_ISREG(found.st_mode)
 
 
 def _is_ours(found: os.stat_result) -> bool:

@@ -20,7 +20,7 @@ from procfs_sim.ondisk import MAX_TEXT, FileTree, TreeWatcher
 from procfs_sim.state import TreeState
 from procfs_sim.tree import DEFAULTS, SETTINGS, STATUS, in_force
 from procfs_sim.trust import Untrusted, user
-from tests.tools.nobody import Nobody, needs_root, open_directory
+from tests.tools.nobody import Nobody, as_nobody, needs_root, open_directory
 
 BOUND = 10.0
 """Seconds after which a condition that doesn't come is a failure."""
@@ -687,6 +687,45 @@ def test_a_value_is_not_put_through_a_link(tree: FileTree, victim: Path, command
 
 
 # What who may only read can do
+
+
+@needs_root
+def test_who_may_only_read_does_not_know_of_writers_and_waits_for_their_close() -> None:
+    with open_directory(0o1777) as directory:
+        tree = FileTree(directory / "tree")
+        tree.create()
+        with (tree.root / "gport").open("a"):
+            assert as_nobody(lambda: tree.has_writer("gport")) == "None"
+
+        def follow() -> tuple[dict[str, str | None], ...]:
+            with TreeWatcher(tree.root) as watcher:
+                (directory / "go").touch()
+                wait_for(lambda: (directory / "half").exists())
+                first = watcher.changes()
+                (directory / "on").touch()
+                then: dict[str, str | None] = {}
+
+                def has_come() -> bool:
+                    then.update(watcher.changes())
+                    return bool(then)
+
+                wait_for(has_come)
+                return first, then
+
+        def write() -> None:  # he must have no copy of the descriptor
+            wait_for(lambda: (directory / "go").exists())
+            with (tree.root / "gport").open("w") as writer:
+                writer.write("17")
+                writer.flush()
+                (directory / "half").touch()
+                wait_for(lambda: (directory / "on").exists())
+                writer.write("000")
+
+        user = threading.Thread(target=write)
+        user.start()
+        said = as_nobody(follow)
+        user.join(BOUND)
+    assert said == "({}, {'gport': '17000'})"
 
 
 def holds_open(path: Path, how: int = os.O_RDONLY) -> int:
