@@ -286,11 +286,11 @@ class NatTable:
         if holder is not None and holder.closed_at is not None:
             self.end(holder)  # its port was free to be bound again, so both its legs are gone
             holder = None
+        taken = holder is not None and holder is not row
         beside = self._by_relay.get(relay)
-        if beside is not None and beside.closed_at is not None:
-            beside = None
-        taken = any(other is not None and other is not row for other in (holder, beside))
-        if taken or (Proto.TCP, at) in self.direct or outside == row.client:
+        if beside is not None and beside is not row and beside.closed_at is None:
+            taken = True
+        if taken or (_TCP, at) in self.direct or outside == row.client:
             raise Refusal("port_taken")
         self.detach(row)
         self._admission.confirmed(row)

@@ -222,7 +222,8 @@ class Relays:
         except Refusal:
             self._nat.detach(row)  # it may have had another port before
             return Refused(request.id, PORT_TAKEN)
-        self._has(row, send)
+        self._owner[row.id] = send
+        row.orphaned = False
         origin = row.client if row.client != request.client else None
         return Opened(request.id, row.server, row.source, origin)
 
