@@ -112,7 +112,9 @@ class FileTree:
                 time.sleep(_PAUSE)
             except (FileNotFoundError, NotADirectoryError):
                 return None
-            except PermissionError:
+            except PermissionError as error:
+                if error.errno != errno.EACCES:  # no matter of the file's mode: it may pass
+                    raise
                 return "(a file that may not be read)"
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENXIO):  # it has become something else

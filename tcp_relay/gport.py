@@ -11,6 +11,7 @@ is in force stays.
 import errno
 import select
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from krelay.log import Log, Throttle
@@ -145,4 +146,5 @@ class TreeFollower:
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             self._loop.remove(watcher.fileno())
-            watcher.close()
+            with suppress(OSError):  # it is gone all the same
+                watcher.close()

@@ -24,7 +24,7 @@ from krelay.log import Failures, Log
 from krelay.loop import Loop, Timer
 from krelay.relaymsg import MAX_MESSAGE, Answer, BadMessage, Request, emit, parse_answer
 from krelay.roles import RELAY
-from tcp_relay.sockets import HOST_FAILS, Socket
+from tcp_relay.sockets import HOST_FAILS, Socket, close
 
 RETRY = 0.1
 """Seconds between attempts to connect."""
@@ -117,7 +117,7 @@ class Link:
                 sock.connect(str(self._path))
                 self._loop.add(sock.fileno(), select.EPOLLIN, self._ready)
             except BaseException:
-                sock.close()
+                close(sock)
                 raise
         except OSError as error:
             self._is_away(_REASON.get(error.errno or 0) or error.strerror or str(error))
@@ -139,7 +139,7 @@ class Link:
         sock, self._socket = self._socket, None
         assert sock is not None
         self._loop.remove(sock.fileno())
-        sock.close()
+        close(sock)
         self._queue.clear()
         self._talk.link_down()
         self._is_away(reason)
