@@ -149,11 +149,13 @@ class Admission:
         now: float,
         *,
         is_relayed: bool = False,
+        is_learnt: bool = False,
         is_new: bool = True,
     ) -> None:
         """Sees to it that one more row of this client is within the limits.
 
-        `is_relayed`: it is of TCP that tcp-relay terminates.  Raises Refusal: `client_rate` where
+        `is_relayed`: it is of TCP that tcp-relay terminates; `is_learnt`: a query that the kernel
+        has learnt.  Raises Refusal: `client_rate` where
         the client has begun too many lately (a row that isn't new doesn't count as begun now),
         `client_full`, or `table_full`.  No other client's row goes for one who has too many itself.
         """
@@ -168,9 +170,16 @@ class Admission:
             surplus = self._of_others.get(addr, 0) + learnt - limits.flows_per_client
         if surplus >= 0:
             which = self._only_relayed if is_relayed else self._not_relayed
-            self._evict(surplus + 1, now, which, "client_full", addr)
+            is_exchange = self._evict(surplus + 1, now, which, addr)
+            # Its learnt queries are looked for among the oldest of all.  Where they aren't there,
+            # they are no reason to refuse anything else: they may be forged.
+            others = self._of_others.get(addr, 0)
+            if not is_exchange and (is_relayed or is_learnt or others >= limits.flows_per_client):
+                raise Refusal("client_full")
+        else:
+            is_exchange = False
         if len(self._rows) + len(self._learnt) >= self._udp_most:
-            self._make_room_in_table(proto, now, is_exchange=surplus >= 0)
+            self._make_room_in_table(proto, now, is_exchange=is_exchange)
         if rate:
             self._new_flows.began(addr, rate, now)
 
@@ -272,22 +281,21 @@ class Admission:
             if live >= self._udp_most and not is_exchange:
                 surplus = max(surplus, 1)
             surplus = max(surplus, udp - self._udp_most + 1)
-        self._evict(surplus, now, which, "table_full")
+        if not self._evict(surplus, now, which):
+            raise Refusal("table_full")
         for row in list(islice(self._closed.values(), AT_ONCE)):
             if self._count() < most:
                 break
             self._end(row)
 
     def _evict(
-        self, surplus: int, now: float, which: Eviction, reason: str, client: bytes | None = None
-    ) -> None:
+        self, surplus: int, now: float, which: Eviction, client: bytes | None = None
+    ) -> bool:
         """Evicts so many, of this client if one is named, or as many as may be at once.
 
-        Raises Refusal for this reason where there are too few.
+        Whether there were enough.
         """
-        for _ in range(min(surplus, AT_ONCE)):
-            if not self._evict_one(now, which, client):
-                raise Refusal(reason)
+        return all(self._evict_one(now, which, client) for _ in range(min(surplus, AT_ONCE)))
 
     def _evict_one(self, now: float, which: Eviction, client: bytes | None = None) -> bool:
         if which.learnt and self._learnt.remove_oldest(client):

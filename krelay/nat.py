@@ -690,7 +690,7 @@ class NatTable:
     def _has_made_room(self, question: bytes, now: float) -> bool:
         """Whether there is room for this flow, and be it that of another."""
         try:
-            self._admission.make_room(Proto.UDP, Endpoint(question[:4], 0), now)
+            self._admission.make_room(Proto.UDP, Endpoint(question[:4], 0), now, is_learnt=True)
         except Refusal:
             return False
         return True

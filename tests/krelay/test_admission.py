@@ -184,6 +184,7 @@ class Both:
                     row.answered_at = now
                 if kind == "one-sided":
                     row.answered_at = now - EXCHANGE
+                    nat._admission.confirmed(row)  # found out at once, or their order is open
                 if kind == "talk":
                     nat.heard(there, 1, 30, now)
             case "connection" | "closed":
@@ -396,6 +397,21 @@ def test_no_flood_in_a_clients_name_keeps_it_from_anything(kind: str) -> None:
         assert flood.served("C", port) == ALL
     assert {"table_full", "client_full"}.isdisjoint(flood.host.worker.counts.dropped)
     assert len(flood.host.nat) <= 2 * 60 + 12 * 8
+
+
+def test_queries_forged_in_a_clients_name_behind_those_of_many_keep_it_from_nothing() -> None:
+    """The kernel has learnt them: the client's own are not among the oldest of all."""
+    flood = flooded([], flows=2000, flows_per_client=100)
+    nat = flood.host.nat
+    nat.learnt.learns(frozenset({addr("K")}), addr("S"))
+    for name, number in (("10.9.9.{}", 200), ("D", 300)):
+        clients = [f"{name.format(1 + n % 250)}:{2000 + n}" for n in range(number)]
+        heads = [template(f"{client} > K:53").build()[:28] for client in clients]
+        nat.learn([(int(Hook.PREROUTING), head) for head in heads], flood.now)
+    assert nat.learnt.of_client(addr("D")) == 100
+    for port in range(500, 510):
+        assert flood.served("D", port) == ALL
+    assert nat.learnt.of_client(addr("D")) <= 100
 
 
 def test_what_a_forger_confirms_takes_no_connection_from_anybody() -> None:
