@@ -358,7 +358,10 @@ def _give_up(relay_gid: int | None) -> None:
     """
     if os.geteuid() == 0:
         ours = {unixsock.group_id(role.group) for role in (RELAY, ADMIN, VIEW)} | {relay_gid}
-        os.setgroups(sorted(group for group in ours if group is not None))
+        try:
+            os.setgroups(sorted(group for group in ours if group is not None))
+        except OSError as error:  # in a user namespace, or without CAP_SETGID
+            _log.info("supplementary groups stay as they are", error=error)
     privileges.give_up(NEEDED, for_programs=True)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,44 @@ def test_neither_of_the_two_can_be_done_without(world: World) -> None:
         ["raw packets", True],
         ["news of rules", False],
     ]
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        ("-Urn",),  # setgroups is denied where one is root of a user namespace of one's own
+        ("-n", "setpriv", "--bounding-set", "-setgid", "--inh-caps", "-setgid"),
+        ("-n", "setpriv", "--bounding-set", "-setpcap", "--inh-caps", "-setpcap"),
+        (
+            "-Urn",
+            "sh",
+            "-c",
+            'echo 0 > /proc/sys/user/max_inotify_instances; exec "$@"',
+            "-",
+        ),
+    ],
+    ids=["user namespace", "no CAP_SETGID", "no CAP_SETPCAP", "no inotify"],
+)
+def test_krelay_serves_with_less_than_all_of_root(wrapped: tuple[str, ...], tmp_path: Path) -> None:
+    """As in a container: what can't be given up is said, and is no reason not to begin."""
+    root, log = tmp_path / "run", tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            ("unshare", *wrapped, *PYTHON, "-m", "krelay", "daemon", "--root", str(root)),
+            stderr=out,
+            cwd=HERE,
+            start_new_session=True,
+        )
+    try:
+        give_up = time.monotonic() + 20
+        while not (root / "control.sock").exists() or not (root / "status/state").exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
+        assert (root / "status/state").read_text() == "stopped\n"
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in log.read_text()
