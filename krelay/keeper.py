@@ -343,7 +343,7 @@ class TreeKeeper:
 
     def _write_back(self, outcome: Outcome) -> None:
         failed = self._tree.write_back(outcome)
-        if any(error.errno in NO_ROOM for error in failed.values()) and self._give_room():
+        while any(error.errno in NO_ROOM for error in failed.values()) and self._give_room():
             failed = self._tree.write_back(outcome)
         for name, error in failed.items():
             self._unshown[name] = outcome.judged[name]
@@ -364,12 +364,13 @@ class TreeKeeper:
 
     def _with_room(self, write: Callable[[], object]) -> None:
         """Writes; with the reserve's room, if there is no other.  Raises OSError."""
-        try:
-            write()
-        except OSError as error:
-            if error.errno not in NO_ROOM or not self._give_room():
-                raise
-            write()
+        while True:
+            try:
+                write()
+                return
+            except OSError as error:
+                if error.errno not in NO_ROOM or not self._give_room():
+                    raise
 
     def _give_room(self) -> bool:
         given = self._reserve.release()

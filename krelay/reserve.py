@@ -8,7 +8,6 @@ content, which is given up when a write finds no room, and made again when there
 
 import errno
 import os
-from contextlib import suppress
 from pathlib import Path
 
 NAME = ".reserve"
@@ -16,7 +15,10 @@ SIZE = 64 * 1024
 """Bytes: as many blocks as a tree has files, or nearly so."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+STEP = SIZE // 4
+"""What is given up at a time: who fills the disk may be quicker than who needs the room."""
+
+_HOW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o600
 
 
@@ -27,28 +29,32 @@ class Reserve:
         self._path = root / NAME
 
     def fill(self) -> None:
-        """Has it there in full.  Raises OSError; if there is no room for all of it, there is none.
-
-        What others made of that name is replaced.
-        """
-        with suppress(FileNotFoundError):
-            if self._path.lstat().st_size == SIZE:
-                return
-            self._path.unlink()
-        fd = os.open(self._path, _NEW, _MODE)
+        """Has it there in full.  Raises OSError; without room for all of it, it stays as it is."""
+        if self._size() == SIZE:
+            return
+        fd = os.open(self._path, _HOW, _MODE)
         try:
             os.posix_fallocate(fd, 0, SIZE)
-        except OSError:
-            with suppress(OSError):
-                self._path.unlink()
-            raise
+            os.ftruncate(fd, SIZE)
         finally:
             os.close(fd)
+            if self._size() == 0:
+                self._path.unlink()
 
     def release(self) -> bool:
-        """Gives up its room; False if there was none."""
+        """Gives up a part of its room, and in the end its inode; False if there was none."""
         try:
-            self._path.unlink()
+            if (size := self._size()) > STEP:
+                os.truncate(self._path, size - STEP)
+            else:
+                self._path.unlink()
         except OSError:
             return False
         return True
+
+    def _size(self) -> int:
+        """Bytes; none if there is no such file."""
+        try:
+            return self._path.lstat().st_size
+        except FileNotFoundError:
+            return 0

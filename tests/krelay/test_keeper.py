@@ -265,7 +265,7 @@ def test_the_reserve_is_given_for_what_finds_no_room(rig: Rig, disk: Disk) -> No
     gone: list[bool] = []
 
     def fail() -> None:
-        if (rig.root / reserve.NAME).exists():
+        if (rig.root / reserve.NAME).stat().st_size > reserve.SIZE // 2:
             raise OSError(errno.ENOSPC, "full")
         gone.append(True)
 
@@ -276,6 +276,8 @@ def test_the_reserve_is_given_for_what_finds_no_room(rig: Rig, disk: Disk) -> No
     assert gone
     assert rig.is_shown
     assert rig.keeper.state == f"{reserve.NAME}: No space left on device"
+    assert (rig.root / reserve.NAME).stat().st_size == reserve.SIZE // 2  # no more than it takes
+    disk._fail = lambda: None  # type: ignore[method-assign]
     rig.tick()
     assert (rig.root / reserve.NAME).stat().st_size == reserve.SIZE
     assert rig.keeper.state == OK
