@@ -562,7 +562,7 @@ class NatTable:
         if row.proto is _UDP:
             self._heard_datagrams(rewrite, now)
             return
-        if row.id not in self._rows:
+        if row.id not in self._rows or isinstance(tracker, Through):
             return
         before, reset = tracker.state, tracker.reset
         tracker.saw(SIDES[rewrite.step], ACK)

@@ -61,7 +61,7 @@ from krelay.flow import Endpoint, Flow, Proto, Source
 from krelay.nat import NatTable
 from krelay.overload import NewFlows, Pace, Refused
 from krelay.row import SENDERS, SIDES, Hook, Rewrite, Row, Step, key
-from krelay.tracker import Side, State, Through
+from krelay.tracker import Segment, Side, State, Through
 from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
 from krelay.wire.checksum import updated
 
@@ -148,6 +148,7 @@ class Counts:
 _PLAIN = struct.Struct("!BxH2xHxBH12xHH").unpack_from
 _UDP_HEAD = struct.Struct("!10sH12sHH").pack
 _TCP_HEAD = struct.Struct("!10sH12s12sH").pack
+_NUMBERS = struct.Struct("!IIB").unpack_from
 _MIN_UDP = ipv4.MIN_HEADER + udp.HEADER
 _MIN_TCP = ipv4.MIN_HEADER + tcp.HEADER
 _FLAGS = ipv4.MIN_HEADER + tcp.FLAGS
@@ -248,7 +249,7 @@ class Worker:
                                     )
                             elif _was_killed(rewrite.row):
                                 return self._told(packet, hook, self._general(packet, hook, now))
-                            self._track(rewrite, flags, now)
+                            self._track(rewrite, packet, ipv4.MIN_HEADER, flags, now)
                         else:
                             rewrite.seen_at = now
                         rewrite.packets += 1
@@ -323,7 +324,7 @@ class Worker:
                         rewrite = found
                 elif _was_killed(rewrite.row):
                     return self._tell_end(rewrite, packet, header, flags, now)
-                self._track(rewrite, flags, now)
+                self._track(rewrite, packet, at, flags, now)
             else:
                 rewrite.seen_at = now
         except Refusal as refusal:
@@ -633,7 +634,7 @@ class Worker:
             return self._open_forwarded(Proto.TCP, row.client, row.service, now).by(Side.CLIENT)
         return self._open_tcp(row.client, row.service, now).rewrites[Step.T1]
 
-    def _track(self, rewrite: Rewrite, flags: int, now: float) -> None:
+    def _track(self, rewrite: Rewrite, packet: bytes, at: int, flags: int, now: float) -> None:
         """Takes note of a packet's TCP flags."""
         row = rewrite.row
         tracker = row.tracker
@@ -643,7 +644,10 @@ class Worker:
         sender = SENDERS.get(rewrite.step)
         if sender is None:
             return
-        tracker.saw(sender, flags)
+        if isinstance(tracker, Through):
+            tracker.segment(sender, _segment(packet, at, flags))
+        else:
+            tracker.saw(sender, flags)
         if tracker.reset and not reset:
             row.reset_at = now
         if tracker.state is not before or tracker.reset is not reset:
@@ -688,6 +692,14 @@ def _syn(coming: bytes) -> bytes:
     """A SYN to where packets of these addresses and ports come from."""
     sport, dport = int.from_bytes(coming[8:10]), int.from_bytes(coming[10:12])
     return tcp.build(coming[4:8], coming[:4], dport, sport, tcp.SYN, window=ipv4.MAX_TOTAL)
+
+
+def _segment(packet: bytes, at: int, flags: int) -> Segment:
+    """What a packet says whose TCP header, whole, begins at `at`."""
+    seq, ack, offset = _NUMBERS(packet, at + tcp.SEQ)
+    total = int.from_bytes(packet[2:4])
+    size = max(0, total - at - (offset >> 4) * 4)
+    return Segment(flags, seq, ack, size + bool(flags & tcp.SYN) + bool(flags & tcp.FIN))
 
 
 def _was_killed(row: Row) -> bool:

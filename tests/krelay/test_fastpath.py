@@ -903,7 +903,9 @@ class Twins:
             options = b"\1\1\1\0" if odd and self.rng.random() < 0.1 else b""
             proto = self.rng.choice(list(Proto)) if self.rng.random() < 0.1 else row.proto
             flow = Flow(proto, ends[0], ends[1])
-            self.send(Template(flow, payload, flags, ip_options=options), hook)
+            size = 1 if flags & SYN else len(payload) + (flags & FIN)
+            packet = Template(flow, payload, flags, 1001 - size, 1001)  # as packets.template
+            self.send(replace(packet, ip_options=options), hook)
 
     def stranger(self) -> None:
         """A client begins something, or talks to the server itself."""

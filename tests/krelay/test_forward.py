@@ -445,3 +445,62 @@ def test_who_was_never_a_conversation_makes_room_before_one_that_is_over() -> No
     assert run(host, *handshake) == ["K:443 > D:40001", "D:40001 > S:443"]
     assert run(host, "9 pre D:40002 > K:443 [S]") == ["D:40002 > S:443"]
     assert states(host) == ["established", "opening"]
+
+
+# Packets that nobody has sent
+
+
+def begun(*lines: str) -> Host:
+    """A host after these lines, whatever has come of them."""
+    host = Host(THROUGH)
+    run(host, *lines)
+    return host
+
+
+@pytest.mark.parametrize(
+    "guessed",
+    [
+        ["0 pre C:40000 > K:443 [.!]"],
+        ["0 post S:443 > C:40000 [S.!]", "0 pre C:40000 > K:443 [.!]"],
+        ["0 post S:443 > C:40000 [.!]", "0 pre C:40000 > K:443 [P.!]"],
+        ["0 post S:443 > C:40000 [S.]", "0 pre C:40000 > K:443 [.!]"],
+        ["0 pre C:40000 > K:443 [.!]", "0 post S:443 > C:40000 [S.!]"],
+    ],
+)
+def test_no_connection_is_established_by_guesses(guessed: list[str]) -> None:
+    host = begun("0 pre C:40000 > K:443 [S]", *guessed)
+
+    [row] = host.nat
+    assert (row.state, row.is_confirmed) == (State.OPENING, False)
+
+
+def test_forged_packets_amid_a_handshake_do_not_hinder_it() -> None:
+    host = begun(
+        "0 pre C:40000 > K:443 [S]",
+        "0 pre C:40000 > K:443 [S!]",
+        "0 post S:443 > C:40000 [R!]",
+        "0 pre C:40000 > K:443 [F.!]",
+        "0 post S:443 > C:40000 [F.!]",
+        "0 post S:443 > C:40000 [S.]",
+        "0 pre C:40000 > K:443 [R]",
+        "0 pre C:40000 > K:443 [.]",
+    )
+    [row] = host.nat
+    assert row.state is State.ESTABLISHED
+
+
+def test_a_forged_syn_first_leaves_the_clients_own_its_way() -> None:
+    host = begun(
+        "0 pre C:40000 > K:443 [S!]",
+        "0 pre C:40000 > K:443 [S]",
+        "0 post S:443 > C:40000 [S.]",
+        "0 pre C:40000 > K:443 [.]",
+    )
+    [row] = host.nat
+    assert row.state is State.ESTABLISHED
+
+
+def test_a_refusal_is_one_if_it_has_the_number_of_what_it_refuses() -> None:
+    for answer, state in (("[R.]", State.CLOSING), ("[R.!]", State.OPENING)):
+        host = begun("0 pre C:40000 > K:443 [S]", f"0 post S:443 > C:40000 {answer}")
+        assert states(host) == [state]

@@ -171,14 +171,14 @@ def template(text: str, **parts: object) -> Template:
 
     And with numbers that suit a connection, of both ends alike: each begins with 1000, and all that
     it ever says ends before 1001, a FIN too, so that a packet may come at any time.  `[F.!]` has
-    numbers of no connection.
+    numbers of another connection.
     """
     there = flow(text)
     flags = flags_of(text)
     payload = b"some bytes" if flags & PSH or there.proto is Proto.UDP else b""
     following = 0x50000001 if "!" in text else 1001
     size = 1 if flags & SYN else len(payload) + bool(flags & FIN)
-    ack = (0x60000002 if "!" in text else 1001) if flags & ACK else 0
+    ack = following if flags & ACK else 0
     usual = {"payload": payload, "flags": flags, "seq": following - size, "ack": ack}
     return Template(there, **usual | parts)  # type: ignore[arg-type]
 

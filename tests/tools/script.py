@@ -9,7 +9,7 @@
     4    post   K:53 > C:4000                   => ...
 
 A line is a time in seconds, a verb, and what must come of it.  Flags in brackets make a packet TCP,
-none make it UDP; with a `!` its numbers are of no connection; hosts have the letters of packets.py,
+none make it UDP; with a `!` its numbers are another's; hosts have the letters of packets.py,
 or dotted addresses.  A packet is rewritten, or goes on (`pass`) or not (`drop`), both by a reason;
 behind `+` stand the relay's own answers.  A port that the relay may choose is a word: the first
 line that names it binds it, later ones must agree.
