@@ -166,7 +166,7 @@ _ENDED = (State.CLOSING, State.CLOSED)
 _MOST_ANSWERS = 256
 ANSWERS = 1000
 """Answers of our own, of whatever kind, a second; to the rest nothing is said (RFC 1812, section
-4.3.2.8; the same figure as Linux's icmp_msgs_per_sec)."""
+4.3.2.8; the same figure as Linux's icmp_msgs_per_sec).  But ends of a killed row are all told."""
 ANSWERS_AT_ONCE = 50
 TOLD_EACH = 6
 """ICMP errors of those to one address, a second and at once: where that is forged, its owner is not
@@ -445,8 +445,7 @@ class Worker:
         if side is not None:
             answer = tcp.reset_for(packet, header)
             if answer is not None:
-                if not self._answer_pace.admits(now):
-                    return self._drop("killed")
+                # Whatever the pace: it may be the only packet by which this end can be told.
                 self.answers.append(answer)
             row.told |= {side}
             if len(row.told) == 2:

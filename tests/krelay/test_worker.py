@@ -1310,17 +1310,29 @@ def test_one_address_is_told_few_errors_and_others_theirs() -> None:
 
 
 def test_all_answers_have_one_pace() -> None:
-    worker = Host(policy(tcp=frozenset({443}), forwarded=frozenset({443}))).worker
-    worker.handle(template("C:40000 > K:443 [S]").build(), Hook.PREROUTING, 0)
-    [row] = worker.nat
-    worker.nat.kill(row, 0)
+    worker = Host(policy()).worker
+    worker.nat.limits = Limits(flows=0)
     for number in range(30):
         client = f"198.51.100.{number + 1}"
         for text in (f"{client}:4000 > K:53", f"{client}:4000 > K:16000 [S]"):
             worker.handle(template(text, ttl=1).build(), Hook.PREROUTING, 0)
-        worker.handle(template("C:40000 > K:443 [.]").build(), Hook.PREROUTING, 0)
+        worker.handle(template(f"{client}:4000 > K:80 [S]").build(), Hook.PREROUTING, 0)
 
     assert len(worker.answers) == ANSWERS_AT_ONCE
+
+
+def test_each_packet_of_a_killed_row_is_told_at_whatever_pace() -> None:
+    """Among the many packets of a download there is one by which its client can be told."""
+    worker = Host(policy(tcp=frozenset({443}), forwarded=frozenset({443}))).worker
+    worker.handle(template("C:40000 > K:443 [S]").build(), Hook.PREROUTING, 0)
+    [row] = worker.nat
+    worker.nat.kill(row, 0)
+    for _ in range(10 * ANSWERS_AT_ONCE):
+        worker.handle(template("S:443 > C:40000 [P.]").build(), Hook.POSTROUTING, 0)
+    worker.answers.clear()
+    worker.handle(template("C:40000 > K:443 [.]").build(), Hook.PREROUTING, 0)
+
+    assert len(worker.answers) == 1
 
 
 def test_a_forged_reset_does_not_shorten_the_life_of_a_connection() -> None:
