@@ -183,7 +183,7 @@ class _Turns:
         (self._roots if client.peer.is_root else self._others).append(client)
         if not self._is_going:
             self._is_going = True
-            self._loop.call_soon(self._step)
+            self._step()  # a trace is to show what comes right behind its request
         elif client.peer.is_root and self._waiting is not None and self._waiting.pending:
             self._waiting.cancel()  # that was for others
             self._loop.call_soon(self._step)

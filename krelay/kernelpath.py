@@ -228,6 +228,7 @@ class KernelPath:
         clients = [each.client_addr for each in questions if each.client_addr is not None]
         self._traced_clients = frozenset(clients) if len(clients) == len(questions) else None
         self.fast.traced(lambda row: any(each.admits(row) for each in filters))
+        self._tell()  # before the rules: until they are changed, packets would be missed
 
     def hurry(self) -> None:
         """The kernel has what begins before the first packet of it comes."""
