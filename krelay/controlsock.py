@@ -78,6 +78,11 @@ class ControlSocket:
             self.close()
             raise
 
+    @property
+    def traces(self) -> int:
+        """How many traces are in force."""
+        return sum(client.tracing is not None for client in self._clients)
+
     def on_time(self, now: float) -> None:
         """Drops who has been silent for too long; call about once a second."""
         for client in list(self._clients):

@@ -158,6 +158,7 @@ class Daemon:
             "flows_tcp": tcp,
             "flows_udp": len(self.nat) - tcp,
             "flows_unconfirmed": self.nat.unconfirmed,
+            "traces": self._control.traces,
             "tcp_relays": len(self._relay_socket.pids) if self._relay_socket else 0,
             **control.tcp_status_values(self._relaying.relays.totals),
             "gateway_port": self._relaying.gateway,

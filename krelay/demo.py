@@ -378,10 +378,13 @@ class Play:
             capture = self._sockets.enter_context(self._lab.capture(host))
             capture.setblocking(False)
             self._captures[host] = capture
-        # Requests of one connection are answered in turn: after the help, packets are traced.
-        both = f"printf 'help\\ntrace\\n' | socat STDIO,ignoreeof {self._control}"
-        tracer = self._tracer = self._lab.start("relay", "sh", "-c", both)
-        self._wait(lambda: "\n\n" in tracer.output, "a trace", [tracer])
+        trace = f"echo trace | socat STDIO,ignoreeof {self._control}"
+        tracer = self._tracer = self._lab.start("relay", "sh", "-c", trace)
+        self._wait(self._is_traced, "a trace", [tracer])
+
+    def _is_traced(self) -> bool:
+        status = self._ask("show status json")
+        return bool(status and status[0]["traces"])
 
     @property
     def _control(self) -> str:
