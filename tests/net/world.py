@@ -167,7 +167,8 @@ class World:
         if tree is None:
             self.tcp_relay_process = program
         self.until(lambda: "listening gport=" in program.output, "tcp-relay listening")
-        self.until(lambda: "gateway_port=served" in self.ask("show status", root), "served")
+        ready = ("gateway_port=served", "gateway_port=unused")
+        self.until(lambda: any(each in self.ask("show status", root) for each in ready), "served")
         return program
 
     def begin(

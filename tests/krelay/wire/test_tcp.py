@@ -89,7 +89,8 @@ def test_scapy_finds_the_checksums_right(packet: Template) -> None:
 def test_a_reset_says_what_the_rfc_says(
     text: str, payload: bytes, seq: int, ack: int, flags: int
 ) -> None:
-    packet = template(f"C:40000 > K:16000 {text}", payload=payload, tcp_options=b"\x01" * 8)
+    there = f"C:40000 > K:16000 {text}"
+    packet = template(there, payload=payload, seq=1000, ack=2000, tcp_options=b"\x01" * 8)
 
     answer = reset_for(packet)
 
