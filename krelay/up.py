@@ -25,6 +25,8 @@ from procfs_sim.ondisk import FileTree
 
 START_WITHIN = 20.0
 """Seconds; a slow machine probes the kernel in one or two."""
+TAKEN_FOR = 1.0
+"""Seconds after which a gateway port that is in use is taken for another program's."""
 STOP_WITHIN = 5.0
 _FIRST_PORT = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 _PAUSE = 0.02
@@ -82,7 +84,7 @@ def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
         _refuse_low_port(who, int(config["gport"]))
         as_whom = ("--user", str(who)) if who else ()
         both.append(Child("tcp-relay", children.start("tcp_relay", *tree, *as_whom)))
-        _wait(both, "tcp-relay isn't ready", lambda: _is_served(root))
+        _wait(both, "tcp-relay isn't ready", _served(root))
         _look_first(root)
         _write(root, {"start": "1"})
         _wait(both, "krelay isn't running", lambda: _is_running(root))
@@ -153,11 +155,27 @@ def _checked(root: Path, values: Mapping[str, str]) -> dict[str, Any]:
     return config
 
 
-def _is_served(root: Path) -> bool:
-    status = _status(root)
-    if " is in use by " in (reason := str(status["gateway_port"])):
-        raise UpFailed(reason)
-    return bool(status["tcp_relays"]) and reason in ("served", "unused")
+def _served(root: Path) -> Callable[[], bool]:
+    """Whether clients would be led to tcp-relay.
+
+    Raises UpFailed if another program has the port.  tcp-relay's own socket is another's, too,
+    until it has been handed over, so that isn't believed at once.
+    """
+    taken_since: float | None = None
+
+    def is_served() -> bool:
+        nonlocal taken_since
+        status, now = _status(root), time.monotonic()
+        reason = str(status["gateway_port"])
+        if " is in use by " not in reason:
+            taken_since = None
+        elif taken_since is None:
+            taken_since = now
+        elif now - taken_since > TAKEN_FOR:
+            raise UpFailed(reason)
+        return bool(status["tcp_relays"]) and reason in ("served", "unused")
+
+    return is_served
 
 
 def _is_running(root: Path) -> bool:
