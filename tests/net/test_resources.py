@@ -2,7 +2,9 @@
 
 import os
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,24 @@ QUERY = bytes.fromhex("12340100000100000000000003777777076578616d706c65000001000
 """www.example A (RFC 1035, section 4)."""
 
 
+SETTLED = 0.05
+"""Seconds for which descriptors must stay the same: krelay closes what was its peers' apart."""
+
+
 def descriptors(program: Program) -> list[str]:
-    """What a process has open, by kind."""
+    """What a process has open, by kind, once that stays the same for a moment."""
     directory = Path(f"/proc/{program.pid}/fd")
-    return sorted(os.readlink(entry).partition(":")[0] for entry in directory.iterdir())
+    before: list[str] | None = None
+    for _ in range(100):
+        found = []
+        for entry in directory.iterdir():
+            with suppress(FileNotFoundError):  # closed since
+                found.append(os.readlink(entry))
+        if found == before:
+            return sorted(each.partition(":")[0] for each in found)
+        before = found
+        time.sleep(SETTLED)
+    raise AssertionError(f"descriptors come and go all the time: {before}")
 
 
 def memory(program: Program) -> int:
