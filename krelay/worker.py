@@ -569,10 +569,10 @@ class Worker:
         answered by an ACK, whoever has sent it.
         """
         row, step = rewrite.row, rewrite.step
+        if row.leg is None and step in (_T3, _T4):
+            self.nat.hear_ends()  # it may have begun past the worker
         if step is _T3:
             number = int.from_bytes(packet[at + tcp.SEQ : at + tcp.SEQ + 4])
-            if row.leg is None:
-                self.nat.hear_ends()
             if row.leg is None and row.closed_at is None:
                 row.leg = number
             return row.leg == number and row.closed_at is None

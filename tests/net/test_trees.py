@@ -1,5 +1,6 @@
 """The file tree of a relay that serves: its disk, its place, its owner, and who else is about."""
 
+import ctypes
 import fcntl
 import os
 import re
@@ -220,24 +221,31 @@ def test_another_folder_in_its_place_ends_no_connection(world: World, control: s
     assert "Traceback" not in world.krelay_process.output
 
 
+def exchange(one: Path, other: Path) -> None:
+    """Swaps two names in one step (renameat2(2)): krelay makes a tree that is missing at once."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    assert libc.renameat2(here, bytes(one), here, bytes(other), swap) == 0, ctypes.get_errno()
+
+
 @pytest.mark.parametrize("what", ["a file", "a link", "a locked folder", "a shared folder"])
 def test_what_cannot_be_its_tree_leaves_krelay_relaying(world: World, what: str) -> None:
     served(world)
     connection = world.connect("client", 80)
     greet(connection)
     away, root = world.lab.directory / "away", world.root
-    root.rename(away)
     lock = -1
     if what == "a file":
-        root.write_text("")
+        away.write_text("")
     elif what == "a link":
-        root.symlink_to("/nowhere/at/all")
+        away.symlink_to("/nowhere/at/all")
     else:
-        root.mkdir()
-        (root / ".lock").touch(0o600)
-        root.chmod(0o777 if what == "a shared folder" else 0o755)
-        lock = os.open(root / ".lock", os.O_RDONLY)
+        away.mkdir()
+        (away / ".lock").touch(0o600)
+        away.chmod(0o777 if what == "a shared folder" else 0o755)
+        lock = os.open(away / ".lock", os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
+    exchange(away, root)
     time.sleep(2.5)
 
     echo(connection, b"goes on")
