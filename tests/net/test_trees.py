@@ -186,18 +186,24 @@ def served(world: World) -> None:
     world.begin()
 
 
+def exchange(one: Path, other: Path) -> None:
+    """Swaps two names in one step (renameat2(2)): krelay makes a tree that is missing at once."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    assert libc.renameat2(here, bytes(one), here, bytes(other), swap) == 0, ctypes.get_errno()
+
+
 @pytest.mark.parametrize("control", ["a folder", "free"])
 def test_another_folder_in_its_place_ends_no_connection(world: World, control: str) -> None:
     served(world)
     connection = world.connect("client", 80)
     greet(connection)
-    other, away = world.lab.directory / "other", world.lab.directory / "away"
-    other.mkdir()
+    away = world.lab.directory / "away"
+    away.mkdir()
     if control == "a folder":
-        (other / "control.sock" / "mine").mkdir(parents=True)
-    world.root.rename(away)
-    other.rename(world.root)
-    world.until(lambda: (world.root / "gport").exists(), "the tree", 5)
+        (away / "control.sock" / "mine").mkdir(parents=True)
+    exchange(away, world.root)
+    world.until(lambda: (world.root / "status/state").exists(), "the tree", 5)
 
     assert world.read("gport") == str(GPORT)
     echo(connection, b"goes on")
@@ -219,13 +225,6 @@ def test_another_folder_in_its_place_ends_no_connection(world: World, control: s
     relays(world)
     echo(connection, b"still")
     assert "Traceback" not in world.krelay_process.output
-
-
-def exchange(one: Path, other: Path) -> None:
-    """Swaps two names in one step (renameat2(2)): krelay makes a tree that is missing at once."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    assert libc.renameat2(here, bytes(one), here, bytes(other), swap) == 0, ctypes.get_errno()
 
 
 @pytest.mark.parametrize("what", ["a file", "a link", "a locked folder", "a shared folder"])
