@@ -159,6 +159,7 @@ class KernelPath:
             self._nat.learnt.learns(addresses, spec.learning.server.packed)
         if not afresh or not spec.room:
             return None
+        self._read_ends()  # who has begun may not begin again
         self._maps = KernelMaps(self._table)
         self.fast.begin(spec.room)
         return self._maps.port
