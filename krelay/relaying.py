@@ -131,6 +131,9 @@ class Relaying:
         self._sender = sender
         self._looker = looker
         self._on_change = on_change
+        self._was_served = False
+        """Whether a tcp-relay has listened on the gateway port since relaying began."""
+        self._registering: Timer | None = None
         self._holder = holder
         self._resumable = InForce.parse(resumable)
         self._backend: Backend | None = None
@@ -397,7 +400,9 @@ class Relaying:
         )
         self._warn_of_surroundings()
         if not stale:
-            self._loop.call_at(self._loop.now + REGISTERED_WITHIN, self._look_who_listens)
+            self._was_served = bool(self.gateways.served)
+            when = self._loop.now + REGISTERED_WITHIN
+            self._registering = self._loop.call_at(when, self._look_who_listens)
 
     def _warn_of_surroundings(self) -> None:
         """What would make relaying fail quietly, told before the first packet is lost."""
@@ -443,8 +448,10 @@ class Relaying:
         Clients that it hasn't accepted end, since their next packets might reach another.
         """
         if self.queue is None:
+            self._loop.call_soon(self._begin_where_free)
             return
         served = self.gateways.served
+        self._was_served |= bool(served)
         self._worker.waiting_until = self._loop.now + AWAY_GRACE
         if self._stopping:
             assert self._worker.policy is not None
@@ -462,6 +469,8 @@ class Relaying:
         port = self._config.gport
         if self.queue is None or self._stopping or not self._config.terminated:
             return
+        if self._was_served:
+            return  # it is tcp-relay's, which is away: its clients alone are refused
         if not self.gateways.served and (others := self.gateways.others(port)):
             who = self._called(others)
             self._fail(f"port {port}, the gateway port, is in use by {who}; end that, or set gport")
@@ -724,6 +733,9 @@ class Relaying:
         """Rules out, queue unbound, rows gone, whatever of these there is."""
         self._worker.policy = None
         self._spec = self._look_at = self._again_at = None
+        if self._registering is not None:
+            self._registering.cancel()
+            self._registering = None
         if (watcher := self._rule_watcher) is not None:
             self._rule_watcher = None
             with self._telling():
