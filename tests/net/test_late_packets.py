@@ -4,6 +4,7 @@ A local user without any privilege takes the relay port of a connection that is 
 """
 
 import contextlib
+import errno
 import re
 import signal
 import socket
@@ -22,8 +23,19 @@ def seized(world: World, port: int, kind: socket.SocketKind) -> Iterator[socket.
     with world.lab.enter("relay"), socket.socket(socket.AF_INET, kind) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.settimeout(3)
-        sock.bind((world.relay, port))
+        world.until(lambda: is_bound(sock, world.relay, port), "the port free")
         yield sock
+
+
+def is_bound(sock: socket.socket, host: str, port: int) -> bool:
+    """Whether that could be done: krelay lets go of a dead tcp-relay's listening socket apart."""
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
 
 
 def relay_port(world: World, client: socket.socket) -> int:
