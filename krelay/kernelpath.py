@@ -8,7 +8,7 @@ whoever does that says so: `leave` before the maps go, `enter` when they are the
 
 import select
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network
 
@@ -121,7 +121,7 @@ class KernelPath:
             or DNS_PORT not in policy.udp
             or config.limits_new_flows_per_client
             or self._traced_clients is None
-            or len(self._nat) - self._nat.unconfirmed >= config.limits_flows
+            or self._is_full(config)
         ):
             return None
         own = sorted(policy.own)
@@ -133,6 +133,15 @@ class KernelPath:
             tuple(addresses[:LEARNING_MOST]),
             collapse(strangers),
         )
+
+    def condition(self, config: Config) -> Hashable:
+        """What `room` and `learning` depend on, beside their arguments."""
+        is_given_up = len(self._lost_at) == MOST_LOSSES
+        return is_given_up, self._copies is None, self._traced_clients, self._is_full(config)
+
+    def _is_full(self, config: Config) -> bool:
+        """Of confirmed flows."""
+        return len(self._nat) - self._nat.unconfirmed >= config.limits_flows
 
     # When the rules come and go
 

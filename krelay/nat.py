@@ -113,6 +113,8 @@ class NatTable:
         }
         self.direct = DirectFlows()
         self.footprints: Counter[Footprint] = Counter()
+        self.footprint_changes = 0
+        """How often one has come or gone."""
         """What the live rows need of the rules."""
         self.on_footprint: Callable[[], None] = lambda: None
         """Called when a row needs something of the rules that no row needed before."""
@@ -638,6 +640,7 @@ class NatTable:
                 self.footprints[row.footprint] = others
             else:
                 del self.footprints[row.footprint]
+                self.footprint_changes += 1
 
     def clear(self) -> list[Row]:
         """Ends every row, and returns them."""
@@ -784,6 +787,7 @@ class NatTable:
         if row.footprint:
             others = self.footprints.get(row.footprint, 0)
             self.footprints[row.footprint] = others + 1
+            self.footprint_changes += not others
             if not others:
                 self.on_footprint()
         return row

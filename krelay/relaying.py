@@ -131,6 +131,7 @@ class Relaying:
         self._sender = sender
         self._looker = looker
         self._on_change = on_change
+        self._rules_made_for: tuple[object, ...] = ()
         self._was_served = False
         """Whether a tcp-relay has listened on the gateway port since relaying began."""
         self._registering: Timer | None = None
@@ -328,7 +329,8 @@ class Relaying:
         if self.queue is not None:
             self.gateways.check()
             self._warn_of_refusal(now)
-        self._refresh_rules()
+        if self._spec is None or self._rules_made_for != self._rules_depend_on():
+            self._refresh_rules()
         if self._look_at is not None and now >= self._look_at:
             self._look_at = now + LOOK_EVERY
             self._restore_rules()
@@ -591,8 +593,10 @@ class Relaying:
         """Changes the rules if the config, the rows or the links need others."""
         if self.queue is None or self._backend is None or self._stopping:
             return
+        depends_on = self._rules_depend_on()
         spec = self._wanted()
         if spec == self._spec:
+            self._rules_made_for = depends_on
             return
         try:
             self._install(spec, afresh=self._spec is None or spec.maps != self._spec.maps)
@@ -600,6 +604,15 @@ class Relaying:
             self._delayed(error)
         except RulesUnavailable as error:
             self._fail(f"rules can't be changed: {error}")
+
+    def _rules_depend_on(self) -> tuple[object, ...]:
+        """What `_wanted` is made of: as long as that stays, it needn't be made again every second.
+
+        To make it costs some hundred objects, whose memory the interpreter keeps for a while.
+        """
+        mine = (self._config, self._worker.policy, self._view, self._gport, self._backend)
+        kernel = self.kernel.condition(self._config), self.kernel.tells_ends
+        return *mine, self.nat.footprint_changes, *kernel
 
     def _delayed(self, error: RulesDelayed) -> None:
         """The rules stay as they are; within a second it is tried again (on_time)."""

@@ -19,6 +19,7 @@ class SocketDiag:
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sockdiag.FAMILY)
+        self._buffer = memoryview(bytearray(BUFFER))
         self._socket.setblocking(False)  # what is asked is answered before `send` returns
 
     def close(self) -> None:
@@ -56,12 +57,12 @@ class SocketDiag:
 
     def _ask(self, request: bytes, *, is_list: bool) -> Iterator[sockdiag.Socket]:
         with suppress(BlockingIOError):  # of a question before that was given up
-            while self._socket.recv(BUFFER):
+            while self._receive():
                 pass
         self._socket.sendto(request, (0, 0))
         while True:
             try:
-                data = self._socket.recv(BUFFER)
+                data = self._receive()
             except BlockingIOError:
                 return
             for each in sockdiag.sockets(data):
@@ -74,3 +75,7 @@ class SocketDiag:
                 yield each
             if not is_list:
                 return
+
+    def _receive(self) -> bytes:
+        """A packet of answers.  Into one buffer: one each would scatter what else is in memory."""
+        return self._buffer[: self._socket.recv_into(self._buffer)].tobytes()

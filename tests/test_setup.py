@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from vm import guest
 
 ROOT = Path(__file__).parents[1]
 SETUP = ROOT / "tools" / "setup"
-IS_STATIC = f"""eval "$(sed -n '/^is_static()/,/^}}/p' {SETUP})"; is_static "$1" """
+IS_STATIC = (
+    f"""eval "$(sed -n '/^is_static()/,/^}}/p' {shlex.quote(str(SETUP))})"; is_static "$1" """
+)
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
