@@ -1,8 +1,8 @@
 """tools/setup: what it takes for a program that is there."""
 
 import os
-import shutil
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
