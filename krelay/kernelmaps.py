@@ -75,7 +75,7 @@ class KernelMaps:
             for at, each in enumerate(back, 1)
         ]
         for each in over:
-            if begins(each):
+            if each.step is Step.T3 and begins(each):
                 requests.append(self._begins.put(each.old, len(requests) + 1))
             requests.append(self._map(each).add(each.old, new_value(each), len(requests) + 1))
         # The kernel tells of elements that went in their order, and with the sequence number 0.

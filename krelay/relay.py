@@ -23,7 +23,7 @@ more than their sum is kept.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from krelay.admission import Refusal
@@ -131,6 +131,19 @@ class Relays:
         gports[gport] = None
         if len(gports) > GPORTS_KEPT:
             del gports[next(iter(gports))]
+
+    def expect(self, requests: Iterable[object]) -> None:
+        """These will be handled next: what the kernel knows of their clients it is asked for once,
+        together, as a question to it costs about as much as all else of an `open`."""
+        rows = [
+            row
+            for each in requests
+            if isinstance(each, Open)
+            and (row := self._nat.accepted(each.client, each.gport)) is not None
+            and not row.tracker.client_acked
+        ]
+        if rows:
+            self._nat.on_late(rows)
 
     def handle(self, request: Request, send: Send, now: float) -> Answer | None:
         """The answer to a request that came from there, but for those that come with sockets."""

@@ -11,6 +11,7 @@ is closed apart.
 import select
 import socket
 from pathlib import Path
+from typing import TypeAlias
 
 from krelay import handed
 from krelay.gatewayport import GatewayPorts
@@ -25,6 +26,7 @@ from krelay.relaymsg import (
     Listening,
     NotListening,
     Refused,
+    Request,
     emit,
     parse_request,
 )
@@ -38,6 +40,9 @@ one."""
 SEND_BUFFER = 4 << 20
 TOLD, TOLD_AT_ONCE = 1, 100
 """Connections a second that are told in the log, and so many at once."""
+
+_Came: TypeAlias = tuple[Request | BadMessage, list[int]]
+"""A message, or what is wrong with it, and the descriptors that came with it."""
 
 _log = Log("relays")
 _malformed, _not_listening = Throttle(), Throttle()
@@ -185,9 +190,33 @@ class _Link:
 
     def _read(self, answers: list[Answer]) -> bool:
         """Handles what has come, and adds what is to be said to it; whether there may be more."""
-        for _turn in range(MAX_PER_TURN):
+        came: list[_Came] = []
+        goes_on = self._receive(came)
+        self._relays.expect(request for request, _ in came)
+        for request, descriptors in came:
             if self not in self._links:
-                return True
+                handed.close_all(descriptors)
+                continue
+            if isinstance(request, BadMessage):
+                if (held_back := _malformed.admit(self._loop.now)) is not None:
+                    _log.warning(
+                        "malformed message from tcp-relay",
+                        pid=self.pid,
+                        error=request,
+                        suppressed=held_back or None,
+                    )
+                answer: Answer | None = Refused(None, str(request))
+            elif isinstance(request, Listening | NotListening):
+                answer = self._listening(request, descriptors)
+            else:
+                answer = self._relays.handle(request, self._send, self._loop.now)
+            if answer is not None:
+                answers.append(answer)
+        return goes_on
+
+    def _receive(self, came: list[_Came]) -> bool:
+        """Adds what has come, each with its descriptors; whether there may be more after it."""
+        for _turn in range(MAX_PER_TURN):
             try:
                 packet, descriptors = handed.receive(self._socket, MAX_MESSAGE + 1)
             except BlockingIOError:
@@ -206,21 +235,9 @@ class _Link:
                     raise BadMessage("a descriptor comes with listening alone")
             except BadMessage as error:
                 handed.close_all(descriptors)
-                if (held_back := _malformed.admit(self._loop.now)) is not None:
-                    _log.warning(
-                        "malformed message from tcp-relay",
-                        pid=self.pid,
-                        error=error,
-                        suppressed=held_back or None,
-                    )
-                answers.append(Refused(None, str(error)))
+                came.append((error, []))
                 return False
-            if isinstance(request, Listening | NotListening):
-                answer = self._listening(request, descriptors)
-            else:
-                answer = self._relays.handle(request, self._send, self._loop.now)
-            if answer is not None:
-                answers.append(answer)
+            came.append((request, descriptors))
         return True
 
     def _listening(

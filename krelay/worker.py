@@ -482,8 +482,11 @@ class Worker:
         assert self.policy is not None
         if end.addr == self.policy.server and self.policy.serves(proto, end.port):
             return True
-        wanted = (proto, end.port, end.addr)
-        return any((f.proto, f.port, f.server) == wanted for f in self.nat.footprints)
+        addr, port = end
+        for each in self.nat.footprints:  # no generator: this is asked of each new connection
+            if each.server == addr and each.port == port and each.proto is proto:
+                return True
+        return False
 
     def _is_forwarded_to(self, proto: Proto, dst: Endpoint) -> bool:
         """Whether flows without tcp-relay lead there, so that a port of this host may be one's."""

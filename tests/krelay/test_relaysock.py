@@ -136,6 +136,27 @@ def test_each_request_has_its_answer_and_close_has_none(world: World) -> None:
     assert row.relay == at("K:30000")
 
 
+def test_the_kernel_is_asked_once_for_all_clients_that_come_together(world: World) -> None:
+    """Whoever's handshake it has completed by itself is known by that."""
+    link = world.connect()
+    pairs = [world.row(40000 + each) for each in range(5)]
+    for row, _ in pairs[1:]:
+        row.tracker.client_acked = False
+    asked: list[list[Row]] = []
+
+    def hear(rows: list[Row]) -> None:
+        asked.append(rows)
+        for row in rows:
+            row.tracker.client_acked = True
+
+    world.nat.on_late = hear
+    world.say(link, *(request for _, request in pairs), UNKNOWN, b"nonsense")
+
+    assert asked == [[row for row, _ in pairs[1:]]]
+    answers = [parse_answer(each) for each in heard(link) if each]
+    assert [type(each) for each in answers] == [Opened] * 5 + [Refused] * 2
+
+
 def test_who_wants_to_know_is_told_before_answers_are_sent(world: World) -> None:
     """Also before the last answer of who has said nonsense behind its question."""
     link = world.connect()
