@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -158,7 +159,7 @@ def test_without_libseccomp_it_relays_and_says_so(world: World) -> None:
         "for f in $(ldconfig -p | sed -n 's/.*=> //p' | grep libseccomp.so.2); "
         "do mount --bind /dev/null $f; done"
     )
-    proxy = " ".join((*PYTHON, "-m", "tcp_relay.tcpproxy", world.server, "80", "81"))
+    proxy = shlex.join((*PYTHON, "-m", "tcp_relay.tcpproxy", world.server, "80", "81"))
     program = world.lab.start("relay", "unshare", "--mount", "sh", "-c", f"{hide}; exec {proxy}")
     world.lab.wait_listening("relay", "tcp", 81)
     assert world.who("client", 81)
