@@ -30,7 +30,12 @@ def children(pid: int) -> list[int]:
 def assert_confined(pid: int, capabilities: int) -> None:
     """All threads of it."""
     for task in Path(f"/proc/{pid}/task").iterdir():
-        lines = (line.partition(":") for line in (task / "status").read_text().splitlines())
+        try:
+            text = (task / "status").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # one that closes a descriptor, and ends
+            assert int(task.name) != pid
+            continue
+        lines = (line.partition(":") for line in text.splitlines())
         found = {name: value.split() for name, _, value in lines}
         held = [int(found[kind][0], 16) for kind in ("CapPrm", "CapEff", "CapBnd")]
         assert held == [capabilities] * 3
