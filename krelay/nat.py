@@ -113,9 +113,9 @@ class NatTable:
         }
         self.direct = DirectFlows()
         self.footprints: Counter[Footprint] = Counter()
+        """What the live rows need of the rules."""
         self.footprint_changes = 0
         """How often one has come or gone."""
-        """What the live rows need of the rules."""
         self.on_footprint: Callable[[], None] = lambda: None
         """Called when a row needs something of the rules that no row needed before."""
         self.on_changed: Callable[[Row], None] = lambda row: None

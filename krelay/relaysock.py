@@ -196,23 +196,24 @@ class _Link:
         for request, descriptors in came:
             if self not in self._links:
                 handed.close_all(descriptors)
-                continue
-            if isinstance(request, BadMessage):
-                if (held_back := _malformed.admit(self._loop.now)) is not None:
-                    _log.warning(
-                        "malformed message from tcp-relay",
-                        pid=self.pid,
-                        error=request,
-                        suppressed=held_back or None,
-                    )
-                answer: Answer | None = Refused(None, str(request))
-            elif isinstance(request, Listening | NotListening):
-                answer = self._listening(request, descriptors)
-            else:
-                answer = self._relays.handle(request, self._send, self._loop.now)
-            if answer is not None:
+            elif (answer := self._answer(request, descriptors)) is not None:
                 answers.append(answer)
         return goes_on
+
+    def _answer(self, request: Request | BadMessage, descriptors: list[int]) -> Answer | None:
+        """What is to be said to a message; the descriptors are taken over."""
+        if isinstance(request, BadMessage):
+            if (held_back := _malformed.admit(self._loop.now)) is not None:
+                _log.warning(
+                    "malformed message from tcp-relay",
+                    pid=self.pid,
+                    error=request,
+                    suppressed=held_back or None,
+                )
+            return Refused(None, str(request))
+        if isinstance(request, Listening | NotListening):
+            return self._listening(request, descriptors)
+        return self._relays.handle(request, self._send, self._loop.now)
 
     def _receive(self, came: list[_Came]) -> bool:
         """Adds what has come, each with its descriptors; whether there may be more after it."""
