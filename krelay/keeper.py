@@ -25,16 +25,13 @@ from krelay import reserve, treelock
 from krelay.log import Log, Throttle
 from krelay.loop import Loop
 from krelay.reserve import NO_ROOM, Reserve
-from procfs_sim.ondisk import FileTree, TreeWatcher
+from procfs_sim.ondisk import NO_WATCH, FileTree, TreeWatcher
 from procfs_sim.state import Outcome, TreeState
 from procfs_sim.tree import SETTINGS, in_force
-from procfs_sim.trust import Untrusted, check
+from procfs_sim.trust import Untrusted, check, in_words
 
 OK = "ok"
 """The tree's state if nothing is wrong."""
-
-_NO_WATCH = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM)
-"""The kernel has no inotify instance or watch left for this user (inotify(7))."""
 
 _log = Log("tree")
 
@@ -128,7 +125,7 @@ class TreeKeeper:
             try:
                 texts[name] = self._tree.read(name)
             except OSError as error:
-                self._trouble(name, _why(error))
+                self._trouble(name, in_words(error))
                 self._seen.pop(name, None)
                 if self._watcher is not None:
                     self._watcher.unread[name] = error
@@ -149,7 +146,7 @@ class TreeKeeper:
             try:
                 self._with_room(partial(self._tree.publish, name, text))
             except OSError as error:
-                self._trouble(name, _why(error))
+                self._trouble(name, in_words(error))
             else:
                 self._published[name] = text
                 self._troubles.pop(name, None)
@@ -206,7 +203,7 @@ class TreeKeeper:
                     os.close(before)
             found = self._tree.read_all()
         except OSError as error:
-            self._trouble("", _why(error))
+            self._trouble("", in_words(error))
             return
         self._is_lost = False
         self._troubles.clear()
@@ -219,11 +216,11 @@ class TreeKeeper:
                 self._with_room(partial(self._tree.show, name, text))
             except OSError as error:
                 self._unshown[name] = found[name]
-                self._trouble(name, _why(error))
+                self._trouble(name, in_words(error))
         try:
             self._watch()
         except OSError as error:
-            self._lose(_why(error))
+            self._lose(in_words(error))
             return
         self._renew_sockets()
         self.publish()
@@ -240,7 +237,7 @@ class TreeKeeper:
         except Untrusted as error:
             self._lose(str(error))
         except OSError as error:  # the next time will tell
-            self._trouble("", _why(error))
+            self._trouble("", in_words(error))
 
     def _lose(self, why: str) -> None:
         self._is_lost = True
@@ -257,7 +254,7 @@ class TreeKeeper:
                 watcher.close()
                 raise
         except OSError as error:
-            if error.errno not in _NO_WATCH:
+            if error.errno not in NO_WATCH:
                 raise
             self._trouble(
                 "",
@@ -291,7 +288,7 @@ class TreeKeeper:
             self._tell()
             return
         except OSError as error:
-            self._trouble("", _why(error))
+            self._trouble("", in_words(error))
         if any(name not in SETTINGS for name in texts):
             self._published.clear()  # somebody wrote a status file: say it again
             self.publish()
@@ -303,14 +300,14 @@ class TreeKeeper:
             try:
                 self._watch()
             except OSError as error:
-                self._lose(_why(error))
+                self._lose(in_words(error))
                 return
             try:
                 texts = {name: self._tree.read(name) for name in SETTINGS}
                 changed = {n: t for n, t in texts.items() if self._seen.get(n) != t}
                 ready = {n: t for n, t in changed.items() if not self._tree.has_writer(n)}
             except OSError as error:
-                self._trouble("", _why(error))
+                self._trouble("", in_words(error))
                 return
             self._seen |= ready
             self._judge(ready)
@@ -318,7 +315,7 @@ class TreeKeeper:
             try:
                 self._changed(0)
             except OSError as error:
-                self._trouble("", _why(error))
+                self._trouble("", in_words(error))
 
     def _judge(self, texts: Mapping[str, str | None]) -> None:
         news = {
@@ -331,7 +328,7 @@ class TreeKeeper:
             self._troubles.pop(name, None)
         unread = self._watcher.unread if self._watcher is not None else {}
         for name, error in unread.items():
-            self._trouble(name, _why(error))
+            self._trouble(name, in_words(error))
         if news:  # or what fails to be published would be published again for its own events
             self._finish(self._state.written(news, self._loop.now))
         self._tell()
@@ -347,7 +344,7 @@ class TreeKeeper:
             failed = self._tree.write_back(outcome)
         for name, error in failed.items():
             self._unshown[name] = outcome.judged[name]
-            self._trouble(name, _why(error))
+            self._trouble(name, in_words(error))
 
     def _show_again(self) -> None:
         for name, judged in list(self._unshown.items()):
@@ -355,7 +352,7 @@ class TreeKeeper:
                 text = self._state.shown(name)
                 self._with_room(partial(self._tree.show_if, name, judged, text))
             except OSError as error:
-                self._trouble(name, _why(error))
+                self._trouble(name, in_words(error))
             else:
                 del self._unshown[name]
                 self._troubles.pop(name, None)
@@ -382,7 +379,7 @@ class TreeKeeper:
         try:
             self._reserve.fill()
         except OSError as error:
-            self._trouble(reserve.NAME, _why(error))
+            self._trouble(reserve.NAME, in_words(error))
         else:
             self._troubles.pop(reserve.NAME, None)
 
@@ -394,7 +391,7 @@ class TreeKeeper:
             try:
                 each.renew()
             except OSError as error:
-                self._trouble(name, _why(error))
+                self._trouble(name, in_words(error))
             else:
                 self._troubles.pop(name, None)
 
@@ -418,7 +415,3 @@ class TreeKeeper:
         elif self._told and not self._troubles:
             self._told = {}
             _log.info("the file tree is kept again", root=self._root)
-
-
-def _why(error: OSError) -> str:
-    return str(error) if isinstance(error, Untrusted) else str(error.strerror)

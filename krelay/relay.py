@@ -235,8 +235,7 @@ class Relays:
         except Refusal:
             self._nat.detach(row)  # it may have had another port before
             return Refused(request.id, PORT_TAKEN)
-        self._owner[row.id] = send
-        row.orphaned = False
+        self._has(row, send)
         origin = row.client if row.client != request.client else None
         return Opened(request.id, row.server, row.source, origin)
 

@@ -472,8 +472,8 @@ class Relaying:
         if self.queue is None or self._stopping or not self._config.terminated:
             return
         if self._was_served:
-            return  # it is tcp-relay's, which is away: its clients alone are refused
-        if not self.gateways.served and (others := self.gateways.others(port)):
+            return  # by a tcp-relay, which may be away: its clients alone are refused
+        if others := self.gateways.others(port):
             who = self._called(others)
             self._fail(f"port {port}, the gateway port, is in use by {who}; end that, or set gport")
             self._waits_for_port = True

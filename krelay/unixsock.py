@@ -45,7 +45,6 @@ AT_ONCE = 16
 UNREAD = 64
 """Messages that are thrown away of one who is refused; the rest the kernel throws away."""
 
-_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _GONE = (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR)
 _PEERGROUPS = 59
 """SO_PEERGROUPS (asm-generic/socket.h): the supplementary groups, a gid_t each."""

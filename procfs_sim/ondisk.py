@@ -51,6 +51,10 @@ MAX_TEXT = 64 * 1024
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
 
+NO_WATCH = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM)
+"""Errors of TreeWatcher where the kernel has no inotify instance or watch left for this user
+(inotify(7))."""
+
 _TRIES = 10
 _PAUSE = 0.001
 """Seconds; a lease, or a reader's open file, mostly lasts microseconds."""

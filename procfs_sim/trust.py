@@ -38,6 +38,11 @@ class Untrusted(OSError):
         return f"{self.filename} {self.strerror}"
 
 
+def in_words(error: OSError) -> str:
+    """What people are told of an error of a tree."""
+    return str(error) if isinstance(error, Untrusted) else str(error.strerror)
+
+
 def check(root: Path) -> None:
     """Raises Untrusted if others than root and our own user can change the tree at `root`.
 

@@ -8,7 +8,6 @@ Where the kernel has no watch left at all, the tree is looked at as well.  Until
 is in force stays.
 """
 
-import errno
 import select
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,14 +16,12 @@ from pathlib import Path
 from krelay.log import Log, Throttle
 from krelay.loop import Loop, Timer
 from procfs_sim import Config, FileTree, Outcome, TreeState, TreeWatcher, trust
+from procfs_sim.ondisk import NO_WATCH
 
 RETRY = 0.1
 """Seconds between looks for a tree that isn't there."""
 LOOK = 1.0
 """Seconds between looks at one that can't be watched."""
-
-_NO_WATCH = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM)
-"""No inotify instance or watch is left for this user (inotify(7))."""
 
 log = Log("gport")
 
@@ -65,7 +62,7 @@ class TreeFollower:
                 watcher.close()
                 raise
         except OSError as error:
-            if error.errno in _NO_WATCH and self._root.is_dir():
+            if error.errno in NO_WATCH and self._root.is_dir():
                 self._look(error)
             else:
                 self._wait(error)
@@ -108,7 +105,7 @@ class TreeFollower:
             log.error(
                 what,
                 root=self._root,
-                error=str(error) if isinstance(error, trust.Untrusted) else error.strerror,
+                error=trust.in_words(error),
                 suppressed=suppressed or None,
             )
 

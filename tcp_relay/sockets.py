@@ -15,6 +15,8 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, TypeAlias
 
+from krelay import loop
+
 Socket: TypeAlias = socket.SocketType
 """What socket.socket is made of; that one's constructor and `accept` take long, in Python."""
 
@@ -32,9 +34,8 @@ _SIOCOUTQ = 0x5411  # linux/sockios.h
 
 NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """Errors of a host that has no descriptor or no memory left just now: it passes."""
-HOST_FAILS = NO_ROOM | {errno.EIO, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EINTR}
-"""Errors of a read or a write that no peer and no network can cause: the same call may do better a
-little later."""
+HOST_FAILS = loop.HOST_FAILS | {errno.EINTR}
+"""Likewise; also of what is called past Python, which calls again by itself after a signal."""
 
 
 def set_options(sock: Socket) -> None:
