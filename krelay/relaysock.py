@@ -41,7 +41,7 @@ SEND_BUFFER = 4 << 20
 TOLD, TOLD_AT_ONCE = 1, 100
 """Connections a second that are told in the log, and so many at once."""
 
-_Came: TypeAlias = tuple[Request | BadMessage, list[int]]
+_Came: TypeAlias = tuple[Request | str, list[int]]
 """A message, or what is wrong with it, and the descriptors that came with it."""
 
 _log = Log("relays")
@@ -200,9 +200,9 @@ class _Link:
                 answers.append(answer)
         return goes_on
 
-    def _answer(self, request: Request | BadMessage, descriptors: list[int]) -> Answer | None:
+    def _answer(self, request: Request | str, descriptors: list[int]) -> Answer | None:
         """What is to be said to a message; the descriptors are taken over."""
-        if isinstance(request, BadMessage):
+        if isinstance(request, str):
             if (held_back := _malformed.admit(self._loop.now)) is not None:
                 _log.warning(
                     "malformed message from tcp-relay",
@@ -210,7 +210,7 @@ class _Link:
                     error=request,
                     suppressed=held_back or None,
                 )
-            return Refused(None, str(request))
+            return Refused(None, request)
         if isinstance(request, Listening | NotListening):
             return self._listening(request, descriptors)
         return self._relays.handle(request, self._send, self._loop.now)
@@ -236,7 +236,7 @@ class _Link:
                     raise BadMessage("a descriptor comes with listening alone")
             except BadMessage as error:
                 handed.close_all(descriptors)
-                came.append((error, []))
+                came.append((str(error), []))  # not the error, whose traceback holds this list
                 return False
             came.append((request, descriptors))
         return True
