@@ -128,7 +128,7 @@ class TreeKeeper:
                 self._trouble(name, in_words(error))
                 self._seen.pop(name, None)
                 if self._watcher is not None:
-                    self._watcher.unread[name] = error
+                    self._watcher.failed(name, error)
         self._unshown.clear()
         self._judge(texts)
 

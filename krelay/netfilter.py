@@ -319,7 +319,7 @@ def _try(backend: Backend) -> None:
                 return
             backend.install(spec)
         except RulesUnavailable as error:
-            outcome.append(error)
+            outcome.append(error.with_traceback(None))
 
     # Of a thread's own: the rest of the process stays, and the namespace ends with the thread.
     thread = threading.Thread(target=attempt)
@@ -329,7 +329,7 @@ def _try(backend: Backend) -> None:
         backend.install(spec)
         backend.remove(_PROBE.name)
     elif outcome and outcome[0]:
-        raise outcome[0]
+        raise outcome.pop()  # not left in this frame, which the error holds
 
 
 def _leave_for_a_new_namespace() -> bool:

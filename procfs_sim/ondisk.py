@@ -149,7 +149,7 @@ class FileTree:
                     # event.
                     self.show_if(name, text, text)
             except OSError as error:
-                failed[name] = error
+                failed[name] = _without_frames(error)
         return failed
 
     def put(self, name: str, text: str) -> None:
@@ -402,8 +402,12 @@ class TreeWatcher:
                 if done or self._is_complete(name, lost=overflow or name in again):
                     texts[name] = self._tree.read(name)
             except OSError as error:
-                self.unread[name] = error
+                self.failed(name, error)
         return texts | dict[str, str | None](status)
+
+    def failed(self, name: str, error: OSError) -> None:
+        """A setting couldn't be read: `changes` tries again."""
+        self.unread[name] = _without_frames(error)
 
     def _is_complete(self, name: str, *, lost: bool) -> bool:
         """Whether a file that was modified, but not closed since, has no writer to close it.
@@ -448,6 +452,15 @@ def _new_name(name: str) -> str:
 
 
 _NEW_NAMES = frozenset(map(_new_name, STATUS))
+
+
+def _without_frames(error: OSError) -> OSError:
+    """The error alone, to be kept.
+
+    Its frames would hold what it is kept in: a circle, or the error before, and so on.
+    """
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 @contextmanager

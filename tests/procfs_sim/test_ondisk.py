@@ -1,5 +1,6 @@
 """Real files and the real inotify: what shells, editors and careless people do to the tree."""
 
+import errno
 import fcntl
 import os
 import re
@@ -17,9 +18,10 @@ from inotify_simple import INotify
 
 from procfs_sim import ondisk
 from procfs_sim.ondisk import MAX_TEXT, FileTree, TreeWatcher
-from procfs_sim.state import TreeState
+from procfs_sim.state import Outcome, TreeState
 from procfs_sim.tree import DEFAULTS, SETTINGS, STATUS, in_force
 from procfs_sim.trust import Untrusted, user
+from tests.tools.hours import garbage
 from tests.tools.nobody import Nobody, as_nobody, needs_root, open_directory
 
 BOUND = 10.0
@@ -795,3 +797,25 @@ def test_a_reader_holds_up_neither_user_nor_keeper(
             assert keeper.differing() == {}
             assert (tree.read(name), keeper.state.errors) == ("1800", {})
             assert time.monotonic() - began < 2
+
+
+def test_what_fails_for_hours_leaves_nothing_for_the_collector(
+    tree: FileTree, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    wrong = Outcome(keeper.state.config, judged={"gport": "70000\n"}, show={"gport": "18000"})
+    shell(tree, "echo 18000 > gport")
+    monkeypatch.setattr(FileTree, "read", fails)
+    monkeypatch.setattr(FileTree, "show_if", fails)
+
+    def hours() -> None:
+        for _ in range(100):
+            keeper.watcher.changes()
+            assert keeper.tree.write_back(wrong)["gport"].errno == errno.EIO
+        kept = keeper.watcher.unread["gport"]
+        assert (kept.errno, kept.__traceback__, kept.__context__) == (errno.EIO, None, None)
+
+    hours()
+    assert garbage(hours) == {}
