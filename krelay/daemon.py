@@ -45,7 +45,7 @@ NICENESS = -5
 """Of this process (sched(7)): where it competes for a core, it gets three quarters of it."""
 COUNTED_TOGETHER = 64
 """Rows for which the kernel is asked at once before they are shown."""
-BLOCKS_OF_A_ROW = 24
+BLOCKS_OF_A_ROW = 36
 """Blocks of memory that a row may have, with its rewrites and its places in the tables."""
 LOOK_AFTER = 0.1
 """Seconds between a change of links, addresses or routes and the look at all that have changed."""

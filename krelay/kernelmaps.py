@@ -9,6 +9,7 @@ the maps: MapsLost is raised, and whoever owns them makes them anew.
 import errno
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -29,8 +30,11 @@ _BUFFER = 4 << 20
 _SNDBUFFORCE, _RCVBUFFORCE = 32, 33
 """asm-generic/socket.h"""
 _RECEIVE = 1 << 17
-_LOST = (errno.ENOBUFS, errno.EBADF, errno.ETIMEDOUT, None)
-"""Errors after which there is nothing more to read; None: a time-out of ours."""
+_LOST = (errno.ENOBUFS, errno.EBADF, errno.EAGAIN)
+"""Errors after which there is nothing more to read; EAGAIN: not within TIMEOUT."""
+_WAITS = struct.pack("@ll", int(TIMEOUT), 0)
+"""struct timeval, for SO_RCVTIMEO: the kernel itself keeps the time, while a time-out of Python's
+would ask for readiness (poll) before each answer."""
 
 
 class MapsLost(Exception):
@@ -70,10 +74,15 @@ class KernelMaps:
         self, back: list[Rewrite], over: list[Rewrite]
     ) -> Iterable[tuple[Rewrite, Count]]:
         """Takes these out, then puts those in, in one transaction."""
+        told = [each for each in back if each.step in SIDES]
+        # The kernel tells of those at once that follow each other (nft_commit_notify,
+        # net/netfilter/nf_tables_api.c), up to four kilobytes.
         requests = [
-            self._map(each).delete(each.old, at, tell=each.step in SIDES)
-            for at, each in enumerate(back, 1)
+            self._map(each).delete(each.old, at, tell=True) for at, each in enumerate(told, 1)
         ]
+        for each in back:
+            if each.step not in SIDES:
+                requests.append(self._map(each).delete(each.old, len(requests) + 1))
         for each in over:
             if each.step is Step.T3 and begins(each):
                 requests.append(self._begins.put(each.old, len(requests) + 1))
@@ -84,7 +93,6 @@ class KernelMaps:
             for message in self._transaction(requests)
             if message.kind == nftmsg.DELETE_ELEMENT
         ]
-        told = [each for each in back if each.step in SIDES]
         counts = [count for count in gone if count is not None]
         if not len(told) == len(gone) == len(counts):
             raise MapsLost(os.strerror(errno.EPROTO))
@@ -105,7 +113,7 @@ class KernelMaps:
                     yield from self._found(some)
 
     def _found(self, some: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
-        requests = (self._map(each).get(each.old, at) for at, each in enumerate(some, 1))
+        requests = (self._map(each).get([each.old], at) for at, each in enumerate(some, 1))
         self._send(b"".join(requests))
         for rewrite, message in zip(some, self._answers(len(some)), strict=False):
             count = nftmsg.element_count(message)
@@ -114,14 +122,14 @@ class KernelMaps:
 
     def read(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
         """What the kernel has counted for each.  Raises MapsLost if it doesn't have one of them."""
-        for some in _slices(rewrites):
-            requests = (self._map(each).get(each.old, at) for at, each in enumerate(some, 1))
-            self._send(b"".join(requests))
-            for at, message in enumerate(self._answers(len(some)), 1):
-                count = nftmsg.element_count(message)
-                if message.error or count is None or message.sequence != at:
-                    raise MapsLost(os.strerror(message.error or errno.EPROTO))
-                yield some[at - 1], count
+        for elements, those in self._by_map(rewrites):
+            for some in _slices(those):
+                self._send(elements.get([each.old for each in some], 1))
+                for rewrite, message in zip(some, self._answers(len(some)), strict=True):
+                    count = nftmsg.element_count(message)
+                    if message.error or count is None or message.sequence != 1:
+                        raise MapsLost(os.strerror(message.error or errno.EPROTO))
+                    yield rewrite, count
 
     def totals(self) -> dict[tuple[Proto, Step], int]:
         """Packets by step that the kernel has rewritten itself.  Raises MapsLost."""
@@ -165,6 +173,12 @@ class KernelMaps:
     def close(self) -> None:
         """Leaves the maps as they are."""
         self._socket.close()
+
+    def _by_map(self, rewrites: Iterable[Rewrite]) -> Iterable[tuple[Elements, list[Rewrite]]]:
+        found: dict[Elements, list[Rewrite]] = {}
+        for each in rewrites:
+            found.setdefault(self._map(each), []).append(each)
+        return found.items()
 
     def _map(self, rewrite: Rewrite) -> Elements:
         return self._elements[rewrite.row.proto, rewrite.step]
@@ -216,7 +230,7 @@ def _connected() -> socket.socket:
     kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.FAMILY)
     try:
         kernel.bind((0, 0))
-        kernel.settimeout(TIMEOUT)
+        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _WAITS)
         for option in (_RCVBUFFORCE, _SNDBUFFORCE):
             kernel.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
     except OSError:

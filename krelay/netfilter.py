@@ -309,27 +309,27 @@ def probe() -> Backend:
 
 def _try(backend: Backend) -> None:
     """Installs the rules where nobody else sees them.  Raises RulesUnavailable."""
-    outcome: list[Exception | None] = []
+    failed: list[RulesUnavailable] = []
+    apart: list[bool] = []
     spec = _PROBE if backend.has_maps else replace(_PROBE, room=0, learning=None, tells_ends=False)
 
     def attempt() -> None:
         try:
-            if not _leave_for_a_new_namespace():
-                outcome.append(None)
-                return
-            backend.install(spec)
+            apart.append(_leave_for_a_new_namespace())
+            if apart[0]:
+                backend.install(spec)
         except RulesUnavailable as error:
-            outcome.append(error.with_traceback(None))
+            failed.append(error.with_traceback(None))
 
     # Of a thread's own: the rest of the process stays, and the namespace ends with the thread.
     thread = threading.Thread(target=attempt)
     thread.start()
     thread.join()
-    if outcome == [None]:  # no namespaces for us: try on the host
+    if failed:
+        raise failed.pop()  # not left in this frame, which the error holds
+    if apart == [False]:  # no namespaces for us: try on the host
         backend.install(spec)
         backend.remove(_PROBE.name)
-    elif outcome and outcome[0]:
-        raise outcome.pop()  # not left in this frame, which the error holds
 
 
 def _leave_for_a_new_namespace() -> bool:

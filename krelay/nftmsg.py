@@ -39,6 +39,11 @@ _COUNTED = struct.Struct("!Q4sQ")
 _PACKETS = struct.pack("=HH", 12, _COUNTER_PACKETS)
 
 
+# An element of a request that has nothing but a key.
+_WANTED = struct.Struct("=HHHHHH4s2s2x4s2s2x")
+_WANTED_HEADS = 28, _NESTED | _LIST_ELEM, 24, _NESTED | _ELEM_KEY, 20, _DATA_VALUE
+
+
 class Count(NamedTuple):
     """What a counter of the kernel says."""
 
@@ -75,7 +80,7 @@ class Elements:
     """Requests about the elements of one map, or set."""
 
     def __init__(self, table: str, name: str) -> None:
-        where = netlink.text(_SET_TABLE, table) + netlink.text(_SET_NAME, name)
+        self._where = where = netlink.text(_SET_TABLE, table) + netlink.text(_SET_NAME, name)
         address = (12, _NESTED | _ELEM_DATA, 8, _DATA_VALUE)
         port = (12, _NESTED | _ELEM_DATA, 6, _DATA_VALUE)
         self._add = {
@@ -86,7 +91,6 @@ class Elements:
             tell: _form(where, DELETE_ELEMENT, netlink.ECHO if tell else 0)
             for tell in (False, True)
         }
-        self._get = _form(where, GET_ELEMENT, 0)
         self._put = _form(where, NEW_ELEMENT, netlink.CREATE)
 
     def add(self, key: bytes, value: bytes, sequence: int = 0) -> bytes:
@@ -102,9 +106,14 @@ class Elements:
         """Takes one out.  `tell`: what it was is sent back, its counter with it."""
         return self._delete[tell](sequence, key)
 
-    def get(self, key: bytes, sequence: int = 0) -> bytes:
-        """Asks for one; no part of a batch."""
-        return self._get(sequence, key)
+    def get(self, keys: Iterable[bytes], sequence: int = 0) -> bytes:
+        """Asks for these; no part of a batch.  Each is an answer of its own, in this order; an
+        error at the first that isn't there is the last answer."""
+        wanted = b"".join(
+            _WANTED.pack(*_WANTED_HEADS, key[:4], key[8:10], key[4:8], key[10:]) for key in keys
+        )
+        attributes = self._where + netlink.nested(_SET_ELEMENTS, wanted)
+        return netlink.message(SUBSYSTEM, GET_ELEMENT, 0, attributes, sequence=sequence)
 
 
 class _Form(Protocol):

@@ -63,10 +63,13 @@ def test_an_element_is_taken_out_and_perhaps_told_of(tell: bool, flags: int) -> 
     assert made == head(14, flags, 8, TABLE_AND_SET, "20000380 1c000180", ELEMENT_KEY)
 
 
-def test_an_element_is_asked_for() -> None:
-    made = Elements("krelay", "udp-u12").get(KEY, 9)
+def test_elements_are_asked_for() -> None:
+    one = Elements("krelay", "udp-u12").get([KEY], 9)
+    two = Elements("krelay", "udp-u12").get([KEY, KEY], 9)
 
-    assert made == head(13, 0x1, 9, TABLE_AND_SET, "20000380 1c000180", ELEMENT_KEY)
+    element = "1c000180", ELEMENT_KEY
+    assert one == head(13, 0x1, 9, TABLE_AND_SET, "20000380", *element)
+    assert two == head(13, 0x1, 9, TABLE_AND_SET, "3c000380", *element, *element)
 
 
 def test_all_counters_of_a_table_are_asked_for() -> None:
