@@ -7,6 +7,7 @@ the maps: MapsLost is raised, and whoever owns them makes them anew.
 """
 
 import errno
+import itertools
 import os
 import socket
 import struct
@@ -60,7 +61,10 @@ class KernelMaps:
         return int(self._socket.getsockname()[0])
 
     def change(self, changes: Changes) -> list[tuple[Rewrite, Count]]:
-        """Carries them out; what was counted for those that were given back.  Raises MapsLost."""
+        """Carries them out; what was counted for those that were given back, in any order.
+
+        Raises MapsLost.
+        """
         final: list[tuple[Rewrite, Count]] = []
         back, over = list(changes.back), list(changes.over)
         while back or over:
@@ -74,19 +78,22 @@ class KernelMaps:
         self, back: list[Rewrite], over: list[Rewrite]
     ) -> Iterable[tuple[Rewrite, Count]]:
         """Takes these out, then puts those in, in one transaction."""
-        told = [each for each in back if each.step in SIDES]
+        told = self._by_map(each for each in back if each.step in SIDES)
+        silent = self._by_map(each for each in back if each.step not in SIDES)
+        begun = [each.old for each in over if each.step is Step.T3 and begins(each)]
+        numbers = itertools.count(1)
         # The kernel tells of those at once that follow each other (nft_commit_notify,
         # net/netfilter/nf_tables_api.c), up to four kilobytes.
         requests = [
-            self._map(each).delete(each.old, at, tell=True) for at, each in enumerate(told, 1)
+            elements.delete([each.old for each in those], next(numbers), tell=tell)
+            for tell, some in ((True, told), (False, silent))
+            for elements, those in some.items()
         ]
-        for each in back:
-            if each.step not in SIDES:
-                requests.append(self._map(each).delete(each.old, len(requests) + 1))
-        for each in over:
-            if each.step is Step.T3 and begins(each):
-                requests.append(self._begins.put(each.old, len(requests) + 1))
-            requests.append(self._map(each).add(each.old, new_value(each), len(requests) + 1))
+        if begun:
+            requests.append(self._begins.put(begun, next(numbers)))
+        for elements, those in self._by_map(over).items():
+            pairs = [(each.old, new_value(each)) for each in those]
+            requests.append(elements.add(pairs, next(numbers)))
         # The kernel tells of elements that went in their order, and with the sequence number 0.
         gone = [
             nftmsg.element_count(message)
@@ -94,9 +101,10 @@ class KernelMaps:
             if message.kind == nftmsg.DELETE_ELEMENT
         ]
         counts = [count for count in gone if count is not None]
-        if not len(told) == len(gone) == len(counts):
+        rewrites = [each for those in told.values() for each in those]
+        if not len(rewrites) == len(gone) == len(counts):
             raise MapsLost(os.strerror(errno.EPROTO))
-        return zip(told, counts, strict=True)
+        return zip(rewrites, counts, strict=True)
 
     def leave(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
         """Takes these out before the maps go; what was counted for those that are still there.
@@ -122,12 +130,12 @@ class KernelMaps:
 
     def read(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
         """What the kernel has counted for each.  Raises MapsLost if it doesn't have one of them."""
-        for elements, those in self._by_map(rewrites):
+        for elements, those in self._by_map(rewrites).items():
             for some in _slices(those):
                 self._send(elements.get([each.old for each in some], 1))
                 for rewrite, message in zip(some, self._answers(len(some)), strict=True):
                     count = nftmsg.element_count(message)
-                    if message.error or count is None or message.sequence != 1:
+                    if count is None or message.sequence != 1:
                         raise MapsLost(os.strerror(message.error or errno.EPROTO))
                     yield rewrite, count
 
@@ -174,11 +182,11 @@ class KernelMaps:
         """Leaves the maps as they are."""
         self._socket.close()
 
-    def _by_map(self, rewrites: Iterable[Rewrite]) -> Iterable[tuple[Elements, list[Rewrite]]]:
+    def _by_map(self, rewrites: Iterable[Rewrite]) -> dict[Elements, list[Rewrite]]:
         found: dict[Elements, list[Rewrite]] = {}
         for each in rewrites:
             found.setdefault(self._map(each), []).append(each)
-        return found.items()
+        return found
 
     def _map(self, rewrite: Rewrite) -> Elements:
         return self._elements[rewrite.row.proto, rewrite.step]
@@ -189,7 +197,7 @@ class KernelMaps:
         self._send(nftmsg.joined(requests))
         told = []
         for message in self._answers(None, until=len(requests)):
-            if message.error:
+            if message.subsystem == 0 and message.error:
                 raise MapsLost(os.strerror(message.error))
             told.append(message)
         return told
@@ -221,7 +229,7 @@ class KernelMaps:
                     return
                 yield message
                 heard += 1
-                if heard == count or (message.error is not None and message.sequence == until):
+                if heard == count or (message.sequence == until and message.error is not None):
                     return
         raise MapsLost("the kernel doesn't answer")
 

@@ -8,9 +8,10 @@ An element's key is that of every map of the fast path (ruleset.py): source addr
 destination address, destination port, each in a field of four bytes, ports padded.
 """
 
+import itertools
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from krelay.wire import netlink
 
@@ -39,9 +40,18 @@ _COUNTED = struct.Struct("!Q4sQ")
 _PACKETS = struct.pack("=HH", 12, _COUNTER_PACKETS)
 
 
-# An element of a request that has nothing but a key.
-_WANTED = struct.Struct("=HHHHHH4s2s2x4s2s2x")
-_WANTED_HEADS = 28, _NESTED | _LIST_ELEM, 24, _NESTED | _ELEM_KEY, 20, _DATA_VALUE
+def _heads(size: int) -> bytes:
+    """What stands before the key of an element that has so many bytes."""
+    heads = size, _NESTED | _LIST_ELEM, 24, _NESTED | _ELEM_KEY, 20, _DATA_VALUE
+    return struct.pack("=HHHHHH", *heads)
+
+
+# Elements of requests, by the size of their value; there are thousands a second.
+_KEYED, _VALUED = struct.Struct("=12s4s2s2x4s2s2x"), struct.Struct("=12s4s2s2x4s2s2x8s4s")
+_KEYED_HEAD, _VALUED_HEAD = _heads(28), _heads(40)
+_VALUE_HEADS = {
+    size: struct.pack("=HHHH", 12, _NESTED | _ELEM_DATA, 4 + size, _DATA_VALUE) for size in (4, 2)
+}
 
 
 class Count(NamedTuple):
@@ -77,73 +87,48 @@ def queue_rule(table: str, chain: str, queue: int) -> bytes:
 
 
 class Elements:
-    """Requests about the elements of one map, or set."""
+    """Requests about elements of one map, or set: many in a request, as the kernel looks for the
+    table and the map once a request.
+
+    Keys are as row.key makes them.
+    """
 
     def __init__(self, table: str, name: str) -> None:
-        self._where = where = netlink.text(_SET_TABLE, table) + netlink.text(_SET_NAME, name)
-        address = (12, _NESTED | _ELEM_DATA, 8, _DATA_VALUE)
-        port = (12, _NESTED | _ELEM_DATA, 6, _DATA_VALUE)
-        self._add = {
-            4: _form(where, NEW_ELEMENT, netlink.CREATE, struct.pack("=HHHH", *address), 4),
-            2: _form(where, NEW_ELEMENT, netlink.CREATE, struct.pack("=HHHH", *port), 4),
-        }
-        self._delete = {
-            tell: _form(where, DELETE_ELEMENT, netlink.ECHO if tell else 0)
-            for tell in (False, True)
-        }
-        self._put = _form(where, NEW_ELEMENT, netlink.CREATE)
+        self._where = netlink.text(_SET_TABLE, table) + netlink.text(_SET_NAME, name)
 
-    def add(self, key: bytes, value: bytes, sequence: int = 0) -> bytes:
-        """Puts one in; replaces none (the kernel refuses another value).  `key` as row.key makes
-        it; `value` is an address or a port."""
-        return self._add[len(value)](sequence, key, value)
+    def add(self, elements: Iterable[tuple[bytes, bytes]], sequence: int = 0) -> bytes:
+        """Puts these in, each a key and a value, which is an address or a port; replaces none (the
+        kernel refuses another value)."""
+        filled = itertools.starmap(_valued, elements)
+        return self._request(NEW_ELEMENT, netlink.CREATE, filled, sequence)
 
-    def put(self, key: bytes, sequence: int = 0) -> bytes:
-        """Puts one without a value into a set, if it isn't there."""
-        return self._put(sequence, key)
+    def put(self, keys: Iterable[bytes], sequence: int = 0) -> bytes:
+        """Puts these without a value into a set, those that aren't there."""
+        return self._request(NEW_ELEMENT, netlink.CREATE, map(_keyed, keys), sequence)
 
-    def delete(self, key: bytes, sequence: int = 0, *, tell: bool = False) -> bytes:
-        """Takes one out.  `tell`: what it was is sent back, its counter with it."""
-        return self._delete[tell](sequence, key)
+    def delete(self, keys: Iterable[bytes], sequence: int = 0, *, tell: bool = False) -> bytes:
+        """Takes these out.  `tell`: what they were is sent back, their counters with it."""
+        flags = netlink.ECHO if tell else 0
+        return self._request(DELETE_ELEMENT, flags, map(_keyed, keys), sequence)
 
     def get(self, keys: Iterable[bytes], sequence: int = 0) -> bytes:
         """Asks for these; no part of a batch.  Each is an answer of its own, in this order; an
         error at the first that isn't there is the last answer."""
-        wanted = b"".join(
-            _WANTED.pack(*_WANTED_HEADS, key[:4], key[8:10], key[4:8], key[10:]) for key in keys
-        )
-        attributes = self._where + netlink.nested(_SET_ELEMENTS, wanted)
-        return netlink.message(SUBSYSTEM, GET_ELEMENT, 0, attributes, sequence=sequence)
+        return self._request(GET_ELEMENT, 0, map(_keyed, keys), sequence)
+
+    def _request(self, kind: int, flags: int, elements: Iterable[bytes], sequence: int) -> bytes:
+        attributes = self._where + netlink.nested(_SET_ELEMENTS, *elements)
+        return netlink.message(SUBSYSTEM, kind, flags, attributes, sequence=sequence)
 
 
-class _Form(Protocol):
-    def __call__(self, sequence: int, key: bytes, value: bytes = b"") -> bytes: ...
+def _keyed(key: bytes) -> bytes:
+    return _KEYED.pack(_KEYED_HEAD, key[:4], key[8:10], key[4:8], key[10:])
 
 
-def _form(where: bytes, kind: int, flags: int, data: bytes = b"", size: int = 0) -> _Form:
-    """Makes requests about an element, with a value of that size behind `data`.
-
-    They differ in their sequence number, key and value alone, and there are thousands a second.
-    """
-    element = 24 + len(data) + size
-    heads = (
-        *(8 + element, _NESTED | _SET_ELEMENTS, 4 + element, _NESTED | _LIST_ELEM),
-        *(24, _NESTED | _ELEM_KEY, 20, _DATA_VALUE),
+def _valued(key: bytes, value: bytes) -> bytes:
+    return _VALUED.pack(
+        *(_VALUED_HEAD, key[:4], key[8:10], key[4:8], key[10:]), _VALUE_HEADS[len(value)], value
     )
-    blank = where + struct.pack("=HHHHHHHH", *heads) + bytes(16) + data + bytes(size)
-    request = netlink.message(SUBSYSTEM, kind, flags, blank)
-    at = len(request) - len(data) - size - 16
-    before, between = request[: netlink.SEQUENCE.start], request[netlink.SEQUENCE.stop : at]
-    pack = struct.Struct(f"={len(before)}sI{len(between)}s4s2s2x4s2s2x{len(data)}s{size}s").pack
-
-    def fill(sequence: int, key: bytes, value: bytes = b"") -> bytes:
-        return pack(
-            *(before, sequence, between),
-            *(key[:4], key[8:10], key[4:8], key[10:]),
-            *(data, value),
-        )
-
-    return fill
 
 
 def get_learnt(table: str, name: str, client: bytes, port: bytes, sequence: int) -> bytes:

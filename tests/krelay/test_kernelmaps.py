@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from ipaddress import IPv4Address
@@ -158,7 +159,8 @@ def test_counts_of_what_is_given_back_are_each_its_own(host: Host) -> None:
 
     final = host.give_back(*rewrites)
     told = [rewrite for rewrite in rewrites if rewrite.step in SIDES]
-    assert final == [(rewrite, counts[rewrite]) for rewrite in told]
+    assert len(final) == len(told)
+    assert dict(final) == {rewrite: counts[rewrite] for rewrite in told}
     assert host.elements() == 0
 
 
@@ -222,15 +224,16 @@ def test_what_somebody_has_deleted_is_noticed_when_it_is_read(host: Host) -> Non
 
 
 def test_answers_that_nobody_waited_for_are_not_taken_for_later_ones(host: Host) -> None:
-    rewrites = [host.udp(port).rewrites[Step.U12] for port in range(4000, 4020)]
-    host.hand(*rewrites[:10])
+    rewrites = [host.udp(port).rewrites[Step.U12] for port in range(4000, 4010)]
+    missing = host.udp(5000).rewrites.values()
+    host.hand(*rewrites)
     with pytest.raises(MapsLost):
-        host.give_back(*rewrites[10:])  # ten errors, and one was read
-    with pytest.raises(MapsLost):  # by another of the ten
-        next(host.maps.read(rewrites[:10]))
+        host.give_back(*missing)  # an error for each map, and one was read
+    with pytest.raises(MapsLost):  # by the other
+        next(host.maps.read(rewrites))
     host.maps.renew()
 
-    assert [rewrite for rewrite, _ in host.give_back(*rewrites[:10])] == rewrites[:10]
+    assert [rewrite for rewrite, _ in host.give_back(*rewrites)] == rewrites
     assert list(host.maps.totals()) != []
 
 
@@ -277,14 +280,14 @@ def test_before_the_maps_go_all_that_is_still_there_is_told_of(host: Host) -> No
     rewrites = [rewrite for row in rows for rewrite in row.rewrites.values()]
     told = [rewrite for rewrite in rewrites if rewrite.step in SIDES]
     host.hand(*rewrites)
-    assert [rewrite for rewrite, _ in host.maps.leave(rewrites)] == told
+    assert Counter(rewrite for rewrite, _ in host.maps.leave(rewrites)) == Counter(told)
     assert host.elements() == 0
 
     host.hand(*rewrites)
     delete(rewrites[1])
     delete(told[5])
     rest = [rewrite for rewrite in told if rewrite is not told[5]]
-    assert [rewrite for rewrite, _ in host.maps.leave(rewrites)] == rest
+    assert Counter(rewrite for rewrite, _ in host.maps.leave(rewrites)) == Counter(rest)
     nft("flush", "ruleset")
     assert list(host.maps.leave(rewrites)) == []
 
@@ -297,7 +300,7 @@ def test_thousands_go_in_and_out(host: Host) -> None:
     host.hand(*rewrites)
     assert host.elements() == ROOM
     assert [count for _, count in host.maps.read(rewrites)] == [Count(0, 0)] * ROOM
-    assert [rewrite for rewrite, _ in host.give_back(*rewrites)] == rewrites
+    assert Counter(rewrite for rewrite, _ in host.give_back(*rewrites)) == Counter(rewrites)
 
     assert host.elements() == 0
 

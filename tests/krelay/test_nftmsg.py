@@ -41,7 +41,7 @@ def answer(body: bytes, kind: int = nftmsg.NEW_ELEMENT) -> netlink.Message:
 
 def test_an_address_is_put_into_a_map() -> None:
     value = "0c000280 08000100 c0a80001"
-    made = Elements("krelay", "udp-u12").add(KEY, at("S:0").addr, 7)
+    made = Elements("krelay", "udp-u12").add([(KEY, at("S:0").addr)], 7)
 
     assert made == head(
         12, 0x401, 7, TABLE_AND_SET, "2c000380 28000180", ELEMENT_KEY, value
@@ -50,7 +50,7 @@ def test_an_address_is_put_into_a_map() -> None:
 
 def test_a_port_is_put_into_a_map_and_padded() -> None:
     names = "0b000100 6b72656c 61790000 0b000200 7463702d 74310000"
-    made = Elements("krelay", "tcp-t1").add(KEY, (16000).to_bytes(2), 1)
+    made = Elements("krelay", "tcp-t1").add([(KEY, (16000).to_bytes(2))], 1)
 
     value = "0c000280 06000100 3e800000"
     assert made == head(12, 0x401, 1, names, "2c000380 28000180", ELEMENT_KEY, value)
@@ -58,9 +58,22 @@ def test_a_port_is_put_into_a_map_and_padded() -> None:
 
 @pytest.mark.parametrize(("tell", "flags"), [(False, 0x1), (True, 0x9)])
 def test_an_element_is_taken_out_and_perhaps_told_of(tell: bool, flags: int) -> None:
-    made = Elements("krelay", "udp-u12").delete(KEY, 8, tell=tell)
+    made = Elements("krelay", "udp-u12").delete([KEY], 8, tell=tell)
 
     assert made == head(14, flags, 8, TABLE_AND_SET, "20000380 1c000180", ELEMENT_KEY)
+
+
+def test_many_elements_are_put_in_and_taken_out_by_one_request() -> None:
+    elements = Elements("krelay", "udp-u12")
+    value = "0c000280 06000100 3e800000"
+    added = elements.add([(KEY, (16000).to_bytes(2))] * 2, 1)
+    taken = elements.delete([KEY] * 3, 2)
+    put = elements.put([KEY] * 2, 3)
+
+    one, bare = ("28000180", ELEMENT_KEY, value), ("1c000180", ELEMENT_KEY)
+    assert added == head(12, 0x401, 1, TABLE_AND_SET, "54000380", *one * 2)
+    assert taken == head(14, 0x1, 2, TABLE_AND_SET, "58000380", *bare * 3)
+    assert put == head(12, 0x401, 3, TABLE_AND_SET, "3c000380", *bare * 2)
 
 
 def test_elements_are_asked_for() -> None:
@@ -92,7 +105,7 @@ def test_a_rule_that_queues_by_a_target_of_iptables() -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_batch_is_one_of_nf_tables(count: int) -> None:
-    requests = [Elements("krelay", "udp-u12").delete(KEY, n) for n in range(count)]
+    requests = [Elements("krelay", "udp-u12").delete([KEY], n) for n in range(count)]
     begin, *inside, end = netlink.messages(nftmsg.joined(requests))
 
     assert [(each.kind, each.body) for each in (begin, end)] == [
