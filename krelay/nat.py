@@ -572,6 +572,13 @@ class NatTable:
         if tracker.state is not before:
             self.changed(row)
 
+    def shook_hands(self, row: Row) -> None:
+        """The kernel has the client's connection, which tcp-relay has accepted."""
+        before = row.tracker.state
+        row.tracker.client_acked = True
+        if row.tracker.state is not before:
+            self.changed(row)
+
     def counted(self, rewrite: Rewrite, now: float) -> None:
         """The worker has rewritten as many packets as this is to be told of (`tell_at`)."""
         rewrite.told()

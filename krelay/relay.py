@@ -23,8 +23,9 @@ more than their sum is kept.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from krelay.admission import Refusal
 from krelay.flow import Endpoint, Proto, Source
@@ -66,9 +67,18 @@ GONE_KEPT = 256
 Send = Callable[[Answer], object]
 """Sends to one tcp-relay; also its identity."""
 
-Carrier = Callable[[Endpoint, Endpoint, bool], int | None]
-"""The uid of who has this host's connection between the two, the own end first, perhaps one that
-isn't answered yet; None: nobody.  Raises OSError if that can't be known."""
+
+class Kernel(Protocol):
+    """Who of this host has which TCP connections, as the kernel knows it (sockdiag.SocketDiag)."""
+
+    def carrier(self, local: Endpoint, remote: Endpoint, may_open: bool = False) -> int | None:
+        """The uid of who has this one; `may_open`: also one that isn't answered yet.  None: nobody.
+
+        Raises OSError if that can't be known.
+        """
+
+    def carriers(self, ends: Sequence[tuple[Endpoint, Endpoint]]) -> list[int | None]:
+        """The same of many, the own ends first; None also where it can't be known."""
 
 
 @dataclass(slots=True)
@@ -83,14 +93,14 @@ class _Link:
 class Relays:
     """The tcp-relays that are connected, and which row is whose.
 
-    `policy` is what new flows get now, None while nothing is relayed; `carrier` asks the kernel.
+    `policy` is what new flows get now, None while nothing is relayed.
     """
 
     def __init__(
         self,
         nat: NatTable,
         policy: Callable[[], Policy | None],
-        carrier: Carrier,
+        kernel: Kernel,
     ) -> None:
         self.before_answers: Callable[[], object] = lambda: None
         """To be called when requests were handled, before their answers are sent."""
@@ -100,7 +110,7 @@ class Relays:
         """What those may have begun with, the latest last."""
         self._nat = nat
         self._policy = policy
-        self._carrier = carrier
+        self._kernel = kernel
         self._links: dict[Send, _Link] = {}
         self._owner: dict[int, Send] = {}
         self._orphans: list[tuple[float, int, frozenset[int]]] = []
@@ -132,18 +142,21 @@ class Relays:
         if len(gports) > GPORTS_KEPT:
             del gports[next(iter(gports))]
 
-    def expect(self, requests: Iterable[object]) -> None:
-        """These will be handled next: what the kernel knows of their clients it is asked for once,
-        together, as a question to it costs about as much as all else of an `open`."""
-        rows = [
-            row
-            for each in requests
-            if isinstance(each, Open)
-            and (row := self._nat.accepted(each.client, each.gport)) is not None
-            and not row.tracker.client_acked
-        ]
-        if rows:
-            self._nat.on_late(rows)
+    def expect(self, requests: Iterable[object], send: Send) -> None:
+        """These will be handled next, from there: whether their clients have completed their
+        handshakes the kernel is asked once for all."""
+        rows, ends = [], []
+        for each in requests:
+            if isinstance(each, Open):
+                row = self._nat.accepted(each.client, each.gport)
+                if row is not None and not row.tracker.client_acked:
+                    rows.append(row)
+                    ends.append((Endpoint(row.service.addr, each.gport), each.client))
+        if not rows or (link := self._links.get(send)) is None:
+            return
+        for row, uid in zip(rows, self._kernel.carriers(ends), strict=True):
+            if uid == link.uid:
+                self._nat.shook_hands(row)
 
     def handle(self, request: Request, send: Send, now: float) -> Answer | None:
         """The answer to a request that came from there, but for those that come with sockets."""
@@ -307,8 +320,8 @@ class Relays:
         link = self._links.get(send)
         try:
             whose = {
-                self._carrier(Endpoint(service.addr, gport), client, False),
-                self._carrier(request.relay, server, True),
+                self._kernel.carrier(Endpoint(service.addr, gport), client, False),
+                self._kernel.carrier(request.relay, server, True),
             }
         except OSError:
             return "the kernel doesn't tell whose connection it is"

@@ -117,7 +117,7 @@ class Relaying:
             handed.cookie_of_listener, self._diag.listeners, handed.close_all
         )
         self.gateways.on_change = self._gateways_changed
-        self.relays = Relays(self.nat, lambda: worker.policy, self._diag.carrier)
+        self.relays = Relays(self.nat, lambda: worker.policy, self._diag)
         self.kernel = KernelPath(loop, self.nat, name, queue_num, self._make_maps_anew)
         self.relays.before_answers = self.kernel.hurry
         self.queue: Queue | None = None

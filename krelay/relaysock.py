@@ -192,7 +192,7 @@ class _Link:
         """Handles what has come, and adds what is to be said to it; whether there may be more."""
         came: list[_Came] = []
         goes_on = self._receive(came)
-        self._relays.expect(request for request, _ in came)
+        self._relays.expect((request for request, _ in came), self._send)
         for request, descriptors in came:
             if self not in self._links:
                 handed.close_all(descriptors)

@@ -5,8 +5,9 @@ The answer is the kernel's own, of one system call or two; no process is looked 
 
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import starmap
 
 from krelay.flow import Endpoint
 from krelay.wire import sockdiag
@@ -55,10 +56,24 @@ class SocketDiag:
                 raise  # not the connection is unknown, but the question
         return None
 
-    def _ask(self, request: bytes, *, is_list: bool) -> Iterator[sockdiag.Socket]:
-        with suppress(BlockingIOError):  # of a question before that was given up
+    def carriers(self, ends: Sequence[tuple[Endpoint, Endpoint]]) -> list[int | None]:
+        """As `carrier`, of many at once; None also where the kernel doesn't tell."""
+        found: list[int | None] = []
+        with suppress(OSError):
+            self._drain()
+            self._socket.sendto(b"".join(starmap(sockdiag.connection_between, ends)), (0, 0))
+            for _ in ends:
+                found.append(sockdiag.carried_by(self._receive()))
+        return found + [None] * (len(ends) - len(found))
+
+    def _drain(self) -> None:
+        """Forgets the answers to a question that was given up."""
+        with suppress(BlockingIOError):
             while self._receive():
                 pass
+
+    def _ask(self, request: bytes, *, is_list: bool) -> Iterator[sockdiag.Socket]:
+        self._drain()
         self._socket.sendto(request, (0, 0))
         while True:
             try:

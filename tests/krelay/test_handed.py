@@ -150,11 +150,16 @@ def test_the_kernel_tells_who_listens_and_whose_a_connection_is() -> None:
         client = socket.create_connection(("127.0.0.1", port))
         server, peer = one.accept()
         ends = at(f"127.0.0.1:{port}"), at(f"127.0.0.1:{peer[1]}")
+        nowhere = at("127.0.0.1:1"), at("127.0.0.1:2")
         assert diag.carrier(*ends) == diag.carrier(ends[1], ends[0]) == os.getuid()
+        whose = diag.carriers([nowhere, ends, (ends[1], ends[0]), nowhere])
+        assert whose == [None, os.getuid(), os.getuid(), None]
+        assert diag.carriers([]) == []
         client.close()
         assert diag.carrier(*ends) == os.getuid(), "half closed"
         server.close()
         assert diag.carrier(*ends) is None, "nobody has what is in TIME_WAIT"
+        assert diag.carriers([ends]) == [None]
     assert diag.listeners(port) == []
     assert diag.carrier(at("127.0.0.1:1"), at("127.0.0.1:2")) is None
     diag.close()

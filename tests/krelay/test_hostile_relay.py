@@ -12,6 +12,7 @@ KRELAY_LONG=1 is 100,000 messages.
 import json
 import os
 import string
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -74,7 +75,7 @@ class Field:
         """krelay starts, or starts again after it was killed."""
         self.nat = NatTable(Limits(FLOWS, FLOWS), rng=Random(self.rng.random()))
         self.worker = Worker(self.nat)
-        self.relays = Relays(self.nat, lambda: self.worker.policy, self.carrier)
+        self.relays = Relays(self.nat, lambda: self.worker.policy, self)
         self.relays.in_force = list(self.history)
         self.relays.resumable_until = self.now + 5
         self.set(self.policy)
@@ -95,8 +96,13 @@ class Field:
         self.history = [each for each in self.history if each != known] + [known]
         self.relays.remember(known)
 
-    def carrier(self, one: Endpoint, two: Endpoint, _: bool) -> int | None:
-        return self.kernel.get((one, two))
+    def carrier(self, local: Endpoint, remote: Endpoint, may_open: bool = False) -> int | None:
+        """As SocketDiag."""
+        return self.kernel.get((local, remote))
+
+    def carriers(self, ends: Sequence[tuple[Endpoint, Endpoint]]) -> list[int | None]:
+        """As SocketDiag."""
+        return [self.carrier(*each) for each in ends]
 
     # What happens without the hostile one
 

@@ -30,6 +30,7 @@ from krelay.row import CLOSED_LINGER, Row, Step
 from krelay.tracker import State
 from krelay.worker import Policy
 from tests.tools.packets import addr, at, policy
+from tests.tools.sockets import OneUser
 
 C, K, S, Y = at("C:40000"), at("K:80"), at("S:80"), at("K:45678")
 USER = 990
@@ -53,11 +54,8 @@ class World:
     def __init__(self, limits: Limits | None = None) -> None:
         self.nat = NatTable(limits, rng=Random(1))
         self.policy: Policy | None = policy()
-        self.carriers: dict[tuple[Endpoint, Endpoint], int | None] = {}
-        """Who has which connections, as the kernel knows it: USER, unless it stands here."""
-        self.relays = Relays(
-            self.nat, lambda: self.policy, lambda one, two, _: self.carriers.get((one, two), USER)
-        )
+        self.kernel = OneUser(USER)
+        self.relays = Relays(self.nat, lambda: self.policy, self.kernel)
         self.relays.resumable_until = math.inf
         self.relays.remember(InForce(16000, S.addr, Source.CLIENT, frozenset({80, 443})))
         self.one, self.two = self.joined(), self.joined()
@@ -293,6 +291,21 @@ def test_a_client_whose_handshake_was_not_seen_is_nobodys(world: World) -> None:
     assert not row.accepted
 
 
+@pytest.mark.parametrize("whose", [None, STRANGER])
+def test_a_client_whose_connection_another_has_or_nobody_is_nobodys(
+    world: World, whose: int | None
+) -> None:
+    row = world.client()
+    row.tracker.client_acked = False
+    world.kernel.others[at("K:16000"), C] = whose
+    world.relays.expect([OPEN], world.one)
+    assert world.relays.handle(OPEN, world.one, 0) == Refused(1, "no row for this client")
+
+    del world.kernel.others[at("K:16000"), C]
+    world.relays.expect([OPEN], world.one)
+    assert world.relays.handle(OPEN, world.one, 0) == Opened(1, S, Source.CLIENT)
+
+
 def test_a_handshake_that_the_kernel_rewrote_is_heard_of_when_it_matters(world: World) -> None:
     row = world.client()
     row.tracker.client_acked = False
@@ -408,7 +421,7 @@ def test_values_that_were_in_force_at_different_times_are_not_believed_together(
 def test_a_connection_that_this_user_does_not_have_is_not_resumed(
     world: World, ends: tuple[Endpoint, Endpoint], whose: int | None
 ) -> None:
-    world.carriers[ends] = whose
+    world.kernel.others[ends] = whose
 
     answer = world.relays.handle(RESUME, world.one, 0)
 

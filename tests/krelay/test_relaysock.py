@@ -33,6 +33,7 @@ from krelay.row import Row
 from krelay.sockdiag import SocketDiag
 from krelay.unixsock import Peer
 from tests.tools.packets import at, policy
+from tests.tools.sockets import OneUser
 
 RELAY_PORT = 10_000
 """By so much the relay's port is less than the client's."""
@@ -44,7 +45,8 @@ class ToldRelays(Relays):
     """Relays that remember which connections they were told to be lost."""
 
     def __init__(self, nat: NatTable) -> None:
-        super().__init__(nat, policy, lambda *_: None)
+        self.kernel = OneUser(os.getuid())
+        super().__init__(nat, policy, self.kernel)
         self.losses: list[tuple[Send, float]] = []
 
     def lost(self, send: Send, now: float) -> None:
@@ -142,17 +144,10 @@ def test_the_kernel_is_asked_once_for_all_clients_that_come_together(world: Worl
     pairs = [world.row(40000 + each) for each in range(5)]
     for row, _ in pairs[1:]:
         row.tracker.client_acked = False
-    asked: list[list[Row]] = []
-
-    def hear(rows: list[Row]) -> None:
-        asked.append(rows)
-        for row in rows:
-            row.tracker.client_acked = True
-
-    world.nat.on_late = hear
     world.say(link, *(request for _, request in pairs), UNKNOWN, b"nonsense")
 
-    assert asked == [[row for row, _ in pairs[1:]]]
+    asked = [(at("K:16000"), request.client) for _, request in pairs[1:]]
+    assert world.relays.kernel.asked == [asked]
     answers = [parse_answer(each) for each in heard(link) if each]
     assert [type(each) for each in answers] == [Opened] * 5 + [Refused] * 2
 

@@ -30,6 +30,7 @@ from krelay.row import SIDES, Hook, Rewrite, Row, Step
 from krelay.ruleset import RuleSpec
 from krelay.worker import Policy, Verdict, Worker
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
+from tests.tools.sockets import OneUser
 
 _MATCH = re.compile(
     r"(?:ip (?P<protocol>protocol) (?P<name>tcp|udp)"
@@ -291,7 +292,7 @@ class Datapath:
         self.nat = NatTable(self.limits, rng=Random(self.seed))
         self.worker = Worker(self.nat)
         self.worker.policy = self.policy
-        self.relays = Relays(self.nat, lambda: self.policy, lambda *_: 0)
+        self.relays = Relays(self.nat, lambda: self.policy, OneUser())
         self.tcp_relay: Send = lambda answer: None
         """The one that is connected; what it is told unasked it doesn't hear."""
         self.relays.joined(self.tcp_relay, uid=0)

@@ -43,6 +43,7 @@ from krelay.row import Hook, Step
 from krelay.worker import Policy, Verdict, Worker
 from tests.tools import packets
 from tests.tools.packets import LETTERS, Template, addr, at, shown
+from tests.tools.sockets import OneUser
 
 HOOKS = {"pre": Hook.PREROUTING, "post": Hook.POSTROUTING}
 RECORD_ROUTE = b"\x07\x07\x04\0\0\0\0\0"
@@ -55,7 +56,7 @@ class Host:
         self.nat = NatTable(rng=Random(1))
         self.worker = Worker(self.nat)
         self.worker.policy = policy
-        self.relays = Relays(self.nat, lambda: self._policy, lambda *_: 0)
+        self.relays = Relays(self.nat, lambda: self._policy, OneUser())
         self.relays.resumable_until = math.inf
         self.said: list[Answer] = []
         self._tcp_relay = self.said.append
