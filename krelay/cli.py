@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -44,13 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _daemon(args: argparse.Namespace) -> int:
-    from krelay import daemon
+    from krelay.witness import Witness
 
     log.set_up(args.log_level, as_json=args.log_json)
     try:
-        return daemon.serve(args.root, args.queue_num, args.relay_gid)
-    except daemon.CannotServe as error:
-        raise Failed(error) from None
+        witness = Witness()
+    except OSError as error:
+        raise Failed(f"can't start a process: {error.strerror}") from None
+    with closing(witness):
+        # Not before: the two would share these modules' memory, and each page that one of them
+        # changes later would be one more.
+        from krelay import daemon
+
+        try:
+            return daemon.serve(args.root, args.queue_num, witness, args.relay_gid)
+        except daemon.CannotServe as error:
+            raise Failed(error) from None
 
 
 def _up(args: argparse.Namespace) -> int:

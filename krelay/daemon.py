@@ -9,7 +9,7 @@ import resource
 import select
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from random import SystemRandom
@@ -313,11 +313,11 @@ class Daemon:
         self._evicted = self.nat.evicted
 
 
-def serve(root: Path, queue_num: int, relay_gid: int | None = None) -> int:
+def serve(root: Path, queue_num: int, witness: Witness, relay_gid: int | None = None) -> int:
     """Runs the daemon in the foreground; its exit status.  Raises CannotServe."""
     _hurry()
     _open_many()
-    with closing(_witness()) as witness, Loop() as loop:
+    with Loop() as loop:
         failures = Failures(_log)
         loop.on_failure = lambda error: failures.tell(loop.now, "a call failed; going on", error)
         daemon = Daemon(loop, root, witness, queue_num, relay_gid)
@@ -364,13 +364,6 @@ def _give_up(relay_gid: int | None) -> None:
         except OSError as error:  # in a user namespace, or without CAP_SETGID
             _log.info("supplementary groups stay as they are", error=error)
     privileges.give_up(NEEDED, for_programs=True)
-
-
-def _witness() -> Witness:
-    try:
-        return Witness()
-    except OSError as error:
-        raise CannotServe(f"can't start a process: {error.strerror}") from None
 
 
 def _raw_sender() -> RawSender:
