@@ -10,6 +10,7 @@ import select
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import SystemRandom
@@ -21,7 +22,7 @@ from krelay.controlsock import ControlSocket
 from krelay.flow import Proto
 from krelay.keeper import CannotKeep, TreeKeeper
 from krelay.links import LinkWatcher, Looker
-from krelay.log import Failures, Log, Throttle
+from krelay.log import Failures, Log, Throttle, stood_still
 from krelay.loop import Loop, Timer
 from krelay.nat import NatTable
 from krelay.nfqueue import figures
@@ -320,6 +321,7 @@ def serve(root: Path, queue_num: int, witness: Witness, relay_gid: int | None = 
     with Loop() as loop:
         failures = Failures(_log)
         loop.on_failure = lambda error: failures.tell(loop.now, "a call failed; going on", error)
+        loop.on_absence = partial(stood_still, _log)
         daemon = Daemon(loop, root, witness, queue_num, relay_gid)
         _give_up(relay_gid)
         if (problem := notify.ready()) is not None:

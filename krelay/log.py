@@ -132,6 +132,11 @@ class Failures:
             self._log.warning(message, error=error, at=place, again=before or None, **fields)
 
 
+def stood_still(log: Log, seconds: float) -> None:
+    """Says that this process did nothing for so long (Loop.on_absence)."""
+    log.warning("stood still; timers wait for as long", seconds=round(seconds, 1))
+
+
 class TextFormatter(logging.Formatter):
     """`TIME LEVEL MESSAGE KEY=VALUE ...`, or `<N>MESSAGE KEY=VALUE ...` for the journal."""
 

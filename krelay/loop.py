@@ -29,6 +29,11 @@ due, and the calls that `call_soon` had collected by then.  An exception from an
 `run()`: the loop can't know whether it was harmless. Nothing else is lost by it; the caller may
 close, or call `run()` again, which goes on behind the one that raised.
 
+A process can stand still: SIGSTOP, a frozen cgroup, a debugger, a virtual machine that is paused.
+Its peers' packets wait meanwhile, or are asked for again; so none of that time may count as their
+silence.  `now` is a clock that leaves it out: a turn that took ABSENT longer than it was to take
+counts as none.  And timers wait until all events were read that had waited.
+
 An OSError is another matter: the kernel refuses something at some moment (no descriptor, no memory,
 a full disk) to whoever asks, and that must end no daemon.  With `on_failure` it is told, and the
 loop goes on behind it.  A handler that is in the middle of something has to see to that itself: to
@@ -50,6 +55,9 @@ MAX_EVENTS = 256
 """Events per wake-up: enough to make the wait cheap, few enough that timers aren't late."""
 PAUSE = 0.001
 """Seconds that the loop sleeps after a failure: one that repeats for ever takes no whole core."""
+ABSENT = 1.0
+"""Seconds: whoever is away for that much longer than he waits stood still.  No wait is longer while
+there are timers, since of a pause within a wait nothing can be seen but its end."""
 HOST_FAILS = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EIO, errno.EPERM}
     | {errno.ENOSPC, errno.EROFS}
@@ -95,7 +103,11 @@ class Loop:
 
     def __init__(self) -> None:
         self.now = time.monotonic()
-        """Seconds, monotonic: when this turn began."""
+        """Seconds, monotonic, without those of `absent`: when this turn began."""
+        self.absent = 0.0
+        """Seconds for which this process stood still, so far."""
+        self.on_absence: Callable[[float], object] = lambda seconds: None
+        """Who is told of each, of so many seconds."""
         self.on_failure: Callable[[OSError], object] | None = None
         """Who is told of the OSErrors that calls let through; None: `run` lets them through."""
         self._epoll = select.epoll()
@@ -108,6 +120,7 @@ class Loop:
         self._soon: deque[Callable[[], object]] = deque()
         self._signals = _Signals(self)
         self._running = False
+        self._is_behind = False  # there are events that came while this process stood still
 
     def __enter__(self) -> Self:
         return self
@@ -161,6 +174,10 @@ class Loop:
         """Calls `fn` at the end of this turn; of the next if its calls are being made."""
         self._soon.append(fn)
 
+    def clock(self) -> float:
+        """The time as `now` has it, at this moment."""
+        return time.monotonic() - self.absent
+
     def on_signal(self, signum: int, fn: Callable[[], object]) -> None:
         """Calls `fn` from the loop after that signal; `close` puts the old behaviour back."""
         self._signals.on(signum, fn)
@@ -184,21 +201,30 @@ class Loop:
     def _run(self) -> None:
         handlers, removed = self._handlers, self._removed
         wait, clock = self._epoll.poll, time.monotonic
+        self.now = self.clock()  # what was done before is no absence
         while True:
             for fd, events in self._batch:
                 if removed and fd in removed:
                     continue
                 handlers[fd](events)
-            if self._timers:
+            if self._timers and not self._is_behind:
                 self._fire_due()
             if soon := self._soon:
                 for _ in range(len(soon)):
                     soon.popleft()()
             if not self._running:
                 return
-            self._batch = iter(wait(self._patience(), MAX_EVENTS))
+            patience = self._patience()
+            batch = wait(patience, MAX_EVENTS)
+            self._batch = iter(batch)
             removed.clear()
-            self.now = clock()
+            now = clock() - self.absent
+            if self._is_behind and len(batch) < MAX_EVENTS:
+                self._is_behind = False
+            if now - self.now > patience + ABSENT and patience >= 0:
+                self._stood_still(now - self.now)
+            else:
+                self.now = now
 
     def stop(self) -> None:
         """`run` returns at the end of this turn."""
@@ -221,7 +247,13 @@ class Loop:
             return 0.0
         if not self._timers:
             return -1.0
-        return max(0.0, self._timers[0][0] - time.monotonic())  # `now` is as old as this turn
+        due = self._timers[0][0] - self.clock()  # `now` is as old as this turn
+        return min(max(0.0, due), ABSENT)
+
+    def _stood_still(self, seconds: float) -> None:
+        self.absent += seconds
+        self._is_behind = True
+        self.on_absence(seconds)
 
     def _fire_due(self) -> None:
         timers, now = self._timers, self.now

@@ -108,10 +108,11 @@ class Queue:
         most: int | None = None,
         batch: int | None = None,
         before_verdicts: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`most` packets wait in the kernel, and `batch` of them are handled in one turn.
 
-        `before_verdicts` is called before packets go on.
+        `before_verdicts` is called before packets go on; `clock` tells when they came.
         """
         self.number = number
         self._batch = batch or BATCH
@@ -124,6 +125,7 @@ class Queue:
         self._verdicts = Verdicts(number)
         self._send = send
         self._before_verdicts = before_verdicts
+        self._clock = clock
         self._now = 0.0
         self._left = 0
         self._seen_errors: set[str] = set()
@@ -166,7 +168,7 @@ class Queue:
 
     def serve(self, _: int = 0) -> None:
         """Handles the packets that wait, BATCH at most.  Raises OSError if the queue is lost."""
-        self._now = time.monotonic()
+        self._now = self._clock()
         self._left = self._batch
         try:
             self._queue.run_socket(self)  # type: ignore[arg-type]  # it calls recv alone

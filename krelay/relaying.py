@@ -361,7 +361,9 @@ class Relaying:
             return
         try:
             stale = backend.present(self._name)
-            self.queue = Queue(self._queue_num, self._worker, self._sender.send)
+            self.queue = Queue(
+                self._queue_num, self._worker, self._sender.send, clock=self._loop.clock
+            )
             self._dropped_before, self._overflows_told = (0, 0), 0
             self._loop.add(self.queue.fileno(), select.EPOLLIN, self._serve_queue)
             self.openings = Queue(
@@ -371,6 +373,7 @@ class Relaying:
                 most=MAX_OPENINGS,
                 batch=OPENINGS_AT_ONCE,
                 before_verdicts=self.kernel.hurry,
+                clock=self._loop.clock,
             )
             self._loop.add(self.openings.fileno(), select.EPOLLIN, self._serve_openings)
             self._worker.recovering_until = self._loop.now + RECOVERY if stale else 0.0

@@ -11,11 +11,12 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from krelay import log as logs
 from krelay import privileges, seccomp, syscalls
 from krelay.collector import Collector
-from krelay.log import Failures, Log
+from krelay.log import Failures, Log, stood_still
 from krelay.loop import Loop, Timer
 from krelay.privileges import Account, Cap
 from krelay.seccomp import FilterUnavailable
@@ -62,6 +63,7 @@ class Service:
         self._loop.on_failure = lambda error: failures.tell(
             self._loop.now, "a call failed; going on", error
         )
+        self._loop.on_absence = partial(stood_still, log)
         self._collector = Collector(lambda: len(self._engine) * BLOCKS_OF_A_CONNECTION)
         try:
             self._loop.run()

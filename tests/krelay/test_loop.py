@@ -5,14 +5,18 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import pytest
 
-from krelay.loop import PAUSE, Loop, Timer
+from krelay.loop import MAX_EVENTS, PAUSE, Loop, Timer
+from tests.tools.hours import Clock, Poll, simulated
 
 
 @pytest.fixture
@@ -359,3 +363,126 @@ def test_a_descriptor_that_could_not_be_registered_can_be_removed(loop: Loop, pa
     two.send(b"x")
     turn(loop)
     assert got == [select.EPOLLIN]
+
+
+STOP = 13.0
+"""Seconds for which this process stands still."""
+
+
+class Stopped(Poll):
+    """A wait in which the process is stopped, the first time."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self._stop = STOP
+
+    def poll(self, timeout: float, maxevents: int) -> list[tuple[int, int]]:
+        """As Poll's."""
+        events = super().poll(timeout, maxevents)
+        self._clock.now += self._stop
+        self._stop = 0.0
+        return events
+
+
+@pytest.mark.parametrize("where", ["in a wait", "in a handler", "in a call", "in a timer"])
+def test_no_timer_counts_the_seconds_in_which_the_process_stood_still(
+    pairs: Pairs, where: str
+) -> None:
+    absences: list[float] = []
+    with simulated() as loop:
+        poll = loop._epoll
+        assert isinstance(poll, Poll)
+        clock = poll._clock
+
+        def stop() -> None:
+            clock.now += STOP
+
+        began, real = loop.now, clock.now
+        if where == "in a wait":
+            loop._epoll = Stopped(clock)
+        elif where == "in a call":
+            loop.call_soon(stop)
+        elif where == "in a timer":
+            loop.call_at(loop.now + 0.5, stop)
+        else:
+            one, other = pairs[0]
+            other.send(b"x")
+            loop.add(one.fileno(), select.EPOLLIN | select.EPOLLET, lambda _: stop())
+        loop.on_absence = absences.append
+        loop.call_at(loop.now + 10, loop.stop)
+        loop.run()
+
+        assert 10 <= loop.now - began < 12
+        assert STOP + 10 <= clock.now - real < STOP + 12
+        assert loop.absent == sum(absences)
+        assert STOP <= sum(absences) < STOP + 2
+
+
+def test_who_was_long_in_the_making_and_who_has_no_timer_did_not_stand_still() -> None:
+    with simulated() as loop:
+        poll = loop._epoll
+        assert isinstance(poll, Poll)
+        poll._clock.now += STOP
+        loop.call_soon(loop.stop)
+        loop.run()
+        assert loop.now == poll._clock.now
+        assert loop.absent == 0
+
+
+def test_what_waited_meanwhile_is_handled_before_any_timer() -> None:
+    """Also what doesn't come at once."""
+    order: list[str] = []
+    pairs = [socket.socketpair() for _ in range(MAX_EVENTS + 44)]
+    with simulated() as loop, ExitStack() as stack:
+        for pair in pairs:
+            for end in pair:
+                stack.enter_context(end)
+
+            def read(_: int, end: socket.socket = pair[0]) -> None:
+                end.recv(1)
+                order.append("event")
+
+            loop.add(pair[0].fileno(), select.EPOLLIN, read)
+        poll = loop._epoll
+        assert isinstance(poll, Poll)
+        clock = poll._clock
+
+        def stop() -> None:
+            clock.now += STOP
+            for _, other in pairs:
+                other.send(b"x")
+            loop.call_at(loop.now + 0.1, fire)  # its time is over, and yet it waits
+
+        def fire() -> None:
+            order.append("timer")
+            loop.stop()
+
+        loop.call_at(loop.now + 0.5, stop)
+        loop.run()
+    assert order == ["event"] * len(pairs) + ["timer"]
+
+
+def test_a_stopped_process_finds_its_timers_as_they_were() -> None:
+    """SIGSTOP, in earnest."""
+    code = """if True:
+        import time
+        from krelay.loop import Loop
+        with Loop() as loop:
+            began, real = loop.now, time.monotonic()
+            loop.call_at(began + 2.5, loop.stop)
+            loop.call_soon(lambda: print("ready", flush=True))
+            loop.run()
+            print(loop.now - began, time.monotonic() - real, loop.absent)
+    """
+    program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    with program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        program.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        program.send_signal(signal.SIGCONT)
+        counted, passed, absent = map(float, program.communicate(timeout=20)[0].split())
+    assert program.returncode == 0
+    assert counted >= 2.5
+    assert passed >= 6
+    assert counted + absent == pytest.approx(passed, abs=0.1)

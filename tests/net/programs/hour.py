@@ -186,7 +186,7 @@ class Stories:
 
 def main(root: Path, seconds: int, names: list[str]) -> None:
     """Prints what is left."""
-    with closing(Witness()) as witness, simulated("krelay.nfqueue") as loop:
+    with closing(Witness()) as witness, simulated() as loop:
         daemon = Daemon(loop, root, witness)
         stories = Stories(loop, daemon, root)
         for name in names:
