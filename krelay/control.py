@@ -204,6 +204,7 @@ def counter_values(
     queue_dropped: int,
     socket_dropped: int,
     copies_lost: int = 0,
+    log_lines_lost: int = 0,
 ) -> dict[str, Value]:
     """All counters by name: `steps`, drops and passes by reason, who was refused, the queue's.
 
@@ -224,6 +225,7 @@ def counter_values(
     values["socket_overflow"] = socket_dropped
     values["overflow_notices"] = overflows
     values["copies_lost"] = copies_lost
+    values["log_lines_lost"] = log_lines_lost
     return values
 
 

@@ -22,7 +22,7 @@ from krelay.controlsock import ControlSocket
 from krelay.flow import Proto
 from krelay.keeper import CannotKeep, TreeKeeper
 from krelay.links import LinkWatcher, Looker
-from krelay.log import Failures, Log, Throttle, stood_still
+from krelay.log import Failures, Log, Throttle, lines_lost, stood_still
 from krelay.loop import Loop, Timer
 from krelay.nat import NatTable
 from krelay.nfqueue import figures
@@ -188,6 +188,7 @@ class Daemon:
             queue_dropped=queue_dropped,
             socket_dropped=socket_dropped,
             copies_lost=self._relaying.kernel.copies_lost,
+            log_lines_lost=lines_lost(),
         ) | control.tcp_counter_values(self._relaying.relays.totals)
 
     def config_in_force(self) -> Values:

@@ -8,6 +8,8 @@ JSON where it holds anything but plain printable ASCII.  Under the journal, whic
 the time and the level's word give way to the level prefix that it understands (sd-daemon(3)).
 `--log-json` writes one JSON object a line.
 
+Nobody who reads it can hold a daemon up (logsink.py).
+
 It rests on the standard library's logging, so that a library's or a test's handlers work, but skips
 the part that walks the stack for the caller's name: relaying logs two lines per connection.
 """
@@ -21,6 +23,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
+
+from krelay.logsink import Sink
 
 LEVELS = {
     "debug": logging.DEBUG,
@@ -137,6 +141,44 @@ def stood_still(log: Log, seconds: float) -> None:
     log.warning("stood still; timers wait for as long", seconds=round(seconds, 1))
 
 
+class LineHandler(logging.Handler):
+    """Writes lines to a descriptor.  What can't be written without waiting is lost, and the next
+    line that can be says how many were."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._sink = Sink(fd)
+        self._untold = 0
+        self.lost = 0
+        """Lines that could not be written."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the line of this record."""
+        if self._untold:
+            notice = logging.makeLogRecord(
+                {"levelno": logging.WARNING, "levelname": "WARNING", "msg": "log lines were lost"}
+                | {"fields": {"lost": self._untold}}
+            )
+            if not self._write(notice):
+                return self._lost()
+            self._untold = 0
+        if not self._write(record):
+            self._lost()
+        return None
+
+    def close(self) -> None:
+        """Lets go of what was opened for it."""
+        self._sink.close()
+        super().close()
+
+    def _write(self, record: logging.LogRecord) -> bool:
+        return self._sink.write(self.format(record).encode(errors="backslashreplace") + b"\n")
+
+    def _lost(self) -> None:
+        self.lost += 1
+        self._untold += 1
+
+
 class TextFormatter(logging.Formatter):
     """`TIME LEVEL MESSAGE KEY=VALUE ...`, or `<N>MESSAGE KEY=VALUE ...` for the journal."""
 
@@ -198,14 +240,26 @@ def set_up(
     first.
     """
     stream = sys.stderr if stream is None else stream
-    handler = logging.StreamHandler(stream)
+    handler: logging.Handler
+    try:
+        handler = LineHandler(stream.fileno())
+    except (OSError, ValueError):  # no file, or none any more
+        handler = logging.StreamHandler(stream)
     formatter = TextFormatter(is_journal(stream) if journal is None else journal)
     handler.setFormatter(JsonFormatter() if as_json else formatter)
     logging.raiseExceptions = False  # a stderr that went away is no reason to stop relaying
     logger = logging.getLogger(_NAME)
+    for former in logger.handlers:
+        former.close()
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(LEVELS[level])
+
+
+def lines_lost() -> int:
+    """How many lines could not be written, so far."""
+    handlers = logging.getLogger(_NAME).handlers
+    return sum(each.lost for each in handlers if isinstance(each, LineHandler))
 
 
 def is_journal(stream: TextIO) -> bool:

@@ -10,7 +10,8 @@ def ready() -> str | None:
     if address[:1] not in ("/", "@"):
         return None
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        with socket.socket(socket.AF_UNIX, kind) as sock:
             sock.sendto(b"READY=1", address.replace("@", "\0", 1))
     except OSError as error:
         return error.strerror or str(error)

@@ -74,7 +74,7 @@ FEATURES: dict[str, tuple[Rule, ...]] = {
         ),
     ),
     "watching files": _calls("inotify_init1 inotify_add_watch inotify_rm_watch"),
-    "log": _calls("write writev"),
+    "log": _calls("write writev send sendto poll ppoll ppoll_time64"),
     "terminal": _ioctls(termios.TCGETS, termios.TIOCGWINSZ),
     "loop": _calls(
         "epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 poll ppoll ppoll_time64 "

@@ -359,6 +359,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
         queue_dropped=3,
         socket_dropped=4,
         copies_lost=9,
+        log_lines_lost=10,
     )
 
     assert list(values.items()) == [
@@ -398,6 +399,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
         ("socket_overflow", 4),
         ("overflow_notices", 2),
         ("copies_lost", 9),
+        ("log_lines_lost", 10),
     ]
 
 
