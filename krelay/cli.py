@@ -28,12 +28,20 @@ class Failed(Exception):
     """The command failed.  The text is the one line that says why and what to do."""
 
 
+class Misused(Exception):
+    """The command was written wrongly.  The text says how."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status."""
     try:
         args = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = args.run
         return command(args)
+    except Misused as error:
+        args.parser.print_usage(sys.stderr)
+        print(f"{args.parser.prog}: error: {error}", file=sys.stderr)
+        return 2
     except (Failed, trust.Untrusted) as error:
         print(f"krelay {args.command}: {error}", file=sys.stderr)
         return 1
@@ -67,7 +75,8 @@ def _up(args: argparse.Namespace) -> int:
     from krelay import client, up
 
     given = {"real_ip": args.real_ip, "gport": args.gport}
-    given |= {"services": args.services, "source": args.source, "datapath": args.datapath}
+    services = " ".join(args.services) if args.services else args.services
+    given |= {"services": services, "source": args.source, "datapath": args.datapath}
     values = {name: _checked(name, text) for name, text in given.items() if text is not None}
     options = ["--log-level", args.log_level, "--queue-num", str(args.queue_num)]
     try:
@@ -114,8 +123,10 @@ def _set(args: argparse.Namespace) -> int:
     from krelay import client
 
     if args.flush and args.key != "real_ip":
-        raise Failed("--flush goes with real_ip alone")
-    text = _checked(args.key, args.value)
+        raise Misused("--flush goes with real_ip alone")
+    if len(args.value) > 1 and args.key != "services":
+        raise Misused(f"{args.key} has one value, not {len(args.value)}")
+    text = _checked(args.key, " ".join(args.value))
     _put(args.root, args.key, text)
     for _ in _tries():
         try:
@@ -171,25 +182,51 @@ def _show_values(args: argparse.Namespace, request: str) -> int:
     return 0
 
 
+def _flush(args: argparse.Namespace) -> int:
+    _print(_ask(args.root, "flush"))
+    return 0
+
+
+def _check_words(words: Sequence[str], *, is_trace: bool = False) -> None:
+    """Raises Misused for filters that krelay would refuse."""
+    from krelay import control
+
+    try:
+        if is_trace:
+            control.parse_trace(words)
+        else:
+            control.parse_filter(words)
+    except control.BadRequest as reason:
+        raise Misused(reason) from None
+
+
 def _nat(args: argparse.Namespace) -> int:
+    _check_words(args.filter)
     request = " ".join(["show nat json", *args.filter])
     if args.json:
         _print(_ask(args.root, request))
         return 0
     from rich.live import Live
+    from rich.table import Table
 
     from krelay import terminal
 
     console = terminal.console()
-    table = terminal.nat_table(map(json.loads, _ask(args.root, request)))
+    rows = [*map(json.loads, _ask(args.root, request))]
     if not args.watch:
-        terminal.show(console, table)
+        terminal.show(console, terminal.nat_table(rows))
         return 0
-    with Live(table, console=console, auto_refresh=False, screen=console.is_terminal) as live:
+    rates = terminal.Rates()
+
+    def table() -> Table:
+        rates.seen(rows, time.monotonic())
+        return terminal.watch_table(rows, rates, *terminal.size(console))
+
+    with Live(table(), console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
             time.sleep(1)
-            rows = map(json.loads, _ask(args.root, request))
-            live.update(terminal.nat_table(rows), refresh=True)
+            rows = [*map(json.loads, _ask(args.root, request))]
+            live.update(table(), refresh=True)
 
 
 def _kill(args: argparse.Namespace) -> int:
@@ -205,6 +242,7 @@ def _print(lines: Sequence[str]) -> None:
 def _trace(args: argparse.Namespace) -> int:
     from krelay import capturing, client, terminal
 
+    _check_words(args.filter, is_trace=True)
     try:
         if args.pcap is not None:
             request = " ".join(["trace pcap", *args.filter])
@@ -308,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
             description=text[0].upper() + text[1:] + ".",
             epilog=f"example: {example}",
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         if name != "demo":
             sub.add_argument(
                 "--root",
@@ -333,11 +371,13 @@ def _parser() -> argparse.ArgumentParser:
         "up",
         _up,
         "daemon and tcp-relay together, until Ctrl-C",
-        'krelay up --real-ip 192.168.0.1 --services "tcp/80 udp/53"',
+        "krelay up --real-ip 192.168.0.1 --services tcp/80 udp/53",
     )
     sub.add_argument("--real-ip", metavar="IP", help="the real server")
     sub.add_argument("--gport", metavar="N", help="the gateway port")
-    sub.add_argument("--services", metavar="LIST", help='what is relayed, like "tcp/80 udp/53"')
+    sub.add_argument(
+        "--services", metavar="SERVICE", nargs="+", help="what is relayed, like tcp/80 udp/53"
+    )
     sub.add_argument("--source", metavar="WHOSE", help="the address the server sees: client, relay")
     sub.add_argument("--datapath", metavar="PATH", help="what rewrites packets: auto, queue")
     _queue_option(sub)
@@ -348,7 +388,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("set", _set, "check and write a setting, wait for it", "krelay set gport 17000")
     sub.add_argument("key", metavar="KEY", choices=SETTINGS, help=", ".join(SETTINGS))
-    sub.add_argument("value", metavar="VALUE")
+    sub.add_argument("value", metavar="VALUE", nargs="+", help="services may be several words")
     sub.add_argument(
         "--flush",
         action="store_true",
@@ -366,6 +406,12 @@ def _parser() -> argparse.ArgumentParser:
     _json_option(sub)
     sub = add("kill", _kill, "end one flow; TCP: reset both sides", "krelay kill 17")
     sub.add_argument("id", metavar="ID", type=_row_id, help="as `krelay nat` lists it")
+    add(
+        "flush",
+        _flush,
+        "end the flows that lead to another server than real_ip; TCP: reset both sides",
+        "krelay flush",
+    )
     sub = add("counters", _counters, "show all counters", "krelay counters")
     _json_option(sub)
     sub = add(

@@ -126,7 +126,7 @@ def answer(
         case ["flush", word, *_]:
             raise BadRequest(f"{_short(word)} isn't understood here; flush stands alone")
         case ["trace", *rest]:
-            return _trace(rest)
+            return parse_trace(rest)
         case [word, *_]:
             raise BadRequest(f"{_short(word)} is no command; try help")
     raise AssertionError(words)
@@ -158,7 +158,8 @@ def parse_filter(words: Iterable[str]) -> Filter:
     return Filter(**found)
 
 
-def _trace(words: list[str]) -> Trace:
+def parse_trace(words: Sequence[str]) -> Trace:
+    """What a trace is to show.  Raises BadRequest."""
     chosen = [word for word in words if word.startswith("verdict=")]
     rest = [word for word in words if word != "pcap" and word not in chosen]
     verdicts = frozenset(chosen[-1].removeprefix("verdict=").split(",") if chosen else ())

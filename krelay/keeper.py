@@ -15,7 +15,7 @@ was judged already is no news.
 import errno
 import os
 import select
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from krelay.loop import Loop
 from krelay.reserve import NO_ROOM, Reserve
 from procfs_sim.ondisk import NO_WATCH, FileTree, TreeWatcher
 from procfs_sim.state import Outcome, TreeState
-from procfs_sim.tree import SETTINGS, in_force
+from procfs_sim.tree import SETTINGS, STATUS, in_force
 from procfs_sim.trust import Untrusted, check, in_words
 
 OK = "ok"
@@ -138,8 +138,11 @@ class TreeKeeper:
 
     def publish(self) -> None:
         """Shows state, values and errors in the status files, where they differ from before."""
+        self._publish(STATUS)
+
+    def _publish(self, names: Collection[str]) -> None:
         for name, text in self._status().items():
-            if self._published.get(name) == text:
+            if name not in names or self._published.get(name) == text:
                 continue
             if self._is_lost:  # whose the place is now, isn't known
                 return
@@ -334,6 +337,7 @@ class TreeKeeper:
         self._tell()
 
     def _finish(self, outcome: Outcome) -> None:
+        self._publish({"status/errors"})  # who finds his text put back finds the reason there
         self._write_back(outcome)
         self._judged(outcome)
         self._tell()

@@ -18,8 +18,9 @@ canonical text, so that "the file shows the value in force" is a comparison.
 import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import AddressValueError, IPv4Address
+from ipaddress import AddressValueError, IPv4Address, IPv6Address
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -174,7 +175,7 @@ class Setting(NamedTuple):
 
 def port(text: str) -> int:
     """A port number.  Raises Refused."""
-    return _number(text, MAX_PORT, "a port")
+    return _number(text, MAX_PORT, "a port", units={})
 
 
 def server(text: str) -> IPv4Address:
@@ -186,7 +187,7 @@ def server(text: str) -> IPv4Address:
     try:
         address = IPv4Address(text)
     except AddressValueError:
-        raise Refused(f"{shown(text)} is not an IPv4 address") from None
+        raise Refused(f"{shown(text)} is not an IPv4 address{_instead(text)}") from None
     for wrong, kind in (
         (address == _BROADCAST, "the broadcast address"),
         (address.packed[0] == 0, "an unspecified address (0.0.0.0/8)"),
@@ -197,6 +198,31 @@ def server(text: str) -> IPv4Address:
         if wrong:
             raise Refused(f"{shown(text)} is {kind}, no server has it")
     return address
+
+
+def _instead(text: str) -> str:
+    """What to write instead of a text that is no address, if that can be seen."""
+    host, _, port = text.rpartition(":")
+    if _is_address(host) and port.isdigit():
+        return f"; write {host}, and the port in services"
+    host, _, bits = text.partition("/")
+    if _is_address(host) and bits.isdigit():
+        return f"; write {host}"
+    with suppress(AddressValueError):
+        IPv6Address(text.strip("[]").partition("%")[0])
+        return "; write the server's IPv4 address, IPv6 is not relayed"
+    if re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,3}){3}", text):
+        return "; its four numbers are 0-255, without zeros in front"
+    if re.fullmatch(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*\.?", text) and re.search("[A-Za-z]", text):
+        return "; write the address of that name, names are not looked up"
+    return ""
+
+
+def _is_address(text: str) -> bool:
+    with suppress(AddressValueError):
+        IPv4Address(text)
+        return True
+    return False
 
 
 _BROADCAST = IPv4Address("255.255.255.255")
@@ -228,7 +254,7 @@ _WORD = re.compile(f"[^{BLANKS}]+")
 
 
 def _seconds(text: str) -> int:
-    return _number(text, MAX_SECONDS, "a number of seconds")
+    return _number(text, MAX_SECONDS, "a number of seconds", units=_SECONDS_OF)
 
 
 def _rows(text: str) -> int:
@@ -239,13 +265,30 @@ def _rate(text: str) -> int:
     return _number(text, MAX_RATE, "a number of rows a second", low=0)
 
 
-def _number(text: str, high: int, what: str, *, low: int = 1) -> int:
+_SECONDS_OF = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+_THOUSANDS = {"k": 1_000, "m": 1_000_000}
+
+
+def _number(
+    text: str, high: int, what: str, *, low: int = 1, units: Mapping[str, int] = _THOUSANDS
+) -> int:
     # int() alone would take '+5', '1_0' and the digits of other scripts, and choke on very long
     # ones.
     number = int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else -1
     if not low <= number <= high:
-        raise Refused(f"{shown(text)} is not {what} ({low}-{high})")
+        meant = _meant(text, units)
+        hint = f"; write {meant}" if meant is not None and low <= meant <= high else ""
+        raise Refused(f"{shown(text)} is not {what} ({low}-{high}){hint}")
     return number
+
+
+def _meant(text: str, units: Mapping[str, int]) -> int | None:
+    """The number that a text like 5m, 1k, 65_536 or 65,536 stands for."""
+    match = re.fullmatch(r"([0-9]{1,9}) ?([A-Za-z]{1,3})", text)
+    if match is not None and (factor := units.get(match[2].lower())) is not None:
+        return int(match[1]) * factor
+    grouped = re.fullmatch(r"[0-9]{1,3}([_,' ][0-9]{3}){1,2}", text)
+    return int(re.sub("[^0-9]", "", text)) if grouped is not None else None
 
 
 def _flag(text: str) -> bool:

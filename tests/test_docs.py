@@ -113,9 +113,9 @@ def _krelay(args: argparse.Namespace) -> None:
     """The values, too, are taken by the file tree."""
     for name, value in vars(args).items():
         if name in SETTINGS and value is not None:
-            parse(name, value)
+            parse(name, " ".join(value) if isinstance(value, list) else value)
     if args.command == "set":
-        parse(args.key, args.value)
+        parse(args.key, " ".join(args.value))
 
 
 def _vm(arguments: list[str], patch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_the_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
                 pass
 
     for words in (
-        ["krelay", "up", "--real-ip", "192.168.0.1", "--services", "tcp/80 udp/53"],
+        ["krelay", "up", "--real-ip", "192.168.0.1", "--services", "tcp/80", "udp/53"],
         ["krelay", "daemon"],
         ["tcp-relay"],
         ["tcpproxy", "www.example.org", "80", "8080"],

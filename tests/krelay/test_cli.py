@@ -65,7 +65,6 @@ def answers(monkeypatch: pytest.MonkeyPatch, *lines: str) -> list[str]:
         [],
         ["fly"],
         ["set", "gport"],
-        ["set", "gport", "1", "2"],
         ["set", "colour", "red"],
         ["get", "colour"],
         ["daemon", "--queue-num", "65536"],
@@ -91,6 +90,31 @@ def test_wrong_usage_is_2_and_shows_the_usage(
 
     assert (end.value.code, out) == (2, "")
     assert err.startswith("usage: krelay")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("set", "gport", "1", "2"), "gport has one value, not 2"),
+        (("set", "gport", "17000", "--flush"), "--flush goes with real_ip alone"),
+        (("nat", "17"), "'17' is no filter; there are proto=, client=, state=, service="),
+        (("nat", "proto=icmp"), "proto is tcp or udp, not 'icmp'"),
+        (("nat", "client=x"), "client is ADDRESS or ADDRESS:PORT, not 'x'"),
+        (("nat", "--json", "service=80"), "service is written tcp/80, not '80'"),
+        (("trace", "17"), "'17' is no filter; there are proto=, client=, state=, service="),
+        (("trace", "verdict=lost"), "verdict is one or more of rewrite,drop,pass, not 'lost'"),
+    ],
+)
+def test_words_that_mean_nothing_are_wrong_usage(
+    words: tuple[str, ...], reason: str, run: Run
+) -> None:
+    """Also where no krelay is that could say so."""
+    status, out, err = run(*words)
+
+    assert (status, out) == (2, "")
+    usage, *_, last = err.splitlines()
+    assert usage.startswith(f"usage: krelay {words[0]}")
+    assert last == f"krelay {words[0]}: error: {reason}"
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -143,7 +167,10 @@ def test_without_a_daemon_it_is_1_and_one_line(command: str, run: Run, root: Pat
 REFUSED = [
     ("gport", "abc", "'abc' is not a port (1-65535)"),
     ("gport", "70000", "'70000' is not a port (1-65535)"),
-    ("real_ip", "::1", "'::1' is not an IPv4 address"),
+    (
+        *("real_ip", "::1"),
+        "'::1' is not an IPv4 address; write the server's IPv4 address, IPv6 is not relayed",
+    ),
     ("real_ip", "127.0.0.1", "'127.0.0.1' is a loopback address (127.0.0.0/8), no server has it"),
     ("services", "tcp/80 tcp/22", "'tcp/22' would relay ssh, tcp/22; write tcp/22! if you mean it"),
     ("services", "http", "'http' is not a service (like tcp/80, udp/53 or tcp/8000-8100)"),

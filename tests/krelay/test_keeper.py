@@ -623,3 +623,21 @@ def test_a_lease_of_another_is_not_waited_for(rig: Rig) -> None:
 
     assert list(rig.state.errors) == ["gport"]
     assert rig.is_shown
+
+
+@pytest.mark.parametrize("name", ["gport", "services", "timeouts/udp"])
+@pytest.mark.parametrize("text", ["abc\n", ""])
+def test_who_finds_his_text_put_back_finds_the_reason_there(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    found: list[str] = []
+    put_back = FileTree.show_if
+
+    def looks(tree: FileTree, which: str, judged: str | None, shown: str) -> None:
+        found.append((rig.root / "status/errors").read_text())
+        put_back(tree, which, judged, shown)
+
+    monkeypatch.setattr(FileTree, "show_if", looks)
+    rig.write(name, text)
+    rig.until(lambda: bool(found))
+    assert found[0].startswith(f"{name}: ")

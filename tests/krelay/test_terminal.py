@@ -9,7 +9,7 @@ from rich.table import Table
 
 from krelay.control import row_values
 from krelay.row import Timeouts
-from krelay.terminal import console, listing, nat_table, show, trace_line
+from krelay.terminal import Rates, console, listing, nat_table, show, trace_line, watch_table
 from tests.krelay.test_control import relay
 
 COLUMNS = [
@@ -123,3 +123,55 @@ def test_a_failure_is_red_and_running_is_green() -> None:
 def test_what_looks_like_markup_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[bold]x[/]" in printed(listing({"state": "[bold]x[/]"}), capsys)
     assert printed(trace_line(TRACE), capsys) == f"{TRACE}\n"
+
+
+def rows(*moved: tuple[int, int]) -> list[dict[str, Any]]:
+    """Rows whose ends have sent so many bytes."""
+    return [WIDEST | {"id": number, "bytes": [*each]} for number, each in enumerate(moved, 1)]
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [
+        (1000, "id proto state client service gport relay server source age idle expires packets "
+               "bytes bytes/s"),
+        (80, "id state client bytes bytes/s"),
+        (100, "id state client service bytes bytes/s"),
+        (10, "id state client bytes"),
+    ],
+)  # fmt: skip
+def test_where_there_is_little_room_the_least_important_columns_go_first(
+    width: int, columns: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = watch_table([WIDEST], Rates(), width, 25)
+    head, *_ = printed(table, capsys).splitlines()
+
+    assert head.split() == columns.split()
+    assert width < 80 or len(head) <= width
+
+
+def test_the_busiest_flows_come_first_and_their_rates_are_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rates = Rates()
+    rates.seen(rows((0, 0), (0, 5000), (7, 7)), 10.0)
+    now = [*rows((0, 500), (4000, 3_405_000), (7, 7)), WIDEST | {"id": 9}]
+    rates.seen(now, 12.0)
+    lines = printed(watch_table(now, rates, 80, 25), capsys).splitlines()
+
+    assert [line.split()[0] for line in lines[1:]] == ["2", "1", "3", "9"]
+    assert lines[1].split()[-2:] == ["4.0k/3.4M", "2.0k/1.7M"]
+    assert lines[2].split()[-2:] == ["0/500", "0/250"]
+    assert lines[4].split()[-1] == "123T/123T", "its rate isn't known yet"
+
+
+@pytest.mark.parametrize(("height", "shown", "more"), [(12, 10, ""), (11, 8, "and 2 more")])
+def test_what_no_line_is_left_for_is_counted(
+    height: int, shown: int, more: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = watch_table(rows(*[(0, 0)] * 10), Rates(), 80, height)
+    lines = [line.strip() for line in printed(table, capsys).splitlines()]
+
+    assert len(lines) <= height
+    assert len([line for line in lines if line.startswith(tuple("123456789"))]) == shown
+    assert lines[-1] == more or not more

@@ -38,7 +38,10 @@ REFUSED = [
     ("gport", "abc", "'abc' is not a port (1-65535)"),
     ("gport", "70000", "'70000' is not a port (1-65535)"),
     ("gport", "80", "'80' is a relayed service port (tcp/80)"),
-    ("real_ip", "::1", "'::1' is not an IPv4 address"),
+    (
+        *("real_ip", "::1"),
+        "'::1' is not an IPv4 address; write the server's IPv4 address, IPv6 is not relayed",
+    ),
     ("real_ip", "10.77.3.2", "10.77.3.2 is an address of this host"),
     ("real_ip", "172.20.5.254", "172.20.5.254 is an address of this host"),
     ("real_ip", "127.0.0.1", "'127.0.0.1' is a loopback address (127.0.0.0/8), no server has it"),

@@ -54,6 +54,9 @@ GOOD = [
     ("limits/refusal", "reset", "reset"),
 ]
 
+NO_ADDRESS = "is not an IPv4 address"
+FOUR_NUMBERS = "its four numbers are 0-255, without zeros in front"
+NO_NAMES = "write the address of that name, names are not looked up"
 BAD = [
     ("gport", "abc", "'abc' is not a port (1-65535)"),
     ("gport", "", "'' is not a port (1-65535)"),
@@ -67,10 +70,33 @@ BAD = [
     ("gport", "\u0661\u0662", "'\u0661\u0662' is not a port (1-65535)"),
     ("gport", "\xa080", "'\\xa080' is not a port (1-65535)"),
     ("gport", "9" * 5000, f"'{'9' * 27}...{'9' * 28}' is not a port (1-65535)"),
-    ("real_ip", "::1", "'::1' is not an IPv4 address"),
-    ("real_ip", "10.0.0.0/8", "'10.0.0.0/8' is not an IPv4 address"),
-    ("real_ip", "10.0.0.01", "'10.0.0.01' is not an IPv4 address"),
-    ("real_ip", "server", "'server' is not an IPv4 address"),
+    ("real_ip", "::1", f"'::1' {NO_ADDRESS}; write the server's IPv4 address, IPv6 is not relayed"),
+    (
+        "real_ip",
+        "[::1]",
+        f"'[::1]' {NO_ADDRESS}; write the server's IPv4 address, IPv6 is not relayed",
+    ),
+    (
+        "real_ip",
+        "10.0.0.1:80",
+        f"'10.0.0.1:80' {NO_ADDRESS}; write 10.0.0.1, and the port in services",
+    ),
+    ("real_ip", "10.0.0.1/24", f"'10.0.0.1/24' {NO_ADDRESS}; write 10.0.0.1"),
+    ("real_ip", "10.0.0.1.", f"'10.0.0.1.' {NO_ADDRESS}"),
+    ("real_ip", "10.0.0.0/8", f"'10.0.0.0/8' {NO_ADDRESS}; write 10.0.0.0"),
+    ("real_ip", "10.0.0.01", f"'10.0.0.01' {NO_ADDRESS}; {FOUR_NUMBERS}"),
+    ("real_ip", "10.0.0.256", f"'10.0.0.256' {NO_ADDRESS}; {FOUR_NUMBERS}"),
+    ("real_ip", "server", f"'server' {NO_ADDRESS}; {NO_NAMES}"),
+    ("real_ip", "a-b.example.org", f"'a-b.example.org' {NO_ADDRESS}; {NO_NAMES}"),
+    ("timeouts/udp", "5m", "'5m' is not a number of seconds (1-604800); write 300"),
+    ("timeouts/udp_dns", "20 s", "'20 s' is not a number of seconds (1-604800); write 20"),
+    ("timeouts/tcp_established", "2W", "'2W' is not a number of seconds (1-604800)"),
+    ("timeouts/tcp_transitory", "1h", "'1h' is not a number of seconds (1-604800); write 3600"),
+    ("limits/flows", "1k", "'1k' is not a number of rows (1-1000000); write 1000"),
+    ("limits/flows", "65,536", "'65,536' is not a number of rows (1-1000000); write 65536"),
+    ("limits/flows", "2M", "'2M' is not a number of rows (1-1000000)"),
+    ("limits/flows", "5x", "'5x' is not a number of rows (1-1000000)"),
+    ("gport", "16k", "'16k' is not a port (1-65535)"),
     ("real_ip", "0.0.0.0", "'0.0.0.0' is an unspecified address (0.0.0.0/8), no server has it"),
     ("real_ip", "127.0.0.1", "'127.0.0.1' is a loopback address (127.0.0.0/8), no server has it"),
     ("real_ip", "224.0.0.1", "'224.0.0.1' is a multicast address (224.0.0.0/4), no server has it"),
