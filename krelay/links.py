@@ -16,6 +16,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network
 from typing import NamedTuple
 
+from krelay import ports
 from krelay.networks import network
 from krelay.wire import netlink, rtnetlink
 from krelay.wire.netlink import Message
@@ -26,6 +27,8 @@ PATIENCE = 2.0
 """Seconds for an answer of the kernel's, which mostly is there at once."""
 LOOPBACK = 127
 _FORWARD = "/proc/sys/net/ipv4/ip_forward"
+_LIST = 1 << 20
+"""Bytes of the list of reserved ports: more than the longest takes."""
 
 
 class HostView(NamedTuple):
@@ -41,6 +44,8 @@ class HostView(NamedTuple):
     """Whether it passes on packets between its links (net.ipv4.ip_forward)."""
     mtu: int = 0xFFFF
     """Bytes of the largest packet that the link towards the server takes."""
+    reserved: frozenset[int] = frozenset()
+    """Ports that this host gives to nobody who asks for any."""
 
 
 class Looker:
@@ -51,11 +56,15 @@ class Looker:
         self._unfinished = False
         """Whether answers to a look that failed may still come."""
         self._forward = os.open(_FORWARD, os.O_RDONLY | os.O_CLOEXEC)
+        self._reserved = -1
         try:
+            self._reserved = os.open(ports.RESERVED, os.O_RDONLY | os.O_CLOEXEC)
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
             self._socket.settimeout(PATIENCE)
         except BaseException:
             os.close(self._forward)
+            if self._reserved >= 0:
+                os.close(self._reserved)
             raise
 
     def look(self, server: IPv4Address) -> HostView:
@@ -73,14 +82,16 @@ class Looker:
         own = frozenset(each.local for each in addresses if each.local[0] != LOOPBACK)
         beside = tuple(network(each.beyond, each.length) for each in addresses if each.link == link)
         forwards = os.pread(self._forward, 16, 0).strip() != b"0"
+        reserved = ports.reserved(os.pread(self._reserved, _LIST, 0).decode())
         beside = beside if any(server in net for net in beside) else ()
         self._unfinished = False
-        return HostView(own, beside, towards, forwards, min(0xFFFF, mtu or 0xFFFF))
+        return HostView(own, beside, towards, forwards, min(0xFFFF, mtu or 0xFFFF), reserved)
 
     def close(self) -> None:
         """Lets go of what it has open."""
         self._socket.close()
         os.close(self._forward)
+        os.close(self._reserved)
 
     def _way_to(self, server: IPv4Address) -> rtnetlink.Route:
         try:

@@ -152,6 +152,8 @@ class NatTable:
             self._may_be_late,
         )
         self._relay_ports = {proto: RelayPorts(rng) for proto in Proto}
+        self.reserved: frozenset[int] = frozenset()
+        """Ports of this host that no row gets."""
         self._outside: dict[Proto, dict[bytes, Row]] = {proto: {} for proto in Proto}
         self._inside: dict[tuple[Endpoint, int], Row] = {}
         self._by_relay: dict[Endpoint, Row] = {}
@@ -338,10 +340,13 @@ class NatTable:
                 ends = (Endpoint(addr, port) for addr in (client.addr, hidden))
                 return all(self._is_free(proto, key(end, server)) for end in ends)
 
+            def fits(port: int) -> bool:
+                return port not in self.reserved and is_free(port)
+
             def take() -> int | None:
                 ports, wanted = self._relay_ports[proto], client.port
-                port = ports.take(hidden, wanted, lambda p: p not in services and is_free(p))
-                return ports.take(hidden, wanted, is_free) if port is None else port
+                port = ports.take(hidden, wanted, lambda p: p not in services and fits(p))
+                return ports.take(hidden, wanted, fits) if port is None else port
 
             port, tries = take(), PORTS_FREED
             while port is None:

@@ -442,6 +442,7 @@ class Relaying:
 
     def _take_view(self, view: HostView) -> None:
         self._view = view
+        self.nat.reserved = view.reserved
         self.gateways.own = view.own
         self.gateways.check()
 

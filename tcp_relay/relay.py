@@ -19,11 +19,13 @@ import itertools
 import random
 import socket
 from array import array
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from krelay import ports
 from krelay.flow import Endpoint
 from krelay.log import Log, Throttle
 from krelay.relaymsg import (
@@ -267,16 +269,25 @@ def _own_address(real_ip: str) -> str | None:
         return None
 
 
-def _shuffled(ports: range) -> "array[int]":
+def _shuffled(chosen: Sequence[int]) -> "array[int]":
     """By lot; two bytes each."""
-    return array("H", random.SystemRandom().sample(ports, len(ports)))
+    return array("H", random.SystemRandom().sample(chosen, len(chosen)))
 
 
-def _own_ports(index: int, of: int) -> range:
+def _own_ports(index: int, of: int) -> Sequence[int]:
     """A share of the ports that this host uses for connections of its own.
 
-    ip(7), ip_local_port_range.
+    ip(7), ip_local_port_range, without ip_local_reserved_ports.
     """
+    share = _own_range(index, of)
+    try:
+        reserved = ports.reserved(Path(ports.RESERVED).read_text())
+    except (OSError, ValueError):
+        return share
+    return [port for port in share if port not in reserved] or share
+
+
+def _own_range(index: int, of: int) -> range:
     try:
         low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     except (OSError, ValueError):

@@ -219,3 +219,10 @@ def test_a_link_with_two_ends_has_both(lab: Lab) -> None:
 def test_whether_a_host_forwards_is_told(quiet: Lab) -> None:
     assert seen(quiet, "relay").forwards
     assert not seen(quiet, "client").forwards
+
+
+def test_ports_that_the_host_has_reserved_are_told(lab: Lab) -> None:
+    assert seen(lab, "relay").reserved == frozenset()
+    lab.run("relay", "sysctl", "-qw", "net.ipv4.ip_local_reserved_ports=8080,9148-9150")
+    assert seen(lab, "relay").reserved == {8080, 9148, 9149, 9150}
+    assert seen(lab, "client").reserved == frozenset()

@@ -710,3 +710,23 @@ def test_60000_rows_of_source_relay_have_a_port_each_and_beyond_all_ports_it_is_
     assert nat.open_forwarded(
         Proto.UDP, at("C:5000"), K53, S53, Source.RELAY, 0, relay_addr=K53.addr
     ).relay
+
+
+@pytest.mark.parametrize("proto", Proto)
+def test_no_row_gets_a_port_that_the_host_has_reserved(proto: Proto) -> None:
+    nat = NatTable(rng=Random(1))
+    nat.reserved = frozenset(range(4000, 65536)) | frozenset(range(1024))
+
+    def relay_port(port: int) -> int:
+        client = at(f"C:{port}")
+        row = nat.open_forwarded(proto, client, K53, S53, Source.RELAY, 0, relay_addr=K53.addr)
+        assert row.relay is not None
+        return row.relay.port
+
+    assert relay_port(2000) == 2000
+    got = [relay_port(port) for port in range(5000, 5050)]
+    assert len(set(got)) == 50
+    assert all(1024 <= port < 4000 for port in got)
+    nat.reserved = frozenset(range(65536))
+    with pytest.raises(Refusal, match="no_port"):
+        relay_port(3000)

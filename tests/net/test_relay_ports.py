@@ -89,3 +89,20 @@ def test_without_timestamps_who_finds_no_port_is_reset_and_the_log_says_why(worl
     assert figures["errors"] == {"open: ECONNRESET": 300 - FEW}
     assert "no local port is free" in world.tcp_relay_process.output
     assert "no local port was free" in world.tcp_relay_process.output
+
+
+def test_ports_that_the_host_has_reserved_are_never_taken(world: World) -> None:
+    """By none of the two: TCP and UDP each, with the address that the relay has."""
+    settings = {"port_range": "32768 32775", "reserved_ports": "32768-32770,32772-32774,40000"}
+    for name, value in settings.items():
+        world.lab.run("relay", "sysctl", "-qw", f"net.ipv4.ip_local_{name}={value}")
+    world.serve("server", "tcp/80", "udp/7")
+    world.begin(source="relay")
+    own = world.lab.address("relay", towards="server")
+    seen = [world.who("client", 80) for _ in range(2)]
+    assert sorted(seen) == [f"{own}:32771", f"{own}:32775"]
+
+    assert world.who_udp("client", 7, bind=40001) == f"{own}:40001"
+    host, _, port = world.who_udp("client", 7, bind=40000).rpartition(":")
+    assert (host, int(port) % 2) == (own, 0)
+    assert int(port) not in {32768, 32769, 32770, 32772, 32773, 32774, 40000}

@@ -81,3 +81,13 @@ def test_its_own_address_is_the_one_towards_the_server(relay: Relay) -> None:
     assert relay.own_address(connection) == "10.9.9.9"  # nothing is known yet
     relay.real_ip = "127.0.0.1"
     assert relay.own_address(connection) == "127.0.0.1"
+
+
+def test_reserved_ports_are_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {
+        "ip_local_port_range": "40000\t40009\n",
+        "ip_local_reserved_ports": "40001,40003-40008\n",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda path: texts[path.name])
+    assert list(_own_ports(0, 1)) == [40000, 40002, 40009]
+    assert [list(_own_ports(index, 2)) for index in range(2)] == [[40000, 40002], [40009]]
