@@ -138,7 +138,7 @@ class Failures:
 
 def stood_still(log: Log, seconds: float) -> None:
     """Says that this process did nothing for so long (Loop.on_absence)."""
-    log.warning("stood still; timers wait for as long", seconds=round(seconds, 1))
+    log.info("stood still; timers wait for as long", seconds=round(seconds, 1))
 
 
 class LineHandler(logging.Handler):
