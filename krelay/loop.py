@@ -58,6 +58,8 @@ PAUSE = 0.001
 ABSENT = 1.0
 """Seconds: whoever is away for that much longer than he waits stood still.  No wait is longer while
 there are timers, since of a pause within a wait nothing can be seen but its end."""
+BEHIND = 100
+"""Turns for which timers wait at most, though each is full of events."""
 HOST_FAILS = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EIO, errno.EPERM}
     | {errno.ENOSPC, errno.EROFS}
@@ -120,7 +122,7 @@ class Loop:
         self._soon: deque[Callable[[], object]] = deque()
         self._signals = _Signals(self)
         self._running = False
-        self._is_behind = False  # there are events that came while this process stood still
+        self._behind = 0  # turns in which there may be events that came while this stood still
 
     def __enter__(self) -> Self:
         return self
@@ -207,7 +209,7 @@ class Loop:
                 if removed and fd in removed:
                     continue
                 handlers[fd](events)
-            if self._timers and not self._is_behind:
+            if self._timers and not self._behind:
                 self._fire_due()
             if soon := self._soon:
                 for _ in range(len(soon)):
@@ -219,8 +221,8 @@ class Loop:
             self._batch = iter(batch)
             removed.clear()
             now = clock() - self.absent
-            if self._is_behind and len(batch) < MAX_EVENTS:
-                self._is_behind = False
+            if self._behind:
+                self._behind = self._behind - 1 if len(batch) == MAX_EVENTS else 0
             if now - self.now > patience + ABSENT and patience >= 0:
                 self._stood_still(now - self.now)
             else:
@@ -252,7 +254,7 @@ class Loop:
 
     def _stood_still(self, seconds: float) -> None:
         self.absent += seconds
-        self._is_behind = True
+        self._behind = BEHIND
         self.on_absence(seconds)
 
     def _fire_due(self) -> None:
