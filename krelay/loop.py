@@ -56,8 +56,9 @@ MAX_EVENTS = 256
 PAUSE = 0.001
 """Seconds that the loop sleeps after a failure: one that repeats for ever takes no whole core."""
 ABSENT = 1.0
-"""Seconds: whoever is away for that much longer than he waits stood still.  No wait is longer while
-there are timers, since of a pause within a wait nothing can be seen but its end."""
+"""Seconds: whoever is away for that much longer than he was to wait stood still.  Then none of that
+wait counts, as it can't be seen when the pause began; a pause that was over before that is not seen
+at all, and what came meanwhile is handled before any timer."""
 BEHIND = 100
 """Turns for which timers wait at most, though each is full of events."""
 HOST_FAILS = frozenset(
@@ -249,8 +250,7 @@ class Loop:
             return 0.0
         if not self._timers:
             return -1.0
-        due = self._timers[0][0] - self.clock()  # `now` is as old as this turn
-        return min(max(0.0, due), ABSENT)
+        return max(0.0, self._timers[0][0] - self.clock())  # `now` is as old as this turn
 
     def _stood_still(self, seconds: float) -> None:
         self.absent += seconds

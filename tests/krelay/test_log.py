@@ -16,15 +16,13 @@ from hypothesis import strategies as st
 from krelay import log
 from krelay.log import MOST_KINDS, Failures, Log, Throttle
 from krelay.loop import Loop
+from tests.tools.logs import restored
 
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    logger = logging.getLogger("krelay")
-    before = (logger.handlers[:], logger.propagate, logger.level, logging.raiseExceptions)
-    yield
-    logger.handlers[:], logger.propagate, logging.raiseExceptions = before[0], before[1], before[3]
-    logger.setLevel(before[2])
+    with restored():
+        yield
 
 
 def set_up(level: str = "debug", *, as_json: bool = False, journal: bool = False) -> io.StringIO:

@@ -1,7 +1,6 @@
 """Lines that go to whoever reads them, or doesn't."""
 
 import fcntl
-import io
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ import pytest
 
 from krelay import log
 from krelay.logsink import Sink
+from tests.tools.logs import restored
 
 LINE = b"x" * 99 + b"\n"
 FULL = 1 << 20
@@ -156,8 +156,9 @@ def test_the_next_line_says_how_many_were_lost(as_json: bool) -> None:
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     with ExitStack() as stack:
         stack.callback(os.close, reader)
+        stack.enter_context(restored())
         log.set_up("info", as_json=as_json, stream=stack.enter_context(os.fdopen(writer, "w")))
-        stack.callback(log.set_up, stream=io.StringIO())
+        stack.callback(logging.getLogger("krelay").handlers[0].close)
         for number in range(100):
             log.Log("test").info("it happened", number=number)
         waiting = struct.unpack("i", fcntl.ioctl(reader, termios.FIONREAD, bytes(4)))[0]
@@ -174,4 +175,3 @@ def test_the_next_line_says_how_many_were_lost(as_json: bool) -> None:
         else:
             assert notice.endswith(f" warning log lines were lost lost={lost}")
         assert log.lines_lost() == lost
-    assert logging.getLogger("krelay").handlers
