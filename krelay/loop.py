@@ -48,6 +48,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -209,7 +210,11 @@ class Loop:
             for fd, events in self._batch:
                 if removed and fd in removed:
                     continue
-                handlers[fd](events)
+                handler = handlers.get(fd)
+                if handler is None:
+                    self._nobodys(fd)
+                else:
+                    handler(events)
             if self._timers and not self._behind:
                 self._fire_due()
             if soon := self._soon:
@@ -251,6 +256,11 @@ class Loop:
         if not self._timers:
             return -1.0
         return max(0.0, self._timers[0][0] - self.clock())  # `now` is as old as this turn
+
+    def _nobodys(self, fd: int) -> None:
+        """An event of a file that was to be closed, and was not: it is to have no others."""
+        with suppress(OSError):
+            self._epoll.unregister(fd)
 
     def _stood_still(self, seconds: float) -> None:
         self.absent += seconds

@@ -487,3 +487,17 @@ def test_a_stopped_process_finds_its_timers_as_they_were() -> None:
     assert counted >= 2.5
     assert passed >= 6
     assert counted + absent == pytest.approx(passed, abs=0.1)
+
+
+def test_a_file_whose_close_failed_ends_nothing(loop: Loop, pairs: Pairs) -> None:
+    """Nobody has its events any more, and no later one comes."""
+    heard: list[int] = []
+    loop.add(pairs[0][0].fileno(), select.EPOLLIN, heard.append)
+    loop.add(pairs[1][0].fileno(), select.EPOLLIN, heard.append)
+    loop.closing(pairs[0][0].fileno())  # and then it isn't closed
+    turn(loop)
+    for _, other in pairs:
+        other.send(b"x")
+    turn(loop)
+    assert heard == [select.EPOLLIN]
+    assert loop._epoll.poll(0, 10) == [(pairs[1][0].fileno(), select.EPOLLIN)]
