@@ -134,6 +134,8 @@ class Config:
     """RFC 5382 REQ-5: four minutes at least."""
     timeouts_tcp_established: int = 7440
     """RFC 5382 REQ-5: two hours and four minutes at least."""
+    timeouts_stall: int = 300
+    """tcp-relay's: for a peer that is there and takes none of the bytes that are held for it."""
     limits_flows: int = 65536
     limits_flows_per_client: int = 4096
     limits_new_flows_per_client: int = 0
@@ -335,6 +337,7 @@ _TABLE = (
     Setting("timeouts/udp_dns",            _seconds, str,   "seconds, 1-604800"),
     Setting("timeouts/tcp_transitory",     _seconds, str,   "seconds, 1-604800"),
     Setting("timeouts/tcp_established",    _seconds, str,   "seconds, 1-604800"),
+    Setting("timeouts/stall",              _seconds, str,   "seconds, 1-604800"),
     Setting("limits/flows",                _rows,    str,   "rows, 1-1000000"),
     Setting("limits/flows_per_client",     _rows,    str,   "rows, 1-1000000"),
     Setting("limits/new_flows_per_client", _rate,    str,   "rows a second, 1-1000000; 0: any"),

@@ -44,13 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="USER",
         help="started as root: run as this user, a name or UID:GID",
     )
-    options.add_options(parser)
+    options.add_options(parser, stall="`timeouts/stall` in the file tree")
     log.add_options(parser)
     asked = parser.parse_args(arguments)
     return run_program(
         parser.prog,
         asked,
-        lambda limits, index, ready: serve(asked.root, limits, ready, index, asked.workers),
+        lambda limits, index, ready: serve(
+            asked.root, limits, ready, index, asked.workers, options.follows_stall(asked)
+        ),
         before=lambda: _look_first(asked.root),
         user=asked.user,
     )

@@ -25,14 +25,25 @@ REPORT = 1.0
 
 
 class Daemon:
-    """One worker on the tree at `root`, the `index`th `of` so many."""
+    """One worker on the tree at `root`, the `index`th `of` so many.
+
+    It `follows_stall` in the tree, or has that limit from its command line.
+    """
 
     def __init__(
-        self, loop: Loop, root: Path, limits: Limits, ready: Callable[[], None], index: int, of: int
+        self,
+        loop: Loop,
+        root: Path,
+        limits: Limits,
+        ready: Callable[[], None],
+        index: int,
+        of: int,
+        follows_stall: bool = True,
     ) -> None:
         self._loop = loop
         self._tell_ready = ready
         self._is_ready = False
+        self._follows_stall = follows_stall
         self._reported: Mapping[str, int] = {}
         self._worker = secrets.token_hex(4)
         self._engine = Engine(loop, limits, self._on_room)
@@ -57,6 +68,8 @@ class Daemon:
 
     def _configured(self, config: Config) -> None:
         self._relay.real_ip = str(config.real_ip)
+        if self._follows_stall:
+            self._engine.use_stall(config.timeouts_stall)
         self._gateway.listen_on(config.gport)
         if self._gateway.port is not None and not self._is_ready:
             self._is_ready = True
@@ -79,7 +92,14 @@ class Daemon:
             self._relay.report(Report(self._worker, counts))
 
 
-def serve(root: Path, limits: Limits, ready: Callable[[], None], index: int, of: int) -> int:
+def serve(
+    root: Path,
+    limits: Limits,
+    ready: Callable[[], None],
+    index: int,
+    of: int,
+    follows_stall: bool = True,
+) -> int:
     """Runs one worker until a signal ends it; the exit status."""
     with Loop() as loop:
-        return Daemon(loop, root, limits, ready, index, of).run()
+        return Daemon(loop, root, limits, ready, index, of, follows_stall).run()

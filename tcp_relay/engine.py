@@ -7,16 +7,20 @@ through.  It is also why there are no pipes here (splice): one buffer of half a 
 as fast as they do, and pipes are scarce (pipe(7), pipe-user-pages-soft).
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Protocol
 
-from krelay.log import Failures, Log
+from krelay.log import Failures, Log, stood_still
 from krelay.loop import Loop
 from tcp_relay.counts import Counts, Row, table
 from tcp_relay.limits import Limits
 from tcp_relay.pair import End, Pair
 from tcp_relay.waiting import Waiting
+
+log = Log("engine")
 
 
 class Live(Protocol):
@@ -34,7 +38,7 @@ class Live(Protocol):
         """Nothing may have moved for long: ends it if that is too long, or waits again."""
 
     def check(self) -> None:
-        """Looks whether the server is still there; then waits among the `watched` or no more."""
+        """Looks whether both peers are still there; then waits among the `watched` or no more."""
 
     def row(self) -> Row:
         """As people see it."""
@@ -54,16 +58,34 @@ class Engine:
         self.capacity = sys.maxsize
         """Connections that there may be at once: two descriptors each."""
         self.connecting: Waiting[Live] = Waiting(loop, limits.connect, _not_connected)
-        self.stalled: Waiting[Live] = Waiting(loop, limits.stall, _look)
+        self.stalled: Waiting[Live] = Waiting(loop, limits.look, _look)
+        """Those that hold bytes; for how long they may is for them to know."""
         self.half_closed: Waiting[Live] = Waiting(loop, limits.half_close, _look)
-        self.watched: Waiting[Live] = Waiting(loop, limits.silence / 4, _check)
+        self.watched: Waiting[Live] = Waiting(loop, limits.check, _check)
         """Those that move, or did a moment ago."""
-        self._failures = Failures(Log("engine"))
+        self._failures = Failures(log)
+        self._awake_since = -math.inf
         self._live: dict[Live, None] = {}  # in the order they came
 
     def host_failed(self, error: OSError) -> None:
         """A call failed for want of something at this host, and will be made again: says so."""
         self._failures.tell(self.loop.now, "a call failed; it is made again", error)
+
+    def use_stall(self, seconds: float) -> None:
+        """From now on; also those who are stalled already."""
+        self.limits = replace(self.limits, stall=seconds)
+        self.stalled.seconds = self.limits.look
+        self.watched.seconds = self.limits.check
+
+    def stood_still(self, seconds: float) -> None:
+        """This process did nothing for so long (Loop.on_absence): no peer's silence, that."""
+        self._awake_since = self.loop.now
+        stood_still(log, seconds)
+
+    @property
+    def awake(self) -> float:
+        """Seconds since this process stood still."""
+        return self.loop.now - self._awake_since
 
     @property
     def room(self) -> int:

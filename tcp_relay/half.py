@@ -52,6 +52,8 @@ class Half:
     sink_gone: bool = False  # what is read is thrown away
     moved: int = 0  # bytes that the sink took
     at: float = 0.0  # when bytes, or the end of file, last moved in or out
+    acked: int | None = None  # bytes that the sink's peer had acknowledged when last asked
+    is_hastened: bool = False  # the sink's kernel asks its peer often, now that it is waited for
 
     def todo(self) -> Todo:
         """The next step."""
@@ -103,6 +105,12 @@ class Half:
         if self.held:
             self.held = self.held[count:] or NOTHING
             self.writable = not self.held
+
+    def taken(self, acked: int, now: float) -> None:
+        """The sink's peer has acknowledged so many bytes: it moves if they have become more."""
+        if self.acked is not None and acked != self.acked:
+            self.at = now
+        self.acked = acked
 
     def hold(self, rest: bytes) -> None:
         """The sink didn't take that much of what was just read: it is full."""

@@ -1,10 +1,19 @@
 """What a relayed connection may take: bytes, and seconds.
 
->>> Limits().stall
-10.0
+Slow isn't dead.  A peer's kernel acknowledges every probe, whether its program reads or not, so
+silence means a peer that is lost, and half a minute of it is enough.  A peer that answers and takes
+nothing may have its reasons (a pause button, a disk that is full for a moment, a window that stays
+closed until a sixteenth of a large buffer is free); it costs what is held for it, and is given up
+after `stall`.
+
+>>> Limits(stall=300).silence, Limits(stall=10).silence, Limits(stall=1).silence
+(25.0, 10.0, 4.0)
 """
 
 from dataclasses import dataclass
+
+SILENCE = 25.0
+"""Seconds without an answer after which a peer is lost; with the looks, less than 30."""
 
 MAX_HOLD = 64 << 20
 """Bytes; what is read at once is as long as what may be held."""
@@ -22,16 +31,27 @@ class Limits:
     """
 
     stall: float = 10.0
-    """Seconds that held bytes may wait for a sink that takes none of them."""
+    """Seconds that held bytes may wait for a sink that answers, and takes none of them."""
 
     @property
     def silence(self) -> float:
-        """Seconds that a server may acknowledge nothing while bytes move, or a probe after that.
+        """Seconds that a peer may acknowledge nothing while bytes move, or a probe after that.
 
-        As long as a stall; but four at least, which three probes take (sockets.probe_within), and
-        no acknowledgement is delayed for (RFC 9293, section 3.8.6.3).
+        No longer than a stall, and no longer than SILENCE; but four at least, which three probes
+        take (sockets.probe_within), and no acknowledgement is delayed for (RFC 9293, section
+        3.8.6.3).
         """
-        return max(self.stall, 4.0)
+        return max(4.0, min(self.stall, SILENCE))
+
+    @property
+    def check(self) -> float:
+        """Seconds between two looks at a connection that moves, or did a moment ago."""
+        return min(self.silence / 4, 2.5)
+
+    @property
+    def look(self) -> float:
+        """Seconds between two looks at a sink for which bytes are held."""
+        return min(self.stall / 8, 2.0)
 
     half_close: float = 3600.0
     """Seconds of silence in the one direction that is left, after which nobody waits any more."""

@@ -14,8 +14,11 @@ _DAY = 86400.0
 MAX_WORKERS = 256
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds them; `limits` reads the limits back, `workers` is a number."""
+def add_options(parser: argparse.ArgumentParser, stall: str = "") -> None:
+    """Adds them; `limits` reads the limits back, `workers` is a number.
+
+    `stall` says where that limit comes from if it isn't given: `follows_stall`.
+    """
     default = Limits()
     group = parser.add_argument_group("limits")
     group.add_argument(
@@ -26,12 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"bytes held per direction at most, K or M for more ({default.hold >> 10}K)",
     )
     for name, least, value, text in (
-        (
-            "--stall",
-            0.01,
-            default.stall,
-            "held bytes that can't be written, or a server cut off, reset both sides",
-        ),
+        ("--stall", 0.01, None if stall else default.stall, "for a peer to take what is held"),
         ("--half-close", 0.01, default.half_close, "silence after one side has finished ends it"),
         ("--connect-timeout", 0.01, default.connect, "for the server to accept"),
         ("--drain", 0.0, default.drain, "for running connections to end after SIGTERM"),
@@ -41,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             type=partial(seconds, least=least),
             default=value,
             metavar="SECONDS",
-            help=f"{text} ({value:g})",
+            help=f"{text} ({stall if value is None else f'{value:g}'})",
         )
     parser.add_argument(
         "--workers", type=workers, default=1, metavar="N", help="processes that share the port (1)"
@@ -57,11 +55,16 @@ def limits(options: argparse.Namespace) -> Limits:
     """What was asked for."""
     return Limits(
         hold=options.buffer,
-        stall=options.stall,
+        stall=Limits().stall if follows_stall(options) else options.stall,
         half_close=options.half_close,
         connect=options.connect_timeout,
         drain=options.drain,
     )
+
+
+def follows_stall(options: argparse.Namespace) -> bool:
+    """Whether that limit was not given, and there is another place to take it from."""
+    return options.stall is None
 
 
 def size(text: str) -> int:

@@ -18,14 +18,19 @@ memory (sockets.HOST_FAILS), ends nothing: the same call is made again a little 
 
 A server that is cut off says nothing, like one that has nothing to say, and the kernel would ask it
 after two hours.  So while bytes move, and until it has been asked once after that, its leg is
-watched: silence makes the kernel probe, and bytes in flight must be acknowledged, each within the
-stall limit.  A connection at rest isn't watched, so a thousand of them cost nothing.
+watched: silence makes the kernel probe, and bytes in flight must be acknowledged, by either side
+(Limits.silence).  A connection at rest isn't watched, so a thousand of them cost nothing.
+
+A sink that takes nothing is not lost: bytes are held for it, for as long as Limits.stall.  What
+counts is what its kernel acknowledges, not what ours accepts: with a send buffer of megabytes and a
+reader of some kilobytes a second the next write is minutes away.
 """
 
 import errno
 import select
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from logging import INFO
 from typing import Any, Protocol
 
@@ -41,10 +46,12 @@ from tcp_relay.sockets import (
     Socket,
     close,
     close_in_order,
+    hasten,
     heard,
     in_words,
     probe_as_usual,
     probe_within,
+    take_time,
     undelivered,
 )
 from tcp_relay.waiting import Waiting
@@ -181,7 +188,7 @@ class Pump:
         names = self._owner.names() if log.enabled(INFO) else None  # while the sockets can be asked
         engine.loop.closing(self._client.fileno())
         if end is _CLOSED:
-            close_in_order(self._client)
+            self._leave_to_the_kernel(self.pair.down, self._client)
         else:
             close(self._client)
         self._close_server(in_order=end is _CLOSED)
@@ -222,16 +229,50 @@ class Pump:
         """Nothing may have moved for long: ends it if that is too long, or looks again later."""
         self._waiting = self._timer = None
         pair, engine = self.pair, self._engine
-        end = pair.overdue(engine.loop.now, engine.limits)
+        self._ask_the_sinks()
+        if not self.alive:
+            return
+        now = engine.loop.now
+        end = pair.overdue(now, engine.limits)
         if end is not None:
             self.end(end, self._overdue_in_words(end))
         elif pair.is_resetting:
             self._turn(CLIENT)
         elif (due := pair.deadline(engine.limits)) is not None:
-            self._look_at(due)
+            if pair.may_stall and due > now + engine.stalled.seconds:
+                self.wait(engine.stalled)
+            else:
+                self._look_at(due)
+
+    def _ask_the_sinks(self) -> None:
+        """Whether those who are owed something take it, slowly, or are gone."""
+        engine = self._engine
+        for half, side, sink in (
+            (self.pair.up, SERVER, self._server),
+            (self.pair.down, CLIENT, self._client),
+        ):
+            if sink is None or half.sink_gone or not (half.held or half.got_reset):
+                continue
+            try:
+                if not half.is_hastened:
+                    hasten(sink)
+                    half.is_hastened = True
+                peer = heard(sink)
+            except OSError as error:
+                engine.host_failed(error)
+                continue
+            half.taken(peer.acked, engine.loop.now)
+            limit = engine.limits.silence
+            if peer.is_silent(limit, engine.awake):
+                why = _nothing_acked(side, limit)
+                if self.pair.is_resetting:
+                    self.end(End.RESET, f"{self._why}; {why}")
+                else:
+                    self.end(End.STALLED, why)
+                return
 
     def check(self) -> None:
-        """Ends it if the server acknowledges nothing; watches it no longer if it rests."""
+        """Ends it if a side acknowledges nothing; watches it no longer if it rests."""
         try:
             self._check()
         except OSError as error:  # of the calls that ask and set: once more, later
@@ -245,15 +286,19 @@ class Pump:
         if not self._is_probed:  # not earlier: most connections are over before
             self._is_probed = True
             probe_within(server, limit)
-        elif engine.loop.now - max(self.since, self.pair.at) >= limit:
-            in_flight, ago = heard(server)
-            if in_flight and ago >= limit:
-                self.end(End.STALLED, f"the server has acknowledged nothing for {limit:g} s")
-                return
-            if not in_flight and ago <= limit / 2:  # it has answered a probe
-                self._is_watched = self._is_probed = False
-                probe_as_usual(server)
-                return
+        else:
+            peers = heard(self._client), heard(server)
+            for side, peer in zip((CLIENT, SERVER), peers, strict=True):
+                if peer.is_silent(limit, engine.awake):
+                    self.end(End.STALLED, _nothing_acked(side, limit))
+                    return
+            if engine.loop.now - max(self.since, self.pair.at) >= limit:
+                client, server_ = peers
+                answers = server_.ago <= limit / 2  # a probe, if nothing else
+                if answers and not client.in_flight and not server_.in_flight:
+                    self._is_watched = self._is_probed = False
+                    probe_as_usual(server)
+                    return
         engine.watched.add(self)
 
     def row(self) -> Row:
@@ -567,6 +612,12 @@ class Pump:
             self._timer.cancel()
             self._timer = None
 
+    def _leave_to_the_kernel(self, half: Half, sink: Socket) -> None:
+        if half.is_hastened:
+            with suppress(OSError):
+                take_time(sink)
+        close_in_order(sink)
+
     def _close_server(self, in_order: bool = False) -> None:
         server = self._server
         if server is None:
@@ -575,9 +626,13 @@ class Pump:
             self._engine.loop.closing(server.fileno())
             self._is_registered = False
         if in_order:
-            close_in_order(server)
+            self._leave_to_the_kernel(self.pair.up, server)
         else:
             close(server)
+
+
+def _nothing_acked(side: Side, seconds: float) -> str:
+    return f"the {side} has acknowledged nothing for {seconds:g} s"
 
 
 def _error_of(sock: Socket) -> int:

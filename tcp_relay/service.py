@@ -11,12 +11,11 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 
 from krelay import log as logs
 from krelay import privileges, seccomp, syscalls
 from krelay.collector import Collector
-from krelay.log import Failures, Log, stood_still
+from krelay.log import Failures, Log
 from krelay.loop import Loop, Timer
 from krelay.privileges import Account, Cap
 from krelay.seccomp import FilterUnavailable
@@ -24,7 +23,7 @@ from tcp_relay import options, workers
 from tcp_relay.engine import Engine
 from tcp_relay.limits import Limits
 from tcp_relay.pair import End
-from tcp_relay.sockets import usual_probing
+from tcp_relay.sockets import usual_probing, usual_rto_max
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -59,11 +58,12 @@ class Service:
         """Returns the exit status, when all connections have ended."""
         self._engine.capacity = max(1, capacity(descriptor_limit(), opened()))
         usual_probing()
+        usual_rto_max()
         failures = Failures(log)
         self._loop.on_failure = lambda error: failures.tell(
             self._loop.now, "a call failed; going on", error
         )
-        self._loop.on_absence = partial(stood_still, log)
+        self._loop.on_absence = self._engine.stood_still
         self._collector = Collector(lambda: len(self._engine) * BLOCKS_OF_A_CONNECTION)
         try:
             self._loop.run()

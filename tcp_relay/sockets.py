@@ -13,7 +13,7 @@ import socket
 import struct
 from contextlib import suppress
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from krelay import loop
 
@@ -28,6 +28,15 @@ _PROBING = (socket.TCP_KEEPCNT, socket.TCP_KEEPINTVL, socket.TCP_KEEPIDLE)
 """In this order: the last sets the timer anew, which may be due at once and then takes the others
 (net/ipv4/tcp_timer.c, tcp_keepalive_timer)."""
 _PROBES = 3
+_PATIENCE = 127
+"""Unanswered probes that the kernel may send: its most.  Who is lost is for this process to judge
+(`Heard.is_silent`), because the kernel doesn't know when it was this host that stood still."""
+_SECOND_LOOK = 1.0
+"""Seconds that an answer to what was sent last may take before its absence means anything."""
+_TCP_RTO_MAX_MS = 44  # linux/tcp.h, from 6.15 on
+HASTE = 8000
+"""Milliseconds between two window probes, or retransmissions, to a sink that is waited for."""
+_INFO = struct.Struct("=3xB20xI16xI8xI60xQ")
 _setsockopt = ctypes.CDLL(None, use_errno=True).setsockopt
 _SOCKET, _LINGER = int(socket.SOL_SOCKET), int(socket.SO_LINGER)
 _SIOCOUTQ = 0x5411  # linux/sockios.h
@@ -95,13 +104,14 @@ def undelivered(sock: Socket) -> int:
 
 
 def probe_within(sock: Socket, seconds: float) -> None:
-    """A peer that answers nothing is noticed after that much silence: whole seconds, from 4 on.
+    """A peer that says nothing is asked three times in that many seconds: whole ones, from 4 on.
 
-    Three probes without an answer end the connection (ETIMEDOUT), unless bytes are in flight.
+    Not while it has taken not all that was sent: then the kernel asks otherwise, and less and less
+    often (`hasten`).
     """
     interval = max(1, int(seconds) // 5)
     idle = max(1, int(seconds) - _PROBES * interval)
-    _set_probing(sock, (_PROBES, interval, idle))
+    _set_probing(sock, (_PATIENCE, interval, idle))
 
 
 def probe_as_usual(sock: Socket) -> None:
@@ -121,14 +131,75 @@ def usual_probing() -> tuple[int, ...]:
         return tuple(sock.getsockopt(_TCP, option) for option in _PROBING)
 
 
-def heard(sock: Socket) -> tuple[int, float]:
-    """Segments in flight, and how many seconds ago the peer acknowledged anything, also a probe.
+class Heard(NamedTuple):
+    """What the kernel knows of a peer, from struct tcp_info (linux/tcp.h)."""
 
-    Of struct tcp_info (linux/tcp.h): tcpi_unacked, tcpi_last_ack_recv.
+    probes: int
+    """Probes since it answered one (tcpi_probes)."""
+    in_flight: int
+    """Segments that it has not acknowledged (tcpi_unacked)."""
+    sent: float
+    """Seconds since bytes were sent to it, also again (tcpi_last_data_sent)."""
+    ago: float
+    """Seconds since it acknowledged anything, also a probe (tcpi_last_ack_recv)."""
+    acked: int
+    """Bytes that it has acknowledged in all (tcpi_bytes_acked)."""
+
+    def is_silent(self, seconds: float, awake: float) -> bool:
+        """It was asked for so long, and has answered nothing.
+
+        A peer that is slow answers: its kernel acknowledges each probe of a closed window (RFC
+        9293, section 3.8.6.1).  The silence counts while this process was `awake`, in seconds.
+        """
+        if min(self.ago, awake) < seconds:
+            return False
+        if self.in_flight:
+            return _SECOND_LOOK <= self.sent < self.ago
+        return self.probes >= 2
+
+
+def heard(sock: Socket) -> Heard:
+    """Raises OSError."""
+    info = sock.getsockopt(_TCP, socket.TCP_INFO, _INFO.size)
+    probes, in_flight, sent, ago, acked = _INFO.unpack(info)
+    return Heard(probes, in_flight, sent / 1000, ago / 1000, acked)
+
+
+def hasten(sock: Socket) -> None:
+    """The kernel asks a peer whose window is closed every HASTE at least, not every two minutes.
+
+    Before Linux 6.15 it can't be told to.
     """
-    info = sock.getsockopt(_TCP, socket.TCP_INFO, 60)
-    in_flight, last = struct.unpack_from("=I28xI", info, 24)
-    return in_flight, last / 1000
+    _set_rto_max(sock, HASTE)
+
+
+def take_time(sock: Socket) -> None:
+    """As the kernel does by itself: what it delivers after a close may need that time.
+
+    An orphan whose next probe is as late as it may be is reset (tcp_timer.c, tcp_probe_timer).
+    """
+    if rto_max := usual_rto_max():
+        _set_rto_max(sock, rto_max)
+
+
+def _set_rto_max(sock: Socket, milliseconds: int) -> None:
+    if usual_rto_max():
+        sock.setsockopt(_TCP, _TCP_RTO_MAX_MS, milliseconds)
+
+
+@cache
+def usual_rto_max() -> int:
+    """The kernel's own, in milliseconds; 0 if it can't be told another.
+
+    To be asked for while there is a descriptor for it.
+    """
+    with socket.socket() as sock:
+        try:
+            return sock.getsockopt(_TCP, _TCP_RTO_MAX_MS)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+            return 0
 
 
 def in_words(error: int | None) -> str:

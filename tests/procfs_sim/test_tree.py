@@ -243,6 +243,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "timeouts/udp_dns": "20",
         "timeouts/tcp_transitory": "240",
         "timeouts/tcp_established": "7440",
+        "timeouts/stall": "300",
         "limits/flows": "65536",
         "limits/flows_per_client": "4096",
         "limits/new_flows_per_client": "0",

@@ -482,6 +482,23 @@ def test_silence_after_one_side_finished_costs_no_time(relay: TcpRelay, krelay: 
             krelay_server_done.set()
 
 
+def test_the_stall_limit_follows_the_tree(relay: TcpRelay, krelay: FakeKrelay) -> None:
+    over = threading.Event()
+
+    def reads_nothing(_: socket.socket) -> None:
+        over.wait(BOUND)
+
+    with Server(reads_nothing) as server, relay.dial() as client:
+        krelay.reply = lambda request: opened_to(server.endpoint, request)
+        relay.wait_for_log("connection opened")
+        (relay.root / "timeouts/stall").write_text("1\n")
+        client.settimeout(BOUND)
+        with pytest.raises(ConnectionResetError):
+            client.sendall(MEGABYTE * 64)  # more than all buffers on the way hold
+        relay.wait_for_log("the server took none of")
+        over.set()
+
+
 def test_ctrl_c_ends_it_with_all_connections_and_rows(relay: TcpRelay, krelay: FakeKrelay) -> None:
     with relay.dial() as client:
         client.sendall(b"one")

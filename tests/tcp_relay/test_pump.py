@@ -24,7 +24,7 @@ from tcp_relay.engine import Engine
 from tcp_relay.limits import Limits
 from tcp_relay.pair import End
 from tcp_relay.pump import SHORT, STEPS, Pump
-from tcp_relay.sockets import server_socket, set_options, undelivered
+from tcp_relay.sockets import Heard, heard, server_socket, set_options, undelivered
 from tests.tcp_relay.helpers import (
     BOUND,
     LOCALHOST,
@@ -492,6 +492,83 @@ def test_a_sink_that_takes_something_now_and_then_isnt_stalled(loop: Loop) -> No
                 run_for(loop, 0.01)
             run_for(loop, 0.1)
             assert rig.pump.alive
+
+
+def test_a_slow_sink_for_which_our_kernel_has_no_room_isnt_stalled(loop: Loop) -> None:
+    """The next write may be minutes away: what it acknowledges is what counts."""
+    limits = Limits(hold=65536, stall=1.0)
+    with Rig(Engine(loop, limits)).connected() as rig:
+        rig.flood(rig.server)
+        rig.client.setblocking(False)
+        half = rig.pump.pair.down
+        before, begun = half.moved, loop.now
+        while loop.now - begun < 1.6:
+            rig.client.recv(1 << 16)
+            run_for(loop, 0.1)
+            assert rig.pump.alive, rig.ended()
+        assert half.moved == before, "the test is none: our kernel took some more"
+
+
+def test_a_limit_that_is_lowered_ends_who_is_stalled_already(loop: Loop) -> None:
+    with Rig(Engine(loop, LONG), small=True).connected() as rig:
+        rig.flood(rig.client)
+        rig.engine.use_stall(0.2)
+        assert rig.engine.limits.hold == LONG.hold
+        rig.run_until(lambda: not rig.pump.alive)
+        assert rig.ended() == [End.STALLED]
+
+
+LOST = Heard(probes=3, in_flight=0, sent=99.0, ago=99.0, acked=0)
+
+
+def says_nothing(monkeypatch: pytest.MonkeyPatch, sock: object) -> None:
+    """As the kernel tells it of this peer, from now on."""
+    monkeypatch.setattr(
+        "tcp_relay.pump.heard", lambda asked: LOST if asked is sock else heard(asked)
+    )
+
+
+def test_who_moves_and_acknowledges_nothing_is_ended_on_either_side(
+    loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for side in ("client", "server"):
+        with Rig(Engine(loop, LONG)).connected() as rig:
+            rig.client.sendall(b"question")
+            assert rig.pump._server is not None
+            says_nothing(monkeypatch, getattr(rig.pump, f"_{side}"))
+            run_for(loop, 0.01)
+            rig.pump.check()  # has it asked
+            assert rig.pump.alive
+            rig.pump.check()
+            assert rig.ended() == [End.STALLED]
+            assert log.details[-1] == f"the {side} has acknowledged nothing for 25 s"
+
+
+def test_who_is_owed_something_and_answers_nothing_is_ended_before_the_stall_limit(
+    loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Rig(Engine(loop, LONG), small=True).connected() as rig:
+        rig.flood(rig.client)
+        says_nothing(monkeypatch, rig.pump._server)
+        rig.pump.look()
+        assert rig.ended() == [End.STALLED]
+        assert log.details == ["the server has acknowledged nothing for 25 s"]
+
+
+def test_a_silence_in_which_this_process_stood_still_counts_for_nothing(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Rig(Engine(loop, LONG), small=True).connected() as rig:
+        rig.flood(rig.client)
+        says_nothing(monkeypatch, rig.pump._server)
+        rig.engine.stood_still(60.0)
+        rig.pump.look()
+        rig.pump.check()
+        rig.pump.check()
+        assert rig.pump.alive
+        monkeypatch.setattr(Engine, "awake", 25.0)
+        rig.pump.look()
+        assert rig.ended() == [End.STALLED]
 
 
 @pytest.mark.parametrize("held_before", [False, True])

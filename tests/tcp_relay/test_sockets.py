@@ -8,15 +8,20 @@ from typing import NamedTuple
 import pytest
 
 from tcp_relay.sockets import (
+    HASTE,
+    Heard,
     Socket,
     accept,
     close_in_order,
+    hasten,
     heard,
     probe_as_usual,
     probe_within,
     server_socket,
     set_options,
+    take_time,
     undelivered,
+    usual_rto_max,
 )
 from tests.tcp_relay.helpers import BOUND, LOCALHOST, everything, fill, wait_for, was_reset
 
@@ -130,7 +135,7 @@ def test_probes_tell_within_the_seconds(
 ) -> None:
     usual = probing(both.ours)
     probe_within(both.ours, seconds)
-    assert probing(both.ours) == (idle, interval, 3)
+    assert probing(both.ours) == (idle, interval, 127), "who is lost isn't the kernel's to say"
     assert idle + 3 * interval <= max(seconds, 4)
     probe_as_usual(both.ours)
     assert probing(both.ours) == usual
@@ -138,7 +143,56 @@ def test_probes_tell_within_the_seconds(
 
 def test_what_the_peer_was_heard_last_is_known(both: Both) -> None:
     both.ours.send(b"x")
-    wait_for(lambda: heard(both.ours)[0] == 0, "the acknowledgement")
-    wait_for(lambda: heard(both.ours)[1] > 0.05, "time to pass")
-    both.ours.send(b"y")
-    wait_for(lambda: heard(both.ours)[1] < 0.05, "another acknowledgement")
+    wait_for(lambda: heard(both.ours).in_flight == 0, "the acknowledgement")
+    wait_for(lambda: heard(both.ours).ago > 0.05, "time to pass")
+    assert heard(both.ours).acked == 1
+    both.ours.send(b"yz")
+    wait_for(lambda: heard(both.ours).ago < 0.05, "another acknowledgement")
+    assert heard(both.ours).sent < 0.05
+    wait_for(lambda: heard(both.ours).acked == 3, "what it took")
+
+
+RESTS = Heard(probes=0, in_flight=0, sent=900.0, ago=900.0, acked=0)
+
+
+@pytest.mark.parametrize(
+    ("peer", "awake", "silent"),
+    [
+        (RESTS, 999, False),  # nobody asked it
+        (RESTS._replace(probes=1), 999, False),  # a probe may be lost
+        (RESTS._replace(probes=2), 999, True),
+        (RESTS._replace(probes=9, ago=24.9), 999, False),
+        (RESTS._replace(probes=9), 24.9, False),  # this process stood still until then
+        (RESTS._replace(probes=9), 25.0, True),
+        (RESTS._replace(in_flight=1, sent=12.0, ago=25.0), 999, True),
+        (RESTS._replace(in_flight=1, sent=12.0, ago=24.9), 999, False),
+        (RESTS._replace(in_flight=1, sent=0.9, ago=25.0), 999, False),  # the answer is on its way
+        (RESTS._replace(in_flight=1, sent=50.1, ago=50.0), 999, False),  # it answered that
+    ],
+)
+def test_silent_is_who_was_asked_and_says_nothing(peer: Heard, awake: float, silent: bool) -> None:
+    assert peer.is_silent(25.0, awake) is silent
+
+
+def test_a_slow_peers_kernel_answers_each_probe(both: Both) -> None:
+    hasten(both.ours)
+    fill(both.ours)  # type: ignore[arg-type]
+    asked = []
+
+    def probed() -> bool:
+        peer = heard(both.ours)
+        asked.append(peer.probes)
+        assert not peer.is_silent(1.0, 999)
+        return len(asked) > 1 and peer.ago < 0.1 < peer.sent
+
+    wait_for(probed, "a probe of the closed window, and its answer")
+
+
+def test_the_kernel_is_told_to_ask_often_and_no_longer(both: Both) -> None:
+    usual = usual_rto_max()
+    if not usual:
+        pytest.skip("this kernel can't be told how often to ask (TCP_RTO_MAX_MS, from 6.15 on)")
+    hasten(both.ours)
+    assert both.ours.getsockopt(socket.IPPROTO_TCP, 44) == HASTE < usual
+    take_time(both.ours)
+    assert both.ours.getsockopt(socket.IPPROTO_TCP, 44) == usual

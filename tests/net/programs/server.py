@@ -7,6 +7,7 @@ A TCP client sends one line and then what that asks for; a line of the log tells
     who                      the client's address as seen here, then everything back
     download SEED SIZE RATE  SIZE bytes of blob(SEED), RATE bytes a second (0: as fast as possible)
     upload                   takes all there is, answers with its length and SHA-256
+    sip RATE                 the same, RATE bytes a second; 0: takes nothing, until it is gone
     both SEED SIZE           download and upload at once; the answer follows the bytes
 
 A datagram comes back as it is, `who` with the sender's address; it is answered from the address it
@@ -64,6 +65,21 @@ def receipt(connection: socket.socket) -> bytes:
     return f"{size} {sha.hexdigest()}\n".encode()
 
 
+def sip(connection: socket.socket, rate: int) -> bytes:
+    """Takes all there is at this rate, ten times a second; as `receipt`.  0: waits for a reset."""
+    sha, size = hashlib.sha256(), 0
+    while not rate and connection.fileno() >= 0:
+        time.sleep(0.1)
+        connection.send(b"")  # raises when it is over
+        if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return b"reset\n"
+    while block := connection.recv(max(1, rate // 10)):
+        sha.update(block)
+        size += len(block)
+        time.sleep(0.1)
+    return f"{size} {sha.hexdigest()}\n".encode()
+
+
 def serve(connection: socket.socket, peer: tuple[str, int]) -> None:
     """One client's connection."""
     with connection, suppress(OSError):
@@ -77,6 +93,8 @@ def serve(connection: socket.socket, peer: tuple[str, int]) -> None:
                     connection.sendall(data)
             case [b"download", seed, size, rate]:
                 send_blob(connection, int(seed), int(size), int(rate))
+            case [b"sip", rate]:
+                connection.sendall(sip(connection, int(rate)))
             case [b"upload"]:
                 connection.sendall(receipt(connection))
             case [b"both", seed, size]:
