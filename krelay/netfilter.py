@@ -69,6 +69,10 @@ _PASSING = (
     *(errno.EIO, errno.EROFS),
 )
 """Errors of which a tool's complaint says that another try may go well."""
+_HELD = 4
+"""iptables(8): the lock of the tables is held by another run (RESOURCE_PROBLEM)."""
+_LOCK_WITHIN = 1
+"""Seconds for that lock.  Packets wait meanwhile; it is tried again."""
 
 
 class Backend(Protocol):
@@ -250,7 +254,7 @@ class Iptables:
         return "legacy" in _version(self.name)
 
     def _restore(self, text: str) -> None:
-        _run((f"{self.name}-restore", "--noflush", "-w", "5"), text)
+        _run((f"{self.name}-restore", "--noflush", "-w", str(_LOCK_WITHIN)), text)
 
     def _found(self, name: str) -> tuple[frozenset[str], frozenset[str]]:
         """The chains of ours that are jumped to, and those that exist."""
@@ -405,7 +409,8 @@ def _run(command: tuple[str, ...], text: str = "") -> str:
         raise kind(f"{command[0]}: {error.strerror}") from None
     if done.returncode:
         complaint = _complaint(done.stderr)
-        passing = any(os.strerror(each) in complaint for each in _PASSING)
+        held = done.returncode == _HELD and "lock" in complaint
+        passing = held or any(os.strerror(each) in complaint for each in _PASSING)
         kind = RulesDelayed if passing or done.returncode < 0 else RulesUnavailable
         raise kind(complaint or f"{command[0]}: exit status {done.returncode}")
     return done.stdout

@@ -6,7 +6,9 @@ it gives that up (privileges.py) it starts a witness, which keeps that much, rea
 no connections: all it does is to answer which process holds one of some sockets.  It ends with
 krelay.
 
-If it is gone, nothing is known of anybody.
+If it is gone, nothing is known of anybody.  So it is while it doesn't answer (it can be stopped, as
+any process): krelay has packets to see to, so one question is waited for, and no other is asked
+until that one was answered.
 """
 
 import json
@@ -21,7 +23,7 @@ from krelay import listeners, mortal, privileges, seccomp, syscalls
 from krelay.listeners import Holder
 from krelay.privileges import Cap
 
-ANSWER_WITHIN = 2.0
+ANSWER_WITHIN = 1.0
 """Seconds; to look at ten thousand processes takes a tenth."""
 _ROOM = 1 << 16
 
@@ -35,6 +37,7 @@ class Witness:
     def __init__(self) -> None:
         self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(ANSWER_WITHIN)
+        self._asked = self._answered = 0
         parent = os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
@@ -62,10 +65,21 @@ class Witness:
 
     def _ask(self, question: dict[str, Any]) -> Any:
         try:
-            self._socket.send(json.dumps(question).encode())
-            return json.loads(self._socket.recv(_ROOM) or b"null")
+            if self._answered != self._asked:
+                self._read(0.0)  # an answer that nobody waits for any more
+            if self._answered != self._asked:
+                return None
+            self._asked += 1
+            self._socket.send(json.dumps({"number": self._asked, **question}).encode())
+            return self._read(ANSWER_WITHIN)
         except (OSError, ValueError):
             return None
+
+    def _read(self, within: float) -> Any:
+        self._socket.settimeout(within)
+        number, answer = json.loads(self._socket.recv(_ROOM))
+        self._answered = number
+        return answer
 
 
 def _serve(its: socket.socket, parent: int) -> NoReturn:
@@ -91,11 +105,15 @@ def _serve(its: socket.socket, parent: int) -> NoReturn:
 
 
 def _answer(question: dict[str, Any]) -> bytes:
+    return json.dumps([question["number"], _looked(question)]).encode()
+
+
+def _looked(question: dict[str, Any]) -> Any:
     inodes = question["inodes"]
     if "pid" in question:
-        return json.dumps(listeners.holds_any(question["pid"], inodes)).encode()
+        return listeners.holds_any(question["pid"], inodes)
     found = listeners.holder(inodes)
     if found is None:
-        return b"null"
+        return None
     arguments = [argument[:200] for argument in found.arguments[:20]]
-    return json.dumps([found.pid, found.name, arguments]).encode()
+    return [found.pid, found.name, arguments]

@@ -308,6 +308,8 @@ def test_a_tool_that_cannot_be_started_now_is_worth_another_try(
         (said("Could not process rule: No buffer space available"), RulesDelayed),
         (said("Could not process rule: Cannot allocate memory"), RulesDelayed),
         (said("", -9), RulesDelayed),  # somebody killed it
+        (said("Another app is currently holding the xtables lock.", 4), RulesDelayed),
+        (said("No chain/target/match by that name.", 4), RulesUnavailable),
         (said("Could not process rule: Operation not supported"), RulesUnavailable),
         (said("Could not process rule: No such file or directory"), RulesUnavailable),
     ],

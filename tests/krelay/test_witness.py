@@ -5,13 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from krelay import listeners
-from krelay.witness import Witness
+from krelay.witness import ANSWER_WITHIN, Witness
 from tests.tcp_relay.helpers import wait_for
 
 HERE = Path(__file__).parents[2]
@@ -94,7 +95,7 @@ def test_when_it_is_gone_nothing_is_known(witness: Witness, listening: socket.so
 
 def test_it_ends_with_a_krelay_that_is_killed() -> None:
     code = (
-        "import os, signal; from krelay.witness import Witness; w = Witness(); "
+        "import os, signal; from krelay.witness import ANSWER_WITHIN, Witness; w = Witness(); "
         "print(w._pid, flush=True); signal.pause()"
     )
     parent = subprocess.Popen((sys.executable, "-c", code), cwd=HERE, stdout=subprocess.PIPE)
@@ -103,3 +104,21 @@ def test_it_ends_with_a_krelay_that_is_killed() -> None:
     parent.kill()
     parent.communicate()
     wait_for(lambda: not Path(f"/proc/{pid}").exists(), "its end")
+
+
+def test_one_that_is_stopped_is_waited_for_once_and_its_late_answers_are_nobodys(
+    witness: Witness, listening: socket.socket
+) -> None:
+    mine, others = [inode(listening)], [1]
+    assert witness.holds_any(os.getpid(), mine) is True
+    os.kill(witness._pid, signal.SIGSTOP)
+    try:
+        assert witness.holds_any(os.getpid(), mine) is None
+        began = time.monotonic()
+        assert [witness.holds_any(os.getpid(), others) for _ in range(100)] == [None] * 100
+        assert time.monotonic() - began < ANSWER_WITHIN / 2
+    finally:
+        os.kill(witness._pid, signal.SIGCONT)
+    wait_for(lambda: witness.holds_any(os.getpid(), others) is not None, "it to go on")
+    assert witness.holds_any(os.getpid(), others) is False
+    assert witness.holds_any(os.getpid(), mine) is True
