@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python -B
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vm-setup demo test test-pure test-vm lint bench clean
+.PHONY: help setup vm-setup demo test test-pure test-vm test-long lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,10 @@ test-pure: ## the tests that need neither root nor namespaces
 test-vm: ## the tests in virtual machines: User-Mode Linux and QEMU; through sudo
 	@tools/setup --group test,vm
 	@tools/check --vm
+
+test-long: ## before a release: what `make test` leaves out or cuts short, hours of it, and the virtual machines; as root
+	@tools/setup --group test,vm
+	@$(AS_ROOT) env "XDG_CACHE_HOME=$${XDG_CACHE_HOME:-$$HOME/.cache}" tools/check --long
 
 lint: ## ruff, its format, mypy
 	@tools/setup --group test

@@ -141,6 +141,7 @@ def test_the_limit_holds_for_those_who_are_stalled_already(world: World) -> None
         lasted(world, began, 1 + 5)
 
 
+@pytest.mark.one_datapath("what is asked, and how often, is the kernel's TCP's")
 @pytest.mark.parametrize("side", ["client", "server"])
 def test_who_answers_nothing_is_reset_within_half_a_minute(world: World, side: str) -> None:
     world.put(timeouts__stall=3600)
