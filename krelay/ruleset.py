@@ -25,6 +25,11 @@ drops what shares one that isn't confirmed yet instead of queueing it (nf_ct_dro
 net/netfilter/nfnetlink_queue.c).  So what the host's firewall rejects is none of ours.  This also
 catches what the host tells itself over `lo` (icmperror.py).  No other ICMP visits the queue.
 
+Nor does this host tell anybody, by an ICMP redirect, of a shorter way for packets to or from a
+server.  Where these leave by the link they came by, its kernel would (ip_forward,
+net/ipv4/ip_forward.c), and before our POSTROUTING, so of packets that are half rewritten.  A
+server that has heard that once answers that client past the relay, TCP and UDP alike.
+
 Datagrams must come whole, or their ports can't be seen.  The kernel reassembles fragments before
 PREROUTING only where something has asked for it; the `socket` match of iptables and `tproxy` of nft
 do that, without switching connection tracking on.  One rule that can never match is there for that
@@ -75,6 +80,7 @@ U32_MOST = 10
 _U32_ICMP = "0>>22&0x3C"
 """Bytes of the IP header, behind which the ICMP header begins."""
 U32_ERRORS = f"{_U32_ICMP}@0>>24={','.join(map(str, sorted(icmp.ERRORS)))}"
+U32_REDIRECT = f"{_U32_ICMP}@0>>24={icmp.REDIRECT}"
 NEVER = "255.255.255.255"
 _BESIDE = 0x8000
 """By which the numbers of a krelay's second queue, and second log group, differ from the first."""
@@ -335,6 +341,7 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
     errors_in, errors_out = _nft_errors(spec)
     pre = ['iif "lo" return', *(f"{match} {queue}" for match in errors_in)]
     post = [f"{match} {queue}" for match in errors_out]
+    post += [f"{match} drop" for match in _nft_quoting(spec, icmp.REDIRECT)]
     pre_tcp, pre_udp = ['iif "lo" return'], ['iif "lo" return']
     post_tcp, post_udp = ['oif "lo" return'], ['oif "lo" return']
     if gports:
@@ -597,14 +604,19 @@ def _nft_errors(spec: RuleSpec) -> tuple[list[str], list[str]]:
     The quoted IP header begins 64 bits behind the ICMP header: its length in 32-bit words at 68,
     source at 160, destination at 192; without options the ports follow at 224 and 240.
     """
-    errors = f"icmp type {{ {', '.join(map(str, sorted(icmp.ERRORS)))} }}"
-    servers = "{ " + ", ".join(f"{int(server):#x}" for server in spec.servers) + " }"
-    quoted = (f"{errors} @th,192,32 {servers}", f"{errors} @th,160,32 {servers}")
-    coming = [f"{errors} fib daddr type local", *quoted]
+    errors = f"{{ {', '.join(map(str, sorted(icmp.ERRORS)))} }}"
+    quoted = _nft_quoting(spec, errors)
+    coming = [f"icmp type {errors} fib daddr type local", *quoted]
     if not (ports := _nft_ports(spec.services)):
         return coming, []
     going = [f"{match} @th,{at},16 {ports}" for match, at in zip(quoted, (240, 224), strict=True)]
     return coming, going + [f"{match} @th,68,4 != 5" for match in quoted]
+
+
+def _nft_quoting(spec: RuleSpec, kinds: int | str) -> tuple[str, str]:
+    """The matches of ICMP of these types about packets to a server, and about packets from one."""
+    servers = "{ " + ", ".join(f"{int(server):#x}" for server in spec.servers) + " }"
+    return f"icmp type {kinds} @th,192,32 {servers}", f"icmp type {kinds} @th,160,32 {servers}"
 
 
 def nft_remove(name: str) -> str:
@@ -647,6 +659,11 @@ def iptables_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
     into = ["-i lo -j RETURN", f"-p icmp -m u32 --u32 {U32_ERRORS} {to_us} {queue}"]
     into += [f"-p icmp -m u32 --u32 {match} {queue}" for match in errors_in]
     out = [f"-p icmp -m u32 --u32 {match} {queue}" for match in errors_out]
+    out += [
+        f"-p icmp -m u32 --u32 {U32_REDIRECT}&&{_U32_ICMP}@{address}={int(server):#x} -j DROP"
+        for server in spec.servers
+        for address in (24, 20)
+    ]
     out.append("-o lo -j RETURN")
     into += [f"-p tcp {ports} {to_us} {queue}" for ports in _multiport(gports, "dports")]
     out += [f"-p tcp {ports} {from_us} {queue}" for ports in _multiport(gports, "sports")]

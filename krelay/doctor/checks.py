@@ -199,6 +199,27 @@ def rp_filter(facts: Facts) -> list[Finding]:
     return [Finding(check, OK, f"strict on {shown}, nothing dropped{way}")]
 
 
+def redirects(facts: Facts) -> list[Finding]:
+    """A server that hears of another way to a client answers that client past the relay."""
+    check, link = "redirects", facts.one_armed
+    if link is None:
+        text = "clients and the server aren't on one link, so this host sends no ICMP redirects"
+        return [Finding(check, OK, text)]
+    if not facts.redirects_leave:
+        running = facts.served and facts.state == "running"
+        text = "krelay's rules let out" if running else f"{link} sends"
+        return [Finding(check, OK, f"{text} no ICMP redirects about the server's packets")]
+    if facts.served:
+        text = "as soon as it relays, krelay lets out no ICMP redirects about the server's packets"
+        return [Finding(check, OK, text)]
+    text = (
+        f"clients and the server are both by {link}: until krelay relays, this host may tell the "
+        "server by ICMP redirect of another way to a client, which the server keeps for minutes"
+    )
+    mend = " && ".join(f"sysctl -w net/ipv4/conf/{name}/send_redirects=0" for name in ("all", link))
+    return [Finding(check, WARNING, text, mend, safe=True)]
+
+
 def server(facts: Facts) -> list[Finding]:
     """A route to the real server, and somebody at its end."""
     check, path = "server", facts.server
@@ -251,7 +272,10 @@ def return_path(facts: Facts) -> list[Finding]:
         return [Finding(check, OK, f"{text}{here}")]
     seen = facts.returned
     if seen is None:
-        return []
+        if not facts.redirects_leave:
+            return []
+        text = "not tried: while krelay doesn't relay, it would bring an ICMP redirect about"
+        return [Finding(check, OK, text)]
     if seen.comes_back:
         return [Finding(check, OK, f"the server's answer to {facts.client.to} came back here")]
     if not seen.answers:
@@ -261,6 +285,8 @@ def return_path(facts: Facts) -> list[Finding]:
         f"the server answers this host, but its answer to {facts.client.to} didn't come back: "
         f"on the server, `ip route replace {facts.client.to} via {here}`, or have it see the relay"
     )
+    if facts.one_armed:
+        text += "; an ICMP redirect, if it keeps one, goes by `ip route flush cache` there"
     return [Finding(check, FAILED, text, f"krelay set source relay{_root(facts)}")]
 
 
@@ -367,6 +393,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     leftovers,
     forwarding,
     rp_filter,
+    redirects,
     server,
     client,
     return_path,

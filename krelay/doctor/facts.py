@@ -22,6 +22,8 @@ class Link(NamedTuple):
     forwards: bool = True
     udp_gro: tuple[str, ...] = ()
     """Switched-on features that join UDP packets which this host forwards."""
+    send_redirects: bool = False
+    """Whether ICMP redirects are sent from it, by its own setting or the one for `all`."""
 
 
 class Path(NamedTuple):
@@ -136,6 +138,21 @@ class Facts:
     stale_sockets: bool = False
     problems: tuple[tuple[str, str], ...] = ()
     """What couldn't be found out, and why."""
+
+    @property
+    def one_armed(self) -> str | None:
+        """The link by which clients come and the server is reached, if that may be the same."""
+        link = self.server.link if self.server else None
+        if self.client is not None:
+            return link if self.client.link == link else None
+        return link if self.client_link is None and self.default_link in (link, None) else None
+
+    @property
+    def redirects_leave(self) -> bool:
+        """Whether this host would tell the server by ICMP redirect of another way to clients."""
+        if self.served and self.state == "running":
+            return False  # krelay's rules drop them
+        return any(link.send_redirects for link in self.links if link.name == self.one_armed)
 
     @property
     def client_link(self) -> str | None:

@@ -191,6 +191,9 @@ class _Gatherer:
                 name,
                 rp_filter=_number(_SYS / "ipv4/conf" / name / "rp_filter"),
                 forwards=bool(_number(_SYS / "ipv4/conf" / name / "forwarding")),
+                send_redirects=any(
+                    _number(_SYS / "ipv4/conf" / each / "send_redirects") for each in ("all", name)
+                ),
             )
             for name in up
             if name != LOOPBACK

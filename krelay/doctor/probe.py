@@ -43,6 +43,7 @@ def is_needed(facts: Facts) -> bool:
         and facts.server.problem == ""
         and facts.config.source == "client"
         and not facts.beside
+        and not facts.redirects_leave  # our own question would bring one about
         and facts.net_raw
     )
 

@@ -29,7 +29,9 @@ TIME_EXCEEDED = 11
 PARAMETER_PROBLEM = 12
 ERRORS = frozenset({UNREACHABLE, TIME_EXCEEDED, PARAMETER_PROBLEM})
 """Types that a translator must handle (RFC 5508, section 7).  Source quench, 4, is obsolete and is
-neither sent nor listened to (RFC 6633); a redirect, 5, is for a neighbour alone."""
+neither sent nor listened to (RFC 6633); a redirect is for a neighbour alone."""
+REDIRECT = 5
+"""Type of what tells a neighbour of another router (RFC 792)."""
 
 FRAGMENTATION_NEEDED = 4
 """Code of "fragmentation needed and DF set"; bytes 6 and 7 hold the next hop's MTU (RFC 1191)."""

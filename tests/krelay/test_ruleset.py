@@ -115,6 +115,8 @@ def test_the_nft_rules_of_postrouting() -> None:
         icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } @th,224,16 { 53, 80, 8000-8100 } Q
         icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } @th,68,4 != 5 Q
         icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } @th,68,4 != 5 Q
+        icmp type 5 @th,192,32 { 0xc0a80001 } drop
+        icmp type 5 @th,160,32 { 0xc0a80001 } drop
         oif "lo" return
         tcp sport { 16000, 17000 } fib saddr type local Q
         ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } fib saddr type local Q
@@ -367,6 +369,8 @@ def test_the_iptables_rules_of_postrouting() -> None:
         error&&quote@24=0xc0a80001&&quote@8>>24&0xF=6:15 Q
         error&&quote@20=0xc0a80001&&quote@28>>16=53,80,8000:8100 Q
         error&&quote@20=0xc0a80001&&quote@8>>24&0xF=6:15 Q
+        -p icmp -m u32 --u32 quote@0>>24=5&&quote@24=0xc0a80001 -j DROP
+        -p icmp -m u32 --u32 quote@0>>24=5&&quote@20=0xc0a80001 -j DROP
         -o lo -j RETURN
         -p tcp sports 16000,17000 from-us Q
         -d 192.168.0.1 -p tcp dports 80,8000:8100 from-us Q
@@ -444,7 +448,7 @@ def test_each_server_has_its_rules() -> None:
     text = iptables_install(two, frozenset())
     assert text.count("-s 192.168.0.1 ") == text.count("-s 192.168.0.99 ") == 3
     assert text.count("-d 192.168.0.1 ") == text.count("-d 192.168.0.99 ") == 5
-    assert text.count("@24=0xc0a80001") == text.count("@24=0xc0a80063") == 3
+    assert text.count("@24=0xc0a80001") == text.count("@24=0xc0a80063") == 4
 
 
 def test_without_clients_of_source_relay_no_udp_packet_to_the_server_is_queued_twice() -> None:

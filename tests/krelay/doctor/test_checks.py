@@ -29,6 +29,10 @@ HEALTHY = Facts(
 TCP_ONLY = Config(services=(Service("tcp", 80, 80),))
 UDP_ONLY = Config(services=(Service("udp", 53, 53),))
 THROUGH = Config(services=(Service("tcp", 443, 443, False, True),))
+ONE_ARM: dict[str, Any] = {
+    "links": (Link("eth1", send_redirects=True),),
+    "client": Path(CLIENT, "eth1", RELAY),
+}
 BLOCKED = (Chain("nft", "inet", "guard", "forward", (), "forward", policy="drop"),)
 NGINX = Listener("tcp", None, 80, "nginx", 7, "nginx.service")
 RESOLVED = Listener("udp", IPv4Address("127.0.0.53"), 53, "systemd-resolve", 9)
@@ -118,6 +122,19 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
                    "rp_filtered": 5}, "ok", "not strict", ""),
     ("rp_filter", {"rp_filter_all": 1, "client": Path(CLIENT, None)}, "failed", "10.0.0.1",
      "sysctl -w net.ipv4.conf.all.rp_filter=2"),
+    ("redirects", ONE_ARM, "warning", "clients and the server are both by eth1",
+     "sysctl -w net/ipv4/conf/all/send_redirects=0 && "
+     "sysctl -w net/ipv4/conf/eth1/send_redirects=0"),
+    ("redirects", ONE_ARM | {"client": None, "default_link": "eth1"}, "warning", "both by eth1",
+     "sysctl -w net/ipv4/conf/all/send_redirects=0 && "
+     "sysctl -w net/ipv4/conf/eth1/send_redirects=0"),
+    ("redirects", ONE_ARM | {"links": (Link("eth1"),)}, "ok", "eth1 sends no ICMP redirects", ""),
+    ("redirects", ONE_ARM | {"client": TO_CLIENT}, "ok", "aren't on one link", ""),
+    ("redirects", ONE_ARM | {"served": True, "state": "running"}, "ok", "krelay's rules", ""),
+    ("redirects", ONE_ARM | {"served": True, "state": "stopped"}, "ok", "as soon as it relays", ""),
+    ("return", ONE_ARM | {"returned": None}, "ok", "not tried: while krelay doesn't relay", ""),
+    ("return", ONE_ARM | {"returned": Returned(True, False)}, "failed", "`ip route flush cache`",
+     "krelay set source relay"),
     ("server", {"server": Path(SERVER, None)}, "failed", "no route to the server, 192.168.0.10",
      "ip route add 192.168.0.10 via GATEWAY"),
     ("server", {"server": Path(SERVER, None, problem="no route to host")}, "failed",
