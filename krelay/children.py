@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from krelay import isolated, mortal
+from krelay import isolated, mortal, privileges
 from procfs_sim import trust
 
 FOLDERS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -115,5 +115,5 @@ def _begin(parent: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if os.geteuid() == 0:
-        os.setgroups(())  # those of a login: adm, docker, sudo
+        privileges.set_groups(())  # those of a login: adm, docker, sudo
     mortal.die_with(parent)

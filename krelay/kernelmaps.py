@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from krelay import nftmsg
+from krelay.buffers import Direction, enlarge
 from krelay.fastpath import Changes, begins, new_value
 from krelay.flow import Proto
 from krelay.nftmsg import Count, Elements
@@ -24,12 +25,11 @@ from krelay.ruleset import BEGINS, CHANGES, map_name
 from krelay.wire import netlink
 
 TOGETHER = 256
-"""Elements in one transaction, or asked for at once: a millisecond."""
+"""Elements in one transaction, or asked for at once: a millisecond.  Fewer where the kernel grants
+less than _BUFFER."""
 TIMEOUT = 5.0
 """Seconds: somebody else's transaction may be under way."""
 _BUFFER = 4 << 20
-_SNDBUFFORCE, _RCVBUFFORCE = 32, 33
-"""asm-generic/socket.h"""
 _RECEIVE = 1 << 17
 _LOST = (errno.ENOBUFS, errno.EBADF, errno.EAGAIN)
 """Errors after which there is nothing more to read; EAGAIN: not within TIMEOUT."""
@@ -53,7 +53,7 @@ class KernelMaps:
             for step in CHANGES
         }
         self._begins = Elements(table, BEGINS)
-        self._socket = _connected()
+        self._socket, self._together = _connected()
 
     @property
     def port(self) -> int:
@@ -68,8 +68,8 @@ class KernelMaps:
         final: list[tuple[Rewrite, Count]] = []
         back, over = list(changes.back), list(changes.over)
         while back or over:
-            some, back = back[:TOGETHER], back[TOGETHER:]
-            room = TOGETHER - len(some)
+            some, back = back[: self._together], back[self._together :]
+            room = self._together - len(some)
             others, over = over[:room], over[room:]
             final += self._exchange(some, others)
         return final
@@ -111,7 +111,7 @@ class KernelMaps:
 
         Raises nothing, whatever somebody else has done to the maps.
         """
-        for some in _slices(rewrites):
+        for some in self._slices(rewrites):
             with suppress(MapsLost):
                 self.renew()
                 try:
@@ -131,7 +131,7 @@ class KernelMaps:
     def read(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
         """What the kernel has counted for each.  Raises MapsLost if it doesn't have one of them."""
         for elements, those in self._by_map(rewrites).items():
-            for some in _slices(those):
+            for some in self._slices(those):
                 self._send(elements.get([each.old for each in some], 1))
                 for rewrite, message in zip(some, self._answers(len(some)), strict=True):
                     count = nftmsg.element_count(message)
@@ -174,7 +174,7 @@ class KernelMaps:
         """
         self._socket.close()
         try:
-            self._socket = _connected()
+            self._socket, self._together = _connected()
         except OSError as error:
             raise MapsLost(str(error)) from None
 
@@ -187,6 +187,10 @@ class KernelMaps:
         for each in rewrites:
             found.setdefault(self._map(each), []).append(each)
         return found
+
+    def _slices(self, rewrites: Sequence[Rewrite]) -> Iterable[Sequence[Rewrite]]:
+        step = self._together
+        return (rewrites[at : at + step] for at in range(0, len(rewrites), step))
 
     def _map(self, rewrite: Rewrite) -> Elements:
         return self._elements[rewrite.row.proto, rewrite.step]
@@ -234,18 +238,14 @@ class KernelMaps:
         raise MapsLost("the kernel doesn't answer")
 
 
-def _connected() -> socket.socket:
+def _connected() -> tuple[socket.socket, int]:
+    """A socket, and how many elements its buffers take at a time."""
     kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.FAMILY)
     try:
         kernel.bind((0, 0))
         kernel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _WAITS)
-        for option in (_RCVBUFFORCE, _SNDBUFFORCE):
-            kernel.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+        granted = min(enlarge(kernel, direction, _BUFFER) for direction in Direction)
     except OSError:
         kernel.close()
         raise
-    return kernel
-
-
-def _slices(rewrites: Sequence[Rewrite]) -> Iterable[Sequence[Rewrite]]:
-    return (rewrites[at : at + TOGETHER] for at in range(0, len(rewrites), TOGETHER))
+    return kernel, max(1, TOGETHER * granted // _BUFFER)

@@ -6,6 +6,7 @@ for them (fastpath.py decides, kernelmaps.py speaks), and copies of the question
 whoever does that says so: `leave` before the maps go, `enter` when they are there.
 """
 
+import errno
 import select
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -44,6 +45,8 @@ TOLD_TOGETHER = 512
 """Flows handed over, or taken back, before packets have their turn: some milliseconds."""
 MOST_LOSSES, LOSSES_WITHIN = 5, 60.0
 """So many losses of the kernel's maps within so many seconds, and nothing is handed over again."""
+REFUSALS = (errno.EPERM, errno.EACCES, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
+"""Errors of the socket to nf_tables that another try doesn't mend."""
 NO_CLIENTS = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")))
 """Policy.may_be_client."""
 
@@ -72,6 +75,8 @@ class KernelPath:
         self._learning: Learning | None = None
         self._traced_clients: frozenset[bytes] | None = frozenset()
         """Whose questions are traced; None: everybody's."""
+        self._refused = ""
+        """Why the kernel lets us have no maps, for good."""
         self._lost_at: deque[float] = deque(maxlen=MOST_LOSSES)
         self._loss_warning = Throttle()
         self._failures = Failures(_log)
@@ -105,6 +110,8 @@ class KernelPath:
             return 0, ""
         if backend is None or not backend.has_maps:
             return 0, NO_MAPS
+        if self._refused:
+            return 0, self._refused
         if len(self._lost_at) == MOST_LOSSES:
             return 0, "the kernel's maps were lost again and again"
         return min(max(LEAST_ROOM, config.limits_flows), MOST_ROOM), ""
@@ -136,7 +143,7 @@ class KernelPath:
 
     def condition(self, config: Config) -> Hashable:
         """What `room` and `learning` depend on, beside their arguments."""
-        is_given_up = len(self._lost_at) == MOST_LOSSES
+        is_given_up = len(self._lost_at) == MOST_LOSSES or bool(self._refused)
         return is_given_up, self._copies is None, self._traced_clients, self._is_full(config)
 
     def _is_full(self, config: Config) -> bool:
@@ -149,6 +156,7 @@ class KernelPath:
         """Takes note of what the kernel does by itself, from now until `close`; forgets former
         losses."""
         self._lost_at.clear()
+        self._refused = ""
         self._copies = _copies_of(self._group, TOGETHER)
         if self._copies is not None:
             self._loop.add(self._copies.fileno(), select.EPOLLIN, self._read_copies)
@@ -169,9 +177,22 @@ class KernelPath:
         if not afresh or not spec.room:
             return None
         self._read_ends()  # who has begun may not begin again
-        self._maps = KernelMaps(self._table)
+        try:
+            self._maps = KernelMaps(self._table)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            self._maps = KernelMaps(self._table)  # only what is refused twice is refused
         self.fast.begin(spec.room)
         return self._maps.port
+
+    def refused(self, error: OSError) -> bool:
+        """`enter` failed; whether that is for good, so that every packet visits the worker."""
+        if error.errno not in REFUSALS:
+            return False
+        self._refused = f"the kernel gives no access to maps of flows: {error.strerror}"
+        _log.warning("every packet visits krelay", reason=self._refused)
+        return True
 
     def leave(self, *, rows: bool = True) -> None:
         """The maps are about to go: what they have counted is kept, also of `rows` if these stay.

@@ -12,14 +12,13 @@ import os
 import socket
 
 from krelay import logmsg
+from krelay.buffers import Direction, enlarge
 from krelay.logmsg import Copy
 from krelay.wire import netlink
 
 SOCKET_BUFFER = 8 << 20
 TIMEOUT = 5.0
 """Seconds that the kernel has to acknowledge the settings."""
-_RCVBUFFORCE = 33
-"""SO_RCVBUFFORCE (asm-generic/socket.h)."""
 _SEQUENCE = 1
 
 
@@ -44,7 +43,7 @@ class Copies:
         self._receive = self._socket.recv
         try:
             self._socket.bind((0, 0))
-            self._socket.setsockopt(socket.SOL_SOCKET, _RCVBUFFORCE, buffer)
+            enlarge(self._socket, Direction.RECEIVING, buffer)
             self._take(group, together)
             self._socket.setblocking(False)
         except BaseException:
@@ -91,7 +90,7 @@ class Copies:
                 if message.error is None or message.sequence != _SEQUENCE:
                     continue  # a copy, made since
                 if message.error == errno.EPERM:
-                    # Whose socket it is, not what he may: the buffer's size was granted.
+                    # Whose socket it is, not what he may, which nf_tables has granted before.
                     raise OSError(errno.EBUSY, f"log group {group} is another program's")
                 if message.error:
                     raise OSError(message.error, os.strerror(message.error))

@@ -24,6 +24,7 @@ import os
 import socket
 import struct
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -136,11 +137,14 @@ class Queue:
             )
         try:
             self._queue = NetfilterQueue()
-            # A kernel that has it as a module loads it now, at the first request.
-            self._queue.bind(
-                number, self._on_packet, max_len=most or MAX_QUEUED, sock_len=SOCKET_BUFFER
-            )
-        except (OSError, RuntimeWarning) as error:
+            with warnings.catch_warnings():
+                # Of a smaller buffer, where the host allows no other: the doctor tells of that.
+                warnings.simplefilter("ignore", RuntimeWarning)
+                # A kernel that has it as a module loads it now, at the first request.
+                self._queue.bind(
+                    number, self._on_packet, max_len=most or MAX_QUEUED, sock_len=SOCKET_BUFFER
+                )
+        except OSError as error:
             if not _FIGURES.exists():
                 raise QueueUnavailable(
                     "the kernel has no netfilter queue (CONFIG_NETFILTER_NETLINK_QUEUE); "

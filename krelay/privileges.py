@@ -18,7 +18,7 @@ import grp
 import os
 import pwd
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
@@ -111,6 +111,15 @@ def unprivileged() -> Account:
     )
 
 
+def is_alone() -> bool:
+    """Whether this user namespace has no user id but that of this process (`unshare -Ur`).
+
+    Then its root is an ordinary process's user outside, or at least has no capability there.
+    """
+    mapped = _mapped(Path("/proc/self/uid_map").read_text())
+    return sum(map(len, mapped)) == 1
+
+
 def group() -> int | None:
     """The number of the group whose members may use relay.sock; None: there is none."""
     try:
@@ -127,12 +136,25 @@ def become(who: Account) -> None:
     parent, with_parent = os.getppid(), _ends_with_parent()
     _empty_bounding_set(keep=())
     if os.geteuid() != who.uid or os.geteuid() == 0:
-        os.setgroups(who.groups)
+        set_groups(who.groups)
         os.setresgid(who.gid, who.gid, who.gid)
         os.setresuid(who.uid, who.uid, who.uid)
     give_up()
     if with_parent:
         mortal.die_with(parent)
+
+
+def set_groups(groups: Iterable[int]) -> None:
+    """Supplementary groups, for root: as far as its user namespace lets anybody have others.
+
+    One that a user who isn't root has made doesn't (user_namespaces(7), "setgroups").  Raises
+    OSError.
+    """
+    try:
+        os.setgroups(list(groups))
+    except PermissionError:
+        if Path("/proc/self/setgroups").read_text().strip() != "deny":
+            raise
 
 
 def give_up(keep: Collection[Cap] = (), *, for_programs: bool = False) -> None:

@@ -568,6 +568,9 @@ class Relaying:
             port = self.kernel.enter(spec, afresh=afresh)
         except OSError as error:
             self._spec = None  # made afresh at the next try
+            if self.kernel.refused(error):
+                self._install(self._wanted(), afresh=True)
+                return
             raise RulesDelayed(f"no socket to nf_tables: {error.strerror}") from None
         if self._rule_watcher is not None and port is not None:
             self._rule_watcher.ignore(port)

@@ -190,8 +190,10 @@ def _status(root: Path) -> dict[str, Any]:
 
 
 def _relay_account() -> Account | None:
-    """Whom tcp-relay is to become; None if this isn't root, and so it can't.  Raises UpFailed."""
-    if os.geteuid() != 0:
+    """Whom tcp-relay is to become; None if this isn't root, and so it can't, or if there is nobody
+    else in this user namespace.  Raises UpFailed.
+    """
+    if os.geteuid() != 0 or privileges.is_alone():
         return None
     try:
         return privileges.unprivileged()
@@ -218,7 +220,8 @@ def _refuse_low_port(who: Account | None, gport: int) -> None:
 
 def _in_words(who: Account | None) -> str:
     if who is None:
-        return f"user id {os.geteuid()}, like this command"
+        alone = " (this user namespace has no other)" if os.geteuid() == 0 else ""
+        return f"user id {os.geteuid()}, like this command{alone}"
     if who.name == privileges.USER:
         return f"user {who.name}"
     return f"user id {who.uid}, which is nobody else's (there is no user {privileges.USER})"

@@ -132,6 +132,8 @@ class Facts:
     rmem_max: int | None = None
     buffer: int = 8 << 20
     """Bytes that krelay asks for the queue's socket."""
+    buffer_is_granted: bool = True
+    """Whether it gets them whatever rmem_max says; not in a user namespace."""
     files: int | None = 1 << 20
     """Descriptors that a process may have open (hard limit)."""
     leftovers: tuple[Leftover, ...] = ()

@@ -22,6 +22,7 @@ from typing import Any
 
 from krelay import children, listeners, netfilter, ruleset, treelock
 from krelay import client as control
+from krelay.buffers import Direction
 from krelay.clean import SOCKETS
 from krelay.doctor import iptrules, nftrules
 from krelay.doctor.facts import LOOPBACK, Facts, Leftover, Link, Listener, Path
@@ -236,6 +237,7 @@ class _Gatherer:
             rp_filter_all=_number(ipv4 / "conf/all/rp_filter"),
             rp_filtered=_netstat("IPReversePathFilter"),
             rmem_max=_number(rmem) if rmem.exists() else None,
+            buffer_is_granted=_may_enlarge(),
             tracked=_tracked(),
         )
 
@@ -422,6 +424,15 @@ def _tracked() -> tuple[int, int] | None:
         return _number(base / "nf_conntrack_count"), _number(base / "nf_conntrack_max")
     except OSError:
         return None
+
+
+def _may_enlarge() -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, Direction.RECEIVING, 1)
+        except PermissionError:
+            return False
+    return True
 
 
 def _netstat(name: str) -> int:

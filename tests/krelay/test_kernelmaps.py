@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from krelay import kernelmaps
 from krelay.admission import Limits
+from krelay.buffers import Direction, enlarge
 from krelay.fastpath import Changes
 from krelay.flow import Endpoint, Proto, Source
 from krelay.kernelmaps import TOGETHER, KernelMaps, MapsLost
@@ -161,6 +163,26 @@ def test_counts_of_what_is_given_back_are_each_its_own(host: Host) -> None:
     told = [rewrite for rewrite in rewrites if rewrite.step in SIDES]
     assert len(final) == len(told)
     assert dict(final) == {rewrite: counts[rewrite] for rewrite in told}
+    assert host.elements() == 0
+
+
+def test_with_small_buffers_fewer_elements_go_at_a_time(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a user namespace, where net.core.rmem_max holds."""
+
+    def granted(sock: socket.socket, direction: Direction, _: int) -> int:
+        return enlarge(sock, direction, 64 << 10)
+
+    monkeypatch.setattr(kernelmaps, "enlarge", granted)
+    host.maps.renew()
+    rows = [host.udp(port) for port in range(5000, 5400)]
+    rewrites = [rewrite for row in rows for rewrite in row.rewrites.values()]
+    host.hand(*(each for each in rewrites if each.step is Step.U34))
+    for start in range(0, 400, 100):
+        host.hand(*(row.rewrites[Step.U12] for row in rows[start : start + 100]))
+    assert len(list(host.maps.read(rewrites))) == len(rewrites) == 800
+    assert len(host.give_back(*rewrites)) == 800
     assert host.elements() == 0
 
 

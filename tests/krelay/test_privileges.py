@@ -269,6 +269,18 @@ def test_where_no_number_is_free_it_says_what_to_do(known: Known) -> None:
         privileges.unprivileged()
 
 
+@pytest.mark.parametrize(
+    ("ids", "alone"),
+    [("0 1000 1\n", True), ("0 0 1\n", True), ("0 0 4294967295\n", False),
+     ("0 1000 1\n1 100000 65536\n", False)],
+)  # fmt: skip
+def test_a_user_namespace_of_one_id_has_nobody_to_become(
+    known: Known, ids: str, alone: bool
+) -> None:
+    known.map = ids
+    assert privileges.is_alone() is alone
+
+
 AS_KRELAY = """
 privileges.give_up((12, 13), for_programs=True)
 libc = ctypes.CDLL(None, use_errno=True)

@@ -7,6 +7,7 @@ it answers that client past the relay from then on, UDP and TCP alike.
 """
 
 import contextlib
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -105,7 +106,7 @@ def test_a_client_in_the_servers_subnet_hears_no_redirect(world: World) -> None:
 
 def test_a_server_that_was_changed_still_hears_none(world: World) -> None:
     world.begin()
-    sock = world.open("client", 2)
+    sock = world.open("client", socket.SOCK_DGRAM)
     assert world.exchange(sock, b"who", (world.relay, 7))
     world.put(real_ip=world.lab.address("other"))
     world.lab.run("other", "ip", "route", "replace", "default", "via", world.relay)

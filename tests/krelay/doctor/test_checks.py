@@ -170,7 +170,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("conntrack", {"tracked": None}, "ok", "none is needed", ""),
     ("UDP GRO", {"links": (Link("eth0", udp_gro=("rx-gro-list",)),)}, "warning", "eth0 joins UDP",
      "ethtool -K eth0 rx-gro-list off"),
-    ("buffer", {"net_admin": False}, "warning", "212992 bytes instead of 8388608",
+    ("buffer", {"buffer_is_granted": False}, "warning", "212992 bytes instead of 8388608",
      "sysctl -w net.core.rmem_max=8388608"),
     ("files", {"files": 1024}, "warning", "about 512 TCP connections", "ulimit -Hn 65536"),
     ("links", {"problems": (("links", "no netlink"),)}, "warning",
