@@ -206,6 +206,7 @@ def counter_values(
     socket_dropped: int,
     copies_lost: int = 0,
     log_lines_lost: int = 0,
+    own_packets_stopped: int = 0,
 ) -> dict[str, Value]:
     """All counters by name: `steps`, drops and passes by reason, who was refused, the queue's.
 
@@ -227,6 +228,7 @@ def counter_values(
     values["overflow_notices"] = overflows
     values["copies_lost"] = copies_lost
     values["log_lines_lost"] = log_lines_lost
+    values["own_packets_stopped"] = own_packets_stopped
     return values
 
 

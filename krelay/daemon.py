@@ -165,6 +165,7 @@ class Daemon:
             "gateway_port": self._relaying.gateway,
             "rules": self._relaying.rules,
             "datapath": self._relaying.datapath,
+            "own_packets": self._relaying.own_packets,
             "queue": self._queue_num,
             "queue_waiting": sum(each.waiting for each in served if each),
             "recovering": round(max(0.0, self._worker.recovering_until - now), 1),
@@ -189,6 +190,7 @@ class Daemon:
             socket_dropped=socket_dropped,
             copies_lost=self._relaying.kernel.copies_lost,
             log_lines_lost=lines_lost(),
+            own_packets_stopped=self._relaying.own_packets_stopped,
         ) | control.tcp_counter_values(self._relaying.relays.totals)
 
     def config_in_force(self) -> Values:

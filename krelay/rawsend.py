@@ -1,7 +1,6 @@
 """Sends packets of our own making: the answers to what is refused."""
 
 import socket
-from contextlib import suppress
 
 
 class RawSender:
@@ -10,11 +9,17 @@ class RawSender:
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
         self._socket.setblocking(False)
+        self.stopped = 0
+        """Packets that rules of this host dropped on their way out."""
 
     def send(self, packet: bytes) -> None:
         """Sends it if that is possible now: an answer is a courtesy, and nobody waits for it."""
-        with suppress(OSError):
+        try:
             self._socket.sendto(packet, (socket.inet_ntoa(packet[16:20]), 0))
+        except PermissionError:  # the verdict of a rule (raw_send_hdrinc, net/ipv4/raw.c)
+            self.stopped += 1
+        except OSError:
+            pass
 
     def close(self) -> None:
         """Closes the socket."""

@@ -169,6 +169,8 @@ class Relaying:
         self._overflow_warning = Throttle()
         self._overflows_told = 0
         self._dropped_before = (0, 0)
+        self._stopped_warning = Throttle()
+        self._stopped_told = 0
 
     @property
     def state(self) -> str:
@@ -205,6 +207,18 @@ class Relaying:
     def gateway(self) -> str:
         """`served`; `unused`, where nothing needs tcp-relay; or why clients of TCP are refused."""
         return (self._why_refused() or "served") if self._config.terminated else "unused"
+
+    @property
+    def own_packets(self) -> str:
+        """`ok`; or that rules of this host stop what krelay itself sends: RSTs, ICMP errors."""
+        if not self.own_packets_stopped:
+            return "ok"
+        return f"{self.own_packets_stopped} stopped by rules of this host; krelay doctor names them"
+
+    @property
+    def own_packets_stopped(self) -> int:
+        """How many, since krelay began."""
+        return self._sender.stopped
 
     def prepare(self, start: bool) -> None:
         """Finds out how rules can be made, and removes those that a killed krelay left.
@@ -335,6 +349,7 @@ class Relaying:
             self._look_at = now + LOOK_EVERY
             self._restore_rules()
         self._warn_of_overflow(now)
+        self._warn_of_stopped(now)
 
     def dropped(self) -> tuple[int, int]:
         """Packets the kernel dropped since relaying started: queue full, socket buffer full."""
@@ -821,6 +836,16 @@ class Relaying:
             time.sleep(PAUSE)
         else:
             self._failed_in_a_row = 0
+
+    def _warn_of_stopped(self, now: float) -> None:
+        stopped = self.own_packets_stopped - self._stopped_told
+        if stopped and self._stopped_warning.admit(now) is not None:
+            _log.warning(
+                "rules of this host stop krelay's own packets: who is refused or killed isn't told",
+                packets=stopped,
+                mend="krelay doctor",
+            )
+            self._stopped_told += stopped
 
     def _warn_of_overflow(self, now: float) -> None:
         lost = sum(self.dropped())

@@ -24,6 +24,9 @@ HIGHEST_PRIORITY, LOWEST_PRIORITY = -(1 << 31), (1 << 31) - 1
 CONNTRACK_PRIORITY = -200
 """NF_IP_PRI_CONNTRACK (linux/netfilter_ipv4.h): before it everything is `invalid` (nft_ct.c)."""
 
+UNREACHABLE = 3
+"""The type of the ICMP that a relay sends (RFC 792)."""
+
 Range = tuple[int, int]
 
 
@@ -46,6 +49,8 @@ class Packet(NamedTuple):
     """Not its connection's first direction; then the connection is established."""
     tracked: bool | None = True
     mark: int | None = 0
+    state: str = ""
+    """What connection tracking says of it, where that doesn't follow from the above."""
 
 
 class Match(NamedTuple):
@@ -137,7 +142,7 @@ def judge(
     walk = _Walk(packet, {(c.tool, c.family, c.table, c.name): c for c in every})
     bases = [c for c in every if c.hook == hook and above < c.priority <= upto]
     for base in sorted(bases, key=lambda c: c.priority):
-        if base.kind == "nat" and packet.reply:
+        if base.kind == "nat" and (packet.reply or packet.state not in ("", "new")):
             continue
         if not walk.base(base):
             break
@@ -229,7 +234,7 @@ def holds(match: Match, packet: Packet, early: bool = False) -> bool | None:
 
     None if that can't be told.
     """
-    if match.field == "direction" and (not packet.tracked or early):
+    if match.field == "direction" and (not packet.tracked or early or packet.state == "invalid"):
         return None if packet.tracked is None else False  # no connection that has one
     answer = _holds(match, packet, early)
     return answer if answer is None else answer is not match.negated
@@ -259,6 +264,8 @@ def _holds(match: Match, packet: Packet, early: bool) -> bool | None:
                 return "untracked" in values
             if early:
                 return "invalid" in values
+            if packet.state:
+                return packet.state in values
             return ("established" if packet.reply else "new") in values
         case "direction":
             return ("reply" if packet.reply else "original") in values
@@ -266,6 +273,8 @@ def _holds(match: Match, packet: Packet, early: bool) -> bool | None:
             return ("local" if packet.src_local else "unicast") in values
         case "dst_type":
             return ("local" if packet.dst_local else "unicast") in values
+        case "icmp":
+            return packet.proto == "icmp" and UNREACHABLE in values
         case "flags":
             return _flags(packet, values)
         case "mark":
@@ -311,13 +320,14 @@ def _named(name: str | None, patterns: tuple[object, ...]) -> bool | None:
 
 
 def _flags(packet: Packet, values: tuple[object, ...]) -> bool | None:
-    """Flags of a connection's first packet, or of one in its middle."""
+    """Flags of a connection's first packet, of one in its middle, or of a reset of none."""
     mask, wanted = values
     assert isinstance(mask, frozenset)
     assert isinstance(wanted, frozenset)
     if packet.proto != "tcp":
         return False
-    return bool(({"ack"} if packet.reply else {"syn"}) & mask == wanted)
+    flags = {"rst", "ack"} if packet.state == "invalid" else {"ack"} if packet.reply else {"syn"}
+    return bool(flags & mask == wanted)
 
 
 def _any_of(packet: Packet, options: tuple[object, ...], early: bool) -> bool | None:

@@ -121,9 +121,9 @@ def _verdict(option: str, target: str, rest: list[str]) -> Verdict:
 
 def _module(name: str) -> list[Match]:
     """What naming a module means by itself."""
-    if name in ("tcp", "udp"):
+    if name in ("tcp", "udp", "icmp"):
         return [Match("proto", (name,))]
-    if name in ("icmp", "icmp6", "sctp", "ah", "esp"):
+    if name in ("icmp6", "sctp", "ah", "esp"):
         return [NEVER]
     if name in ("limit", "hashlimit", "connlimit", "recent", "statistic", "quota", "time"):
         return [UNSURE]
@@ -144,7 +144,7 @@ def _option(option: str, values: list[str], negated: bool) -> list[Match]:
 
 
 def _protocol(values: list[str]) -> Match:
-    numbers = {"6": "tcp", "17": "udp"}
+    numbers = {"1": "icmp", "6": "tcp", "17": "udp"}
     name = numbers.get(values[0], values[0])
     return Match("any of", ((),)) if name in ("all", "0") else Match("proto", (name,))
 
@@ -183,6 +183,13 @@ def _link(field: str) -> Callable[[list[str]], Match]:
         return Match(field, (name[:-1] + "*" if name.endswith("+") else name,))
 
     return read
+
+
+def _icmp(values: list[str]) -> Match:
+    kind, slash, _ = values[0].partition("/")
+    if kind in ("any", "255"):
+        return Match("proto", ("icmp",))
+    return UNSURE if slash else Match("icmp", (int(kind),))
 
 
 def _states(values: list[str]) -> Match:
@@ -233,6 +240,7 @@ _OPTIONS: Mapping[str, Callable[[list[str]], Match]] = {
     "--dst-type": _type("dst_type"),
     "--tcp-flags": _flags,
     "--syn": lambda _: _flags(["FIN,SYN,RST,ACK", "SYN"]),
+    "--icmp-type": _icmp,
     "--mark": _mark,
     "--pkt-type": _packet_type,
     "-f": lambda _: NEVER,  # datagrams are whole where the relay's rules are

@@ -35,6 +35,8 @@ _TERMINAL = {
     "notrack": "notrack",
     "synproxy": "drop",
 }
+_ICMP_TYPES = {"destination-unreachable": 3}
+"""Only those that a relay sends need a number."""
 _HANDLE = re.compile(r"^\s*(.*?)\s*# handle (\d+)$")
 _TABLE = re.compile(r"^table (\S+) (\S+) \{")
 
@@ -182,9 +184,12 @@ def _payload(what: Mapping[str, Any], values: list[Any], negated: bool) -> list[
         if field == "flags":
             return [*asked, _masked([what, values], values, negated)]
         return [*asked, UNSURE]
+    if proto == "icmp":
+        types = tuple(_ICMP_TYPES.get(value, value) for value in values)
+        known = Match("icmp", types, negated) if field == "type" else UNSURE
+        return [Match("proto", ("icmp",)), known]
     if proto in (
         "ip6",
-        "icmp",
         "icmpv6",
         "sctp",
         "dccp",

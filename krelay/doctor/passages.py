@@ -35,6 +35,10 @@ MULTIPORT_MOST = 15
 """Ports in one multiport match; a range counts twice (net/netfilter/xt_multiport.c)."""
 
 CHECK = "firewall"
+OWN = "kill or refusal"
+"""The step of what krelay itself sends."""
+NO_PORTS = (0, 0)
+"""ICMP has none."""
 LEAVING = ("output", "postrouting")
 _UFW_REACHED = ("ufw-user-", "ufw-after-", "ufw-reject-", "ufw-skip-to-policy-")
 """Chains of ufw that a packet enters with, or after, those of its users' rules."""
@@ -128,6 +132,42 @@ def passages(facts: Facts) -> Iterator[Passage]:
             )
 
 
+def own_packets(facts: Facts) -> Iterator[Passage]:
+    """What krelay itself sends, by a raw socket: to who is refused, and to both ends of a forwarded
+    connection that is killed.
+
+    Connection tracking knows none of these but those to a server that sees its client; a SYN, by
+    which a killed end is made to speak, it takes for a new connection.
+    """
+    config = facts.config
+    server, client = int(config.real_ip), int(facts.client.to) if facts.client else None
+    ours = int(next(iter(facts.own))) if len(facts.own) == 1 else None
+    near, far = facts.client_link, facts.server.link if facts.server else None
+    refuses = config.limits_refusal == "reset"
+
+    def leaving(packet: Packet, ports: Ports, where: str) -> Passage:
+        return Passage(OWN, tuple(Stage(hook, packet, ports, where) for hook in LEAVING))
+
+    to_client = "that krelay itself sends to clients"
+    for service in config.services:
+        ports = (service.first, service.last)
+        rst = Packet("tcp", ours, ports[0], client, None, "", near, True, state="invalid")
+        if service.proto == "tcp":
+            yield leaving(rst, ports, to_client)
+        elif refuses:
+            error = rst._replace(proto="icmp", sport=None)
+            yield leaving(error, NO_PORTS, to_client)
+        if service.forward:
+            yield leaving(rst._replace(state="new"), ports, to_client)
+            end = Packet("tcp", client, None, server, ports[0], "", far, state="established")
+            if config.source == "relay":
+                end = end._replace(src=ours, src_local=True, state="new")
+            yield leaving(end, ports, "that krelay itself sends to the server")
+    if config.terminated:
+        direct = Packet("tcp", ours, config.gport, client, None, "", near, True, state="invalid")
+        yield leaving(direct, (config.gport, config.gport), to_client)
+
+
 class _Trouble(NamedTuple):
     step: str
     stage: Stage
@@ -137,7 +177,8 @@ class _Trouble(NamedTuple):
 
 def check(facts: Facts) -> list[Finding]:
     """A finding for each place where rules of the host stop, divert or disguise our packets."""
-    troubles = [trouble for passage in passages(facts) for trouble in _troubles(facts, passage)]
+    ways = (*passages(facts), *own_packets(facts))
+    troubles = [trouble for passage in ways for trouble in _troubles(facts, passage)]
     findings = dict.fromkeys(
         _finding(facts, list(group))
         for _, group in groupby(sorted(troubles, key=_place), key=_place)
@@ -180,6 +221,7 @@ def _place(trouble: _Trouble) -> tuple[str, ...]:
     rule = trouble.fate.rule
     return (
         trouble.step,
+        stage.where,
         stage.hook,
         stage.packet.proto,
         base.tool,
@@ -207,11 +249,11 @@ def _finding(facts: Facts, troubles: list[_Trouble]) -> Finding:
         "tproxy": f"{verb} caught by a transparent proxy",
         "snat": f"{verb} given another source, so the server won't see the client,",
     }[fate.kind]
-    text = (
-        f"{packet.proto} {stage.where} {which} port {shown} {what} by {fate.cause} "
-        f"({step}, {stage.hook})"
-    )
-    failed = fate.certain and fate.kind != "snat"
+    about = "" if packet.proto == "icmp" else f" {which} port {shown}"
+    text = f"{packet.proto} {stage.where}{about} {what} by {fate.cause} ({step}, {stage.hook})"
+    if step == OWN:
+        text += ": who is refused, or killed, isn't told"
+    failed = fate.certain and fate.kind != "snat" and step != OWN
     mend = _mend(facts, stage, fate, ports)
     return Finding(CHECK, Level.FAILED if failed else Level.WARNING, text, mend)
 
@@ -227,10 +269,17 @@ def _mend(facts: Facts, stage: Stage, fate: Fate, ports: tuple[Ports, ...]) -> s
         host = "d"
     elif packet.src == int(server):
         host = "s"
-    if not packet.reply:
+    if not packet.reply and not packet.state:
         for by_tool in (_ufw, _firewalld):
             if command := by_tool(facts, stage, fate, ports):
                 return command
+    if packet.proto == "icmp":
+        if base.tool == "nft":
+            allowed = "icmp type destination-unreachable accept"
+            return f"nft insert rule {base.family} {base.table} {base.name} {allowed}"
+        table = "" if base.table == "filter" else f"-t {base.table} "
+        allowed = "-p icmp --icmp-type destination-unreachable -j ACCEPT"
+        return f"{base.tool} -w {table}-I {base.name} {allowed}"
     if base.tool == "nft":
         spans = ", ".join(_span(pair, "-") for pair in ports)
         words = [f"ip {host}addr {server}"] if host else []

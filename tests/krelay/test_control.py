@@ -360,6 +360,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
         socket_dropped=4,
         copies_lost=9,
         log_lines_lost=10,
+        own_packets_stopped=11,
     )
 
     assert list(values.items()) == [
@@ -400,6 +401,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
         ("overflow_notices", 2),
         ("copies_lost", 9),
         ("log_lines_lost", 10),
+        ("own_packets_stopped", 11),
     ]
 
 

@@ -51,6 +51,24 @@ def test_a_packet_for_which_there_is_no_route_is_let_go() -> None:
         sender.close()
 
 
+@pytest.mark.parametrize("verdict", ["drop", "reject"])
+def test_what_rules_of_the_host_stop_is_counted(verdict: str) -> None:
+    rules = "table ip t { chain c { type filter hook output priority 0; udp sport 5 VERDICT; }\n}\n"
+    with Lab() as lab:
+        with lab.enter("relay"):
+            sender = RawSender()
+        for sport in (5000, 5, 5):
+            sender.send(datagram(f"192.168.0.2:{sport}", "192.168.0.1:7000"))
+        assert sender.stopped == 0
+        lab.run("relay", "nft", "-f", "-", input=rules.replace("VERDICT", verdict))
+        for sport in (5000, 5, 5):
+            sender.send(datagram(f"192.168.0.2:{sport}", "192.168.0.1:7000"))
+        assert sender.stopped == 2
+        sender.send(datagram("192.168.0.2:1", "203.0.113.1:1"))  # no route: not a rule's doing
+        assert sender.stopped == 2
+        sender.close()
+
+
 def test_without_the_capability_there_is_no_sender() -> None:
     program = (
         "from krelay.rawsend import RawSender\n"

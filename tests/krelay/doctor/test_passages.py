@@ -10,7 +10,7 @@ from krelay.doctor.facts import Facts
 from krelay.doctor.findings import Finding, Level
 from krelay.doctor.firewall import NEVER, Chain, Match, Rule, Verdict
 from krelay.doctor.passages import check
-from procfs_sim.tree import Config, Service
+from procfs_sim.tree import Config, Service, parse
 from tests.krelay.doctor.test_checks import HEALTHY
 
 MANY = tuple(Service("udp", port, port) for port in range(1001, 1021, 2))
@@ -41,6 +41,11 @@ def iptables(*rules: str, tool: str = "iptables") -> tuple[Chain, ...]:
 
 
 SERVER = "192.168.0.10"
+OWN = (
+    "tcp sport '{ 80, 443, 53, 16000 }' accept",
+    "icmp type destination-unreachable accept",
+)
+"""The mends of what krelay itself sends."""
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,8 @@ SERVER = "192.168.0.10"
             f"ip saddr {SERVER} tcp sport '{{ 53, 80, 443 }}' ct state established accept"]),
         (base("output", policy="drop"), [
             "tcp sport 16000 ct state established accept",
-            f"ip daddr {SERVER} tcp dport '{{ 53, 80, 443 }}' accept"]),
+            f"ip daddr {SERVER} tcp dport '{{ 53, 80, 443 }}' accept",
+            *OWN]),
         (base("forward", policy="drop"), [
             f"ip daddr {SERVER} udp dport 53 accept",
             f"ip saddr {SERVER} udp sport 53 ct state established accept"]),
@@ -68,10 +74,66 @@ def test_a_chain_that_drops_everything_gets_a_rule_for_each_kind_of_ours(
 ) -> None:
     findings = wrong(chain)
 
-    assert {f.level for f in findings} == {Level.FAILED}
-    found = {f.mend.removeprefix("nft insert rule inet guard c ") for f in findings}
+    told = {f.mend.removeprefix("nft insert rule inet guard c "): f.level for f in findings}
+    found = set(told)
     normal = {mend.replace("{ 80, 443, 53 }", "{ 53, 80, 443 }") for mend in found}
     assert normal == set(mends)
+    warnings = {mend for mend, level in told.items() if level is Level.WARNING}
+    assert len(warnings) == (len(OWN) if chain.hook == "output" else 0)
+    assert set(told.values()) <= {Level.FAILED, Level.WARNING}
+
+
+@pytest.mark.parametrize(
+    ("rules", "services", "wanted"),
+    [
+        # established alone: refusals are of no connection that tracking knows
+        ([rule("accept", Match("state", ("established", "related")))], "tcp/80 udp/53",
+         {"tcp sport '{ 80, 16000 }' accept", OWN[-1]}),
+        # what is invalid is dropped, all else let by; a SYN to a killed client is new
+        ([rule("drop", Match("state", ("invalid",))), rule("accept")], "tcp/443=forward",
+         {"tcp sport 443 accept"}),
+        # only what is new is stopped: resets of none get by, but not the SYN before them
+        ([rule("drop", Match("state", ("new",))), rule("accept")], "tcp/443=forward",
+         {"tcp sport 443 accept"}),
+        ([rule("accept", Match("flags", (frozenset({"rst"}), frozenset({"rst"})))),
+          rule("accept", Match("proto", ("icmp",)), Match("icmp", (3,)))], "tcp/80 udp/53", set()),
+        ([rule("accept", Match("proto", ("icmp",)), Match("icmp", (8,)))], "udp/53", {OWN[-1]}),
+        ([rule("accept", Match("src_type", ("local",)))], "tcp/80 tcp/443=forward udp/53",
+         {f"ip daddr {SERVER} tcp dport 443 accept"}),
+        ([rule("accept")], "tcp/80 tcp/443=forward udp/53", set()),
+    ],
+)  # fmt: skip
+def test_what_krelay_itself_sends_is_looked_for_in_what_leaves(
+    rules: list[Rule], services: str, wanted: set[str]
+) -> None:
+    found = wrong(
+        base("output", *rules, policy="drop"),
+        config=Config(services=parse("services", services)),
+    )
+    own = [f for f in found if "krelay itself sends" in f.text]
+    assert {f.mend.removeprefix("nft insert rule inet guard c ") for f in own} == wanted
+    assert {f.level for f in own} <= {Level.WARNING}
+
+
+def test_refusals_in_silence_send_no_errors() -> None:
+    quiet = Config(services=(Service("udp", 53, 53),), limits_refusal="drop")
+
+    assert wrong(base("output", policy="drop"), config=quiet) == []
+
+
+def test_own_packets_are_let_by_in_iptables() -> None:
+    text = "*filter\n:OUTPUT DROP [0:0]\n-A OUTPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT\n"
+    both = Config(services=(Service("tcp", 443, 443, False, True), Service("udp", 53, 53)))
+    mends = {f.mend for f in wrong(*iptrules.chains(text, "iptables"), config=both)}
+
+    assert mends == {
+        "iptables -w -I OUTPUT -p tcp --sport 443 -j ACCEPT",
+        "iptables -w -I OUTPUT -p icmp --icmp-type destination-unreachable -j ACCEPT",
+    }
+    rules = (
+        "-A OUTPUT -p icmp -m icmp --icmp-type 3 -j ACCEPT\n-A OUTPUT -p tcp --sport 443 -j ACCEPT"
+    )
+    assert wrong(*iptrules.chains(f"{text}{rules}\n", "iptables"), config=both) == []
 
 
 def test_what_is_not_relayed_is_not_asked_for() -> None:
