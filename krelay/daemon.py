@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from random import SystemRandom
 
-from krelay import control, listeners, notify, privileges, ruleset, unixsock
+from krelay import control, listeners, notify, privileges, ruleset, tracking, unixsock
 from krelay.collector import Collector
 from krelay.control import Values
 from krelay.controlsock import ControlSocket
@@ -166,6 +166,7 @@ class Daemon:
             "rules": self._relaying.rules,
             "datapath": self._relaying.datapath,
             "own_packets": self._relaying.own_packets,
+            "conntrack": tracking.in_words(self._state.config),
             "queue": self._queue_num,
             "queue_waiting": sum(each.waiting for each in served if each),
             "recovering": round(max(0.0, self._worker.recovering_until - now), 1),

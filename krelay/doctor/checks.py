@@ -125,6 +125,31 @@ def tracking(facts: Facts) -> list[Finding]:
     return [Finding("conntrack", OK, f"{used} connections tracked, of at most {most}")]
 
 
+def timers(facts: Facts) -> list[Finding]:
+    """A firewall that lets answers by because their flow is tracked, and for how long it is."""
+    check = "timers"
+    if facts.timers is None:
+        return [Finding(check, OK, "no connection tracking here, so none of its timers either")]
+    shorter = facts.timers.shorter(facts.config)
+    if not shorter:
+        return [Finding(check, OK, "connection tracking keeps flows as long as krelay does")]
+    causes = dict(passages.forgotten(facts))
+    findings = []
+    for proto, cause in causes.items():
+        ending = [timer for timer in shorter if timer.proto == proto]
+        if not ending:
+            continue
+        after = ", ".join(f"{timer.seconds} s ({timer.name})" for timer in ending)
+        text = (
+            f"connection tracking forgets {proto} flows after {after} of silence, krelay after "
+            f"{ending[0].ours} s ({ending[0].setting}): then what a server says first is dropped "
+            f"by {cause.cause}"
+        )
+        raised = " ".join(f"net.netfilter.{timer.name}={timer.ours}" for timer in ending)
+        findings.append(Finding(check, WARNING, text, f"sysctl -w {raised}", safe=True))
+    return findings or [Finding(check, OK, "no rule lets answers by for connection tracking alone")]
+
+
 def serving(facts: Facts) -> list[Finding]:
     """What a krelay that runs says of itself, and whether a tcp-relay is with it."""
     if not facts.served:
@@ -404,6 +429,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     services,
     passages.check,
     tracking,
+    timers,
     gro,
     buffer,
     files,

@@ -8,9 +8,12 @@ from ipaddress import IPv4Address
 from typing import NamedTuple
 
 from krelay.doctor.firewall import Chains
+from krelay.tracking import Timers
 from procfs_sim.tree import DEFAULT_ROOT, DEFAULTS, Config
 
 LOOPBACK = "lo"
+LASTING = Timers()
+"""Timers of connection tracking that are as long as krelay's own."""
 
 
 class Link(NamedTuple):
@@ -110,6 +113,8 @@ class Facts:
     """What would rewrite packets with `datapath` auto, as `krelay status` tells it."""
     tracked: tuple[int, int] | None = (0, 65536)
     """Entries of connection tracking, and how many there may be; None: there is no tracking."""
+    timers: Timers | None = LASTING
+    """Connection tracking's."""
     forwards: bool | None = True
     rp_filter_all: int = 0
     rp_filtered: int = 0

@@ -20,7 +20,7 @@ from ipaddress import IPv4Address
 from pathlib import Path as FilePath
 from typing import Any
 
-from krelay import children, listeners, netfilter, ruleset, treelock
+from krelay import children, listeners, netfilter, ruleset, tracking, treelock
 from krelay import client as control
 from krelay.buffers import Direction
 from krelay.clean import SOCKETS
@@ -239,6 +239,7 @@ class _Gatherer:
             rmem_max=_number(rmem) if rmem.exists() else None,
             buffer_is_granted=_may_enlarge(),
             tracked=_tracked(),
+            timers=tracking.timers(),
         )
 
     def _listeners(self) -> None:

@@ -175,6 +175,20 @@ class _Trouble(NamedTuple):
     fate: Fate
 
 
+def forgotten(facts: Facts) -> Iterator[tuple[str, Fate]]:
+    """Protocols whose answers rules let by only as long as connection tracking knows their flow,
+    each with what stops them once it has forgotten it.
+    """
+    for passage in passages(facts):
+        replies = [stage for stage in passage.stages if stage.packet.reply]
+        if any(fate.certain for _, _, fate in _troubles(facts, passage)):
+            continue  # they don't get by as it is
+        new = [stage._replace(packet=stage.packet._replace(state="new")) for stage in replies]
+        for trouble in _troubles(facts, passage._replace(stages=tuple(new))):
+            if trouble.fate.kind == "drop" and trouble.fate.certain:
+                yield trouble.stage.packet.proto, trouble.fate
+
+
 def check(facts: Facts) -> list[Finding]:
     """A finding for each place where rules of the host stop, divert or disguise our packets."""
     ways = (*passages(facts), *own_packets(facts))

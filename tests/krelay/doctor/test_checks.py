@@ -10,7 +10,8 @@ from krelay.doctor import checks
 from krelay.doctor.checks import examine
 from krelay.doctor.facts import Facts, Leftover, Link, Listener, Path, Returned
 from krelay.doctor.findings import Finding, Level
-from krelay.doctor.firewall import Chain
+from krelay.doctor.firewall import Chain, Match, Rule, Verdict
+from krelay.tracking import Timers
 from procfs_sim.tree import Config, Service
 
 SERVER, CLIENT = IPv4Address("192.168.0.10"), IPv4Address("10.0.0.1")
@@ -34,6 +35,13 @@ ONE_ARM: dict[str, Any] = {
     "client": Path(CLIENT, "eth1", RELAY),
 }
 BLOCKED = (Chain("nft", "inet", "guard", "forward", (), "forward", policy="drop"),)
+ESTABLISHED = Rule("ct state established accept", (Match("state", ("established",)),),
+                   Verdict("accept"))  # fmt: skip
+TOWARDS = Rule("ip daddr 192.168.0.10 accept", (Match("dst", ((int(SERVER), int(SERVER)),)),),
+               Verdict("accept"))  # fmt: skip
+LEANING = (replace(BLOCKED[0], rules=(ESTABLISHED, TOWARDS)),)
+"""A firewall that lets the server's answers by because their flow is tracked."""
+SIP = Config(services=(Service("udp", 5060, 5060),))
 NGINX = Listener("tcp", None, 80, "nginx", 7, "nginx.service")
 RESOLVED = Listener("udp", IPv4Address("127.0.0.53"), 53, "systemd-resolve", 9)
 
@@ -168,6 +176,28 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("conntrack", {"tracked": (65000, 65536)}, "warning", "65000 of at most 65536",
      "sysctl -w net.netfilter.nf_conntrack_max=131072"),
     ("conntrack", {"tracked": None}, "ok", "none is needed", ""),
+    ("timers", {"timers": None}, "ok", "no connection tracking here", ""),
+    ("timers", {"timers": Timers(30, 120)}, "ok", "as long as krelay does", ""),
+    ("timers", {"timers": Timers(30, 120), "config": SIP}, "ok", "no rule lets answers by", ""),
+    ("timers", {"timers": Timers(30, 120), "chains": LEANING, "config": SIP}, "warning",
+     "forgets udp flows after 30 s (nf_conntrack_udp_timeout), 120 s (nf_conntrack_udp_timeout_"
+     "stream) of silence, krelay after 300 s (timeouts/udp): then what a server says first is "
+     "dropped by the policy of nft chain inet guard forward",
+     "sysctl -w net.netfilter.nf_conntrack_udp_timeout=300 "
+     "net.netfilter.nf_conntrack_udp_timeout_stream=300"),
+    ("timers", {"timers": Timers(300, 120), "chains": LEANING, "config": SIP}, "warning",
+     "after 120 s (nf_conntrack_udp_timeout_stream)",
+     "sysctl -w net.netfilter.nf_conntrack_udp_timeout_stream=300"),
+    ("timers", {"timers": Timers(300, 300), "chains": LEANING, "config": SIP}, "ok",
+     "as long as krelay does", ""),
+    ("timers", {"timers": Timers(10, 120), "chains": LEANING, "config": UDP_ONLY}, "warning",
+     "after 10 s (nf_conntrack_udp_timeout) of silence, krelay after 20 s (timeouts/udp_dns)",
+     "sysctl -w net.netfilter.nf_conntrack_udp_timeout=20"),
+    ("timers", {"timers": Timers(tcp_established=600), "chains": LEANING, "config": THROUGH},
+     "warning", "forgets tcp flows after 600 s",
+     "sysctl -w net.netfilter.nf_conntrack_tcp_timeout_established=7440"),
+    ("timers", {"timers": Timers(30, 120), "chains": BLOCKED, "config": SIP}, "ok",
+     "no rule lets answers by", ""),
     ("UDP GRO", {"links": (Link("eth0", udp_gro=("rx-gro-list",)),)}, "warning", "eth0 joins UDP",
      "ethtool -K eth0 rx-gro-list off"),
     ("buffer", {"buffer_is_granted": False}, "warning", "212992 bytes instead of 8388608",
