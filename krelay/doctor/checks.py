@@ -10,7 +10,7 @@ from shlex import quote
 
 from krelay import ruleset
 from krelay.doctor import passages
-from krelay.doctor.facts import Facts, Leftover, Listener
+from krelay.doctor.facts import Facts, Leftover, Listener, Path, Uplink
 from krelay.doctor.findings import Finding, Level
 from procfs_sim.tree import DEFAULT_ROOT
 
@@ -224,6 +224,28 @@ def rp_filter(facts: Facts) -> list[Finding]:
     return [Finding(check, OK, f"strict on {shown}, nothing dropped{way}")]
 
 
+def vrf(facts: Facts) -> list[Finding]:
+    """Addresses and routes of a VRF are in its own table, where no rule of ours looks."""
+    check = "VRF"
+    inside = [link for link in facts.links if link.vrf]
+    if not inside:
+        return [Finding(check, OK, "no link is in a VRF")]
+    ends = [facts.client_link, facts.server.link if facts.server else None]
+    if facts.client is not None and facts.client.link is None:
+        ends = [None]  # the way to the client may be in any of them
+    ours = [link for link in inside if None in ends or link.name in ends]
+    if not ours:
+        names = ", ".join(f"{link.name} ({link.vrf})" for link in inside)
+        return [Finding(check, OK, f"clients and the server aren't in one; others are: {names}")]
+    names = ", ".join(f"{link.name} in {link.vrf}" for link in ours)
+    text = (
+        f"{names}: addresses and routes of a VRF aren't krelay's to see, and nothing is relayed "
+        "from it or to it; take the links out, or run krelay in a network namespace with them"
+    )
+    mend = " && ".join(f"ip link set {link.name} nomaster" for link in ours)
+    return [Finding(check, FAILED, text, mend)]
+
+
 def redirects(facts: Facts) -> list[Finding]:
     """A server that hears of another way to a client answers that client past the relay."""
     check, link = "redirects", facts.one_armed
@@ -262,6 +284,48 @@ def server(facts: Facts) -> list[Finding]:
         text = f"{who} doesn't answer on {path.link}: is the server up, and is real_ip right?"
         return [Finding(check, WARNING, text, f"ip neigh flush to {who} dev {path.link}")]
     return [Finding(check, OK, f"{path.to} {by}")]
+
+
+def uplinks(facts: Facts) -> list[Finding]:
+    """The server's answers are routed before they get the address that the client asked."""
+    check = "uplinks"
+    if not facts.config.forwarded:
+        return [
+            Finding(check, OK, "nothing is forwarded, and the kernel routes what is terminated")
+        ]
+    findings = []
+    for uplink in facts.uplinks:
+        if _way(uplink.own) == _way(uplink.relayed):
+            continue
+        if uplink.mark is not None and passages.marks_answers(facts):
+            continue
+        text = (
+            f"answers to clients who ask {uplink.address} leave by {_way(uplink.relayed)}, where "
+            f"the server's packets go, not by {_way(uplink.own)}, which a rule has for that address"
+        )
+        findings.append(Finding(check, WARNING, text, _mark(uplink)))
+    if findings:
+        return findings
+    if facts.uplinks:
+        return [Finding(check, OK, "answers leave by the uplink that was asked")]
+    return [Finding(check, OK, "no rule chooses routes by this host's addresses")]
+
+
+def _way(path: Path) -> str:
+    return f"{path.link} via {path.gateway}" if path.gateway else str(path.link)
+
+
+def _mark(uplink: Uplink) -> str:
+    """A connection mark, of the uplink by which the first packet came, for the answers' routes."""
+    mark = uplink.mark or uplink.table
+    lines = (
+        "add table ip uplinks",
+        "add chain ip uplinks pre { type filter hook prerouting priority mangle; }",
+        f'add rule ip uplinks pre iifname "{uplink.link}" ct state new ct mark set {mark}',
+        f"add rule ip uplinks pre ct direction reply ct mark {mark} meta mark set {mark}",
+    )
+    chosen = f"ip rule add fwmark {mark} lookup {uplink.table}"
+    return f"nft {quote('; '.join(lines))}" + ("" if uplink.mark else f" && {chosen}")
 
 
 def client(facts: Facts) -> list[Finding]:
@@ -421,9 +485,11 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     leftovers,
     forwarding,
     rp_filter,
+    vrf,
     redirects,
     server,
     client,
+    uplinks,
     return_path,
     gateway_port,
     services,

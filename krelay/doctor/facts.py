@@ -27,6 +27,8 @@ class Link(NamedTuple):
     """Switched-on features that join UDP packets which this host forwards."""
     send_redirects: bool = False
     """Whether ICMP redirects are sent from it, by its own setting or the one for `all`."""
+    vrf: str = ""
+    """The VRF that it is in."""
 
 
 class Path(NamedTuple):
@@ -41,6 +43,21 @@ class Path(NamedTuple):
     """Why there is none: unreachable, blackhole, prohibited; or that the address is our own."""
     silent: bool = False
     """The next hop doesn't answer ARP."""
+
+
+class Uplink(NamedTuple):
+    """An address of this host for which a rule chooses other routes (`ip rule from ADDRESS`)."""
+
+    address: IPv4Address
+    link: str
+    """Where the address is."""
+    table: int
+    own: Path
+    """The way of what this host sends to a client from that address."""
+    relayed: Path
+    """The way of the server's packets to that client, which get that address on their way out."""
+    mark: int | None = None
+    """With which a rule chooses the same routes, if one does."""
 
 
 class Listener(NamedTuple):
@@ -127,6 +144,7 @@ class Facts:
     client: Path | None = None
     """None: no client was named."""
     default_link: str | None = None
+    uplinks: tuple[Uplink, ...] = ()
     returned: Returned | None = None
     """None: not probed."""
     listeners: tuple[Listener, ...] = ()

@@ -68,7 +68,7 @@ UNSURE = Match("unsure")
 
 class Verdict(NamedTuple):
     """What a rule does: accept, drop, return, jump, goto, continue, queue, nat, snat, tproxy,
-    notrack, mark."""
+    notrack, mark, flow."""
 
     kind: str
     target: str = ""
@@ -106,7 +106,8 @@ class Chain:
 class Fate(NamedTuple):
     """What befalls a packet other than being let by unchanged."""
 
-    kind: Literal["drop", "queue", "nat", "snat", "tproxy"]
+    kind: Literal["drop", "queue", "nat", "snat", "tproxy", "flow"]
+    """`flow`: later packets of the same connection pass by all rules, in a flow table."""
     base: Chain
     """The base chain in which it happens."""
     chain: Chain
@@ -124,6 +125,8 @@ class Fate(NamedTuple):
 
 
 Chains = tuple[Chain, ...]
+PASSING_ON = ("snat", "flow")
+"""Fates after which the packet goes on."""
 
 
 def judge(
@@ -135,8 +138,8 @@ def judge(
 ) -> tuple[list[Fate], Packet]:
     """The fates that are certain or possible, in the base chains of priority above, at most upto.
 
-    A certain one is the last in the list, unless it changes only the source: nothing comes after
-    it.  The packet is as it comes out: rules may have marked it, or taken it out of tracking.
+    A certain one is the last in the list, unless it is in PASSING_ON: nothing comes after it.  The
+    packet is as it comes out: rules may have marked it, or taken it out of tracking.
     """
     every = tuple(chains)
     walk = _Walk(packet, {(c.tool, c.family, c.table, c.name): c for c in every})
@@ -163,15 +166,17 @@ class _Walk:
         self.packet = packet
         self._chains = chains
         self._ends: list[_End] = []
+        self._flows: list[tuple[Chain, Rule, bool]] = []
 
     def base(self, base: Chain) -> bool:
         """Whether the packet may come out of it as it was."""
-        self._ends = []
+        self._ends, self._flows = [], []
         early = base.hook == "ingress" or (
             base.hook in ("prerouting", "output") and base.priority < CONNTRACK_PRIORITY
         )
         if self._follow(base, early, ()):
             self._ends.append(_End(base.policy, base, None))
+        self.fates += [Fate("flow", base, *flow) for flow in self._flows]
         unharmed = any(end.kind == "accept" for end in self._ends)
         told = [end for end in self._ends if end.kind != "accept"]
         certain = not unharmed and len({end.kind for end in told}) == 1
@@ -179,7 +184,7 @@ class _Walk:
             told = told[-1:]
         for end in told:
             self.fates.append(Fate(end.kind, base, end.chain, end.rule, certain))  # type: ignore[arg-type]
-        return unharmed or not certain or told[0].kind == "snat"
+        return unharmed or not certain or told[0].kind in PASSING_ON
 
     def _follow(self, chain: Chain, early: bool, way: tuple[Chain, ...]) -> bool:
         """Collects how it may end in this chain; whether it may reach the chain's end.
@@ -206,6 +211,8 @@ class _Walk:
                 leaves = True
             elif kind == "notrack":
                 self.packet = self.packet._replace(tracked=False if answer else None)
+            elif kind == "flow":
+                self._flows.append((chain, rule, bool(answer)))
             elif kind == "mark":
                 self.packet = self.packet._replace(mark=None)
             elif kind != "continue":

@@ -25,7 +25,7 @@ from krelay import client as control
 from krelay.buffers import Direction
 from krelay.clean import SOCKETS
 from krelay.doctor import iptrules, nftrules
-from krelay.doctor.facts import LOOPBACK, Facts, Leftover, Link, Listener, Path
+from krelay.doctor.facts import LOOPBACK, Facts, Leftover, Link, Listener, Path, Uplink
 from krelay.doctor.firewall import Chain, Chains, Rule
 from procfs_sim import trust
 from procfs_sim.ondisk import FileTree
@@ -35,6 +35,10 @@ PACKAGES = ("netfilterqueue", "pyroute2", "rich", "inotify_simple")
 TOOLS = ("ufw", "firewall-cmd")
 CAP_NET_ADMIN, CAP_NET_RAW = 12, 13  # linux/capability.h
 NUD_FAILED = 0x20  # linux/neighbour.h
+FAR_AWAY = IPv4Address("192.88.99.1")
+"""Anybody: an address that nobody has a route of its own to (RFC 7526)."""
+OWN_TABLES = (253, 254, 255)
+"""Those that each host has: default, main, local (linux/rtnetlink.h)."""
 UDP_GRO = ("rx-udp-gro-forwarding", "rx-gro-list")
 TIMEOUT = 10.0
 """Seconds for one run of nft or iptables-save."""
@@ -74,6 +78,7 @@ class _Gatherer:
             ("rules", self._rules),
             ("links", self._links),
             ("routes", self._routes),
+            ("uplinks", self._uplinks),
             ("kernel settings", self._settings),
             ("listeners", self._listeners),
             ("firewall", self._firewall),
@@ -177,16 +182,18 @@ class _Gatherer:
         from pyroute2 import IPRoute
 
         with IPRoute() as ip:
+            found = ip.get_links()
             up = [
                 message.get_attr("IFLA_IFNAME")
-                for message in ip.get_links()
-                if message["flags"] & 1  # IFF_UP (linux/if.h)
+                for message in found
+                if message["flags"] & 1 and not _is_vrf(message)  # IFF_UP (linux/if.h)
             ]
             own = {
                 IPv4Address(address)
                 for message in ip.get_addr(family=socket.AF_INET)
                 if (address := message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
             }
+        vrfs = _vrfs(found)
         links = [
             Link(
                 name,
@@ -195,6 +202,7 @@ class _Gatherer:
                 send_redirects=any(
                     _number(_SYS / "ipv4/conf" / each / "send_redirects") for each in ("all", name)
                 ),
+                vrf=vrfs.get(name, ""),
             )
             for name in up
             if name != LOOPBACK
@@ -226,8 +234,43 @@ class _Gatherer:
                 beside = any(self._client in net for net in nets) and any(
                     config.real_ip in net for net in nets
                 )
-            default = _path(ip, IPv4Address("203.0.113.1"), names, silent)  # anybody far away
+            default = _path(ip, FAR_AWAY, names, silent)
         self._add(server=server, client=client, beside=beside, default_link=default.link)
+
+    def _uplinks(self) -> None:
+        """Where rules have other routes for what this host sends from one of its addresses."""
+        from pyroute2 import IPRoute
+
+        server, link = self.facts.config.real_ip, self.facts.server and self.facts.server.link
+        if link is None:
+            return
+        client = self._client or FAR_AWAY
+        with IPRoute() as ip:
+            names = {m["index"]: m.get_attr("IFLA_IFNAME") for m in ip.get_links()}
+            indices = {name: index for index, name in names.items()}
+            rules = ip.get_rules(family=socket.AF_INET)
+            if not any(rule["src_len"] for rule in rules):
+                return
+            places = {
+                IPv4Address(message.get_attr("IFA_LOCAL")): names[message["index"]]
+                for message in ip.get_addr(family=socket.AF_INET)
+            }
+            relayed = _path(ip, client, names, set(), src=str(server), iif=indices[link])
+            found = {}
+            for rule in rules:
+                table = _table(rule)
+                if not rule["src_len"] or table in OWN_TABLES:
+                    continue
+                net = ipaddress.IPv4Network(
+                    f"{rule.get_attr('FRA_SRC')}/{rule['src_len']}", strict=False
+                )
+                for address in places.keys() & self.facts.own:
+                    if address in net and address not in found:
+                        own = _path(ip, client, names, set(), src=str(address))
+                        marks = (r.get_attr("FRA_FWMARK") for r in rules if _table(r) == table)
+                        mark = next((each for each in marks if each), None)
+                        found[address] = Uplink(address, places[address], table, own, relayed, mark)
+        self._add(uplinks=tuple(found[address] for address in sorted(found)))
 
     def _settings(self) -> None:
         ipv4 = _SYS / "ipv4"
@@ -362,12 +405,35 @@ def _instances(tool: str, chains: Iterable[Chain]) -> list[Leftover]:
     return [Leftover(name, tool, ruleset.queue_of(text)) for name, text in sorted(texts.items())]
 
 
-def _path(ip: Any, to: IPv4Address, names: dict[int, str], silent: set[tuple[int, str]]) -> Path:
-    """The kernel's answer to `ip route get`."""
+def _is_vrf(link: Any) -> bool:
+    info = link.get_attr("IFLA_LINKINFO")
+    return bool(info) and info.get_attr("IFLA_INFO_KIND") == "vrf"
+
+
+def _vrfs(links: Iterable[Any]) -> dict[str, str]:
+    """The VRF of each link that is in one."""
+    names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in links if _is_vrf(link)}
+    masters = ((link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_MASTER")) for link in links)
+    return {name: names[master] for name, master in masters if master in names}
+
+
+def _table(rule: Any) -> int:
+    """The table in which a rule looks, whose number may be too large for the header."""
+    return int(rule.get_attr("FRA_TABLE") or rule["table"])
+
+
+def _path(
+    ip: Any,
+    to: IPv4Address,
+    names: dict[int, str],
+    silent: set[tuple[int, str]],
+    **given: str | int,
+) -> Path:
+    """The kernel's answer to `ip route get`, `given` a source (src) and a link (iif)."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:
-        (route,) = ip.route("get", dst=str(to))
+        (route,) = ip.route("get", dst=str(to), **given)
     except NetlinkError as error:
         if error.code == errno.ENETUNREACH:
             return Path(to, None)

@@ -35,6 +35,7 @@ _TARGETS = {
     "MASQUERADE": "snat",
     "TPROXY": "tproxy",
     "NOTRACK": "notrack",
+    "FLOWOFFLOAD": "flow",
     "MARK": "mark",
     "CONNMARK": "mark",
 }

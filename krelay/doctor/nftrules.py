@@ -34,6 +34,7 @@ _TERMINAL = {
     "tproxy": "tproxy",
     "notrack": "notrack",
     "synproxy": "drop",
+    "flow": "flow",
 }
 _ICMP_TYPES = {"destination-unreachable": 3}
 """Only those that a relay sends need a number."""

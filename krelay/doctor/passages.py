@@ -21,6 +21,7 @@ from krelay.doctor.firewall import (
     CONNTRACK_PRIORITY,
     HIGHEST_PRIORITY,
     LOWEST_PRIORITY,
+    PASSING_ON,
     Chain,
     Fate,
     Packet,
@@ -181,12 +182,23 @@ def forgotten(facts: Facts) -> Iterator[tuple[str, Fate]]:
     """
     for passage in passages(facts):
         replies = [stage for stage in passage.stages if stage.packet.reply]
-        if any(fate.certain for _, _, fate in _troubles(facts, passage)):
+        if any(t.fate.certain and t.fate.kind == "drop" for t in _troubles(facts, passage)):
             continue  # they don't get by as it is
         new = [stage._replace(packet=stage.packet._replace(state="new")) for stage in replies]
         for trouble in _troubles(facts, passage._replace(stages=tuple(new))):
             if trouble.fate.kind == "drop" and trouble.fate.certain:
                 yield trouble.stage.packet.proto, trouble.fate
+
+
+def marks_answers(facts: Facts) -> bool:
+    """Whether rules may mark the server's packets to clients before these are routed."""
+    for passage in passages(facts):
+        for stage in passage.stages:
+            if passage.step == "U3" and stage.hook == "prerouting":
+                _, after = judge(facts.chains, stage.hook, stage.packet, *stage.priorities)
+                if after.mark is None:
+                    return True
+    return False
 
 
 def check(facts: Facts) -> list[Finding]:
@@ -220,7 +232,7 @@ def _troubles(facts: Facts, passage: Passage) -> Iterator[_Trouble]:
         for fate in fates:
             if fate.kind != "snat" or _hides_client(facts, passage):
                 yield _Trouble(passage.step, stage._replace(packet=after), fate)
-        if fates and fates[-1].certain and fates[-1].kind != "snat":
+        if fates and fates[-1].certain and fates[-1].kind not in PASSING_ON:
             return
         tracked, mark = after.tracked, after.mark
 
@@ -261,6 +273,7 @@ def _finding(facts: Facts, troubles: list[_Trouble]) -> Finding:
         "queue": f"{verb} put into another program's queue",
         "nat": f"{verb} sent elsewhere",
         "tproxy": f"{verb} caught by a transparent proxy",
+        "flow": f"{verb} handed to a flow table, so that later packets pass krelay by,",
         "snat": f"{verb} given another source, so the server won't see the client,",
     }[fate.kind]
     about = "" if packet.proto == "icmp" else f" {which} port {shown}"

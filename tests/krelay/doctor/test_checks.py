@@ -8,7 +8,7 @@ import pytest
 
 from krelay.doctor import checks
 from krelay.doctor.checks import examine
-from krelay.doctor.facts import Facts, Leftover, Link, Listener, Path, Returned
+from krelay.doctor.facts import Facts, Leftover, Link, Listener, Path, Returned, Uplink
 from krelay.doctor.findings import Finding, Level
 from krelay.doctor.firewall import Chain, Match, Rule, Verdict
 from krelay.tracking import Timers
@@ -42,6 +42,22 @@ TOWARDS = Rule("ip daddr 192.168.0.10 accept", (Match("dst", ((int(SERVER), int(
 LEANING = (replace(BLOCKED[0], rules=(ESTABLISHED, TOWARDS)),)
 """A firewall that lets the server's answers by because their flow is tracked."""
 SIP = Config(services=(Service("udp", 5060, 5060),))
+UPLINK = Uplink(
+    IPv4Address("203.0.113.2"),
+    "eth2",
+    102,
+    own=Path(CLIENT, "eth2", gateway=IPv4Address("203.0.113.1")),
+    relayed=Path(CLIENT, "eth0", gateway=IPv4Address("192.0.2.1")),
+)
+MARKING = (
+    "nft 'add table ip uplinks; add chain ip uplinks pre { type filter hook prerouting priority "
+    'mangle; }; add rule ip uplinks pre iifname "eth2" ct state new ct mark set 102; '
+    "add rule ip uplinks pre ct direction reply ct mark 102 meta mark set 102'"
+)
+MARKED = Chain(
+    "nft", "ip", "uplinks", "pre", (Rule("", (Match("unsure"),), Verdict("mark")),),
+    "prerouting", priority=-150,
+)  # fmt: skip
 NGINX = Listener("tcp", None, 80, "nginx", 7, "nginx.service")
 RESOLVED = Listener("udp", IPv4Address("127.0.0.53"), 53, "systemd-resolve", 9)
 
@@ -130,6 +146,25 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
                    "rp_filtered": 5}, "ok", "not strict", ""),
     ("rp_filter", {"rp_filter_all": 1, "client": Path(CLIENT, None)}, "failed", "10.0.0.1",
      "sysctl -w net.ipv4.conf.all.rp_filter=2"),
+    ("VRF", {"links": (Link("eth0", vrf="red"), Link("eth1"))}, "failed", "eth0 in red: addresses",
+     "ip link set eth0 nomaster"),
+    ("VRF", {"links": (Link("eth0", vrf="red"), Link("eth1", vrf="blue"))}, "failed",
+     "eth0 in red, eth1 in blue", "ip link set eth0 nomaster && ip link set eth1 nomaster"),
+    ("VRF", {"links": (*LINKS, Link("eth2", vrf="mgmt"))}, "ok", "others are: eth2 (mgmt)", ""),
+    ("VRF", {"links": (Link("eth2", vrf="red"), Link("eth1")), "client": Path(CLIENT, None)},
+     "failed", "eth2 in red", "ip link set eth2 nomaster"),
+    ("uplinks", {"uplinks": (UPLINK,)}, "warning",
+     "who ask 203.0.113.2 leave by eth0 via 192.0.2.1, where the server's packets go, not by eth2 "
+     "via 203.0.113.1", MARKING + " && ip rule add fwmark 102 lookup 102"),
+    ("uplinks", {"uplinks": (UPLINK._replace(mark=7),)}, "warning", "who ask 203.0.113.2",
+     MARKING.replace("set 102", "set 7").replace("mark 102", "mark 7")),
+    ("uplinks", {"uplinks": (UPLINK._replace(mark=7),), "chains": (MARKED,)}, "ok",
+     "by the uplink that was asked", ""),
+    ("uplinks", {"uplinks": (UPLINK._replace(relayed=UPLINK.own),)}, "ok",
+     "by the uplink that was asked", ""),
+    ("uplinks", {"uplinks": (UPLINK,), "config": TCP_ONLY}, "ok", "nothing is forwarded", ""),
+    ("uplinks", {"uplinks": (UPLINK,), "config": THROUGH}, "warning", "203.0.113.2",
+     MARKING + " && ip rule add fwmark 102 lookup 102"),
     ("redirects", ONE_ARM, "warning", "clients and the server are both by eth1",
      "sysctl -w net/ipv4/conf/all/send_redirects=0 && "
      "sysctl -w net/ipv4/conf/eth1/send_redirects=0"),

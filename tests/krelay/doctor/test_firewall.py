@@ -374,3 +374,53 @@ def test_whatever_doubts_come_to_is_among_the_fates(
         assert ("drop", True) not in found
     if not any(c.field == "unsure" for part in rules.values() for r in part for c in r.matches):
         assert found == (DROPPED if end == "drop" else PASSES)
+
+
+# As `nft -j list ruleset` of a router shows it (nftables 1.0.6, Linux 6.1).
+OFFLOADED: dict[str, Any] = {"match": {"op": "==", "left": {"meta": {"key": "l4proto"}},
+                                       "right": {"set": ["tcp", "udp"]}}}  # fmt: skip
+ADD = {"flow": {"op": "add", "flowtable": "@ft"}}
+
+
+def router(*rules: list[dict[str, Any]], policy: str = "accept") -> Chains:
+    """A FORWARD chain with a flow table."""
+    names = {"family": "inet", "table": "router", "chain": "forward"}
+    base = {"family": "inet", "table": "router", "name": "forward", "handle": 1, "type": "filter",
+            "hook": "forward", "prio": 0, "policy": policy}  # fmt: skip
+    table = {"family": "inet", "name": "ft", "table": "router", "handle": 2, "hook": "ingress",
+             "prio": 0, "dev": ["eth0", "eth1"]}  # fmt: skip
+    shown = [{"rule": {**names, "handle": 4 + at, "expr": expr}} for at, expr in enumerate(rules)]
+    return nftrules.chains({"nftables": [{"flowtable": table}, {"chain": base}, *shown]})
+
+
+ESTABLISHED = {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["established"]}}
+FROM_SERVER = {"match": {"op": "==", "left": {"payload": {"protocol": "ip", "field": "saddr"}},
+                         "right": "192.168.0.1"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rules", "packet", "expected"),
+    [
+        ([[OFFLOADED, ADD]], THROUGH, [("flow", True)]),
+        ([[OFFLOADED, ADD]], BACK, [("flow", True)]),
+        ([[ADD]], THROUGH._replace(proto="tcp"), [("flow", True)]),
+        ([[ESTABLISHED, ADD]], THROUGH, []),
+        ([[ESTABLISHED, ADD]], BACK, [("flow", True)]),
+        ([[FROM_SERVER, {"accept": None}], [OFFLOADED, ADD]], BACK, []),
+        ([[FROM_SERVER, {"accept": None}], [OFFLOADED, ADD]], THROUGH, [("flow", True)]),
+        ([[{"limit": {"rate": 5, "per": "second"}}, ADD]], BACK, [("flow", False)]),
+        ([[OFFLOADED, ADD], [{"drop": None}]], BACK, [("flow", True), ("drop", True)]),
+    ],
+)
+def test_what_goes_into_a_flow_table_is_seen_and_goes_on(
+    rules: list[list[dict[str, Any]]], packet: Packet, expected: list[tuple[str, bool]]
+) -> None:
+    assert fates(router(*rules), packet, "forward") == expected
+
+
+def test_the_target_of_iptables_that_offloads_flows_is_known() -> None:
+    text = "*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -m conntrack --ctstate ESTABLISHED -j "
+    chains = iptrules.chains(text + "FLOWOFFLOAD --hw\n", "iptables")
+
+    assert fates(chains, BACK, "forward") == [("flow", True)]
+    assert fates(chains, THROUGH, "forward") == PASSES

@@ -321,3 +321,18 @@ def test_no_rules_and_rules_that_let_by_are_ok() -> None:
     assert [f.text for f in check(HEALTHY)] == ["no rules but krelay's"]
     (told,) = check(replace(HEALTHY, chains=(base("forward", rule("accept")),)))
     assert told.text == "the host's rules let by what is relayed (chains: 1)"
+
+
+def test_a_flow_table_takes_what_is_forwarded_unless_a_rule_comes_before() -> None:
+    both = Config(services=parse("services", "udp/53 tcp/443=forward tcp/80"))
+    found = wrong(base("forward", rule("flow")), config=both)
+
+    assert {f.level for f in found} == {Level.FAILED}
+    assert all("handed to a flow table" in f.text for f in found)
+    assert {f.mend.removeprefix("nft insert rule inet guard c ") for f in found} == {
+        f"ip daddr {SERVER} udp dport 53 accept",
+        f"ip saddr {SERVER} udp sport 53 ct state established accept",
+        f"ip daddr {SERVER} tcp dport 443 accept",
+        f"ip saddr {SERVER} tcp sport 443 ct state established accept",
+    }
+    assert wrong(base("forward", rule("accept"), rule("flow")), config=both) == []
