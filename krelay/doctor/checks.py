@@ -411,6 +411,37 @@ def services(facts: Facts) -> list[Finding]:
     return [Finding("services", OK, f"no server of this host is on a relayed port{beside}")]
 
 
+def own_clients(facts: Facts) -> list[Finding]:
+    """What this host sends to itself never leaves it, and no rule of ours looks at it."""
+    check = "this host"
+    if passages.translates_own(facts):
+        return [Finding(check, OK, "its own programs reach the services by its own rules")]
+    spans = {
+        proto: [
+            f"{s.first}-{s.last}" if s.last > s.first else f"{s.first}"
+            for s in facts.config.services
+            if s.proto == proto
+        ]
+        for proto in ("tcp", "udp")
+    }
+    rules = [
+        f"add rule ip own-clients out ip daddr != 127.0.0.0/8 fib daddr type local "
+        f"{proto} dport {{ {', '.join(ports)} }} dnat to {facts.config.real_ip}"
+        for proto, ports in spans.items()
+        if ports
+    ]
+    lines = (
+        "add table ip own-clients",
+        "add chain ip own-clients out { type nat hook output priority -100; }",
+        *rules,
+    )
+    text = (
+        f"its own programs aren't relayed: let them ask {facts.config.real_ip} itself, or have "
+        f"the kernel lead them there: nft {quote('; '.join(lines))}"
+    )
+    return [Finding(check, OK, text)]
+
+
 def gro(facts: Facts) -> list[Finding]:
     """Joined UDP packets of a new flow are lost before the queue (nfnetlink_queue.c; since kernel
     commit 7d8dc1c7be8d)."""
@@ -493,6 +524,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     return_path,
     gateway_port,
     services,
+    own_clients,
     passages.check,
     tracking,
     timers,

@@ -190,6 +190,19 @@ def forgotten(facts: Facts) -> Iterator[tuple[str, Fate]]:
                 yield trouble.stage.packet.proto, trouble.fate
 
 
+def translates_own(facts: Facts) -> bool:
+    """Whether rules lead what this host sends to a service of its own address elsewhere."""
+    ours = int(next(iter(facts.own))) if len(facts.own) == 1 else None
+    for service in facts.config.services:
+        packet = Packet(
+            service.proto, ours, None, ours, service.first, "", "lo", src_local=True, dst_local=True
+        )
+        fates, _ = judge(facts.chains, "output", packet)
+        if not any(fate.kind == "nat" for fate in fates):
+            return False
+    return True
+
+
 def marks_answers(facts: Facts) -> bool:
     """Whether rules may mark the server's packets to clients before these are routed."""
     for passage in passages(facts):
