@@ -20,6 +20,9 @@ STRICT = 1
 """rp_filter: a packet must come by the link that leads back to its source (RFC 3704)."""
 FILES_A_CONNECTION = 2
 FILES_WANTED = 4096
+PORTS_WANTED = 1000
+WIDE_RANGE = (20000, 65535)
+"""Clear of the usual gateway port and of most services."""
 NEARLY_FULL = 0.9
 DNS = 53
 
@@ -411,6 +414,29 @@ def services(facts: Facts) -> list[Finding]:
     return [Finding("services", OK, f"no server of this host is on a relayed port{beside}")]
 
 
+def ports(facts: Facts) -> list[Finding]:
+    """tcp-relay takes each connection's port towards the server from the host's own range."""
+    check, (low, high) = "ports", facts.port_range
+    if not facts.config.terminated:
+        return []
+
+    def left(first: int, last: int) -> int:
+        return last + 1 - first - sum(first <= port <= last for port in facts.reserved_ports)
+
+    if (found := left(low, high)) >= PORTS_WANTED:
+        return [Finding(check, OK, f"{found} for connections to the server")]
+    reserved = ", without ip_local_reserved_ports" if facts.reserved_ports else ""
+    text = (
+        f"{found} are left for connections to the server (net.ipv4.ip_local_port_range, {low} to "
+        f"{high}{reserved}): tcp-relay, which looks when it starts, has no more at a time"
+    )
+    if left(*WIDE_RANGE) >= PORTS_WANTED:
+        mend = f"sysctl -w net.ipv4.ip_local_port_range='{WIDE_RANGE[0]} {WIDE_RANGE[1]}'"
+    else:
+        mend = "sysctl -w net.ipv4.ip_local_reserved_ports="
+    return [Finding(check, WARNING, text, mend)]
+
+
 def own_clients(facts: Facts) -> list[Finding]:
     """What this host sends to itself never leaves it, and no rule of ours looks at it."""
     check = "this host"
@@ -524,6 +550,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     return_path,
     gateway_port,
     services,
+    ports,
     own_clients,
     passages.check,
     tracking,

@@ -152,6 +152,10 @@ class Facts:
     """The host's packet filter, without krelay's own."""
     tools: frozenset[str] = frozenset()
     """Of ufw, firewall-cmd: what is installed."""
+    port_range: tuple[int, int] = (32768, 60999)
+    """First and last of the ports that programs get which ask for any (ip(7))."""
+    reserved_ports: frozenset[int] = frozenset()
+    """Those that nobody gets who asks for any."""
     rmem_max: int | None = None
     buffer: int = 8 << 20
     """Bytes that krelay asks for the queue's socket."""

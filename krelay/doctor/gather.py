@@ -20,7 +20,7 @@ from ipaddress import IPv4Address
 from pathlib import Path as FilePath
 from typing import Any
 
-from krelay import children, listeners, netfilter, ruleset, tracking, treelock
+from krelay import children, listeners, netfilter, ports, ruleset, tracking, treelock
 from krelay import client as control
 from krelay.buffers import Direction
 from krelay.clean import SOCKETS
@@ -274,6 +274,7 @@ class _Gatherer:
 
     def _settings(self) -> None:
         ipv4 = _SYS / "ipv4"
+        low, high = map(int, (ipv4 / "ip_local_port_range").read_text().split())
         rmem = _SYS / "core/rmem_max"  # not there in a network namespace of older kernels
         self._add(
             forwards=bool(_number(ipv4 / "ip_forward")),
@@ -283,6 +284,8 @@ class _Gatherer:
             buffer_is_granted=_may_enlarge(),
             tracked=_tracked(),
             timers=tracking.timers(),
+            port_range=(low, high),
+            reserved_ports=ports.reserved(FilePath(ports.RESERVED).read_text()),
         )
 
     def _listeners(self) -> None:
