@@ -7,6 +7,7 @@ it answers that client past the relay from then on, UDP and TCP alike.
 """
 
 import contextlib
+import shutil
 import socket
 from collections.abc import Iterator
 
@@ -15,7 +16,7 @@ import pytest
 from tests.net.routed import watching
 from tests.net.test_doctor import finding
 from tests.net.test_doctor_firewalls import doctor, type_as_root
-from tests.net.world import SERVICES, World
+from tests.net.world import GPORT, PYTHON, SERVICES, World
 from vm import Host, Link, Segment, Topology
 
 pytestmark = pytest.mark.net
@@ -114,6 +115,28 @@ def test_a_server_that_was_changed_still_hears_none(world: World) -> None:
         with no_redirect(world, host):
             assert world.exchange(sock, b"who", (world.relay, 7))  # an old row: the first server
             assert world.who_udp("client", 7).startswith(f"{world.client}:")
+    assert not learnt(world, "server", world.client)
+
+
+@pytest.mark.one_datapath("iptables has one")
+@pytest.mark.parametrize("tool", ["iptables", "iptables-legacy"])
+def test_rules_of_iptables_keep_them_as_well(world: World, tool: str) -> None:
+    tools = world.lab.directory / "tools"
+    tools.mkdir()
+    for part in ("", "-save", "-restore"):
+        found = shutil.which(f"{tool}{part}")
+        assert found, f"{tool}{part} is not installed"
+        (tools / f"{tool}{part}").symlink_to(found)
+    daemon = (*PYTHON, "-m", "krelay", "daemon", "--root", str(world.root))
+    world.lab.start("relay", "env", f"PATH={tools}", *daemon)
+    world.until(lambda: world.answers(world.root), "an answer")
+    world.put(services=THROUGH, gport=GPORT, real_ip=world.server)
+    world.start_tcp_relay()
+    world.put(start=1)
+    world.until_state("running")
+    assert world.values("status")["rules"] == tool
+    with no_redirect(world, "server"):
+        talk(world)
     assert not learnt(world, "server", world.client)
 
 
