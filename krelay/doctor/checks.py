@@ -320,11 +320,20 @@ def _way(path: Path) -> str:
 
 def _mark(uplink: Uplink) -> str:
     """A connection mark, of the uplink by which the first packet came, for the answers' routes."""
-    mark = uplink.mark or uplink.table
+    mark = uplink.mark or uplink.free_mark
+    came, first = f'iifname "{uplink.link}"', []
+    if uplink.link == uplink.relayed.link:  # then the address tells, which is there before ours
+        came = f"meta mark {mark}"
+        first = [
+            "add chain ip uplinks first { type filter hook prerouting priority -350; }",
+            f"add rule ip uplinks first ip daddr {uplink.address} meta mark set {mark}",
+        ]
     lines = (
         "add table ip uplinks",
+        *first,
         "add chain ip uplinks pre { type filter hook prerouting priority mangle; }",
-        f'add rule ip uplinks pre iifname "{uplink.link}" ct state new ct mark set {mark}',
+        f"add rule ip uplinks pre {came} ct state new ct mark set {mark}",
+        *([f"add rule ip uplinks pre {came} meta mark set 0"] if first else []),
         f"add rule ip uplinks pre ct direction reply ct mark {mark} meta mark set {mark}",
     )
     chosen = f"ip rule add fwmark {mark} lookup {uplink.table}"

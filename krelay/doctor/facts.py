@@ -58,6 +58,8 @@ class Uplink(NamedTuple):
     """The way of the server's packets to that client, which get that address on their way out."""
     mark: int | None = None
     """With which a rule chooses the same routes, if one does."""
+    free_mark: int = 1
+    """One that no rule knows."""
 
 
 class Listener(NamedTuple):

@@ -7,6 +7,7 @@ is sent and nothing changed (probe sends; that is a part of its own).
 import errno
 import importlib
 import ipaddress
+import itertools
 import json
 import os
 import resource
@@ -256,6 +257,7 @@ class _Gatherer:
                 for message in ip.get_addr(family=socket.AF_INET)
             }
             relayed = _path(ip, client, names, set(), src=str(server), iif=indices[link])
+            known = {rule.get_attr("FRA_FWMARK") for rule in rules}
             found = {}
             for rule in rules:
                 table = _table(rule)
@@ -269,7 +271,10 @@ class _Gatherer:
                         own = _path(ip, client, names, set(), src=str(address))
                         marks = (r.get_attr("FRA_FWMARK") for r in rules if _table(r) == table)
                         mark = next((each for each in marks if each), None)
-                        found[address] = Uplink(address, places[address], table, own, relayed, mark)
+                        free = next(n for n in itertools.count(table) if n not in known)
+                        found[address] = Uplink(
+                            address, places[address], table, own, relayed, mark, free
+                        )
         self._add(uplinks=tuple(found[address] for address in sorted(found)))
 
     def _settings(self) -> None:

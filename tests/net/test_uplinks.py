@@ -45,12 +45,25 @@ table ip bcp38 {
 SERVICES = "tcp/80 tcp/443=forward udp/7 udp/53"
 
 
-def begin(world: World, source: str = "client", services: str = SERVICES) -> None:
+SAME_LINK = Topology(
+    hosts=TOPOLOGY.hosts,
+    links=(
+        TOPOLOGY.links[0],
+        Segment("192.0.2.0/24", "first .1", "second .9", "relay .2"),
+        TOPOLOGY.links[3],
+    ),
+)
+"""Both providers' routers on one link, on which the relay has an address of each."""
+
+
+def begin(
+    world: World, source: str = "client", services: str = SERVICES, far: str = "eth2"
+) -> None:
     """The usual two rules; relaying."""
     for words in (
         "rule add from 203.0.113.2 lookup 102",
         "route add default via 203.0.113.1 table 102",
-        "route add 10.77.3.0/24 dev eth2 table 102",
+        f"route add 10.77.3.0/24 dev {far} table 102",
     ):
         world.lab.run("relay", "ip", *words.split())
     for host, own, via in (("first", "192.0.2.0/24", ".1"), ("second", "203.0.113.0/24", ".2")):
@@ -102,6 +115,34 @@ def test_answers_leave_by_the_uplink_that_was_asked_with_the_doctors_mark(
         assert [answered(world, address, port) for port in ports] == [True] * 4
     if source == "client":
         assert world.who_udp("client", 7, to=SECOND).startswith(f"{world.client}:")
+
+
+def test_two_uplinks_on_one_link_are_told_apart_by_the_address(datapath: str) -> None:
+    with World(SAME_LINK, datapath=datapath) as world:
+        for host, address in (("relay", SECOND), ("second", "203.0.113.1")):
+            link = world.lab.topology.interface(host, "first" if host == "relay" else "relay").name
+            world.lab.run(host, "ip", "addr", "add", f"{address}/24", "dev", link)
+        begin(world, far="eth1")
+        ports = (80, 443, 7, 53)
+        assert [answered(world, FIRST, port) for port in ports] == [True] * 4
+        assert [answered(world, SECOND, port) for port in ports] == [True, False, False, False]
+        told = finding(doctor(world, world.client)[1], "uplinks")
+        assert "leave by eth0 via 192.0.2.1" in told["text"]
+        assert "not by eth0 via 203.0.113.1" in told["text"]
+        type_as_root(world, told["mend"])
+        assert finding(doctor(world, world.client)[1], "uplinks")["level"] == "ok"
+        for address in (FIRST, SECOND):
+            assert [answered(world, address, port) for port in ports] == [True] * 4
+
+
+@pytest.mark.one_datapath("what it finds is the host's")
+def test_the_mark_is_one_that_nobody_has(world: World) -> None:
+    begin(world)
+    world.lab.run("relay", "ip", "rule", "add", "fwmark", "102", "lookup", "77")
+    told = finding(doctor(world, world.client)[1], "uplinks")
+    assert "ip rule add fwmark 103 lookup 102" in told["mend"]
+    type_as_root(world, told["mend"])
+    assert answered(world, SECOND, 7)
 
 
 @pytest.mark.one_datapath("what it finds is the host's")

@@ -48,6 +48,7 @@ UPLINK = Uplink(
     102,
     own=Path(CLIENT, "eth2", gateway=IPv4Address("203.0.113.1")),
     relayed=Path(CLIENT, "eth0", gateway=IPv4Address("192.0.2.1")),
+    free_mark=102,
 )
 MARKING = (
     "nft 'add table ip uplinks; add chain ip uplinks pre { type filter hook prerouting priority "
@@ -167,6 +168,9 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
      MARKING.replace("set 102", "set 7").replace("mark 102", "mark 7")),
     ("uplinks", {"uplinks": (UPLINK._replace(mark=7),), "chains": (MARKED,)}, "ok",
      "by the uplink that was asked", ""),
+    ("uplinks", {"uplinks": (UPLINK._replace(free_mark=103),)}, "warning", "who ask 203.0.113.2",
+     MARKING.replace("set 102", "set 103").replace("mark 102", "mark 103")
+     + " && ip rule add fwmark 103 lookup 102"),
     ("uplinks", {"uplinks": (UPLINK._replace(relayed=UPLINK.own),)}, "ok",
      "by the uplink that was asked", ""),
     ("uplinks", {"uplinks": (UPLINK,), "config": TCP_ONLY}, "ok", "nothing is forwarded", ""),
