@@ -4,6 +4,7 @@ The relay host's links are moved into such a network; everything of krelay's run
 """
 
 import contextlib
+import json
 import socket
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.net
 
 SERVICES = "tcp/80 tcp/443=forward udp/7 udp/53"
 ALONE, MANY = "0 0 1", "0 0 65536"
+NET_BIND_SERVICE = 10
+"""linux/capability.h"""
 NO_MAPS = """
 import runpy, sys
 from krelay import kernelpath
@@ -88,6 +91,15 @@ def relays(world: World) -> None:
             assert world.who_udp("client", port).startswith(f"{world.client}:")
 
 
+def capabilities(here: Confined) -> set[int]:
+    """What tcp-relay may do in its own user namespace."""
+    (pid,) = here.world.lab.run("relay", "pgrep", "-f", f"tcp_relay --root {here.world.root}"
+                                ).stdout.split()  # fmt: skip
+    status = here.world.run("relay", "cat", f"/proc/{pid}/status")
+    (held,) = (int(line.split()[1], 16) for line in status.splitlines() if "CapEff" in line)
+    return {cap for cap in range(64) if held >> cap & 1}
+
+
 @pytest.mark.parametrize("ids", [ALONE, MANY], ids=["one user id", "many"])
 def test_the_root_of_a_user_namespace_can_relay(datapath: str, ids: str) -> None:
     with confined(datapath, ids) as here:
@@ -97,6 +109,12 @@ def test_the_root_of_a_user_namespace_can_relay(datapath: str, ids: str) -> None
         words = "this user namespace has no other" if ids == ALONE else "which is nobody else's"
         assert words in up.output
         assert "Warning" not in up.output
+        assert capabilities(here) <= {NET_BIND_SERVICE}
+        doctor = (*PYTHON, "-m", "krelay", "doctor", "--json", "--root", str(here.world.root))
+        found = [json.loads(line) for line in here.run(*doctor).splitlines()]
+        wrong = [(each["check"], each["level"]) for each in found if each["level"] != "ok"]
+        enough = int(here.run("cat", "/proc/sys/net/core/rmem_max")) >= 8 << 20
+        assert wrong == ([] if enough else [("buffer", "warning")])
         up.terminate()
         assert up.wait() == 130
         assert "krelay" not in here.run("nft", "list", "ruleset")
