@@ -262,8 +262,11 @@ def redirects(facts: Facts) -> list[Finding]:
     if facts.served:
         text = "as soon as it relays, krelay lets out no ICMP redirects about the server's packets"
         return [Finding(check, OK, text)]
+    where = f"clients and the server are both by {link}"
+    if facts.client is None:
+        where = f"clients may come by {link}, where the server is"
     text = (
-        f"clients and the server are both by {link}: until krelay relays, this host may tell the "
+        f"{where}: until krelay relays, this host may tell the "
         "server by ICMP redirect of another way to a client, which the server keeps for minutes"
     )
     mend = " && ".join(f"sysctl -w net/ipv4/conf/{name}/send_redirects=0" for name in ("all", link))

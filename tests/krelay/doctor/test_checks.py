@@ -179,7 +179,8 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("redirects", ONE_ARM, "warning", "clients and the server are both by eth1",
      "sysctl -w net/ipv4/conf/all/send_redirects=0 && "
      "sysctl -w net/ipv4/conf/eth1/send_redirects=0"),
-    ("redirects", ONE_ARM | {"client": None, "default_link": "eth1"}, "warning", "both by eth1",
+    ("redirects", ONE_ARM | {"client": None, "default_link": "eth1"}, "warning",
+     "clients may come by eth1, where the server is: until",
      "sysctl -w net/ipv4/conf/all/send_redirects=0 && "
      "sysctl -w net/ipv4/conf/eth1/send_redirects=0"),
     ("redirects", ONE_ARM | {"links": (Link("eth1"),)}, "ok", "eth1 sends no ICMP redirects", ""),
