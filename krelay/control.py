@@ -242,6 +242,12 @@ def _by_step(counts: Sequence[int]) -> Iterator[tuple[str, int]]:
             yield step.name, counts[step]
 
 
+def other_port_values(counts: Mapping[int, int]) -> dict[str, Value]:
+    """The services whose server answers from other ports, in vain, with how often; none if none."""
+    found = {f"udp/{port}": count for port, count in sorted(counts.items())}
+    return {"other_port": found} if found else {}
+
+
 def tcp_status_values(totals: Mapping[str, int]) -> dict[str, Value]:
     """What tcp-relays have now, of their totals (Relays.totals): connections open, bytes held."""
     return {f"tcp_{name}": count for name, count in totals.items() if name in GAUGES}

@@ -169,6 +169,7 @@ class Daemon:
             "conntrack": tracking.in_words(self._state.config),
             "queue": self._queue_num,
             "queue_waiting": sum(each.waiting for each in served if each),
+            **control.other_port_values(self._worker.other_ports),
             "recovering": round(max(0.0, self._worker.recovering_until - now), 1),
             "pid": os.getpid(),
         }

@@ -26,8 +26,9 @@ SYN and RST of its ends visit the worker all the time.  So do FINs of what is fo
 tcp-relay ends it, the FINs of its host count, and of these the kernel makes copies
 (NatTable.ended), as of the SYN to the server (NatTable.begun).
 
-Two kinds stay with the worker for good: the steps D1 and D2, and those that must change a port
-beside the field that their step always changes, which is the case where a port was taken.
+Three kinds stay with the worker for good: the steps D1 and D2; those that must change a port
+beside the field that their step always changes, which is the case where a port was taken; and UDP
+whose server may answer from any port, for which the rules have to see each packet (ruleset.py).
 
 What the kernel counts for a rewrite is read and added to the rewrite's own count: before a row
 expires or is shown, when a rewrite is taken back, and by turns, so that each row is looked at once
@@ -262,7 +263,7 @@ class FastPath:
     def _is_fit(self, row: Row) -> bool:
         """Whether the worker has nothing to learn from this row's packets but their number."""
         if row.proto is Proto.UDP:
-            return True
+            return not row.is_any_port
         if row.closed_at is not None or row.tracker.reset or row.service == row.server:
             return False
         if row.is_forwarded:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network
 
 from krelay.fastpath import FastPath
-from krelay.flow import Proto, Source
+from krelay.flow import Endpoint, Proto, Source
 from krelay.kernelmaps import KernelMaps, MapsLost
 from krelay.links import LOOPBACK
 from krelay.log import Failures, Log, Throttle
@@ -25,7 +25,16 @@ from krelay.netfilter import NO_MAPS, Backend
 from krelay.networks import collapse, network
 from krelay.nflog import Copies
 from krelay.row import DNS_PORT, Row, Step
-from krelay.ruleset import LEARNING_MOST, LEARNT, Learning, RuleSpec, begun, ends, steps_handed
+from krelay.ruleset import (
+    LEARNING_MOST,
+    LEARNT,
+    Learning,
+    RuleSpec,
+    begun,
+    ends,
+    steps_handed,
+    strays,
+)
 from krelay.trace import Filter
 from krelay.worker import Policy
 from procfs_sim.tree import Config
@@ -50,6 +59,8 @@ REFUSALS = (errno.EPERM, errno.EACCES, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
 NO_CLIENTS = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")))
 """Policy.may_be_client."""
 
+SawStray = Callable[[bytes, int, float], Endpoint | None]
+
 _log = Log("kernel")
 
 
@@ -57,10 +68,17 @@ class KernelPath:
     """The kernel's part for the rows of `nat`, by the nft table and the log group of these names.
 
     `on_lost` is called when the maps aren't as they were left: the rules are to be made afresh.
+    `saw_stray` is told of a copy of what a server sends past the relaying (Worker.saw_elsewhere).
     """
 
     def __init__(
-        self, loop: Loop, nat: NatTable, table: str, group: int, on_lost: Callable[[], None]
+        self,
+        loop: Loop,
+        nat: NatTable,
+        table: str,
+        group: int,
+        on_lost: Callable[[], None],
+        saw_stray: SawStray = lambda head, hook, now: None,
     ) -> None:
         self.fast = FastPath(nat, self._tell_soon, self.take_back_now)
         self._loop = loop
@@ -68,10 +86,13 @@ class KernelPath:
         self._table = table
         self._group = group
         self._on_lost = on_lost
+        self._saw_stray = saw_stray
         self._maps: KernelMaps | None = None
         self._copies: Copies | None = None
         self._ends: Copies | None = None
         self._begun: Copies | None = None
+        self._strays: Copies | None = None
+        self._stray_warning = Throttle()
         self._learning: Learning | None = None
         self._traced_clients: frozenset[bytes] | None = frozenset()
         """Whose questions are traced; None: everybody's."""
@@ -97,9 +118,14 @@ class KernelPath:
         return self._ends is not None and self._begun is not None
 
     @property
+    def tells_strays(self) -> bool:
+        """Whether copies of what servers send past the relaying are taken."""
+        return self._strays is not None
+
+    @property
     def copies_lost(self) -> int:
         """How often the kernel had more copies for us than there was room for."""
-        groups = (self._copies, self._ends, self._begun)
+        groups = (self._copies, self._ends, self._begun, self._strays)
         return sum(each.lost for each in groups if each is not None)
 
     # What the rules are to be
@@ -126,6 +152,7 @@ class KernelPath:
             self._copies is None
             or policy.source is Source.RELAY
             or DNS_PORT not in policy.udp
+            or DNS_PORT in policy.any_port
             or config.limits_new_flows_per_client
             or self._traced_clients is None
             or self._is_full(config)
@@ -162,6 +189,9 @@ class KernelPath:
             self._loop.add(self._copies.fileno(), select.EPOLLIN, self._read_copies)
         self._ends = _copies_of(ends(self._group), 1)
         self._begun = _copies_of(begun(self._group), 1)
+        self._strays = _copies_of(strays(self._group), 1)
+        if self._strays is not None:
+            self._loop.add(self._strays.fileno(), select.EPOLLIN, self._read_strays)
 
     def enter(self, spec: RuleSpec, *, afresh: bool) -> int | None:
         """These rules are in force; `afresh`: their maps are empty.
@@ -223,10 +253,12 @@ class KernelPath:
             if self._copies is not None:
                 self._read_copies()
                 self._loop.remove(self._copies.fileno())
-            for copies in (self._copies, self._ends, self._begun):
+            if self._strays is not None:
+                self._loop.remove(self._strays.fileno())
+            for copies in (self._copies, self._ends, self._begun, self._strays):
                 if copies is not None:
                     copies.close()
-            self._copies = self._ends = self._begun = None
+            self._copies = self._ends = self._begun = self._strays = None
 
     # Flows
 
@@ -351,6 +383,20 @@ class KernelPath:
             self._nat.begun(copies)
         while copies := self._read(self._ends, ENDS_TOGETHER):
             self._nat.ended(copies)
+
+    def _read_strays(self, _: int = 0) -> None:
+        """What servers send from ports that nobody has asked: clients wait for it in vain."""
+        for hook, head in self._read(self._strays, ENDS_TOGETHER):
+            asked = self._saw_stray(head, hook, self._loop.now) if head[9] == Proto.UDP else None
+            if asked is None or (before := self._stray_warning.admit(self._loop.now)) is None:
+                continue
+            _log.warning(
+                "a server answers from another port than it was asked at",
+                service=f"udp/{asked.port}",
+                server=Endpoint(head[12:16], int.from_bytes(head[20:22])),
+                again=before or None,
+                mend=f"write udp/{asked.port}+any-port into services, if that is its way (TFTP)",
+            )
 
     def _read(self, source: Copies | None, most: int) -> list[Copy]:
         """Those that wait, about so many.  What can't be read now is read the next time."""

@@ -18,6 +18,10 @@ that it can't be mistaken for anyone else's:
     U1   C:x > K:53  =>  C:y > S:53                 U2   C:y > S:53   =>  K:y > S:53
     U3   S:53 > K:y  =>  S:53 > C:y                 U4   S:53 > C:y   =>  K:53 > C:x
 
+A server may answer from another port than it was asked at, as TFTP's does (RFC 1350, section 4),
+where the service allows it (`+any-port`).  Such an answer begins a row of its own, S:p > C:x =>
+K:p > C:x, beside that of the question, with the port that the server knows the client by.
+
 Three kinds of port are therefore chosen here, always the wanted one if it is free:
 
     inside   the client's port as tcp-relay sees it: two connections from C:x to K:80 and to
@@ -33,6 +37,7 @@ Times are seconds that the caller passes in; nothing here reads a clock.
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import islice
 from random import Random
 
 from krelay.admission import Admission, Limits, Refusal
@@ -69,6 +74,8 @@ _SPREAD = HORIZON // 2
 TRIES = 512
 """Ports of each parity that are looked at where the wanted one is taken: below 1024 all of them.
 A client that has taken that many of its own in a row is refused; the packet path isn't held up."""
+_ASKED_AT = 64
+"""Ports at which a server is looked for that has answered from another."""
 PORTS_FREED = 8
 """Flows evicted, at most, until one of the relay's own ports is free for a new one."""
 
@@ -155,6 +162,9 @@ class NatTable:
         self.reserved: frozenset[int] = frozenset()
         """Ports of this host that no row gets."""
         self._outside: dict[Proto, dict[bytes, Row]] = {proto: {} for proto in Proto}
+        self._asked_by: dict[bytes, Row] = {}
+        """UDP whose server may answer from any port: the latest row by the server's address, and
+        the address and port by which it knows the client."""
         self._inside: dict[tuple[Endpoint, int], Row] = {}
         self._by_relay: dict[Endpoint, Row] = {}
         # Ids by the second in which to look at the row next: one that was heard of meanwhile is
@@ -315,6 +325,7 @@ class NatTable:
         *,
         relay_addr: bytes | None = None,
         any_client: bool = False,
+        any_port: bool = False,
         services: Collection[int] = (),
     ) -> Row:
         """A conversation that a client begins, or TCP that is picked up in its midst: U1 to U4.
@@ -322,8 +333,9 @@ class NatTable:
         With source=relay, `relay_addr` is the relay's own address towards the server, and
         `any_client` tells that this isn't so for clients beside the server only; no port of
         `services` is taken there, else an answer that comes when the row has gone would be taken
-        for a question of the server's.  Raises Refusal
-        (`table_full`, `client_full`, `client_rate`, `no_port`).
+        for a question of the server's.  `any_port`: the server may answer from any port
+        (`answered_elsewhere`).  Raises Refusal (`table_full`, `client_full`, `client_rate`,
+        `no_port`).
         """
         if proto is _UDP and (known := self.adopt(key(client, service), now)) is not None:
             return known
@@ -331,8 +343,7 @@ class NatTable:
         row = self._row(proto, client, service, server, source, now)
         if source is _CLIENT:
             outside = self._seen_as(proto, client, server)
-            self._reserve(row, outside)
-            self._add(row, _U12U34, _PRE_POST, key(client, service), outside, now)
+            self._lead(row, outside, now)
         else:
             hidden = relay_addr or service.addr
 
@@ -355,14 +366,52 @@ class NatTable:
                     raise Refusal("no_port")
                 port = take()
             row.relay = Endpoint(hidden, port)
-            between, outside = key(Endpoint(client.addr, port), server), key(row.relay, server)
-            self._reserve(row, between)
-            if outside != between:
-                self._reserve(row, outside)
-            self._add(row, _U1U4, _PRE_POST, key(client, service), between, now)
-            self._add(row, _U2U3, _POST_PRE, between, outside, now)
-        row.footprint = Footprint(proto, service.port, None, server.addr, any_client, proto is _TCP)
+            outside = key(row.relay, server)
+            self._lead(row, outside, now)
+        row.footprint = Footprint(
+            proto, service.port, None, server.addr, any_client, proto is _TCP, any_port
+        )
+        if any_port:
+            self._asked_by[_known_by(outside)] = row
         return self._enter(row)
+
+    def answered_elsewhere(self, server: Endpoint, client: Endpoint, now: float) -> Row | None:
+        """The row of a datagram from `server`, which was asked at another port, to `client` as it
+        knows it: made anew, if the service that was asked allows it (`any_port`).
+
+        Raises Refusal (as `open_forwarded`).
+        """
+        asked = self._asked_by.get(server.addr + client.wire)
+        if asked is None or server.port == 0:
+            return None
+        service, outside = Endpoint(asked.service.addr, server.port), key(client, server)
+        if not self._is_free(_UDP, outside) or self._of_question(key(asked.client, service)):
+            return None  # another row's, or the client's own
+        self._admission.make_room(_UDP, asked.client, now)
+        if asked.id not in self._rows:
+            return None  # it was the one to go
+        row = self._row(_UDP, asked.client, service, server, asked.source, now)
+        if asked.relay is not None:
+            self._relay_ports[_UDP].share(*asked.relay)
+            row.relay = asked.relay
+        self._lead(row, outside, now)
+        row.footprint = asked.footprint
+        return self._enter(row)
+
+    def asked_elsewhere(self, server: Endpoint, client: Endpoint) -> Endpoint | None:
+        """What a client has asked of this server, at another port and without an answer from there.
+
+        `client` is as the server knows it.
+        """
+        ports = {each.port for each in self.footprints if each.proto is _UDP and not each.any_port}
+        for port in islice(ports, _ASKED_AT):
+            back = key(server._replace(port=port), client)
+            for hook in Hook:
+                rewrite = self.tables[hook, _UDP].get(back)
+                if rewrite is not None and rewrite.row.server.port != server.port:
+                    row = rewrite.row
+                    return row.service if row.state is State.UNREPLIED else None
+        return None
 
     def saw_direct(
         self,
@@ -637,6 +686,8 @@ class NatTable:
         for at in row.reserved:
             if outside.get(at) is row:
                 del outside[at]
+            if row.is_any_port and self._asked_by.get(_known_by(at)) is row:
+                del self._asked_by[_known_by(at)]
         if row.inside and row.gport and self._inside.get((row.inside, row.gport)) is row:
             del self._inside[row.inside, row.gport]
         if row.relay and row.gport is None:
@@ -834,6 +885,20 @@ class NatTable:
         if proto is _UDP and row.service.port != DNS_PORT:
             answers.tell_at = 1  # the first answer matters (_heard_datagrams)
 
+    def _lead(self, row: Row, outside: bytes, now: float) -> None:
+        """Packets of this row's client leave with the twelve bytes `outside`: U1 to U4."""
+        asked = key(row.client, row.service)
+        if row.relay is None:
+            self._reserve(row, outside)
+            self._add(row, _U12U34, _PRE_POST, asked, outside, now)
+            return
+        between = key(Endpoint(row.client.addr, row.relay.port), row.server)
+        self._reserve(row, between)
+        if outside != between:
+            self._reserve(row, outside)
+        self._add(row, _U1U4, _PRE_POST, asked, between, now)
+        self._add(row, _U2U3, _POST_PRE, between, outside, now)
+
     def _reserve(self, row: Row, outside: bytes) -> None:
         self._outside[row.proto][outside] = row
         row.reserved += (outside,)
@@ -922,6 +987,11 @@ _SHOWN = Row(
     0.0,
 )
 """Whose the rewrites are that were made to be shown."""
+
+
+def _known_by(outside: bytes) -> bytes:
+    """Of what a server is sent: its address, and the address and port that it knows."""
+    return outside[4:8] + outside[:4] + outside[8:10]
 
 
 def _nowhere() -> dict[tuple[Hook, Proto], Table]:

@@ -53,6 +53,14 @@ _PROBE = RuleSpec(
         IPv4Address("192.0.2.1"), (IPv4Address("192.0.2.2"),), (IPv4Network("192.0.2.0/24"),)
     ),
     tells_ends=True,
+    any_port=((69, 69),),
+    asked_within=300,
+    tells_strays=True,
+)
+
+
+_PROBE_WITHOUT_MAPS = replace(
+    _PROBE, room=0, learning=None, tells_ends=False, asked_within=0, tells_strays=False
 )
 
 
@@ -315,7 +323,7 @@ def _try(backend: Backend) -> None:
     """Installs the rules where nobody else sees them.  Raises RulesUnavailable."""
     failed: list[RulesUnavailable] = []
     apart: list[bool] = []
-    spec = _PROBE if backend.has_maps else replace(_PROBE, room=0, learning=None, tells_ends=False)
+    spec = _PROBE if backend.has_maps else _PROBE_WITHOUT_MAPS
 
     def attempt() -> None:
         try:

@@ -16,6 +16,7 @@ fast as the first, and that there is none is known at once.
 """
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from random import Random
 
@@ -105,6 +106,8 @@ class RelayPorts:
 
     def __init__(self, rng: Random) -> None:
         self._free: dict[bytes, FreePorts] = {}
+        self._shared = Counter[tuple[bytes, int]]()
+        """Those that have more than one row: how many more."""
         self._rng = rng
         self._taken = 0
 
@@ -125,7 +128,15 @@ class RelayPorts:
             self._taken += 1
         return port
 
+    def share(self, addr: bytes, port: int) -> None:
+        """One row more has this port, which a row has: both are of one client's exchange."""
+        self._shared[addr, port] += 1
+
     def give_back(self, addr: bytes, port: int) -> None:
-        """The row has ended."""
+        """The row has ended, or one of those that share the port."""
+        if others := self._shared.pop((addr, port), 0):
+            if others > 1:
+                self._shared[addr, port] = others - 1
+            return
         self._free[addr].give_back(port)
         self._taken -= 1

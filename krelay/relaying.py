@@ -118,7 +118,9 @@ class Relaying:
         )
         self.gateways.on_change = self._gateways_changed
         self.relays = Relays(self.nat, lambda: worker.policy, self._diag)
-        self.kernel = KernelPath(loop, self.nat, name, queue_num, self._make_maps_anew)
+        self.kernel = KernelPath(
+            loop, self.nat, name, queue_num, self._make_maps_anew, worker.saw_elsewhere
+        )
         self.relays.before_answers = self.kernel.hurry
         self.queue: Queue | None = None
         self.openings: Queue | None = None
@@ -542,6 +544,7 @@ class Relaying:
             tcp=_ports(s for s in config.services if s.proto == "tcp"),
             udp=_ports(s for s in config.services if s.proto == "udp"),
             forwarded=_ports(s for s in config.services if s.forward),
+            any_port=_ports(s for s in config.services if s.any_port),
             own=self._view.own,
             beside=self._view.beside,
             towards=self._view.towards,
@@ -553,6 +556,7 @@ class Relaying:
         config, policy = self._config, self._worker.policy
         assert self._gport is not None
         room, self._no_maps = self.kernel.room(config, self._backend)
+        has_maps = self._backend is not None and self._backend.has_maps
         return ruleset.wanted(
             name=self._name,
             queue=self._queue_num,
@@ -568,6 +572,9 @@ class Relaying:
             answered_within=config.timeouts_udp_dns,
             learning=self.kernel.learning(config, policy) if room and policy else None,
             tells_ends=self.kernel.tells_ends,
+            any_port=((s.first, s.last) for s in config.services if s.any_port),
+            asked_within=config.timeouts_udp if has_maps else 0,
+            tells_strays=self.kernel.tells_strays and has_maps,
         )
 
     def _install(self, spec: RuleSpec, *, afresh: bool) -> None:
@@ -633,7 +640,11 @@ class Relaying:
         To make it costs some hundred objects, whose memory the interpreter keeps for a while.
         """
         mine = (self._config, self._worker.policy, self._view, self._gport, self._backend)
-        kernel = self.kernel.condition(self._config), self.kernel.tells_ends
+        kernel = (
+            self.kernel.condition(self._config),
+            self.kernel.tells_ends,
+            self.kernel.tells_strays,
+        )
         return *mine, self.nat.footprint_changes, *kernel
 
     def _delayed(self, error: RulesDelayed) -> None:

@@ -96,6 +96,8 @@ class Footprint(NamedTuple):
     """Whether the source of any client's packets may have to be changed to the relay's."""
     forwarded: bool = False
     """TCP that passes this host, as UDP does: its answers are caught when they go out."""
+    any_port: bool = False
+    """UDP whose server may answer from any of its ports."""
 
 
 _KEY = struct.Struct("!4s4sHH")
@@ -234,6 +236,11 @@ class Row:
     def is_forwarded(self) -> bool:
         """TCP between client and server themselves, rewritten: no tcp-relay has a part in it."""
         return self.proto is Proto.TCP and self.gport is None and self.service != self.server
+
+    @property
+    def is_any_port(self) -> bool:
+        """Whether its server may answer from any port, or this is where it has done so."""
+        return self.footprint is not None and self.footprint.any_port
 
     def by(self, side: Side) -> Rewrite | None:
         """The rewrite that counts this side's packets, if it has one yet."""

@@ -15,7 +15,10 @@ packets into `untracked` for a firewall, and the answers of clients' direct conn
     U3       from S to this host (UDP)
     ICMP     errors                                 ICMP     errors, also to this host
 
-TCP that is forwarded is caught as UDP is.
+TCP that is forwarded is caught as UDP is.  Where a server may answer from any port, also what it
+sends to who has asked it, and what they send to this host: that is who stands in the set `askers`,
+which the rules fill themselves.  Of other UDP that servers send, a few copies a second are made
+(`strays`), so that somebody finds out that answers come from where nobody expects them.
 
 ICMP errors visit the queue only where what they quote may be ours: a packet to or from a server,
 and on the way in also one of this host's own.  Going out it must be one of a service too, or have
@@ -87,6 +90,8 @@ _BESIDE = 0x8000
 _BESIDE_TOO = 0x4000
 """By which its third log group differs."""
 DEFAULT_QUEUE = 1600
+_STRAYS_A_SECOND = 32
+"""Copies of a server's datagrams that no rule asks for."""
 
 Ports = tuple[tuple[int, int], ...]
 """Ranges, both ends included, in order, none touching another."""
@@ -127,6 +132,13 @@ class RuleSpec:
     learning: Learning | None = None
     tells_ends: bool = False
     """Whether of FINs of terminated TCP copies are made for krelay, where no visit is needed."""
+    any_port: Ports = ()
+    """UDP whose servers may answer from any port; these are among `udp`, too."""
+    asked_within: int = 0
+    """Seconds for which the kernel knows who has asked these; 0: it doesn't (no set of nft's), and
+    whatever UDP the servers send is queued."""
+    tells_strays: bool = False
+    """Whether of some of the servers' UDP that isn't relayed copies are made for krelay."""
 
     @property
     def maps(self) -> tuple[int, int]:
@@ -160,6 +172,11 @@ def ends(queue: int) -> int:
 def begun(queue: int) -> int:
     """The log group of the SYNs with which tcp-relay begins, beside both others."""
     return queue ^ _BESIDE_TOO
+
+
+def strays(queue: int) -> int:
+    """The log group of the servers' datagrams that no rule asks for, beside all others."""
+    return queue ^ _BESIDE ^ _BESIDE_TOO
 
 
 def instance_name(root: str, default_root: str) -> str:
@@ -220,6 +237,9 @@ def wanted(
     answered_within: int = 20,
     learning: Learning | None = None,
     tells_ends: bool = False,
+    any_port: Iterable[tuple[int, int]] = (),
+    asked_within: int = 0,
+    tells_strays: bool = False,
 ) -> RuleSpec:
     """What new flows need, and what the rows that live still need.  No `gport`: none is needed."""
     live = list(footprints)
@@ -227,6 +247,7 @@ def wanted(
     def of(proto: Proto, *, through: bool = False) -> list[tuple[int, int]]:
         return [(f.port, f.port) for f in live if (f.proto, f.forwarded) == (proto, through)]
 
+    elsewhere = merged([*any_port, *((f.port, f.port) for f in live if f.any_port)])
     anyone = source_is_relay or any(f.any_client for f in live)
     return RuleSpec(
         name=name,
@@ -241,6 +262,9 @@ def wanted(
         answered_within=answered_within,
         learning=learning if room else None,
         tells_ends=tells_ends and room > 0,
+        any_port=elsewhere,
+        asked_within=asked_within if elsewhere else 0,
+        tells_strays=tells_strays,
     )
 
 
@@ -256,6 +280,10 @@ LEARNT_LENGTH = 576
 """Bytes of a question: longer ones might not fit the link to the server, so the worker looks."""
 BEGINS = "tcp-begins"
 """The set of the connections to the server that tcp-relay may begin past the worker: once each."""
+ASKERS = "askers"
+"""The set of the clients' addresses and ports, as this host and the server know them, which have
+asked what may be answered from any port."""
+ASKERS_MOST = 1 << 16
 BEGINS_WITHIN = 5
 """Seconds for which it may."""
 WORKER, OPENINGS = "to-worker", "openings"
@@ -377,6 +405,16 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
     if forwarded:
         local = f"ip daddr {servers} tcp dport {forwarded} fib saddr type local {queue}"
         post_tcp += [f"{_CAME_IN} return", local]
+    if spec.any_port:
+        asking, elsewhere_in, elsewhere_out = _nft_any_port(spec, queue)
+        pre_udp[1:1], post_udp[1:1] = asking
+        pre_udp += elsewhere_in
+        post_udp += elsewhere_out
+    if spec.tells_strays and udp:
+        told = f"limit rate {_STRAYS_A_SECOND}/second burst {2 * _STRAYS_A_SECOND} packets "
+        told += f"log group {strays(spec.queue)} snaplen {HEAD}"
+        pre_udp.append(f"ip saddr {servers} fib daddr type local {told}")
+        post_udp.append(f"ip saddr {servers} {told}")
     questions, answers, chains = _nft_learning(spec, spec.learning)
     pre_udp[1:1] = questions
     fast: dict[str, list[str]] = {}
@@ -441,6 +479,40 @@ def _nft_learning(
         for name, address in names.items()
     ]
     return questions, answers, chains
+
+
+def _nft_any_port(
+    spec: RuleSpec, queue: str
+) -> tuple[tuple[list[str], list[str]], list[str], list[str]]:
+    """The rules for services whose servers may answer from any port.
+
+    First, for both hooks, those that note who asks; then those that queue what isn't between a
+    client and a service: what comes in, what goes out.  A client is noted as this host knows it,
+    and, with source=relay, as it reads between the hooks.
+    """
+    ports, servers = _nft_ports(spec.any_port), _nft_servers(spec)
+    clients = _nft_clients(spec, "saddr") if spec.relay_clients else ""
+    if not spec.asked_within:
+        through = [f"{clients}ip daddr {servers} {queue}"] if spec.relay_clients else []
+        return (
+            ([], []),
+            [f"fib daddr type local {queue}"],
+            [f"ip saddr {servers} {queue}", *through],
+        )
+
+    def noted(end: str) -> str:
+        return f"update @{ASKERS} {{ {end} timeout {spec.asked_within}s }}"
+
+    src, dst = "ip saddr . udp sport", "ip daddr . udp dport"
+    asking = [f"udp dport {ports} fib daddr type local {noted(src)}"]
+    coming = [f"{src} @{ASKERS} fib daddr type local {noted(src)} {queue}"]
+    going = [f"ip saddr {servers} {dst} @{ASKERS} {noted(dst)} {queue}"]
+    if not spec.relay_clients:
+        return (asking, []), coming, going
+    coming.append(f"ip saddr {servers} fib daddr type local {queue}")
+    going.append(f"{clients}ip daddr {servers} {src} @{ASKERS} {queue}")
+    between = [f"{clients}ip daddr {servers} udp dport {ports} {noted(src)}"]
+    return (asking, between), coming, going
 
 
 def _nft_queue(queue: int, with_xt: bool) -> str:
@@ -543,6 +615,7 @@ def nft_install(
         lines += [
             f"delete {kind} ip {name} {what}"
             for kind, what, *_ in map(str.split, _nft_maps(former))
+            if not (what == ASKERS and spec.asked_within)  # who has asked goes on to be known
         ]
     if not afresh:
         rules = {chain: lines for chain, lines in rules.items() if chain not in (WORKER, OPENINGS)}
@@ -577,6 +650,11 @@ def _nft_maps(spec: RuleSpec) -> list[str]:
             f"size {spec.room}; timeout {spec.answered_within}s; }}"
             for name in ("minded", *LEARNT)
         ]
+    if spec.asked_within:
+        lines.append(
+            f"  set {ASKERS} {{ type ipv4_addr . inet_service; flags dynamic, timeout; "
+            f"size {ASKERS_MOST}; }}"
+        )
     return lines
 
 
@@ -687,8 +765,13 @@ def iptables_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
         for client in spec.relay_clients:
             out += [f"-s {client} -d {server} -p udp {ports} {queue}" for ports in to_udp]
             out += [f"-s {client} -d {server} -p tcp {ports} {queue}" for ports in to_forwarded]
+        if spec.any_port:
+            out.append(f"-s {server} -p udp {queue}")
+            out += [f"-s {client} -d {server} -p udp {queue}" for client in spec.relay_clients]
         if spec.relay_clients and ANYONE not in spec.relay_clients:
             out += [f"-d {server} -p udp {ports} {from_us} {queue}" for ports in to_udp]
+    if spec.any_port:
+        into.append(f"-p udp {to_us} {queue}")
     into.append(f"-d {NEVER}/32 -p udp --dport 0 -m socket -j RETURN")
     return into, out
 

@@ -216,7 +216,8 @@ def sight(packet: bytes) -> Sight | None:
         detail = f" [{tcp.flags_text(packet[at + tcp.FLAGS])}]"
         detail += f" {length} bytes" if length > 0 else ""
     elif proto == Proto.UDP and size >= at + udp.HEADER:
-        detail = f" {size - at - udp.HEADER} bytes"
+        total = int.from_bytes(packet[2:4])  # of a copy there is only the head
+        detail = f" {max(size, total) - at - udp.HEADER} bytes"
     elif proto == icmp.PROTO and size >= at + 2:
         detail = f" icmp {packet[at]}/{packet[at + 1]}"
         quoted = sight(packet[at + icmp.HEADER :]) if packet[at] in icmp.ERRORS else None

@@ -18,7 +18,9 @@ What is decided here for packets that no row claims, and why (K is any address o
                               after its loss in silence, so that the client asks again
     from a client to S        the client's own connection, seen on its way through this router: its
                               port is noted, so that the relay never uses it (NatTable.saw_direct)
-    from S                    an answer to such a connection, goes on untouched
+    from S                    an answer to such a connection, goes on untouched; or, UDP, one from
+                              another port than was asked: a row is made where the service allows
+                              it (NatTable.answered_elsewhere)
     from K's gateway port     never goes out unrewritten
     from K to S               the host's own connection, not tcp-relay's: goes on untouched
 
@@ -96,6 +98,8 @@ class Policy:
     """Bytes of the largest packet that this link takes."""
     forwarded: frozenset[int] = frozenset()
     """Those of `tcp` that take the steps of UDP."""
+    any_port: frozenset[int] = frozenset()
+    """Those of `udp` whose server may answer from any of its ports."""
     answers: bool = True
     """Whether who is refused for want of room is told so, by RST or ICMP, or never hears of it."""
     _beside: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
@@ -201,6 +205,8 @@ class Worker:
         self._reason = ""
         """Why the last packet that wasn't rewritten goes on or doesn't; empty if it was, but goes
         elsewhere."""
+        self.other_ports = Counter[int]()
+        """Answers from another port than was asked, by the port of the service."""
         self.refused = Refused()
         """Who has been refused for want of room."""
         self._answer_pace = Pace(ANSWERS, ANSWERS_AT_ONCE)
@@ -393,7 +399,7 @@ class Worker:
                 return row.by(_CLIENT) or Verdict.PASS
             if is_tcp and self._is_gateway(dst.port):
                 return self._refuse_direct(packet, header, now)
-            return self._stray(now)
+            return self._stray(now) if is_tcp else self._elsewhere(src, dst, now)
         if hook == _PREROUTING:
             if self._is_minded(proto, dst):
                 if self._ends_here(packet, header, dst.addr, now):
@@ -413,7 +419,33 @@ class Worker:
         if is_tcp and now < self.recovering_until and not flags & tcp.RST:
             self._ask_client(src, dst, now)
         known = None if is_tcp else self.nat.adopt(key(src, dst), now)
+        if known is None and not is_tcp:
+            return self._elsewhere(src, dst, now)
         return (known and known.by(Side.SERVER)) or self._stray(now)
+
+    def _elsewhere(self, server: Endpoint, client: Endpoint, now: float) -> Rewrite | Verdict:
+        """What becomes of a datagram that no row claims, and which may be an answer from another
+        port than was asked.  Raises Refusal."""
+        answered = self.nat.answered_elsewhere(server, client, now)
+        if answered is not None:
+            return answered.by(Side.SERVER) or Verdict.PASS
+        if self._is_minded(_UDP, server) or self._is_minded(_UDP, client):
+            return self._stray(now)
+        return self._pass("no_row")  # this host's own, or the server's: nothing that was relayed
+
+    def saw_elsewhere(self, packet: bytes, hook: int, now: float) -> Endpoint | None:
+        """The head of a datagram that the server sent, and that goes on untouched: the service that
+        its receiver has asked, if it is an answer from another port than that.
+
+        Such a service isn't allowed it (`Policy.any_port`), so the client most likely ignores it.
+        """
+        server = Endpoint(packet[12:16], int.from_bytes(packet[20:22]))
+        client = Endpoint(packet[16:20], int.from_bytes(packet[22:24]))
+        asked = self.nat.asked_elsewhere(server, client)
+        if asked is not None:
+            self.other_ports[asked.port] += 1
+            self._told(packet, hook, self._pass("other_port"))
+        return asked
 
     def _goes_on(self, client: Endpoint, flags: int) -> bool:
         """Whether this packet to a forwarded service, no SYN, may be of a connection unknown."""
@@ -524,6 +556,7 @@ class Worker:
             now,
             relay_addr=policy.towards,
             any_client=policy.source is Source.RELAY,
+            any_port=proto is _UDP and service.port in policy.any_port,
             services=policy.udp if proto is _UDP else policy.tcp,
         )
 

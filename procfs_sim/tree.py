@@ -7,7 +7,7 @@ address ours? is that port taken?) are not known here; state.py is handed them. 
 canonical text, so that "the file shows the value in force" is a comparison.
 
     >>> parse("services", "tcp/8000-8100")
-    (Service(proto='tcp', first=8000, last=8100, forced=False, forward=False),)
+    (Service(proto='tcp', first=8000, last=8100, forced=False, forward=False, any_port=False),)
     >>> render("services", parse("services", "udp/053  tcp/80-80"))
     'udp/53 tcp/80'
     >>> parse("gport", "abc")
@@ -51,6 +51,7 @@ class Service(NamedTuple):
     """A protocol and its ports, `first` to `last` inclusive; `forced` if written with `!`.
 
     `forward`: TCP that no daemon terminates, rewritten end to end as UDP is; written `=forward`.
+    `any_port`: UDP whose server may answer from any of its ports; written `+any-port`.
     """
 
     proto: str
@@ -58,12 +59,13 @@ class Service(NamedTuple):
     last: int
     forced: bool = False
     forward: bool = False
+    any_port: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `tcp/80`, `udp/5000-5010`, `tcp/443=forward` or `tcp/22!`.  Raises Refused.
+        """Read `tcp/80`, `udp/5000-5010`, `tcp/443=forward`, `udp/69+any-port` or `tcp/22!`.
 
-        The `!` comes last: `tcp/22=forward!`.
+        The `!` comes last: `tcp/22=forward!`.  Raises Refused.
 
         tcp/22 must be forced, alone or inside a range: relaying it cuts off who administers the
         relay.
@@ -71,20 +73,27 @@ class Service(NamedTuple):
         match = _SERVICE.fullmatch(text)
         if match is None:
             raise Refused(f"{shown(text)} is not a service (like tcp/80, udp/53 or tcp/8000-8100)")
-        proto, low, high, early, mode, mark = match.groups()
+        proto, low, high, early, mode, option, mark = match.groups()
         if mode is not None and mode != "forward":
             raise Refused(f"{shown(text)} has a mode that is not forward (like tcp/443=forward)")
-        if early and mode:
-            raise Refused(f"{shown(text)} has its ! in the middle; write it last, =forward!")
+        if option is not None and option != "any-port":
+            raise Refused(f"{shown(text)} has an option that is not any-port (udp/69+any-port)")
+        if early and (mode or option):
+            whole = "=forward!" if mode else "+any-port!"
+            raise Refused(f"{shown(text)} has its ! in the middle; write it last, {whole}")
         if mode and proto == "udp":
             raise Refused(f"{shown(text)}: udp is always forwarded; write it without =forward")
+        if option and proto == "tcp":
+            raise Refused(f"{shown(text)}: any-port is for udp; tcp answers from its own port")
         first = int(low)
         last = first if high is None else int(high)
         if not (1 <= first <= MAX_PORT and 1 <= last <= MAX_PORT):
             raise Refused(f"{shown(text)} has a port that is not in 1-{MAX_PORT}")
         if first > last:
             raise Refused(f"{shown(text)} runs backwards; write {proto}/{last}-{first}")
-        service = cls(proto, first, last, "!" in (early, mark), mode is not None)
+        service = cls(
+            proto, first, last, "!" in (early, mark), mode is not None, option is not None
+        )
         if service.contains("tcp", SSH) and not service.forced:
             raise Refused(
                 f"{shown(text)} would relay ssh, tcp/{SSH}; write {service}! if you mean it"
@@ -102,10 +111,13 @@ class Service(NamedTuple):
 
     def __str__(self) -> str:
         ports = f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
-        return f"{self.proto}/{ports}{'=forward' * self.forward}{'!' * self.forced}"
+        kind = "=forward" * self.forward + "+any-port" * self.any_port
+        return f"{self.proto}/{ports}{kind}{'!' * self.forced}"
 
 
-_SERVICE = re.compile(r"(tcp|udp)/([0-9]{1,9})(?:-([0-9]{1,9}))?(!?)(?:=([a-z]{0,20})(!?))?")
+_SERVICE = re.compile(
+    r"(tcp|udp)/([0-9]{1,9})(?:-([0-9]{1,9}))?(!?)(?!!)(?:=([a-z]{0,20}))?(?:\+([a-z-]{0,20}))?(!?)"
+)
 
 
 _SERVER = IPv4Address("192.168.0.10")
@@ -242,7 +254,8 @@ def services(text: str) -> tuple[Service, ...]:
     by_port = sorted(found)
     for one, next_one in pairwise(by_port):
         if one.overlaps(next_one):
-            how = "keep one" if one.forward != next_one.forward else "write one range"
+            same_kind = one.forward == next_one.forward and one.any_port == next_one.any_port
+            how = "write one range" if same_kind else "keep one"
             raise Refused(f"'{one}' and '{next_one}' overlap; {how}")
     return found
 
@@ -330,7 +343,7 @@ _TABLE = (
     Setting("gport",                       port,     str,   "1-65535, not a relayed tcp port"),
     Setting("real_ip",                     server,   str,   "an IPv4 address, not this host's own"),
     Setting("start",                       _flag,    _bit,  "1 relay, 0 don't"),
-    Setting("services",                    services, _list, "tcp/80 udp/53 tcp/9=forward tcp/22!"),
+    Setting("services",                    services, _list, "tcp/80 tcp/9=forward udp/69+any-port"),
     Setting("source",                      _source,  str,   "client or relay"),
     Setting("datapath",                    _path,    str,   "auto or queue"),
     Setting("timeouts/udp",                _seconds, str,   "seconds, 1-604800"),

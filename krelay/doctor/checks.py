@@ -480,6 +480,28 @@ def own_clients(facts: Facts) -> list[Finding]:
     return [Finding(check, OK, text)]
 
 
+def answers(facts: Facts) -> list[Finding]:
+    """A server that answers from other ports (TFTP) is heard only where the service allows it."""
+    check, config = "answers", facts.config
+    at = [
+        port
+        for port in facts.other_ports
+        if any(s.contains("udp", port) and not s.any_port for s in config.services)
+    ]
+    if not at:
+        return [Finding(check, OK, "no server was seen to answer from another port than is asked")]
+    text = (
+        f"{', '.join(f'udp/{port}' for port in at)}: the server answers from other ports, which no "
+        "client gets to see"
+    )
+    wanted = (
+        s._replace(any_port=s.any_port or any(s.contains("udp", port) for port in at))
+        for s in config.services
+    )
+    mend = f"krelay set services{_root(facts)} {quote(' '.join(map(str, wanted)))}"
+    return [Finding(check, WARNING, text, mend)]
+
+
 def gro(facts: Facts) -> list[Finding]:
     """Joined UDP packets of a new flow are lost before the queue (nfnetlink_queue.c; since kernel
     commit 7d8dc1c7be8d)."""
@@ -564,6 +586,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     services,
     ports,
     own_clients,
+    answers,
     passages.check,
     tracking,
     timers,

@@ -114,6 +114,8 @@ class Facts:
     tcp_relays: int | None = None
     gateway: str = ""
     """What krelay says of its gateway port; empty if it isn't asked."""
+    other_ports: tuple[int, ...] = ()
+    """UDP services whose server has answered from other ports than it was asked at."""
     uid: int = 0
     net_admin: bool = True
     net_raw: bool = True

@@ -146,6 +146,7 @@ class _Gatherer:
             tcp_relays=int(status["tcp_relays"]),
             tree_state=str(status.get("tree", "ok")),
             gateway=str(status.get("gateway_port", "")),
+            other_ports=tuple(int(each.partition("/")[2]) for each in status.get("other_port", {})),
             queue_num=int(status["queue"]),
         )
 

@@ -6,7 +6,8 @@ packets that go (ruleset).  So between the two the host sees complete and ordina
     T1  C:x > K:A    comes in    new              T2  K:A > C:x    goes out    established
     T3  K:y > S:80   goes out    new              T4  S:80 > K:y   comes in    established
     U1  C:x > S:53   forwarded   new              U3  S:53 > C:x   forwarded   established
-                     (and TCP that is written =forward)
+                     (and TCP that is written =forward; where the server answers from another
+                     port, `+any-port`, that is new, too)
 
 and before ours, in chains of a priority that is no later than raw, the packets as they were sent.
 """
@@ -32,6 +33,8 @@ RAW_PRIORITY = -300
 EVERYTHING = (HIGHEST_PRIORITY - 1, LOWEST_PRIORITY)
 BEFORE_OURS = (HIGHEST_PRIORITY - 1, RAW_PRIORITY)
 AFTER_OURS = (RAW_PRIORITY, LOWEST_PRIORITY)
+EPHEMERAL = (1024, 65535)
+"""Ports from which servers answer that were asked at another (RFC 6056, section 3.2)."""
 MULTIPORT_MOST = 15
 """Ports in one multiport match; a range counts twice (net/netfilter/xt_multiport.c)."""
 
@@ -131,6 +134,10 @@ def passages(facts: Facts) -> Iterator[Passage]:
                     Stage("postrouting", u3, ports, "to clients"),
                 ),
             )
+            if service.any_port:
+                begins = u3._replace(sport=EPHEMERAL[0], reply=False)
+                stage = Stage("forward", begins, EPHEMERAL, "to clients")
+                yield Passage("U3", (stage,))
 
 
 def own_packets(facts: Facts) -> Iterator[Passage]:
@@ -309,7 +316,7 @@ def _mend(facts: Facts, stage: Stage, fate: Fate, ports: tuple[Ports, ...]) -> s
         host = "d"
     elif packet.src == int(server):
         host = "s"
-    if not packet.reply and not packet.state:
+    if not packet.reply and not packet.state and packet.src != int(server):
         for by_tool in (_ufw, _firewalld):
             if command := by_tool(facts, stage, fate, ports):
                 return command

@@ -40,6 +40,18 @@ def open_udp(
     return nat.open_forwarded(Proto.UDP, at(client), K53, S53, source, now, relay_addr=K53.addr)
 
 
+TFTP_CLIENTS = (Source.CLIENT, "C:6900", "C:6900"), (Source.RELAY, "C:6901", "K:6901")
+
+
+def open_tftp(
+    nat: NatTable, client: str = "C:6900", source: Source = Source.CLIENT, service: str = "K:69"
+) -> Row:
+    server = at("S:0")._replace(port=at(service).port)
+    return nat.open_forwarded(
+        Proto.UDP, at(client), at(service), server, source, 0, relay_addr=K53.addr, any_port=True
+    )
+
+
 def confirm(row: Row) -> Row:
     """Both its ends take part for certain."""
     row.accepted = row.spoke_again = True
@@ -89,6 +101,9 @@ def busy() -> NatTable:
         for port in range(4000, 4004):
             open_udp(nat, f"C:{port}", source=source)
     nat.saw_direct(Proto.UDP, at("C:4000"), S53, 0)
+    for source, client, seen in TFTP_CLIENTS:
+        open_tftp(nat, client, source)
+        assert nat.answered_elsewhere(at("S:7000"), at(seen), 0)
     over = nat.open_forwarded(Proto.TCP, at("C:45000"), K80, S80, Source.CLIENT, 0)
     over.tracker.reset = True
     nat.changed(over)
@@ -102,8 +117,8 @@ def test_the_busy_table_fills_every_table() -> None:
     """What the tests below find empty was not empty before."""
     assert set(left_behind(busy())) == {
         "tables", "direct", "footprints", "_rows", "_of_others", "_of_relayed", "_closed",
-        "_outside", "_inside", "_by_relay", "_due", "_relay_ports", "_datagrams", "_relayed",
-        "_forwarded", "_over", "_new_flows",
+        "_outside", "_inside", "_by_relay", "_asked_by", "_due", "_relay_ports", "_datagrams",
+        "_relayed", "_forwarded", "_over", "_new_flows",
     }  # fmt: skip
 
 
@@ -730,3 +745,87 @@ def test_no_row_gets_a_port_that_the_host_has_reserved(proto: Proto) -> None:
     nat.reserved = frozenset(range(65536))
     with pytest.raises(Refusal, match="no_port"):
         relay_port(3000)
+
+
+# Servers that answer from another port
+
+both_ways = pytest.mark.parametrize(
+    ("source", "seen"), [(Source.CLIENT, "C:6900"), (Source.RELAY, "K:6900")]
+)
+
+
+@both_ways
+def test_an_answer_from_another_port_is_the_askers(source: Source, seen: str) -> None:
+    nat = table()
+    asked = open_tftp(nat, source=source)
+    row = nat.answered_elsewhere(at("S:7000"), at(seen), 1)
+
+    assert row is not None
+    assert (row.client, row.service, row.server) == (asked.client, at("K:7000"), at("S:7000"))
+    assert (row.source, row.relay, row.footprint) == (source, asked.relay, asked.footprint)
+    assert nat.answered_elsewhere(at("S:7000"), at(seen), 1) is None  # it has its row
+    assert nat.answered_elsewhere(at("S:7001"), at(seen), 1) is not None
+
+
+@both_ways
+def test_nobody_who_has_not_asked_is_answered_from_another_port(source: Source, seen: str) -> None:
+    nat = table()
+    asked = open_tftp(nat, source=source)
+    for server, client in (
+        ("S:7000", "C:6901"), ("S:7000", "K:6901"), ("D:7000", seen), ("S:69", seen), ("S:0", seen),
+    ):  # fmt: skip
+        assert nat.answered_elsewhere(at(server), at(client), 1) is None
+    open_udp(nat, "C:4000")
+    assert nat.answered_elsewhere(at("S:7000"), at("C:4000"), 1) is None
+    nat.end(asked)
+    assert nat.answered_elsewhere(at("S:7000"), at(seen), 1) is None
+
+
+def test_a_port_of_the_relays_stays_taken_until_all_answers_are_over() -> None:
+    nat = table()
+    asked = open_tftp(nat, source=Source.RELAY)
+    row = nat.answered_elsewhere(at("S:7000"), at("K:6900"), 1)
+    assert row is not None
+
+    nat.end(asked)
+    assert open_tftp(nat, "D:6900", Source.RELAY).relay != at("K:6900")
+    nat.end(row)
+    assert open_tftp(nat, "Z:6900", Source.RELAY).relay == at("K:6900")
+
+
+def test_of_two_questions_from_one_port_the_later_is_answered() -> None:
+    nat = table()
+    open_tftp(nat)
+    later = open_tftp(nat, service="K:70")
+    row = nat.answered_elsewhere(at("S:7000"), at("C:6900"), 1)
+    assert row is not None
+    nat.end(row)
+    nat.end(later)
+    assert nat.answered_elsewhere(at("S:7000"), at("C:6900"), 1) is None
+
+
+def test_answers_from_other_ports_keep_to_the_limits_of_the_client() -> None:
+    nat = table(flows_per_client=2)
+    confirm(open_tftp(nat))
+    first = nat.answered_elsewhere(at("S:7000"), at("C:6900"), 1)
+    assert first is not None
+    confirm(first)
+    nat._admission.confirmed(first)
+    nat._admission.confirmed(next(iter(nat)))
+    with pytest.raises(Refusal, match="client_full"):
+        nat.answered_elsewhere(at("S:7001"), at("C:6900"), 1)
+
+
+@pytest.mark.parametrize("source", list(Source))
+def test_a_service_that_is_answered_from_elsewhere_in_vain_is_found(source: Source) -> None:
+    nat = table()
+    row = open_udp(nat, source=source)
+    seen = row.relay or row.client
+    assert nat.asked_elsewhere(at("S:7000"), seen) == K53
+    assert nat.asked_elsewhere(at("S:53"), seen) is None
+    assert nat.asked_elsewhere(at("D:7000"), seen) is None
+    assert nat.asked_elsewhere(at("S:7000"), seen._replace(port=4001)) is None
+    answers = row.by(Side.SERVER)
+    assert answers is not None
+    answers.packets = 1  # it answers from where it was asked, too
+    assert nat.asked_elsewhere(at("S:7000"), seen) is None

@@ -108,3 +108,18 @@ def test_reserved_ports_are_read_as_the_kernel_writes_them(text: str, ports: set
 def test_what_is_no_list_of_ports_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         reserved(text)
+
+
+def test_a_shared_port_is_free_when_all_have_given_it_back() -> None:
+    ports = RelayPorts(Random(1))
+    assert ports.take(A, 4000, anything) == 4000
+    ports.share(A, 4000)
+    ports.share(A, 4000)
+
+    for _ in range(2):
+        ports.give_back(A, 4000)
+        assert ports.take(A, 4000, lambda port: port == 4000) is None
+    ports.give_back(A, 4000)
+
+    assert len(ports) == 0
+    assert ports.take(A, 4000, anything) == 4000

@@ -33,6 +33,7 @@ from krelay.ruleset import (
     nft_rules,
     queue_of,
     steps_handed,
+    strays,
     wanted,
 )
 
@@ -627,6 +628,87 @@ def test_tcp_that_is_forwarded_is_caught_as_udp_is() -> None:
         rules(text, "post")
     )
     assert not [r for r in rules(text, "pre") if r.startswith(f"-s {S} -p tcp sports 80,443")]
+
+
+ASKING = "ip saddr . udp sport"
+ANSWERED = "ip daddr . udp dport"
+
+
+def added(spec: RuleSpec, without: RuleSpec, hook: str, text: str = "nft") -> list[str]:
+    """The rules of a chain that only the first has."""
+    both = [
+        nft_install(each) if text == "nft" else iptables_install(each, frozenset())
+        for each in (spec, without)
+    ]
+    return [rule for rule in rules(both[0], hook) if rule not in rules(both[1], hook)]
+
+
+def noted(end: str) -> str:
+    return f"update @askers {{ {end} timeout 300s }}"
+
+
+def test_where_any_port_may_answer_the_kernel_notes_who_asks() -> None:
+    spec = replace(SPEC, udp=((53, 53), (69, 69)), any_port=((69, 69),), asked_within=300)
+    without = replace(spec, any_port=(), asked_within=0)
+    net = "ip saddr & 255.255.255.0 == 192.168.0.0"
+
+    assert added(spec, without, "pre") == [
+        f"udp dport {{ 69 }} fib daddr type local {noted(ASKING)}",
+        f"{ASKING} @askers fib daddr type local {noted(ASKING)} Q",
+        f"ip saddr {{ {S} }} fib daddr type local Q",
+    ]
+    assert added(spec, without, "post") == [
+        f"{net} ip daddr {{ {S} }} udp dport {{ 69 }} {noted(ASKING)}",
+        f"ip saddr {{ {S} }} {ANSWERED} @askers {noted(ANSWERED)} Q",
+        f"{net} ip daddr {{ {S} }} {ASKING} @askers Q",
+    ]
+    assert "set askers { type ipv4_addr . inet_service; flags dynamic, timeout;" in nft_install(
+        spec
+    )
+    assert "askers" not in nft_install(without)
+
+
+def test_where_the_kernel_notes_nobody_all_datagrams_of_the_server_are_queued() -> None:
+    spec = replace(SPEC, any_port=((53, 53),))
+    net = "ip saddr & 255.255.255.0 == 192.168.0.0"
+
+    assert added(spec, SPEC, "pre") == ["fib daddr type local Q"]
+    assert added(spec, SPEC, "post") == [f"ip saddr {{ {S} }} Q", f"{net} ip daddr {{ {S} }} Q"]
+    assert added(spec, SPEC, "pre", "iptables") == ["-p udp to-us Q"]
+    assert added(spec, SPEC, "post", "iptables") == [
+        f"-s {S} -p udp Q",
+        f"-s {NET} -d {S} -p udp Q",
+    ]
+
+
+def test_who_has_asked_is_known_on_when_the_maps_are_made_anew() -> None:
+    spec = replace(SPEC, room=1024, any_port=((53, 53),), asked_within=300)
+    other = replace(spec, room=2048)
+
+    assert "delete set ip krelay askers" not in nft_install(other, former=spec)
+    assert "delete set ip krelay minded" in nft_install(other, former=spec)
+    without = replace(other, any_port=(), asked_within=0)
+    assert "delete set ip krelay askers" in nft_install(without, former=spec)
+
+
+def test_some_of_what_servers_send_elsewhere_is_copied() -> None:
+    spec = replace(SPEC, tells_strays=True)
+    told = f"limit rate 32/second burst 64 packets log group {strays(1600)} snaplen 28"
+
+    assert added(spec, SPEC, "pre") == [f"ip saddr {{ {S} }} fib daddr type local {told}"]
+    assert added(spec, SPEC, "post") == [f"ip saddr {{ {S} }} {told}"]
+    assert rules(nft_install(spec), "post").index(added(spec, SPEC, "post")[0]) > rules(
+        nft_install(spec), "post"
+    ).index(f"ip saddr {{ {S} }} udp sport {{ 53 }} Q")
+    assert added(replace(spec, udp=()), replace(SPEC, udp=()), "post") == []
+    assert len({1600, begun(1600), ends(1600), strays(1600)}) == 4
+
+
+def test_rows_keep_the_rules_of_services_that_any_port_may_answer() -> None:
+    row = Footprint(Proto.UDP, 69, None, S.packed, False, False, True)
+
+    assert spec_for(row).any_port == ((69, 69),)
+    assert spec_for().any_port == ()
 
 
 def test_rows_that_are_forwarded_keep_their_rules_and_need_no_gateway_port() -> None:

@@ -1700,3 +1700,68 @@ def test_all_ends_of_a_terminated_connection_are_asked_in_the_name_of_their_peer
 
     asked = sorted(describe(packet) for packet in asks(row))
     assert asked == sorted(f"{end} [S]" for end in ends.split(", "))
+
+
+# Servers that answer from another port
+
+TFTP = policy(udp=frozenset({53, 69}), any_port=frozenset({69}))
+
+
+def test_answers_from_another_port_are_relayed_both_ways() -> None:
+    host = play(
+        """
+    0     pre   C:6900 > K:69                 => C:6900 > S:69
+    0     post  S:7000 > C:6900               => K:7000 > C:6900
+    0     pre   C:6900 > K:7000               => C:6900 > S:7000
+    1     post  S:7000 > C:6900               => K:7000 > C:6900
+    1     post  S:7000 > C:6901               => pass no_row
+    1     pre   C:6901 > K:7000               => pass no_row
+    1     post  D:7000 > C:6900               => pass no_row
+    """,
+        on=TFTP,
+    )
+
+    assert states(host) == ["unreplied", "replied"]
+
+
+def test_answers_from_another_port_take_four_steps_with_source_relay() -> None:
+    play(
+        """
+    0     pre   C:6900 > K:69                 => C:6900 > S:69
+    0     post  C:6900 > S:69                 => K:6900 > S:69
+    0     pre   S:7000 > K:6900               => S:7000 > C:6900
+    0     post  S:7000 > C:6900               => K:7000 > C:6900
+    0     pre   C:6900 > K:7000               => C:6900 > S:7000
+    0     post  C:6900 > S:7000               => K:6900 > S:7000
+    1     pre   S:7000 > K:5353               => pass no_row
+    1     pre   S:123 > K:6900                => S:123 > C:6900
+    """,
+        on=replace(TFTP, source=Source.RELAY),
+    )
+
+
+def test_services_of_the_usual_kind_are_not_answered_from_elsewhere() -> None:
+    play(
+        """
+    0     pre   C:4000 > K:53                 => C:4000 > S:53
+    0     post  S:7000 > C:4000               => pass no_row
+    0     pre   C:4000 > K:7000               => pass no_row
+    """,
+        on=TFTP,
+    )
+
+
+def test_a_copy_of_such_an_answer_names_the_service_and_is_traced() -> None:
+    worker = Worker(NatTable(rng=Random(1)))
+    worker.policy = policy()
+    seen: list[tuple[bytes, int, Verdict, str]] = []
+    worker.on_untouched = lambda *what: seen.append(what)
+    worker.handle(template("C:4000 > K:53").build(), Hook.PREROUTING, 0)
+    head = template("S:7000 > C:4000").build()[:28]
+
+    assert worker.saw_elsewhere(head, Hook.POSTROUTING, 0) == at("K:53")
+    other = template("S:7000 > C:4001").build()[:28]
+    assert worker.saw_elsewhere(other, Hook.POSTROUTING, 0) is None
+    assert seen == [(head, Hook.POSTROUTING, Verdict.PASS, "other_port")]
+    assert worker.counts.passed == {"other_port": 1}
+    assert worker.other_ports == {53: 1}

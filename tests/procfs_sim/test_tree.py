@@ -39,6 +39,9 @@ GOOD = [
     ("services", "tcp/80-90 udp/80-90 tcp/91", "tcp/80-90 udp/80-90 tcp/91"),
     ("services", "tcp/22!", "tcp/22!"),
     ("services", "tcp/20-25!", "tcp/20-25!"),
+    ("services", "udp/069+any-port\nudp/53", "udp/69+any-port udp/53"),
+    ("services", "udp/60-69+any-port tcp/69", "udp/60-69+any-port tcp/69"),
+    ("services", "udp/69+any-port!", "udp/69+any-port!"),
     ("services", "udp/22", "udp/22"),
     ("services", "tcp/1-65535!", "tcp/1-65535!"),
     ("source", "relay\n", "relay"),
@@ -151,6 +154,39 @@ BAD = [
         "tcp/80=forward=forward",
         "'tcp/80=forward=forward' is not a service (like tcp/80, udp/53 or tcp/8000-8100)",
     ),
+    (
+        "services",
+        "tcp/80+any-port",
+        "'tcp/80+any-port': any-port is for udp; tcp answers from its own port",
+    ),
+    (
+        "services",
+        "udp/69+anyport",
+        "'udp/69+anyport' has an option that is not any-port (udp/69+any-port)",
+    ),
+    ("services", "udp/69+", "'udp/69+' has an option that is not any-port (udp/69+any-port)"),
+    (
+        "services",
+        "udp/69!+any-port",
+        "'udp/69!+any-port' has its ! in the middle; write it last, +any-port!",
+    ),
+    (
+        "services",
+        "udp/69=forward+any-port",
+        "'udp/69=forward+any-port': udp is always forwarded; write it without =forward",
+    ),
+    (
+        "services",
+        "udp/69+any-port+any-port",
+        "'udp/69+any-port+any-port' is not a service (like tcp/80, udp/53 or tcp/8000-8100)",
+    ),
+    ("services", "tcp/22!!", f"'tcp/22!!' {LIKE}"),
+    ("services", "udp/69 udp/69+any-port", "'udp/69' and 'udp/69+any-port' overlap; keep one"),
+    (
+        "services",
+        "udp/60-70+any-port udp/69+any-port",
+        "'udp/60-70+any-port' and 'udp/69+any-port' overlap; write one range",
+    ),
     ("timeouts/udp", "0", "'0' is not a number of seconds (1-604800)"),
     ("timeouts/tcp_established", "1.5", "'1.5' is not a number of seconds (1-604800)"),
     ("limits/flows", "1000001", "'1000001' is not a number of rows (1-1000000)"),
@@ -165,7 +201,7 @@ BAD = [
 
 ports = st.integers(1, 65535)
 ranges = st.lists(ports, min_size=2, max_size=20, unique=True).map(sorted)
-any_text = st.text() | st.text(alphabet="0123456789./-!= tcpudforwa\n", max_size=40)
+any_text = st.text() | st.text(alphabet="0123456789./-!=+ tcpudforwany\n", max_size=40)
 
 
 @st.composite
@@ -174,7 +210,10 @@ def service_lists(draw: st.DrawFn) -> tuple[Service, ...]:
     found = []
     for low, high in zip(bounds[::2], bounds[1::2], strict=False):
         proto = draw(st.sampled_from(["tcp", "udp"]))
-        found.append(Service(proto, low, high, True, proto == "tcp" and draw(st.booleans())))
+        kind = draw(st.booleans())
+        found.append(
+            Service(proto, low, high, True, proto == "tcp" and kind, proto == "udp" and kind)
+        )
     return tuple(draw(st.permutations(found)))
 
 
@@ -270,7 +309,12 @@ def test_serves_agrees_with_the_set_of_all_ports(
 @given(
     words=st.lists(
         st.builds(
-            Service, st.just("tcp"), st.integers(1, 9), st.integers(1, 9), st.just(True)
+            Service,
+            st.just("tcp"),
+            st.integers(1, 9),
+            st.integers(1, 9),
+            st.just(True),
+            any_port=st.just(False),
         ).filter(lambda s: s.first <= s.last),
         min_size=1,
         max_size=4,

@@ -66,6 +66,24 @@ NAT_OF_OWN = Chain(
                Match("dport", ((53, 53),))), Verdict("nat")),),
     "output", kind="nat", priority=-100,
 )  # fmt: skip
+TFTP_ALONE = Config(services=(Service("udp", 69, 69, any_port=True),))
+TFTP = Config(
+    services=(
+        Service("udp", 60, 69),
+        Service("udp", 7, 7, any_port=True),
+        Service("udp", 53, 53),
+    )
+)
+ONE_WAY = (
+    Chain(
+        "nft", "inet", "guard", "forward",
+        (
+            Rule("", (Match("state", ("established",)),), Verdict("accept")),
+            Rule("", (Match("dst", ((int(SERVER), int(SERVER)),)),), Verdict("accept")),
+        ),
+        "forward", policy="drop",
+    ),
+)  # fmt: skip
 NGINX = Listener("tcp", None, 80, "nginx", 7, "nginx.service")
 RESOLVED = Listener("udp", IPv4Address("127.0.0.53"), 53, "systemd-resolve", 9)
 
@@ -213,6 +231,16 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
      "port 16000 is in use by nginx (pid 7)", "systemctl stop nginx.service"),
     ("gateway port", {"listeners": (NGINX._replace(port=16000, unit=""),)}, "failed", "16000",
      "kill 7"),
+    ("answers", {"config": TFTP, "other_ports": (69,)}, "warning",
+     "udp/69: the server answers from other ports",
+     "krelay set services 'udp/60-69+any-port udp/7+any-port udp/53'"),
+    ("answers", {"config": TFTP, "other_ports": (7,)}, "ok", "no server was seen", ""),
+    ("answers", {"config": TFTP, "other_ports": (8, 53), "root": "/r"}, "warning",
+     "udp/53: the server", "krelay set services --root /r "
+     "'udp/60-69 udp/7+any-port udp/53+any-port'"),
+    ("firewall", {"config": TFTP_ALONE, "chains": ONE_WAY}, "failed",
+     "udp to clients from port 1024-65535 is dropped",
+     "nft insert rule inet guard forward ip saddr 192.168.0.10 udp sport 1024-65535 accept"),
     ("services", {"listeners": (NGINX,)}, "warning", "nginx (pid 7) serves tcp/80",
      "systemctl stop nginx.service"),
     ("services", {"listeners": (RESOLVED,)}, "ok", "systemd-resolve, on the loopback alone", ""),

@@ -1,0 +1,183 @@
+"""Servers that answer from another port than they were asked at, as TFTP's do (RFC 1350)."""
+
+import socket
+
+import pytest
+
+from tests.net.world import PYTHON, World
+
+pytestmark = pytest.mark.net
+both_sources = pytest.mark.parametrize("source", ["client", "relay"])
+
+
+def asked(
+    world: World, sock: socket.socket, server: socket.socket, port: int = 69
+) -> tuple[str, int]:
+    """The client's question has arrived; as whom the server knows the client."""
+    sock.sendto(b"read", (world.relay, port))
+    question, (host, number) = server.recvfrom(100)
+    assert question == b"read"
+    return host, number
+
+
+def listening(world: World, port: int = 69, host: str = "server") -> socket.socket:
+    sock = world.open(host, socket.SOCK_DGRAM)
+    sock.bind(("", port))
+    return sock
+
+
+def converses(
+    world: World, sock: socket.socket, other: socket.socket, client: tuple[str, int]
+) -> None:
+    """The server's other port and the client hear each other, the client at the relay's address."""
+    port = other.getsockname()[1]
+    for number in range(8):  # more than what a flow has before the kernel is handed it
+        data = bytes((number,)) * 600
+        other.sendto(data, client)
+        assert sock.recvfrom(1000) == (data, (world.relay, port))
+        sock.sendto(b"ack" + data, (world.relay, port))
+        assert other.recvfrom(1000) == (b"ack" + data, client)
+
+
+@both_sources
+def test_tftp_file_arrives(world: World, source: str) -> None:
+    files = world.lab.directory / "tftp"
+    files.mkdir(mode=0o755)
+    (files / "boot").write_bytes(bytes(range(256)) * 300)
+    world.lab.start(
+        "server", "dnsmasq", "-k", "-C", "/dev/null", "--port=0", "-u", "root", "--enable-tftp",
+        f"--tftp-root={files}", f"--pid-file={files}.pid",
+    )  # fmt: skip
+    world.lab.wait_listening("server", "udp", 69, world.patience)
+    world.begin(services="udp/69+any-port", source=source)
+    got = files / "got"
+    for _ in range(2):
+        url = f"tftp://{world.relay}/boot"
+        world.lab.run("client", "curl", "-sS", "-m", "10", "-o", str(got), url)
+        assert got.read_bytes() == (files / "boot").read_bytes()
+        got.unlink()
+
+
+@both_sources
+def test_answer_from_another_port_begins_a_flow_of_its_own(world: World, source: str) -> None:
+    world.begin(services="udp/69+any-port", source=source)
+    server, other = listening(world), listening(world, 4321)
+    sock = world.open("client", socket.SOCK_DGRAM)
+    client = asked(world, sock, server)
+
+    converses(world, sock, other, client)
+
+    mine = f"{world.client}:{sock.getsockname()[1]}"
+    rows = {row["service"]: row for row in world.rows("proto=udp")}
+    assert set(rows) == {f"{world.relay}:69", f"{world.relay}:4321"}
+    assert {row["client"] for row in rows.values()} == {mine}
+    assert rows[f"{world.relay}:4321"]["server"] == f"{world.server}:4321"
+    assert rows[f"{world.relay}:4321"]["packets"] == [8, 8]
+    assert rows[f"{world.relay}:69"]["state"] == "unreplied"
+    assert client[0] == (world.client if source == "client" else world.relay)
+
+
+@both_sources
+def test_clients_with_one_port_are_told_apart(world: World, source: str) -> None:
+    world.begin(services="udp/69+any-port udp/70+any-port", source=source)
+    server, server70 = listening(world), listening(world, 70)
+    first, second = (
+        world.open("client", socket.SOCK_DGRAM),
+        world.open("client2", socket.SOCK_DGRAM),
+    )
+    for sock in (first, second):
+        sock.bind(("", 5000))
+    clients = [asked(world, sock, server) for sock in (first, second)]
+    others = [listening(world, port) for port in (4321, 4322)]
+    assert clients[0] != clients[1]
+
+    for sock, other, client in zip((first, second), others, clients, strict=True):
+        converses(world, sock, other, client)
+    again = asked(world, second, server70, 70)  # the other service, from the same port
+    converses(world, second, listening(world, 4323), again)
+    converses(world, first, others[0], clients[0])
+
+
+@both_sources
+def test_nobody_elses_port_is_answered(world: World, source: str) -> None:
+    world.begin(services="udp/69+any-port udp/7", source=source)
+    server, other = listening(world), listening(world, 4321)
+    sock, bystander = (
+        world.open("client", socket.SOCK_DGRAM),
+        world.open("client", socket.SOCK_DGRAM),
+    )
+    bystander.bind(("", 0))
+    asked(world, sock, server)
+
+    other.sendto(b"own", (world.client, bystander.getsockname()[1]))  # the server's own business
+    assert bystander.recvfrom(100) == (b"own", (world.server, 4321))
+    bystander.sendto(b"guess", (world.relay, 4321))  # this client has asked nothing
+    other.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        other.recv(100)
+    (row,) = world.rows("proto=udp")
+    assert row["service"] == f"{world.relay}:69"
+
+
+def test_client_beside_the_server_is_answered(world: World) -> None:
+    world.begin(services="udp/69+any-port")
+    server, other = listening(world), listening(world, 4321)
+    sock = world.open("neighbour", socket.SOCK_DGRAM)
+    client = asked(world, sock, server)
+    assert client[0] == world.relay
+
+    converses(world, sock, other, client)
+
+
+@both_sources
+def test_changed_settings_leave_an_exchange_alone(world: World, source: str) -> None:
+    world.begin(services="udp/69+any-port udp/53", source=source)
+    server, other = listening(world), listening(world, 4321)
+    sock = world.open("client", socket.SOCK_DGRAM)
+    client = asked(world, sock, server)
+    converses(world, sock, other, client)
+
+    world.put(limits__flows=5000, timeouts__udp_dns=7)  # the kernel's maps are made anew
+    converses(world, sock, other, client)
+    world.put(services="udp/53")
+    converses(world, sock, other, client)
+    world.put(services="udp/69 udp/53")
+    converses(world, sock, other, client)
+
+
+def test_silent_client_is_forgotten(world: World) -> None:
+    world.begin(services="udp/69+any-port")
+    world.put(timeouts__udp=1)
+    server, other = listening(world), listening(world, 4321)
+    sock = world.open("client", socket.SOCK_DGRAM)
+    client = asked(world, sock, server)
+    world.until(lambda: not world.rows(), "the flow to expire")
+
+    def goes_on_untouched() -> bool:
+        other.sendto(b"late", client)
+        return sock.recvfrom(100) == (b"late", (world.server, 4321))
+
+    world.until(goes_on_untouched, "the kernel to forget, too")
+
+
+@both_sources
+def test_without_the_kind_answers_are_counted_and_told(world: World, source: str) -> None:
+    world.begin(services="udp/69 udp/7", source=source)
+    server, other = listening(world), listening(world, 4321)
+    sock = world.open("client", socket.SOCK_DGRAM)
+    command = (*PYTHON, "-m", "krelay", "trace", "--root", str(world.root), "verdict=pass")
+    trace = world.lab.start("relay", *command)
+    world.until(lambda: world.values("status")["traces"] == 1, "the trace")
+    client = asked(world, sock, server)
+
+    other.sendto(bytes(100), client)
+
+    world.until(lambda: world.values("counters").get("passed_other_port") == 1, "a count")
+    assert world.values("status")["other_port"] == {"udp/69": 1}
+    line = f"pass other_port {world.server}:4321 > {client[0]}:{client[1]} 100 bytes"
+    world.until(lambda: line in trace.output, "its line")
+    world.until(lambda: "answers from another port" in world.krelay_process.output, "a warning")
+    assert f"service=udp/69 server={world.server}:4321" in world.krelay_process.output
+    done = world.krelay("doctor", check=False)
+    assert "udp/69: the server answers from other ports" in done.stdout
+    assert "'udp/69+any-port udp/7'" in done.stdout
