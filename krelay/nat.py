@@ -27,7 +27,9 @@ Three kinds of port are therefore chosen here, always the wanted one if it is fr
     inside   the client's port as tcp-relay sees it: two connections from C:x to K:80 and to
              K:443 would meet as C:x > K:A
     outside  the port the server sees: must differ from every other row's and from the client's own
-             direct connections to that server
+             direct connections to that server.  Of TCP that tcp-relay terminates it is tcp-relay's
+             own, y; but a client below 1024 is seen below 1024, since a server may ask for that
+             (RFC 4787, REQ-3a; NFS's `secure`)
     direct   when a client's own connection C:p > S:80 comes to a port p that the relay already uses
              towards S on its behalf, that connection is moved to another port (steps D1, D2)
 
@@ -43,7 +45,7 @@ from random import Random
 from krelay.admission import Admission, Limits, Refusal
 from krelay.flow import Endpoint, Proto, Source
 from krelay.learnt import Beginning, LearntFlow, LearntFlows
-from krelay.ports import RelayPorts
+from krelay.ports import FIRST_HIGH, RelayPorts
 from krelay.row import (
     BUSY,
     DNS_PORT,
@@ -286,15 +288,19 @@ class NatTable:
         row.called_again = False
         return new
 
-    def attach(self, row: Row, relay: Endpoint, now: float) -> None:
+    def attach(self, row: Row, relay: Endpoint, now: float, *, seen: int | None = None) -> None:
         """tcp-relay will connect to the row's server from `relay`: steps T3 and T4.
 
-        Takes the place of a port that it had before, from which it couldn't connect.
+        `seen` is the port that the server knows already; None: it is chosen here.  Takes the place
+        of a port that it had before, from which it couldn't connect.
         Raises Refusal (`port_taken`) when another row has the port on this side, or the server may
         know it already: the client's own connection, another row's, or the client's port itself.
         """
         row_source = row.client.addr if row.source is Source.CLIENT else relay.addr
-        outside = Endpoint(row_source, relay.port)
+        outside = Endpoint(row_source, relay.port if seen is None else seen)
+        if seen is None and row.client.port < FIRST_HIGH <= relay.port:
+            outside = self._seen_low(row, outside)
+        is_low = outside.port != relay.port
         at = key(outside, row.server)
         holder = self._outside[Proto.TCP].get(at)
         if holder is not None and holder.closed_at is not None:
@@ -304,7 +310,7 @@ class NatTable:
         beside = self._by_relay.get(relay)
         if beside is not None and beside is not row and beside.closed_at is None:
             taken = True
-        if taken or (_TCP, at) in self.direct or outside == row.client:
+        if taken or (_TCP, at) in self.direct or (outside == row.client and not is_low):
             raise Refusal("port_taken")
         self.detach(row)
         self._admission.confirmed(row)
@@ -934,6 +940,26 @@ class NatTable:
             at = key(Endpoint(client.addr, port), server)
         return at
 
+    def _seen_low(self, row: Row, outside: Endpoint) -> Endpoint:
+        """As whom the server sees a client below 1024: from its own port where that is free.
+
+        As `outside`, from above, where no port below is free.
+        """
+        reserved = self.reserved if row.source is Source.RELAY else frozenset[int]()
+
+        def is_free(port: int) -> bool:
+            at = key(outside._replace(port=port), row.server)
+            mine = self._outside[_TCP].get(at) is row and (_TCP, at) not in self.direct
+            return port not in reserved and (mine or self._is_free(_TCP, at))
+
+        port = row.client.port
+        if not is_free(port):
+            try:
+                port = self._other_port(port, is_free)
+            except Refusal:
+                return outside
+        return outside._replace(port=port)
+
     def _is_free(self, proto: Proto, outside: bytes) -> bool:
         return (
             outside not in self._outside[proto]
@@ -955,7 +981,7 @@ class NatTable:
 
         RFC 4787, REQ-3a and REQ-4.  Raises Refusal (`no_port`).
         """
-        low, high = (1, 1023) if wanted < 1024 else (1024, 0xFFFF)
+        low, high = (1, FIRST_HIGH - 1) if wanted < FIRST_HIGH else (FIRST_HIGH, 0xFFFF)
         start, ports = self._rng.randint(low, high), high - low + 1
         for parity in (wanted % 2, 1 - wanted % 2):
             for step in range(min(ports, 2 * TRIES)):

@@ -31,6 +31,7 @@ from krelay.admission import Refusal
 from krelay.flow import Endpoint, Proto, Source
 from krelay.inforce import MOST, InForce
 from krelay.nat import NatTable
+from krelay.ports import FIRST_HIGH
 from krelay.relaymsg import (
     COUNTERS,
     GAUGES,
@@ -250,7 +251,10 @@ class Relays:
             return Refused(request.id, PORT_TAKEN)
         self._has(row, send)
         origin = row.client if row.client != request.client else None
-        return Opened(request.id, row.server, row.source, origin)
+        seen = row.seen
+        if seen is not None and seen.port == request.relay.port:
+            seen = None
+        return Opened(request.id, row.server, row.source, origin, seen)
 
     def _resume(self, request: Resume, send: Send, now: float) -> Answer:
         known = self._nat.of_relay_port(request.relay)
@@ -281,7 +285,8 @@ class Relays:
                 now,
                 inside=request.client,
             )
-            self._nat.attach(row, request.relay, now)
+            seen = request.seen or request.relay
+            self._nat.attach(row, request.relay, now, seen=seen.port)
         except Refusal as refusal:
             if row is not None:
                 self._nat.end(row)
@@ -310,6 +315,12 @@ class Relays:
             return "service and relay are addresses of this host"
         if not policy.may_be_client(client.addr) or origin.addr != client.addr:
             return "this is no client"
+        seen = request.seen
+        if seen is not None and not (
+            seen.addr == (origin if source is Source.CLIENT else request.relay).addr
+            and max(seen.port, origin.port) < FIRST_HIGH <= request.relay.port
+        ):
+            return "the server can't see the client so"
         if service.port != server.port or not any(
             each.allows(gport, server, source) for each in self.in_force
         ):
@@ -406,5 +417,5 @@ def _is_same(row: Row, request: Resume) -> bool:
 def _is_ipv4(request: Open | Resume) -> bool:
     ends = [request.client, request.relay, request.service]
     if isinstance(request, Resume):
-        ends += [request.server, request.origin]
+        ends += [request.server, request.origin, request.seen]
     return all(len(end.addr) == ipv4.ADDRESS for end in ends if end)

@@ -12,7 +12,8 @@ Neither has an answer, but `listening` may be refused, by its `id`.
 Beyond the fields of the contract there are some that a krelay which has lost its table can't know,
 and that are left out where there is nothing to tell.  `service`: the address and port the client
 asked for.  `source`: whose address the server sees.  `origin`: the client's own port, where the
-connection came to tcp-relay under another (NatTable: the inside port).
+connection came to tcp-relay under another (NatTable: the inside port).  `seen`: the client as the
+server sees it, where that is from another port than `relay` (NatTable: the outside port).
 
 By `report`, which has no answer, tcp-relay tells its figures: `GAUGES` are how things are now,
 everything else counts since that process began.  `worker` is a token that a process draws when it
@@ -101,6 +102,7 @@ class Resume:
     service: Endpoint | None = None
     source: Source | None = None
     origin: Endpoint | None = None
+    seen: Endpoint | None = None
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -141,13 +143,15 @@ class Report:
 class Opened:
     """Answer to Open: connect to `server`; it will see the address of `source`.
 
-    `origin` is the client as its own packets read, where tcp-relay sees it with another port.
+    `origin` is the client as its own packets read, where tcp-relay sees it with another port;
+    `seen` as the server sees it, where that isn't from tcp-relay's port.
     """
 
     id: int
     server: Endpoint
     source: Source
     origin: Endpoint | None = None
+    seen: Endpoint | None = None
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -187,13 +191,13 @@ def emit(message: Request | Answer) -> bytes:
             fields = f'"op":"close","relay":{_pair(m.relay)}'
         case Opened():
             fields = f'"id":{m.id},"server":{_pair(m.server)},"source":"{m.source.value}"'
-            fields += _maybe("origin", m.origin)
+            fields += _maybe("origin", m.origin) + _maybe("seen", m.seen)
         case Resume():
             fields = f'"op":"resume","id":{m.id},"client":{_pair(m.client)},"gport":{m.gport}'
             fields += f',"relay":{_pair(m.relay)},"server":{_pair(m.server)}'
             fields += _maybe("service", m.service)
             fields += f',"source":"{m.source}"' if m.source else ""
-            fields += _maybe("origin", m.origin)
+            fields += _maybe("origin", m.origin) + _maybe("seen", m.seen)
         case Resumed():
             fields = f'"id":{m.id}'
         case Listening():
@@ -232,6 +236,7 @@ def parse_request(packet: bytes) -> Request:
                 _maybe_endpoint(fields, "service"),
                 _source(fields) if "source" in fields else None,
                 _maybe_endpoint(fields, "origin"),
+                _maybe_endpoint(fields, "seen"),
             )
         case "close":
             return Close(_endpoint(fields, "relay"))
@@ -273,7 +278,8 @@ def _any_answer(packet: bytes) -> Answer:
         return Refused(None if fields.get("id") is None else _id(fields), error)
     if "server" in fields:
         server, origin = _endpoint(fields, "server"), _maybe_endpoint(fields, "origin")
-        return Opened(_id(fields), server, _source(fields), origin)
+        seen = _maybe_endpoint(fields, "seen")
+        return Opened(_id(fields), server, _source(fields), origin, seen)
     return Resumed(_id(fields))
 
 

@@ -238,6 +238,12 @@ class Row:
         return self.proto is Proto.TCP and self.gport is None and self.service != self.server
 
     @property
+    def seen(self) -> Endpoint | None:
+        """TCP: as whom the server knows the client, while tcp-relay has a port towards it."""
+        towards = self.rewrites.get(Step.T3)
+        return None if towards is None else towards.src
+
+    @property
     def is_any_port(self) -> bool:
         """Whether its server may answer from any port, or this is where it has done so."""
         return self.footprint is not None and self.footprint.any_port

@@ -62,6 +62,7 @@ from krelay.admission import Refusal
 from krelay.flow import Endpoint, Flow, Proto, Source
 from krelay.nat import NatTable
 from krelay.overload import NewFlows, Pace, Refused
+from krelay.ports import FIRST_HIGH
 from krelay.row import SENDERS, SIDES, Hook, Rewrite, Row, Step, key
 from krelay.tracker import Segment, Side, State, Through
 from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
@@ -410,7 +411,7 @@ class Worker:
         if src.addr in policy.own:
             if is_tcp and self._is_gateway(src.port):
                 return self._pass("own") if self._is_answer(packet, at) else self._drop("no_row")
-            if self._is_forwarded_to(proto, dst):
+            if self._is_forwarded_to(proto, dst) or self._is_seen_low(proto, src, dst):
                 if self.nat.was_killed(proto, src, dst):
                     return self._pass("own")  # our RST, or the SYN before it
                 moved = self.nat.saw_direct(proto, src, dst, now, Hook.POSTROUTING)
@@ -529,6 +530,11 @@ class Worker:
             return True
         wanted = (dst.port, dst.addr)
         return any(f.forwarded and (f.port, f.server) == wanted for f in self.nat.footprints)
+
+    def _is_seen_low(self, proto: Proto, src: Endpoint, dst: Endpoint) -> bool:
+        """Whether a connection that tcp-relay terminates may be seen from this port of this host,
+        though no socket of tcp-relay's has it (NatTable.attach)."""
+        return proto is _TCP and src.port < FIRST_HIGH and self._is_minded(proto, dst)
 
     def _is_gateway(self, port: int) -> bool:
         """Whether this is a gateway port, of new flows or of rows that live."""

@@ -70,6 +70,7 @@ class Connection:
         "message_id",
         "origin",
         "relay",
+        "seen",
         "server",
         "source",
     )
@@ -86,6 +87,8 @@ class Connection:
         self.source: Source | None = None
         self.origin: Endpoint | None = None
         """The client as its own packets read, where that is another port than `client` has."""
+        self.seen: Endpoint | None = None
+        """The client as the server sees it, where that is another port than `relay` has."""
         self.message_id = -1
         """Of the last message about it."""
         self.is_in_line = False
@@ -131,7 +134,8 @@ class Connection:
 
     def opened(self, answer: Opened) -> None:
         """krelay has a row: connect."""
-        self.server, self.source, self.origin = answer.server, answer.source, answer.origin
+        self.server, self.source = answer.server, answer.source
+        self.origin, self.seen = answer.origin, answer.seen
         self._pump.connect((answer.server.host, answer.server.port))
 
     def refused(self, answer: Refused) -> None:

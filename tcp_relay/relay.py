@@ -241,6 +241,7 @@ class Relay:
                     connection.service,
                     connection.source,
                     connection.origin,
+                    connection.seen,
                 )
             )
 

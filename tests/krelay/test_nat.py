@@ -621,6 +621,67 @@ def test_with_source_relay_the_client_port_may_be_the_relay_port(nat: NatTable) 
     assert row.rewrites[Step.T3].src == at("K:40000")
 
 
+@pytest.mark.parametrize("source", list(Source))
+def test_a_low_port_is_seen_by_the_server_as_a_low_one(nat: NatTable, source: Source) -> None:
+    host = "C" if source is Source.CLIENT else "K"
+    nat.reserved = frozenset({779})
+    rows = []
+    for number, (client, service) in enumerate(
+        [("C:777", K80), ("C:777", at("G:80")), ("C:1023", K80), ("C:1024", K80), ("D:777", K80)]
+    ):
+        row = nat.open_tcp(at(client), service, S80, source, 16000, 0)
+        nat.attach(row, at(f"K:{45000 + number}"), 0)
+        rows.append(row)
+    seen = [row.seen for row in rows]
+
+    assert seen[0] == at(f"{host}:777")
+    assert seen[2] == at(f"{host}:1023")
+    assert seen[3] == at(f"{host}:45003")
+    low = [each for number, each in enumerate(seen) if number != 3]
+    assert all(each is not None and each.port < 1024 for each in low)
+    assert len(set(seen)) == 5
+    assert all(row.rewrites[Step.T4].old == key(S80, row.seen or K80) for row in rows)
+
+
+def test_a_low_port_stays_with_its_connection_and_is_given_back(nat: NatTable) -> None:
+    row = open_tcp(nat, "C:777")
+    nat.attach(row, at("K:45678"), 0)
+    nat.attach(row, at("K:45679"), 0)
+    assert row.seen == at("C:777")
+    nat.close(row, 0)
+    other = open_tcp(nat, "C:777", 1)
+    nat.attach(other, at("K:45680"), 1)
+    assert other.seen is not None
+    assert other.seen.port < 1024
+    assert other.seen != at("C:777")  # late packets are still the former's
+    nat.end(row)
+    nat.attach(other, at("K:45681"), 2)
+    assert other.seen == at("C:777")
+
+
+def test_a_clients_own_low_port_is_left_to_it(nat: NatTable) -> None:
+    nat.saw_direct(Proto.TCP, at("C:777"), S80, 0)
+    row = open_tcp(nat, "C:777")
+    nat.attach(row, at("K:45678"), 0)
+    assert row.seen is not None
+    assert (row.seen.port < 1024, row.seen == at("C:777")) == (True, False)
+
+    held = open_tcp(nat, "C:779")
+    nat.attach(held, at("K:45679"), 0)
+    moved = nat.saw_direct(Proto.TCP, at("C:779"), S80, 0)
+    assert moved is not None
+    assert moved.src.port < 1024
+
+
+def test_where_no_low_port_is_left_a_high_one_serves(nat: NatTable) -> None:
+    for port in range(1, 1024):
+        nat.saw_direct(Proto.TCP, at(f"C:{port}"), S80, 0)
+    row = open_tcp(nat, "C:777")
+    nat.attach(row, at("K:45678"), 0)
+
+    assert row.seen == at("C:45678")
+
+
 def test_a_row_is_found_as_tcp_relay_sees_it(nat: NatTable) -> None:
     first, second = open_tcp(nat), open_tcp(nat, port=443)
 

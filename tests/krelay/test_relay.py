@@ -371,6 +371,7 @@ def test_a_row_is_closed_by_its_own_tcp_relay_alone(world: World) -> None:
 
 NEVER = "can't be resumed: this was never in force"
 NO_CLIENT = "can't be resumed: this is no client"
+NOT_SEEN = "can't be resumed: the server can't see the client so"
 NOT_OURS = "can't be resumed: service and relay are addresses of this host"
 
 
@@ -390,6 +391,11 @@ NOT_OURS = "can't be resumed: service and relay are addresses of this host"
         (replace(RESUME, client=Endpoint.of("224.0.0.1", 4)), NO_CLIENT),
         (replace(RESUME, client=Endpoint.of("0.0.0.0", 4)), NO_CLIENT),
         (replace(RESUME, origin=at("D:40000")), NO_CLIENT),
+        (replace(RESUME, seen=at("C:777")), NOT_SEEN),
+        (replace(RESUME, client=at("C:777"), seen=at("D:777")), NOT_SEEN),
+        (replace(RESUME, client=at("C:777"), seen=at("K:777")), NOT_SEEN),
+        (replace(RESUME, client=at("C:777"), seen=at("C:1024")), NOT_SEEN),
+        (replace(RESUME, client=at("C:777"), seen=at("C:45679")), NOT_SEEN),
     ],
 )
 def test_what_never_can_have_been_is_not_resumed(
@@ -397,6 +403,22 @@ def test_what_never_can_have_been_is_not_resumed(
 ) -> None:
     assert world.relays.handle(request_, world.one, 0) == Refused(2, error)
     assert len(world.nat) == 0
+
+
+def test_the_port_that_the_server_sees_is_resumed_with_its_connection(world: World) -> None:
+    low = replace(RESUME, client=at("C:777"), seen=at("C:778"))
+    assert world.relays.handle(low, world.one, 0) == Resumed(2)
+    row = world.nat.of_relay_port(Y)
+    assert row is not None
+    assert row.seen == at("C:778")
+
+    other = replace(RESUME, client=at("C:779"), relay=at("K:45679"), seen=at("C:778"))
+    assert isinstance(world.relays.handle(other, world.one, 0), Refused)
+    high = replace(RESUME, client=at("C:779"), relay=at("K:45679"))
+    assert world.relays.handle(high, world.one, 0) == Resumed(2)
+    row = world.nat.of_relay_port(at("K:45679"))
+    assert row is not None
+    assert row.seen == at("C:45679")
 
 
 def test_values_that_were_in_force_at_different_times_are_not_believed_together(

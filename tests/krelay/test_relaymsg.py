@@ -44,7 +44,7 @@ requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(Open, ids, endpoints, ports, endpoints, st.none() | endpoints),
     st.builds(
         Resume, ids, endpoints, ports, endpoints, endpoints,
-        st.none() | endpoints, st.none() | sources,
+        st.none() | endpoints, st.none() | sources, st.none() | endpoints, st.none() | endpoints,
     ),
     st.builds(Close, endpoints),
     st.builds(
@@ -55,6 +55,7 @@ requests: st.SearchStrategy[Request] = st.one_of(
 )  # fmt: skip
 answers: st.SearchStrategy[Answer] = st.one_of(
     st.builds(Opened, ids, endpoints, sources),
+    st.builds(Opened, ids, endpoints, sources, st.none() | endpoints, st.none() | endpoints),
     st.builds(Resumed, ids),
     st.builds(Refused, st.none() | ids, st.text(max_size=100)),
     st.builds(Abort, endpoints),

@@ -1702,6 +1702,32 @@ def test_all_ends_of_a_terminated_connection_are_asked_in_the_name_of_their_peer
     assert asked == sorted(f"{end} [S]" for end in ends.split(", "))
 
 
+def test_a_low_port_takes_the_steps_with_a_low_port_of_its_own() -> None:
+    play(
+        """
+    0     pre   C:777 > K:80 [S]              => C:777 > K:16000
+    0     open  C:777 @16000 from K:45678     => S:80 client
+    0     post  K:45678 > S:80 [S]            => C:777 > S:80
+    0     pre   S:80 > C:777 [S.]             => S:80 > K:45678
+    """
+    )
+
+
+def test_this_hosts_own_low_port_is_not_used_towards_the_server() -> None:
+    play(
+        """
+    0     post  K:777 > S:80 [S]              => pass own
+    0     pre   C:777 > K:80 [S]              => C:777 > K:16000
+    0     open  C:777 @16000 from K:45678     => S:80 relay
+    0     pre   S:80 > K:777 [S.]             => pass no_row
+    0     pre   C:779 > K:80 [S]              => C:779 > K:16000
+    0     open  C:779 @16000 from K:45679     => S:80 relay
+    0     post  K:45679 > S:80 [S]            => K:779 > S:80
+    """,
+        on=RELAY,
+    )
+
+
 # Servers that answer from another port
 
 TFTP = policy(udp=frozenset({53, 69}), any_port=frozenset({69}))
