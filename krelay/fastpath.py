@@ -19,6 +19,9 @@ What begins only then goes at once.  All else goes not before HAND_AFTER, and th
 of the flow, until HAND_WITHIN, for what the kernel takes would overtake what still waits in the
 queue; and what is over by then never goes.
 
+Packets of an end of terminated TCP are the kernel's only while they have the DSCP that they had:
+with another one they visit the worker, who sees to it that it goes on (NatTable.mark).
+
 It is taken back, so that the worker sees every packet, when an end was reset and may live on, when
 the row was killed, and while somebody traces it; and RETIRE seconds after tcp-relay has closed the
 connection, when its last packets are through.  Of packets that change how a connection stands, the
@@ -110,6 +113,7 @@ class FastPath:
         self._retiring: deque[tuple[float, Row]] = deque()
         nat.on_ended = self.take_back
         nat.on_displaced = self._displaced
+        nat.on_mark = self._marked
         nat.on_closed = self._closed
         nat.on_changed = self.consider
 
@@ -353,6 +357,11 @@ class FastPath:
         self.take_back(row)
         if any(rewrite in self._back for rewrite in row.rewrites.values()):
             self._at_once()
+
+    def _marked(self, rewrite: Rewrite) -> None:
+        """The key by which the kernel has this is about to change."""
+        if rewrite in self._handed or rewrite in self._back:
+            self._displaced(rewrite.row)
 
     def _heard(self, rewrite: Rewrite, before: Count, count: Count, now: float) -> None:
         packets = count.packets - before.packets

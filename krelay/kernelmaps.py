@@ -21,7 +21,7 @@ from krelay.fastpath import Changes, begins, new_value
 from krelay.flow import Proto
 from krelay.nftmsg import Count, Elements
 from krelay.row import SIDES, Rewrite, Step
-from krelay.ruleset import BEGINS, CHANGES, map_name
+from krelay.ruleset import BEGINS, CHANGES, DSCP_STEPS, map_name
 from krelay.wire import netlink
 
 TOGETHER = 256
@@ -38,6 +38,10 @@ _WAITS = struct.pack("@ll", int(TIMEOUT), 0)
 would ask for readiness (poll) before each answer."""
 
 
+_DSCPS = [bytes((tos >> 2,)) for tos in range(256)]
+"""By the byte of which it is a part (RFC 2474, section 3)."""
+
+
 class MapsLost(Exception):
     """The kernel's maps aren't as they were left.  The text is the kernel's reason."""
 
@@ -45,8 +49,10 @@ class MapsLost(Exception):
 class KernelMaps:
     """The maps of one table.  Raises OSError without privilege."""
 
-    def __init__(self, table: str) -> None:
+    def __init__(self, table: str, *, follows_dscp: bool = False) -> None:
+        """`follows_dscp`: the keys of some maps have the DSCP (RuleSpec.follows_dscp)."""
         self._table = table
+        self._marked = DSCP_STEPS if follows_dscp else ()
         self._elements = {
             (proto, step): Elements(table, map_name(proto, step))
             for proto in Proto
@@ -85,14 +91,14 @@ class KernelMaps:
         # The kernel tells of those at once that follow each other (nft_commit_notify,
         # net/netfilter/nf_tables_api.c), up to four kilobytes.
         requests = [
-            elements.delete([each.old for each in those], next(numbers), tell=tell)
+            elements.delete(self._keys(those), next(numbers), tell=tell)
             for tell, some in ((True, told), (False, silent))
             for elements, those in some.items()
         ]
         if begun:
             requests.append(self._begins.put(begun, next(numbers)))
         for elements, those in self._by_map(over).items():
-            pairs = [(each.old, new_value(each)) for each in those]
+            pairs = zip(self._keys(those), map(new_value, those), strict=True)
             requests.append(elements.add(pairs, next(numbers)))
         # The kernel tells of elements that went in their order, and with the sequence number 0.
         gone = [
@@ -121,7 +127,7 @@ class KernelMaps:
                     yield from self._found(some)
 
     def _found(self, some: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
-        requests = (self._map(each).get([each.old], at) for at, each in enumerate(some, 1))
+        requests = (self._map(each).get(self._keys([each]), at) for at, each in enumerate(some, 1))
         self._send(b"".join(requests))
         for rewrite, message in zip(some, self._answers(len(some)), strict=False):
             count = nftmsg.element_count(message)
@@ -132,7 +138,7 @@ class KernelMaps:
         """What the kernel has counted for each.  Raises MapsLost if it doesn't have one of them."""
         for elements, those in self._by_map(rewrites).items():
             for some in self._slices(those):
-                self._send(elements.get([each.old for each in some], 1))
+                self._send(elements.get(self._keys(some), 1))
                 for rewrite, message in zip(some, self._answers(len(some)), strict=True):
                     count = nftmsg.element_count(message)
                     if count is None or message.sequence != 1:
@@ -191,6 +197,12 @@ class KernelMaps:
     def _slices(self, rewrites: Sequence[Rewrite]) -> Iterable[Sequence[Rewrite]]:
         step = self._together
         return (rewrites[at : at + step] for at in range(0, len(rewrites), step))
+
+    def _keys(self, rewrites: Sequence[Rewrite]) -> list[bytes]:
+        """Of rewrites of one step: what their packets read, in some steps with the DSCP."""
+        if rewrites[0].row.proto is Proto.TCP and rewrites[0].step in self._marked:
+            return [each.old + _DSCPS[each.tos] for each in rewrites]
+        return [each.old for each in rewrites]
 
     def _map(self, rewrite: Rewrite) -> Elements:
         return self._elements[rewrite.row.proto, rewrite.step]

@@ -208,11 +208,13 @@ class KernelPath:
             return None
         self._read_ends()  # who has begun may not begin again
         try:
-            self._maps = KernelMaps(self._table)
+            self._maps = KernelMaps(self._table, follows_dscp=spec.follows_dscp)
         except OSError as error:
             if error.errno not in REFUSALS:
                 raise
-            self._maps = KernelMaps(self._table)  # only what is refused twice is refused
+            self._maps = KernelMaps(
+                self._table, follows_dscp=spec.follows_dscp
+            )  # only what is refused twice is refused
         self.fast.begin(spec.room)
         return self._maps.port
 

@@ -78,6 +78,8 @@ TRIES = 512
 A client that has taken that many of its own in a row is refused; the packet path isn't held up."""
 _ASKED_AT = 64
 """Ports at which a server is looked for that has answered from another."""
+MARKS, MARK_EVERY = 8, 0.025
+"""Changes of DSCP of a connection that are followed at once, and seconds from one to the next."""
 PORTS_FREED = 8
 """Flows evicted, at most, until one of the relay's own ports is free for a new one."""
 
@@ -136,6 +138,10 @@ class NatTable:
         self.on_displaced: Callable[[Row], None] = lambda row: None
         """Called before another row's packets come to read as those of this row do.  Nobody but the
         worker may rewrite such packets when this returns."""
+        self.on_mark: Callable[[Rewrite], None] = lambda rewrite: None
+        """Called before an end's packets have another DSCP than before."""
+        self.on_marked: Callable[[Row], None] = lambda row: None
+        """Called when an end of terminated TCP sends with another DSCP (`Row.dscps`)."""
         self.on_late: Callable[[list[Row]], None] = lambda rows: None
         """Called before rows go for their silence: some may have been heard of elsewhere
         (`heard`)."""
@@ -285,6 +291,7 @@ class NatTable:
         client, service, server = row.client, row.service, row.server
         new = self.open_tcp(client, service, server, row.source, row.gport, now, inside=row.inside)
         new.tracker.client_acked = True
+        new.rewrites[Step.T1].tos = row.rewrites[Step.T1].tos  # its SYN came through that one
         row.called_again = False
         return new
 
@@ -631,6 +638,22 @@ class NatTable:
         tracker.reset = reset  # they came before the RST, which wasn't theirs
         if tracker.state is not before:
             self.changed(row)
+
+    def mark(self, rewrite: Rewrite, tos: int, now: float) -> None:
+        """An end of terminated TCP has sent a packet with this DSCP, and not with the former.
+
+        Nobody is told of more than MARKS changes at once, and one each MARK_EVERY: each costs as
+        much as a new connection, and may be a forger's.  The next packet then tells again.
+        """
+        row = rewrite.row
+        paid = max(row.marked_at, now - MARKS * MARK_EVERY) + MARK_EVERY
+        if paid > now:
+            return
+        row.marked_at = paid
+        self.on_mark(rewrite)
+        rewrite.tos = tos
+        self.on_changed(row)
+        self.on_marked(row)
 
     def shook_hands(self, row: Row) -> None:
         """The kernel has the client's connection, which tcp-relay has accepted."""

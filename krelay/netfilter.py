@@ -319,17 +319,28 @@ def probe() -> Backend:
     )
 
 
-def _try(backend: Backend) -> None:
+def knows_dscp(backend: Backend) -> bool:
+    """Whether maps can have the DSCP in their keys (RuleSpec.follows_dscp): older nft can't."""
+    if not backend.has_maps:
+        return False
+    try:
+        _try(backend, replace(_PROBE, follows_dscp=True))
+    except RulesUnavailable:
+        return False
+    return True
+
+
+def _try(backend: Backend, spec: RuleSpec | None = None) -> None:
     """Installs the rules where nobody else sees them.  Raises RulesUnavailable."""
     failed: list[RulesUnavailable] = []
     apart: list[bool] = []
-    spec = _PROBE if backend.has_maps else _PROBE_WITHOUT_MAPS
+    wanted = spec or (_PROBE if backend.has_maps else _PROBE_WITHOUT_MAPS)
 
     def attempt() -> None:
         try:
             apart.append(_leave_for_a_new_namespace())
             if apart[0]:
-                backend.install(spec)
+                backend.install(wanted)
         except RulesUnavailable as error:
             failed.append(error.with_traceback(None))
 
@@ -340,7 +351,7 @@ def _try(backend: Backend) -> None:
     if failed:
         raise failed.pop()  # not left in this frame, which the error holds
     if apart == [False]:  # no namespaces for us: try on the host
-        backend.install(spec)
+        backend.install(wanted)
         backend.remove(_PROBE.name)
 
 

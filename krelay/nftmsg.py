@@ -5,7 +5,8 @@ with a target of iptables in a table of our own, which nft shows but doesn't mak
 those of linux/netfilter/nf_tables.h; the names of the constants are its own, shortened.
 
 An element's key is that of every map of the fast path (ruleset.py): source address, source port,
-destination address, destination port, each in a field of four bytes, ports padded.
+destination address, destination port, each in a field of four bytes, ports padded; in some maps the
+DSCP follows, padded likewise.
 """
 
 import itertools
@@ -40,15 +41,18 @@ _COUNTED = struct.Struct("!Q4sQ")
 _PACKETS = struct.pack("=HH", 12, _COUNTER_PACKETS)
 
 
-def _heads(size: int) -> bytes:
-    """What stands before the key of an element that has so many bytes."""
-    heads = size, _NESTED | _LIST_ELEM, 24, _NESTED | _ELEM_KEY, 20, _DATA_VALUE
-    return struct.pack("=HHHHHH", *heads)
+def _heads(size: int, key: int) -> bytes:
+    """What stands before the key, of so many bytes, of an element that has so many behind it."""
+    heads = 12 + key + size, _NESTED | _LIST_ELEM, 8 + key, _NESTED | _ELEM_KEY, 4 + key
+    return struct.pack("=HHHHHH", *heads, _DATA_VALUE)
 
 
 # Elements of requests, by the size of their value; there are thousands a second.
 _KEYED, _VALUED = struct.Struct("=12s4s2s2x4s2s2x"), struct.Struct("=12s4s2s2x4s2s2x8s4s")
-_KEYED_HEAD, _VALUED_HEAD = _heads(28), _heads(40)
+_KEYED_HEAD, _VALUED_HEAD = _heads(0, 16), _heads(12, 16)
+_MARKED = struct.Struct("=12s4s2s2x4s2s2xs3x")
+_MARKED_HEAD, _MARKED_VALUED_HEAD = _heads(0, 20), _heads(12, 20)
+_PLAIN_KEY = 12
 _VALUE_HEADS = {
     size: struct.pack("=HHHH", 12, _NESTED | _ELEM_DATA, 4 + size, _DATA_VALUE) for size in (4, 2)
 }
@@ -90,7 +94,7 @@ class Elements:
     """Requests about elements of one map, or set: many in a request, as the kernel looks for the
     table and the map once a request.
 
-    Keys are as row.key makes them.
+    Keys are as row.key makes them, and have the DSCP behind that where it is part of the map's.
     """
 
     def __init__(self, table: str, name: str) -> None:
@@ -122,10 +126,19 @@ class Elements:
 
 
 def _keyed(key: bytes) -> bytes:
+    if len(key) > _PLAIN_KEY:
+        return _marked(_MARKED_HEAD, key)
     return _KEYED.pack(_KEYED_HEAD, key[:4], key[8:10], key[4:8], key[10:])
 
 
+def _marked(head: bytes, key: bytes) -> bytes:
+    return _MARKED.pack(head, key[:4], key[8:10], key[4:8], key[10:12], key[12:])
+
+
 def _valued(key: bytes, value: bytes) -> bytes:
+    if len(key) > _PLAIN_KEY:
+        padded = value + bytes(4 - len(value))
+        return _marked(_MARKED_VALUED_HEAD, key) + _VALUE_HEADS[len(value)] + padded
     return _VALUED.pack(
         *(_VALUED_HEAD, key[:4], key[8:10], key[4:8], key[10:]), _VALUE_HEADS[len(value)], value
     )

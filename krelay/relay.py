@@ -40,6 +40,7 @@ from krelay.relaymsg import (
     Abort,
     Answer,
     Close,
+    Marked,
     Open,
     Opened,
     Refused,
@@ -205,6 +206,12 @@ class Relays:
         # Without a relay port tcp-relay hasn't asked yet: `open` will be refused, which resets
         # the client through this row.
 
+    def marked(self, row: Row) -> None:
+        """An end of this row sends with another DSCP: its tcp-relay sets that on the other leg."""
+        owner = self._owner.get(row.id)
+        if owner is not None and row.relay is not None:
+            owner(Marked(row.relay, row.dscps))
+
     def on_time(self, now: float) -> None:
         """Closes what nobody has come back for, and forgets rows that are no more."""
         while self._orphans and self._orphans[0][0] <= now:
@@ -254,7 +261,7 @@ class Relays:
         seen = row.seen
         if seen is not None and seen.port == request.relay.port:
             seen = None
-        return Opened(request.id, row.server, row.source, origin, seen)
+        return Opened(request.id, row.server, row.source, origin, seen, row.dscps)
 
     def _resume(self, request: Resume, send: Send, now: float) -> Answer:
         known = self._nat.of_relay_port(request.relay)
@@ -262,7 +269,7 @@ class Relays:
             if not self._may_have(known, send):
                 return Refused(request.id, "can't be resumed: another tcp-relay has it")
             self._has(known, send)  # the socket was lost, not the table
-            return Resumed(request.id)
+            return Resumed(request.id, known.dscps)
         other = self._nat.accepted(request.client, request.gport)
         if other is not None and other.closed_at is None:
             return Refused(request.id, "can't be resumed: another row has this client")

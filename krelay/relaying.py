@@ -122,6 +122,7 @@ class Relaying:
             loop, self.nat, name, queue_num, self._make_maps_anew, worker.saw_elsewhere
         )
         self.relays.before_answers = self.kernel.hurry
+        self.nat.on_marked = self.relays.marked
         self.queue: Queue | None = None
         self.openings: Queue | None = None
         """That of the SYNs to services."""
@@ -140,6 +141,7 @@ class Relaying:
         self._holder = holder
         self._resumable = InForce.parse(resumable)
         self._backend: Backend | None = None
+        self._knows_dscp = False
         self._spec: RuleSpec | None = None
         self._failure: str | None = None
         self._again_at: float | None = None
@@ -575,6 +577,7 @@ class Relaying:
             any_port=((s.first, s.last) for s in config.services if s.any_port),
             asked_within=config.timeouts_udp if has_maps else 0,
             tells_strays=self.kernel.tells_strays and has_maps,
+            follows_dscp=self._knows_dscp,
         )
 
     def _install(self, spec: RuleSpec, *, afresh: bool) -> None:
@@ -727,6 +730,9 @@ class Relaying:
     def _probe(self) -> Backend | None:
         try:
             self._backend = netfilter.probe()
+            self._knows_dscp = netfilter.knows_dscp(self._backend)
+            if self._backend.has_maps and not self._knows_dscp:
+                _log.info("nft has no maps with DSCP: changes of it are seen in the worker alone")
         except RulesUnavailable as error:
             self._fail(str(error), passing=isinstance(error, RulesDelayed))
         return self._backend

@@ -15,6 +15,9 @@ asked for.  `source`: whose address the server sees.  `origin`: the client's own
 connection came to tcp-relay under another (NatTable: the inside port).  `seen`: the client as the
 server sees it, where that is from another port than `relay` (NatTable: the outside port).
 
+`dscp`, in answers, are the DSCP with which the client sends and that of the server, left out where
+both are 0.  By `marked` krelay tells that one of them has changed.
+
 By `report`, which has no answer, tcp-relay tells its figures: `GAUGES` are how things are now,
 everything else counts since that process began.  `worker` is a token that a process draws when it
 begins.  It tells a process that has reconnected, and repeats its counts, from another one that adds
@@ -70,6 +73,10 @@ _BLANKS = " \t\r\n"  # RFC 8259, section 2
 _SOURCES = {source.value: source for source in Source}
 _COUNT_NAME = re.compile(r"[a-z_]{1,32}")
 _WORKER = re.compile(r"[0-9a-f]{8}")
+
+
+Dscps = tuple[int, int]
+"""The DSCP (RFC 2474) with which the client's packets come, and that of the server's."""
 
 
 class BadMessage(ValueError):
@@ -152,6 +159,7 @@ class Opened:
     source: Source
     origin: Endpoint | None = None
     seen: Endpoint | None = None
+    dscp: Dscps = (0, 0)
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -159,6 +167,15 @@ class Resumed:
     """Answer to Resume: the row is there again."""
 
     id: int
+    dscp: Dscps = (0, 0)
+
+
+@dataclass(slots=True, unsafe_hash=True)
+class Marked:
+    """From krelay: an end of the row with this relay port sends with another DSCP than before."""
+
+    relay: Endpoint
+    dscp: Dscps
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -177,7 +194,7 @@ class Abort:
 
 
 Request = Open | Resume | Close | Listening | NotListening | Report
-Answer = Opened | Resumed | Refused | Abort
+Answer = Opened | Resumed | Refused | Abort | Marked
 
 
 def emit(message: Request | Answer) -> bytes:
@@ -192,6 +209,7 @@ def emit(message: Request | Answer) -> bytes:
         case Opened():
             fields = f'"id":{m.id},"server":{_pair(m.server)},"source":"{m.source.value}"'
             fields += _maybe("origin", m.origin) + _maybe("seen", m.seen)
+            fields += _maybe_dscp(m.dscp)
         case Resume():
             fields = f'"op":"resume","id":{m.id},"client":{_pair(m.client)},"gport":{m.gport}'
             fields += f',"relay":{_pair(m.relay)},"server":{_pair(m.server)}'
@@ -199,7 +217,9 @@ def emit(message: Request | Answer) -> bytes:
             fields += f',"source":"{m.source}"' if m.source else ""
             fields += _maybe("origin", m.origin) + _maybe("seen", m.seen)
         case Resumed():
-            fields = f'"id":{m.id}'
+            fields = f'"id":{m.id}{_maybe_dscp(m.dscp)}'
+        case Marked():
+            fields = f'"op":"marked","relay":{_pair(m.relay)},"dscp":[{m.dscp[0]},{m.dscp[1]}]'
         case Listening():
             fields = f'"op":"listening","gport":{m.gport}'
             fields += f',"id":{m.id}' if m.id is not None else ""
@@ -271,6 +291,8 @@ def _any_answer(packet: bytes) -> Answer:
     fields = _object(packet)
     if fields.get("op") == "abort":
         return Abort(_endpoint(fields, "relay"))
+    if fields.get("op") == "marked":
+        return Marked(_endpoint(fields, "relay"), _dscp(fields))
     if "error" in fields:
         error = fields["error"]
         if not isinstance(error, str):
@@ -279,8 +301,8 @@ def _any_answer(packet: bytes) -> Answer:
     if "server" in fields:
         server, origin = _endpoint(fields, "server"), _maybe_endpoint(fields, "origin")
         seen = _maybe_endpoint(fields, "seen")
-        return Opened(_id(fields), server, _source(fields), origin, seen)
-    return Resumed(_id(fields))
+        return Opened(_id(fields), server, _source(fields), origin, seen, _dscp(fields))
+    return Resumed(_id(fields), _dscp(fields))
 
 
 def _pair(endpoint: Endpoint) -> str:
@@ -333,6 +355,19 @@ def _endpoint(fields: dict[str, Any], name: str) -> Endpoint:
 
 def _maybe_endpoint(fields: dict[str, Any], name: str) -> Endpoint | None:
     return _endpoint(fields, name) if fields.get(name) is not None else None
+
+
+def _maybe_dscp(dscp: Dscps) -> str:
+    return f',"dscp":[{dscp[0]},{dscp[1]}]' if any(dscp) else ""
+
+
+def _dscp(fields: dict[str, Any]) -> Dscps:
+    value = fields.get("dscp", [0, 0])
+    if type(value) is list and len(value) == 2:
+        client, server = value
+        if all(type(each) is int and 0 <= each < 64 for each in value):
+            return client, server
+    raise BadMessage("dscp is not two numbers from 0 to 63")
 
 
 def _source(fields: dict[str, Any]) -> Source:

@@ -8,6 +8,7 @@ ports are free is the table's matter (nat.py).
 import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
+from math import inf
 from typing import NamedTuple
 
 from krelay.flow import Endpoint, Proto, Source
@@ -133,6 +134,7 @@ class Rewrite:
         "step",
         "table",
         "tell_at",
+        "tos",
         "watched",
     )
 
@@ -159,6 +161,9 @@ class Rewrite:
         self.seen_at = now
         self.watched = row.proto is _TCP
         """Whether each packet's flags matter: the connection is opening, or was perhaps reset."""
+        self.tos = 0
+        """DSCP and ECN of the last packet of TCP, as they stand in one byte (RFC 2474; RFC 3168);
+        of those that an end sends, changed only by NatTable.mark."""
         self.tell_at = BUSY
         """Packets at which the table is told (NatTable.counted)."""
 
@@ -218,6 +223,8 @@ class Row:
     """TCP: tcp-relay has accepted the client's connection, so its address is no forgery."""
     orphaned: bool = False
     """TCP: the tcp-relay that had it is not connected any more."""
+    marked_at: float = -inf
+    """TCP: when a change of DSCP is the next to be followed, if there were many."""
     reset_at: float = 0.0
     """TCP: when the RST came that made it `closing`."""
     closed_at: float | None = None
@@ -236,6 +243,13 @@ class Row:
     def is_forwarded(self) -> bool:
         """TCP between client and server themselves, rewritten: no tcp-relay has a part in it."""
         return self.proto is Proto.TCP and self.gport is None and self.service != self.server
+
+    @property
+    def dscps(self) -> tuple[int, int]:
+        """TCP that tcp-relay terminates: the DSCP with which client and server send."""
+        ends = self.rewrites.get(Step.T1), self.rewrites.get(Step.T4)
+        client, server = (0 if each is None else each.tos >> 2 for each in ends)
+        return client, server
 
     @property
     def seen(self) -> Endpoint | None:

@@ -134,6 +134,8 @@ class RuleSpec:
     """Whether of FINs of terminated TCP copies are made for krelay, where no visit is needed."""
     any_port: Ports = ()
     """UDP whose servers may answer from any port; these are among `udp`, too."""
+    follows_dscp: bool = False
+    """Whether packets of terminated TCP visit the worker where the DSCP isn't what it was."""
     asked_within: int = 0
     """Seconds for which the kernel knows who has asked these; 0: it doesn't (no set of nft's), and
     whatever UDP the servers send is queued."""
@@ -141,9 +143,9 @@ class RuleSpec:
     """Whether of some of the servers' UDP that isn't relayed copies are made for krelay."""
 
     @property
-    def maps(self) -> tuple[int, int]:
+    def maps(self) -> tuple[int, int, bool]:
         """What maps are made for: with other values they are other maps."""
-        return self.room, self.answered_within
+        return self.room, self.answered_within, self.follows_dscp
 
     @property
     def services(self) -> Ports:
@@ -238,6 +240,7 @@ def wanted(
     learning: Learning | None = None,
     tells_ends: bool = False,
     any_port: Iterable[tuple[int, int]] = (),
+    follows_dscp: bool = False,
     asked_within: int = 0,
     tells_strays: bool = False,
 ) -> RuleSpec:
@@ -263,6 +266,7 @@ def wanted(
         learning=learning if room else None,
         tells_ends=tells_ends and room > 0,
         any_port=elsewhere,
+        follows_dscp=follows_dscp and room > 0,
         asked_within=asked_within if elsewhere else 0,
         tells_strays=tells_strays,
     )
@@ -324,6 +328,9 @@ CHANGES = {
 """Not D1 and D2, which are rare.  What must change a port beside stays with the worker, too."""
 
 
+DSCP_STEPS = (Step.T1, Step.T4)
+"""The steps of what comes from an end of terminated TCP: its DSCP goes on to the other one, so a
+packet with another than the last is the worker's (RuleSpec.follows_dscp)."""
 _ENDS = (Step.T2, Step.T3)
 """The steps in which tcp-relay passes on that an end has ended its direction."""
 _PLAIN_FLAGS = {
@@ -554,6 +561,8 @@ def _nft_handed(
     guard = _nft_guard(spec, proto, step)
     copied = ""
     key = "ip saddr . th sport . ip daddr . th dport"
+    if _has_dscp(spec, proto, step):
+        key += " . ip dscp"
     if chain == change.hook:
         guard = f"ip protocol {proto.name.lower()} {guard}"
     if begins:
@@ -567,6 +576,10 @@ def _nft_handed(
         guard += f"tcp flags & {_PLAIN_FLAGS.get(step, '(fin | syn | rst) == 0')} "
     where = "ip" if change.field.endswith("addr") else proto.name.lower()
     return f"{guard}{where} {change.field} set {key} map @{name} {copied}counter name {name} accept"
+
+
+def _has_dscp(spec: RuleSpec, proto: Proto, step: Step) -> bool:
+    return spec.follows_dscp and proto is Proto.TCP and step in DSCP_STEPS
 
 
 def _nft_guard(spec: RuleSpec, proto: Proto, step: Step) -> str:
@@ -638,7 +651,8 @@ def _nft_maps(spec: RuleSpec) -> list[str]:
         name = map_name(proto, step)
         lines.append(f"  counter {name} {{ }}")
         counted = " counter;" if step in SIDES else ""
-        lines.append(f"  map {name} {{ type {key} : {value}; size {spec.room};{counted} }}")
+        of = f"{key} . dscp" if _has_dscp(spec, proto, step) else key
+        lines.append(f"  map {name} {{ type {of} : {value}; size {spec.room};{counted} }}")
     if spec.room and spec.tcp:
         lines.append(
             f"  set {BEGINS} {{ type {key}; flags dynamic, timeout; size {spec.room}; "

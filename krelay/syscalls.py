@@ -42,6 +42,9 @@ def _ioctls(*requests: int) -> tuple[Rule, ...]:
     return tuple(Rule("ioctl", (Condition(1, request),)) for request in requests)
 
 
+_SIOCATMARK = 0x8905
+"""asm-generic/sockios.h"""
+
 FEATURES: dict[str, tuple[Rule, ...]] = {
     # Python and libc themselves, whatever is done with them.
     "memory": (
@@ -89,7 +92,7 @@ FEATURES: dict[str, tuple[Rule, ...]] = {
             "bind listen accept accept4 connect shutdown getsockname getpeername getsockopt "
             "setsockopt send sendto sendmsg recv recvfrom recvmsg"
         ),
-        *_ioctls(termios.TIOCOUTQ, termios.FIONREAD, termios.FIONBIO),
+        *_ioctls(termios.TIOCOUTQ, termios.FIONREAD, termios.FIONBIO, _SIOCATMARK),
         *_ioctls(termios.FIOCLEX, termios.FIONCLEX),
     ),
     "krelay and the service manager": _socket(

@@ -64,6 +64,7 @@ from krelay.nat import NatTable
 from krelay.overload import NewFlows, Pace, Refused
 from krelay.ports import FIRST_HIGH
 from krelay.row import SENDERS, SIDES, Hook, Rewrite, Row, Step, key
+from krelay.ruleset import DSCP_STEPS
 from krelay.tracker import Segment, Side, State, Through
 from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
 from krelay.wire.checksum import updated
@@ -148,9 +149,9 @@ class Counts:
     """Packets that were not shown to somebody who traces and doesn't read fast enough."""
 
 
-# First byte, total length, fragment field, protocol, checksum; addresses and ports skipped; then,
-# in UDP, length and checksum.
-_PLAIN = struct.Struct("!BxH2xHxBH12xHH").unpack_from
+# First byte, DSCP and ECN, total length, fragment field, protocol, checksum; addresses and ports
+# skipped; then, in UDP, length and checksum.
+_PLAIN = struct.Struct("!BBH2xHxBH12xHH").unpack_from
 _UDP_HEAD = struct.Struct("!10sH12sHH").pack
 _TCP_HEAD = struct.Struct("!10sH12s12sH").pack
 _NUMBERS = struct.Struct("!IIB").unpack_from
@@ -158,6 +159,7 @@ _MIN_UDP = ipv4.MIN_HEADER + udp.HEADER
 _MIN_TCP = ipv4.MIN_HEADER + tcp.HEADER
 _FLAGS = ipv4.MIN_HEADER + tcp.FLAGS
 _NOTEWORTHY = tcp.FIN | tcp.SYN | tcp.RST
+_DSCP = 0xFC
 _OPENING = tcp.SYN | tcp.ACK | tcp.RST
 """Flags that are just SYN in what begins a connection."""
 _TCP, _UDP = Proto.TCP, Proto.UDP
@@ -224,7 +226,7 @@ class Worker:
         """What the packet becomes: other bytes, or a verdict.  Never raises for any bytes."""
         size = len(packet)
         if size >= _MIN_UDP:
-            first, total, fragment, proto, check, length, l4_check = _PLAIN(packet)
+            first, tos, total, fragment, proto, check, length, l4_check = _PLAIN(packet)
             if first == 0x45 and total == size and not fragment & 0x3FFF:
                 if proto == 17:
                     rewrite = self._udp[hook].get(packet[12:24])
@@ -259,6 +261,8 @@ class Worker:
                             self._track(rewrite, packet, ipv4.MIN_HEADER, flags, now)
                         else:
                             rewrite.seen_at = now
+                        if tos != rewrite.tos:
+                            self._marked(rewrite, tos, flags, now)
                         rewrite.packets += 1
                         if rewrite.packets >= rewrite.tell_at:
                             self.nat.counted(rewrite, now)
@@ -332,6 +336,8 @@ class Worker:
                 elif _was_killed(rewrite.row):
                     return self._tell_end(rewrite, packet, header, flags, now)
                 self._track(rewrite, packet, at, flags, now)
+                if packet[1] != rewrite.tos:
+                    self._marked(rewrite, packet[1], flags, now)
             else:
                 rewrite.seen_at = now
         except Refusal as refusal:
@@ -693,6 +699,13 @@ class Worker:
             row.reset_at = now
         if tracker.state is not before or tracker.reset is not reset:
             self.nat.changed(row)
+
+    def _marked(self, rewrite: Rewrite, tos: int, flags: int, now: float) -> None:
+        """This packet has another DSCP, or another ECN field, than the one before it."""
+        if rewrite.step not in DSCP_STEPS or not (tos ^ rewrite.tos) & _DSCP:
+            rewrite.tos = tos
+        elif not flags & tcp.RST:  # which many hosts send with none
+            self.nat.mark(rewrite, tos, now)
 
     def _stray(self, now: float) -> Verdict:
         """A packet that is nobody's, or that of a flow which a killed krelay knew."""

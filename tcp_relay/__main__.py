@@ -44,6 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="USER",
         help="started as root: run as this user, a name or UID:GID",
     )
+    parser.add_argument(
+        "--dscp",
+        choices=("keep", "none"),
+        default="keep",
+        help="with which DSCP each leg sends: that which the other end sends with, or none (keep)",
+    )
     options.add_options(parser, stall="`timeouts/stall` in the file tree")
     log.add_options(parser)
     asked = parser.parse_args(arguments)
@@ -51,7 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.prog,
         asked,
         lambda limits, index, ready: serve(
-            asked.root, limits, ready, index, asked.workers, options.follows_stall(asked)
+            asked.root,
+            limits,
+            ready,
+            index,
+            asked.workers,
+            options.follows_stall(asked),
+            asked.dscp == "keep",
         ),
         before=lambda: _look_first(asked.root),
         user=asked.user,

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from krelay.flow import Endpoint, Source
-from krelay.relaymsg import PORT_TAKEN, Opened, Refused
+from krelay.relaymsg import PORT_TAKEN, Dscps, Opened, Refused
 from tcp_relay.engine import Engine
 from tcp_relay.line import Line
 from tcp_relay.pair import End
@@ -31,11 +31,14 @@ _TRY_ANOTHER_PORT = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
 _PASSES = HOST_FAILS | {errno.EADDRNOTAVAIL}
 """Errors of making a socket or binding it; the own address may just be changing."""
 _ANY = "0.0.0.0"
+UNMARKED: Dscps = (0, 0)
 
 
 class Desk(Protocol):
     """What a connection asks of those who keep all of them."""
 
+    keeps_dscp: bool
+    """Whether each leg sends with the DSCP with which the other end does."""
     asked: Waiting[Pump]
     """Where those wait who have asked krelay."""
     line: Line
@@ -60,6 +63,7 @@ class Connection:
     __slots__ = (
         "__weakref__",
         "_desk",
+        "_dscp",
         "_may_have_row",
         "_pump",
         "_socket",
@@ -94,6 +98,7 @@ class Connection:
         self.is_in_line = False
         """It has no socket for the server leg now, and so nothing to ask krelay."""
         self._desk = desk
+        self._dscp = UNMARKED
         self._socket = client
         self._tries = 0
         self._may_have_row = False
@@ -136,7 +141,16 @@ class Connection:
         """krelay has a row: connect."""
         self.server, self.source = answer.server, answer.source
         self.origin, self.seen = answer.origin, answer.seen
+        self._dscp = UNMARKED  # of a new socket
+        self.marked(answer.dscp)
         self._pump.connect((answer.server.host, answer.server.port))
+
+    def marked(self, dscp: Dscps) -> None:
+        """The client sends with the first DSCP, the server with the second: so does this host to
+        the other one.  ECN is each leg's own (RFC 3168, section 6.1)."""
+        if dscp != self._dscp and self._desk.keeps_dscp and self.server is not None:
+            self._dscp = dscp
+            self._pump.send_with(*dscp)
 
     def refused(self, answer: Refused) -> None:
         """krelay has no row, or has it no more."""

@@ -27,7 +27,8 @@ REPORT = 1.0
 class Daemon:
     """One worker on the tree at `root`, the `index`th `of` so many.
 
-    It `follows_stall` in the tree, or has that limit from its command line.
+    It `follows_stall` in the tree, or has that limit from its command line.  `keeps_dscp`: each leg
+    sends with the DSCP with which the other end does.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Daemon:
         index: int,
         of: int,
         follows_stall: bool = True,
+        keeps_dscp: bool = True,
     ) -> None:
         self._loop = loop
         self._tell_ready = ready
@@ -47,7 +49,7 @@ class Daemon:
         self._reported: Mapping[str, int] = {}
         self._worker = secrets.token_hex(4)
         self._engine = Engine(loop, limits, self._on_room)
-        self._relay = Relay(self._engine, root / "relay.sock", (index, of))
+        self._relay = Relay(self._engine, root / "relay.sock", (index, of), keeps_dscp)
         self._gateway = Gateway(
             loop,
             self._relay.accepted,
@@ -99,7 +101,8 @@ def serve(
     index: int,
     of: int,
     follows_stall: bool = True,
+    keeps_dscp: bool = True,
 ) -> int:
     """Runs one worker until a signal ends it; the exit status."""
     with Loop() as loop:
-        return Daemon(loop, root, limits, ready, index, of, follows_stall).run()
+        return Daemon(loop, root, limits, ready, index, of, follows_stall, keeps_dscp).run()

@@ -45,6 +45,8 @@ class Half:
     readable: bool = False  # the source may have bytes, or its end
     hinted: bool = False  # the source's next read may be short without being the last: see `got`
     ending: bool = False  # the end of file is there, maybe behind some bytes, none of them urgent
+    urgent: bool = False  # the source has an urgent byte (RFC 6093), perhaps behind others
+    held_urgent: bool = False  # what is held is one
     writable: bool = False  # the sink may take bytes
     got_eof: bool = False
     got_reset: bool = False  # instead of an end of file, or after it
@@ -112,9 +114,9 @@ class Half:
             self.at = now
         self.acked = acked
 
-    def hold(self, rest: bytes) -> None:
+    def hold(self, rest: bytes, urgent: bool = False) -> None:
         """The sink didn't take that much of what was just read: it is full."""
-        self.held = memoryview(rest)
+        self.held, self.held_urgent = memoryview(rest), urgent
         self.writable = False
 
     def full(self) -> None:

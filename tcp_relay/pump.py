@@ -16,6 +16,9 @@ is waited for, by asking, because no event tells it.  An error never hides bytes
 it: tcp_recvmsg gives those first.  An error that no peer can cause, but a host that is out of
 memory (sockets.HOST_FAILS), ends nothing: the same call is made again a little later.
 
+An urgent byte (RFC 6093) is where it was in the stream, and is marked again.  While the source has
+one, a read ends before it (tcp_recvmsg), and whether it is the next is asked (SIOCATMARK).
+
 A server that is cut off says nothing, like one that has nothing to say, and the kernel would ask it
 after two hours.  So while bytes move, and until it has been asked once after that, its leg is
 watched: silence makes the kernel probe, and bytes in flight must be acknowledged, by either side
@@ -44,6 +47,7 @@ from tcp_relay.pair import CLIENT, SERVER, End, Pair, Side
 from tcp_relay.sockets import (
     HOST_FAILS,
     Socket,
+    at_mark,
     close,
     close_in_order,
     hasten,
@@ -51,6 +55,7 @@ from tcp_relay.sockets import (
     in_words,
     probe_as_usual,
     probe_within,
+    set_dscp,
     take_time,
     undelivered,
 )
@@ -170,6 +175,12 @@ class Pump:
             return
         self._is_registered = True
         self.wait(self._engine.connecting)
+
+    def send_with(self, dscp: int, answers: int) -> None:
+        """From now on packets to the server have this DSCP, and those to the client the other."""
+        assert self._server is not None
+        set_dscp(self._server, dscp)
+        set_dscp(self._client, answers)
 
     def wait(self, waiting: Waiting[Any]) -> None:
         """Waits there, and nowhere else any more."""
@@ -377,6 +388,7 @@ class Pump:
             half.readable = True
             if events & _HINT:
                 half.hinted = True
+                half.urgent |= bool(events & select.EPOLLPRI)
                 half.ending = events & _HINT == _HANGUP
         if events & _WRITE:
             self.pair.drained_by(side).writable = True
@@ -460,6 +472,9 @@ class Pump:
 
     def _pass(self, half: Half, side: Side, source: Socket, sink: Socket) -> None:
         """From one socket into the other; what that doesn't take is held."""
+        if half.urgent and not half.sink_gone and at_mark(source):
+            self._pass_urgent(half, side, source, sink)
+            return
         view = self._engine.view
         try:
             count = source.recv_into(view)
@@ -480,8 +495,31 @@ class Pump:
         if self.alive:
             self._passed(half, side, view[:count], sent, len(view))
 
+    def _pass_urgent(self, half: Half, side: Side, source: Socket, sink: Socket) -> None:
+        """The one byte at the mark, which is marked again; a read of those before it ends there."""
+        try:
+            data = source.recv(1)
+        except OSError as error:
+            self._not_read(half, side, error)
+            return
+        half.urgent = False
+        sent = 0
+        try:
+            sent = sink.send(data, socket.MSG_OOB)
+        except OSError as error:
+            sent = self._not_sent(side, error)
+        if self.alive:
+            self._passed(half, side, data, sent, 1, urgent=True)
+
     def _passed(
-        self, half: Half, side: Side, data: bytes | memoryview, sent: int, asked: int
+        self,
+        half: Half,
+        side: Side,
+        data: bytes | memoryview,
+        sent: int,
+        asked: int,
+        *,
+        urgent: bool = False,
     ) -> None:
         now = self._engine.loop.now
         half.got(len(data), asked, now)
@@ -489,11 +527,11 @@ class Pump:
             half.sent(sent, now)
             self._engine.counts.moved[side] += sent
         if sent < len(data):
-            half.hold(bytes(data[sent:]))
+            half.hold(bytes(data[sent:]), urgent)
 
     def _write(self, half: Half, side: Side, sink: Socket) -> None:
         try:
-            sent = sink.send(half.held)
+            sent = sink.send(half.held, socket.MSG_OOB if half.held_urgent else 0)
         except OSError as error:
             if not self._not_sent(side, error):
                 half.full()

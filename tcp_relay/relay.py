@@ -34,6 +34,7 @@ from krelay.relaymsg import (
     BadMessage,
     Close,
     Listening,
+    Marked,
     NotListening,
     Open,
     Opened,
@@ -70,10 +71,17 @@ class Relay:
     """Opens connections and keeps those that have a relay port.
 
     `share`: which part of the relay ports is used here, as (index, of how many), so that several
-    processes don't try the same ones.
+    processes don't try the same ones.  `keeps_dscp`: see Connection.marked.
     """
 
-    def __init__(self, engine: Engine, relay_socket: Path, share: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        relay_socket: Path,
+        share: tuple[int, int] = (0, 1),
+        keeps_dscp: bool = True,
+    ) -> None:
+        self.keeps_dscp = keeps_dscp
         self.real_ip: str | None = None
         """Towards which the own address is chosen."""
         self._engine = engine
@@ -199,8 +207,13 @@ class Relay:
                 elif (port := self._handed.pop(number, None)) is not None:
                     self._not_taken(port, error)
             case Resumed(id=number):
-                if (connection := self._by_id.pop(number, None)) and connection.server is None:
-                    raise BadMessage(f"message {number} was no resume")
+                if connection := self._by_id.pop(number, None):
+                    if connection.server is None:
+                        raise BadMessage(f"message {number} was no resume")
+                    connection.marked(answer.dscp)
+            case Marked(relay=relay):
+                if connection := self._by_relay.get(relay):
+                    connection.marked(answer.dscp)
 
     def _hand_over(self, port: int) -> None:
         sock = self._listening.get(port)

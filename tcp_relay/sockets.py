@@ -40,6 +40,7 @@ _INFO = struct.Struct("=3xB20xI16xI8xI60xQ")
 _setsockopt = ctypes.CDLL(None, use_errno=True).setsockopt
 _SOCKET, _LINGER = int(socket.SOL_SOCKET), int(socket.SO_LINGER)
 _SIOCOUTQ = 0x5411  # linux/sockios.h
+SIOCATMARK = 0x8905  # asm-generic/sockios.h
 
 NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """Errors of a host that has no descriptor or no memory left just now: it passes."""
@@ -96,6 +97,20 @@ def _linger(sock: Socket, how: bytes) -> None:
     # and another one, before it takes them for what they are.
     if _setsockopt(sock.fileno(), _SOCKET, _LINGER, how, len(how)):
         raise OSError(ctypes.get_errno(), "can't set SO_LINGER")
+
+
+def set_dscp(sock: Socket, dscp: int) -> None:
+    """Its packets have this DSCP from now on; ECN is left to the kernel (ip(7), IP_TOS)."""
+    with suppress(OSError):  # it changes no byte of what is relayed
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, dscp << 2)
+
+
+def at_mark(sock: Socket) -> bool:
+    """Whether the next byte to be read is urgent (tcp(7), SIOCATMARK)."""
+    try:
+        return any(fcntl.ioctl(sock.fileno(), SIOCATMARK, b"\0\0\0\0"))
+    except OSError:
+        return False  # it is in the stream all the same
 
 
 def undelivered(sock: Socket) -> int:

@@ -148,21 +148,21 @@ def test_of_connections_that_are_only_begun_a_number_is_handed_over() -> None:
     """They may be forged, all of them."""
     d = datapath(room=2 * HALF_OPEN)
     d.nat.limits = Limits(10_000, 10_000)
-    for port in range(1, HALF_OPEN + 1):
+    for port in range(5001, 5001 + HALF_OPEN):
         by(d, PRE, f"C:{port} > K:80 [S]")
     assert len(d.kernel) == 2 * HALF_OPEN
-    assert by(d, PRE, "D:1 > K:80 [S]", "D:1 > K:80 [.]") == ["worker"] * 2
-    late = d.nat.accepted(at("D:1"), 16000)
+    assert by(d, PRE, "D:5001 > K:80 [S]", "D:5001 > K:80 [.]") == ["worker"] * 2
+    late = d.nat.accepted(at("D:5001"), 16000)
     assert late is not None
     assert handed(d, late) == frozenset()
 
-    assert by(d, PRE, "C:7 > K:80 [.]") == ["kernel"]
-    attach(d, "C:7")  # is accepted, and so makes room for one
-    assert by(d, PRE, "D:2 > K:80 [S]", "D:2 > K:80 [.]") == ["worker", "kernel"]
-    assert by(d, PRE, "D:3 > K:80 [S]", "D:3 > K:80 [.]") == ["worker"] * 2
+    assert by(d, PRE, "C:5007 > K:80 [.]") == ["kernel"]
+    attach(d, "C:5007")  # is accepted, and so makes room for one
+    assert by(d, PRE, "D:5002 > K:80 [S]", "D:5002 > K:80 [.]") == ["worker", "kernel"]
+    assert by(d, PRE, "D:5003 > K:80 [S]", "D:5003 > K:80 [.]") == ["worker"] * 2
     d.now = HALF_OPEN_FOR + 0.1
-    assert by(d, PRE, "D:4 > K:80 [S]", "D:4 > K:80 [.]") == ["worker", "kernel"]
-    attach(d, "D:1", "K:46000")
+    assert by(d, PRE, "D:5004 > K:80 [S]", "D:5004 > K:80 [.]") == ["worker", "kernel"]
+    attach(d, "D:5001", "K:46000")
     assert handed(d, late) == ALL
 
 

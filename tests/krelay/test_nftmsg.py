@@ -185,3 +185,18 @@ def test_any_bytes_give_a_count_or_none(data: st.DataObject, other: bytes, kind:
         named = nftmsg.named_counter(answer(body, kind))
         assert count is None or isinstance(count, Count)
         assert named is None or isinstance(named[1], Count)
+
+
+@pytest.mark.parametrize("value", [(16000).to_bytes(2), at("K:0").addr])
+def test_a_key_with_a_dscp_has_one_field_more(value: bytes) -> None:
+    elements = Elements("krelay", "tcp-t1")
+    plain, marked = (elements.add([(key, value)]) for key in (KEY, KEY + bytes((46,))))
+    assert len(marked) == len(plain) + 4
+    parts = dict(netlink.attributes(marked[20:]))
+    (element,) = (each for _, each in netlink.attributes(parts[3]))
+    key, data = (dict(netlink.attributes(each)) for _, each in netlink.attributes(element))
+    assert key[1][:16] == KEY[:4] + KEY[8:10] + bytes(2) + KEY[4:8] + KEY[10:] + bytes(2)
+    assert key[1][16:] == bytes((46, 0, 0, 0))
+    assert data[1] == value
+    for request in (elements.get, elements.delete, elements.put):
+        assert len(request([KEY + b"\x2e"])) == len(request([KEY])) + 4

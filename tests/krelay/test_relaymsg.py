@@ -18,6 +18,7 @@ from krelay.relaymsg import (
     Answer,
     BadMessage,
     Close,
+    Marked,
     Open,
     Opened,
     Refused,
@@ -39,6 +40,7 @@ ids = st.integers(0, 2**63 - 1)
 ports = st.integers(1, 0xFFFF)
 endpoints = st.builds(Endpoint, st.binary(min_size=4, max_size=4), ports)
 sources = st.sampled_from(Source)
+dscps = st.tuples(st.integers(0, 63), st.integers(0, 63))
 count_names = st.sampled_from([*GAUGES, *COUNTERS]) | st.from_regex(r"[a-z_]{1,32}", fullmatch=True)
 requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(Open, ids, endpoints, ports, endpoints, st.none() | endpoints),
@@ -55,8 +57,10 @@ requests: st.SearchStrategy[Request] = st.one_of(
 )  # fmt: skip
 answers: st.SearchStrategy[Answer] = st.one_of(
     st.builds(Opened, ids, endpoints, sources),
-    st.builds(Opened, ids, endpoints, sources, st.none() | endpoints, st.none() | endpoints),
+    st.builds(Opened, ids, endpoints, sources, st.none() | endpoints, st.none() | endpoints, dscps),
     st.builds(Resumed, ids),
+    st.builds(Resumed, ids, dscps),
+    st.builds(Marked, endpoints, dscps),
     st.builds(Refused, st.none() | ids, st.text(max_size=100)),
     st.builds(Abort, endpoints),
 )
@@ -250,3 +254,23 @@ def test_a_bad_request_says_what_is_wrong(packet: bytes, words: str) -> None:
     with pytest.raises(BadMessage) as refusal:
         parse_request(packet)
     assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "dscp", ["[0]", "[0,64]", "[-1,0]", "[1,2,3]", "46", '["a",0]', "[true,0]", "[1.5,0]", "null"]
+)
+def test_what_is_no_dscp_is_refused(dscp: str) -> None:
+    for text in (
+        f'{{"id":2,"dscp":{dscp}}}',
+        f'{{"op":"marked","relay":["10.0.0.1",1],"dscp":{dscp}}}',
+    ):
+        with pytest.raises(BadMessage, match="dscp is not two numbers from 0 to 63"):
+            parse_answer(text.encode())
+
+
+def test_an_answer_without_a_dscp_is_as_short_as_ever() -> None:
+    assert (
+        emit(Opened(1, S, Source.CLIENT))
+        == b'{"id":1,"server":["192.168.0.1",80],"source":"client"}'
+    )
+    assert emit(Resumed(2)) == b'{"id":2}'

@@ -691,6 +691,21 @@ def test_who_has_asked_is_known_on_when_the_maps_are_made_anew() -> None:
     assert "delete set ip krelay askers" in nft_install(without, former=spec)
 
 
+def test_where_dscp_is_followed_it_is_part_of_what_the_ends_packets_are_known_by() -> None:
+    spec = replace(SPEC, room=1024, follows_dscp=True)
+    text, before = nft_install(spec), nft_install(replace(spec, follows_dscp=False))
+    flow = "ip saddr . th sport . ip daddr . th dport"
+
+    for name in ("tcp-t1", "tcp-t4"):
+        assert f"{flow} . ip dscp map @{name} " in text
+        assert f"{flow} map @{name} " in before
+    for name in ("tcp-t2", "tcp-t3", "udp-u12"):
+        assert f"{flow} map @{name} " in text
+    assert len(re.findall(r"inet_service \. dscp : ", text)) == 2
+    assert "dscp" not in before
+    assert spec.maps != replace(spec, follows_dscp=False).maps
+
+
 def test_some_of_what_servers_send_elsewhere_is_copied() -> None:
     spec = replace(SPEC, tells_strays=True)
     told = f"limit rate 32/second burst 64 packets log group {strays(1600)} snaplen 28"

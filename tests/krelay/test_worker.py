@@ -1791,3 +1791,75 @@ def test_a_copy_of_such_an_answer_names_the_service_and_is_traced() -> None:
     assert seen == [(head, Hook.POSTROUTING, Verdict.PASS, "other_port")]
     assert worker.counts.passed == {"other_port": 1}
     assert worker.other_ports == {53: 1}
+
+
+# DSCP
+
+
+class Marks:
+    """A connection with both legs, and what is told of its marks."""
+
+    def __init__(self) -> None:
+        self.nat = NatTable(rng=Random(1))
+        self.worker = Worker(self.nat)
+        self.worker.policy = policy()
+        self.told: list[tuple[int, int]] = []
+        self.nat.on_marked = lambda row: self.told.append(row.dscps)
+
+    def send(self, text: str, tos: int, hook: Hook, now: float, flags: int = 0x10) -> None:
+        packet = bytearray(template(f"{text} [.]").build())
+        packet[1] = tos
+        packet[33] = flags
+        before = bytes(packet)
+        became = self.worker.handle(before, hook, now)
+        assert isinstance(became, bytes)
+        assert became[1] == tos  # it goes on with the mark it has
+
+    def client(self, tos: int, now: float = 0.0, flags: int = 0x10) -> None:
+        self.send("C:40000 > K:80", tos, Hook.PREROUTING, now, flags)
+
+    def server(self, tos: int, now: float = 0.0, flags: int = 0x10) -> None:
+        self.send("S:80 > C:45678", tos, Hook.PREROUTING, now, flags)
+
+
+@pytest.fixture
+def marks() -> Marks:
+    marks = Marks()
+    marks.client(46 << 2, flags=0x02)
+    (row,) = marks.nat
+    marks.nat.attach(row, at("K:45678"), 0)
+    return marks
+
+
+def test_the_dscp_of_both_ends_is_told_when_it_changes(marks: Marks) -> None:
+    assert marks.told == [(46, 0)]
+    marks.client(46 << 2)
+    marks.server(0)
+    assert len(marks.told) == 1
+    marks.server(10 << 2)
+    marks.client(8 << 2)
+    marks.client(0)
+    assert marks.told[1:] == [(46, 10), (8, 10), (0, 10)]
+
+
+def test_ecn_and_resets_are_no_change_of_dscp(marks: Marks) -> None:
+    for ecn in (2, 1, 3, 0):
+        marks.client(46 << 2 | ecn)
+        marks.server(ecn)
+    marks.server(0, flags=0x14)
+    marks.client(0, flags=0x14)
+    assert marks.told == [(46, 0)]
+
+
+def test_what_this_host_sends_itself_is_no_change_of_dscp(marks: Marks) -> None:
+    marks.send("K:16000 > C:40000", 18 << 2, Hook.POSTROUTING, 0)
+    marks.send("K:45678 > S:80", 18 << 2, Hook.POSTROUTING, 0, 0x02)
+    assert marks.told == [(46, 0)]
+
+
+def test_dscp_that_changes_with_each_packet_is_followed_now_and_then(marks: Marks) -> None:
+    for number in range(1000):
+        marks.client(number % 2 * 8, 1 + number / 10_000)
+    assert len(marks.told) < 20
+    marks.client(20 << 2, 2)
+    assert marks.told[-1] == (20, 0)

@@ -36,6 +36,8 @@ LIMITS = Limits(connect=0.1)
 class Desk:
     """Keeps what it is told."""
 
+    keeps_dscp = True
+
     def __init__(self, engine: Engine) -> None:
         self.asked: Waiting[Pump] = Waiting(
             engine.loop, ASK_TIMEOUT, lambda pump: pump.end(End.REFUSED, "no answer")

@@ -217,3 +217,13 @@ def test_nothing_is_owed_to_a_sink_that_is_gone_but_its_source_is_read_on() -> N
     half.readable = True
     half.got(0, 100, now=1.0)
     assert half.todo() is Todo.WAIT
+
+
+def test_an_urgent_byte_that_is_held_is_urgent_until_something_else_is() -> None:
+    half = Half(readable=True, writable=True)
+    half.hold(b"!", urgent=True)
+    assert half.held_urgent
+    half.writable = True
+    half.sent(1, now=1.0)
+    half.hold(b"rest")
+    assert not half.held_urgent

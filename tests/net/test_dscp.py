@@ -1,0 +1,276 @@
+"""What terminated TCP keeps beside the bytes: the DSCP of both ends, and urgent marks."""
+
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from tests.net.world import PYTHON, World
+
+pytestmark = pytest.mark.net
+both_sources = pytest.mark.parametrize("source", ["client", "relay"])
+EF, AF21, CS1 = 46 << 2, 18 << 2, 8 << 2
+ECT0 = 2
+
+
+@contextmanager
+def tos_of(world: World, host: str, port: int, *, sent: bool, peer: int = 0) -> Iterator[set[int]]:
+    """DSCP and ECN of what is sent to this port, or from it (`sent`), as this host's wire has it.
+
+    `peer`: the other port, if only that is meant.
+    """
+    seen: set[int] = set()
+    with world.lab.capture(host) as frames:
+        frames.settimeout(0.2)
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.is_set():
+                with suppress(TimeoutError):
+                    frame = frames.recv(2000)
+                    ports = [int.from_bytes(frame[at : at + 2]) for at in (34, 36)]
+                    mine, other = ports if sent else ports[::-1]
+                    if frame[23] == 6 and mine == port and peer in (0, other):
+                        seen.add(frame[15])
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield seen
+        finally:
+            over.set()
+            thread.join()
+
+
+def listening(world: World, port: int = 80, tos: int = 0) -> socket.socket:
+    sock = world.open("server")
+    mark(sock, tos)
+    sock.bind(("", port))
+    sock.listen()
+    return sock
+
+
+def mark(sock: socket.socket, tos: int) -> None:
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, tos)
+
+
+def connected(
+    world: World, server: socket.socket, tos: int = 0, port: int = 80
+) -> tuple[socket.socket, socket.socket]:
+    """A client's connection and the server's."""
+    client = world.open("client")
+    mark(client, tos)
+    client.connect((world.relay, port))
+    there, _ = server.accept()
+    there.settimeout(10)
+    return client, world._held.enter_context(there)
+
+
+def converse(client: socket.socket, server: socket.socket, times: int = 10) -> None:
+    for number in range(times):
+        for one, other in ((client, server), (server, client)):
+            one.sendall(bytes([number]) * 100)
+            assert other.recv(1000) == bytes([number]) * 100
+
+
+def settle(client: socket.socket, server: socket.socket) -> None:
+    """Until a change has been told to tcp-relay, and the kernel has the flow again."""
+    threading.Event().wait(0.3)
+    converse(client, server)
+
+
+@both_sources
+def test_clients_dscp_is_that_of_the_whole_server_leg(world: World, source: str) -> None:
+    world.begin(services="tcp/80", source=source)
+    server = listening(world)
+    with tos_of(world, "server", 80, sent=False) as seen:
+        client, there = connected(world, server, EF)
+        converse(client, there)
+        client.shutdown(socket.SHUT_WR)
+        assert there.recv(10) == b""
+
+    assert seen == {EF}
+
+
+@both_sources
+@pytest.mark.parametrize("early", [True, False])
+def test_servers_dscp_is_that_of_the_client_leg(world: World, source: str, early: bool) -> None:
+    world.begin(services="tcp/80", source=source)
+    server = listening(world, tos=AF21 if early else 0)
+    client, there = connected(world, server)
+    mark(there, AF21)
+    converse(client, there)
+    settle(client, there)
+    with tos_of(world, "client", 80, sent=True) as seen:
+        converse(client, there)
+
+    assert seen == {AF21}
+
+
+def test_dscp_that_changes_is_followed(world: World) -> None:
+    world.begin(services="tcp/80")
+    client, there = connected(world, listening(world), EF)
+    settle(client, there)  # the kernel has it
+    for tos, answer in ((AF21, CS1), (CS1, EF), (0, 0), (EF, 0)):
+        mark(client, tos)
+        mark(there, answer)
+        settle(client, there)
+        with (
+            tos_of(world, "server", 80, sent=False) as seen,
+            tos_of(world, "client", 80, sent=True) as answers,
+        ):
+            converse(client, there)
+        assert (seen, answers) == ({tos}, {answer})
+
+
+@pytest.mark.one_datapath
+def test_marked_flows_are_the_kernels_too() -> None:
+    with World() as world:
+        world.begin(services="tcp/80")
+        client, there = connected(world, listening(world), EF)
+        mark(there, AF21)
+        settle(client, there)
+        world.until(lambda: world.handed() >= 4, "the kernel to have it")
+        shown = world.lab.run("relay", "nft", "list", "ruleset").stdout
+        assert re.search(r" \. ef counter packets \d+ bytes \d+ : 18000", shown)
+        assert re.search(r" \. af21 counter packets \d+ bytes \d+ : ", shown)
+
+
+def test_dscp_may_be_left_to_each_leg(world: World) -> None:
+    world.start_krelay()
+    world.put(gport=18000, services="tcp/80", real_ip=world.server)
+    world.start_tcp_relay("--dscp", "none")
+    world.put(start=1)
+    world.until_state("running")
+    server = listening(world)
+    with (
+        tos_of(world, "server", 80, sent=False) as seen,
+        tos_of(world, "client", 80, sent=True) as answers,
+    ):
+        client, there = connected(world, server, EF)
+        mark(there, AF21)
+        converse(client, there)
+        settle(client, there)
+
+    assert (seen, answers) == ({0}, {0})
+
+
+def test_dscp_outlives_a_killed_krelay(world: World) -> None:
+    world.begin(services="tcp/80")
+    client, there = connected(world, listening(world), EF)
+    mark(there, AF21)
+    settle(client, there)
+    world.kill(world.krelay_process)
+    world.start_krelay()
+    world.until_state("running")
+    world.until(lambda: world.rows("proto=tcp"), "it to be resumed")
+    converse(client, there)
+    settle(client, there)
+    with (
+        tos_of(world, "server", 80, sent=False) as seen,
+        tos_of(world, "client", 80, sent=True) as answers,
+    ):
+        converse(client, there)
+
+    assert (seen, answers) == ({EF}, {AF21})
+
+
+def test_each_connection_has_its_own_dscp(world: World) -> None:
+    world.begin(services="tcp/80 tcp/443")
+    server = listening(world)
+    marks = [EF, 0, AF21, CS1] * 3
+    pairs = [connected(world, server, tos) for tos in marks]
+    for (client, there), tos in zip(pairs, marks, strict=True):
+        port = there.getpeername()[1]
+        with tos_of(world, "server", 80, sent=False, peer=port) as seen:
+            converse(client, there, 3)
+        assert seen == {tos}
+
+
+def test_ecn_belongs_to_each_leg(world: World) -> None:
+    for host in ("client", "relay"):
+        world.lab.run(host, "sysctl", "-qw", "net.ipv4.tcp_ecn=1")
+    world.begin(services="tcp/80")
+    client, there = connected(world, listening(world), EF)
+    with (
+        tos_of(world, "client", 80, sent=False) as seen,
+        tos_of(world, "server", 80, sent=False) as behind,
+    ):
+        converse(client, there)
+        settle(client, there)
+
+    assert seen <= {EF, EF | ECT0}
+    assert EF | ECT0 in behind  # its own leg's, by the server's tcp_ecn
+    assert behind <= {EF, EF | ECT0}
+
+
+# Urgent marks
+
+
+def urgent(world: World, sock: socket.socket) -> bytes:
+    """The urgent byte, once it is there."""
+
+    def come() -> bytes:
+        sock.setblocking(False)  # with a timeout Python would wait for bytes in the stream
+        try:
+            return sock.recv(1, socket.MSG_OOB)
+        except OSError:
+            return b""
+        finally:
+            sock.settimeout(10)
+
+    return world.until(come, "the urgent byte")
+
+
+@both_sources
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_urgent_byte_is_out_of_band_for_who_keeps_it_so(
+    world: World, source: str, who: str
+) -> None:
+    world.begin(services="tcp/80", source=source)
+    pair = connected(world, listening(world))
+    sender, receiver = pair if who == "client" else pair[::-1]
+    for number in range(5):
+        sender.sendall(b"ab")
+        sender.send(bytes([number]), socket.MSG_OOB)
+        got = b""
+        while len(got) < 2:
+            got += receiver.recv(10)
+        assert got == b"ab"
+
+        assert urgent(world, receiver) == bytes([number])
+        sender.sendall(b"cd")
+        assert receiver.recv(10) == b"cd"
+
+
+def test_urgent_byte_in_the_stream_is_where_it_was(world: World) -> None:
+    world.begin(services="tcp/80")
+    client, there = connected(world, listening(world))
+    there.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    sent = b""
+    for number in range(30):
+        data = bytes([number]) * (number * 3000)
+        client.sendall(data)
+        client.send(b"!", socket.MSG_OOB)
+        sent += data + b"!"
+    client.shutdown(socket.SHUT_WR)
+    got = b""
+    while data := there.recv(1 << 16):
+        got += data
+    assert got == sent
+
+
+@pytest.mark.one_datapath
+def test_plain_proxy_carries_urgent_marks(world: World) -> None:
+    server = listening(world)
+    command = (*PYTHON, "-m", "tcp_relay.tcpproxy", world.server, "80", "8080")
+    world.lab.start("relay", *command)
+    world.lab.wait_listening("relay", "tcp", 8080, world.patience)
+    client, there = connected(world, server, port=8080)
+    client.send(b"x!", socket.MSG_OOB)
+    assert there.recv(10) == b"x"
+
+    assert urgent(world, there) == b"!"
