@@ -383,7 +383,18 @@ class Day:
         row.accepted = True
         seen = row.client.addr if row.source is Source.CLIENT else relay.addr
         between = Endpoint(seen, port)
-        if between == row.client:
+        if row.client.port < 1024 and isinstance(answer, Opened):
+            assert answer.seen is not None
+            others = [o for o in self.rows if o.server == row.server and o is not row]
+            taken = {o.between for o in others if o.proto is Proto.TCP}
+            assert answer.seen.addr == seen
+            assert answer.seen not in taken
+            assert answer.seen.port % 2 == row.client.port % 2
+            assert answer.seen.port < 1024, "and kept where it is free"
+            kept = between._replace(port=row.client.port)
+            assert answer.seen == kept or kept in taken
+            between = answer.seen
+        if between == row.client and between.port == port:
             assert isinstance(answer, Refused)
             return False
         assert isinstance(answer, Opened), answer
