@@ -316,7 +316,7 @@ def _mend(facts: Facts, stage: Stage, fate: Fate, ports: tuple[Ports, ...]) -> s
         host = "d"
     elif packet.src == int(server):
         host = "s"
-    if not packet.reply and not packet.state and packet.src != int(server):
+    if not packet.reply and packet.proto != "icmp" and packet.src != int(server):
         for by_tool in (_ufw, _firewalld):
             if command := by_tool(facts, stage, fate, ports):
                 return command
@@ -369,6 +369,8 @@ def _ufw(facts: Facts, stage: Stage, fate: Fate, ports: tuple[Ports, ...]) -> st
         route, what = "", "proto tcp to any"
     elif base.hook == "forward":
         route, what = "route ", f"proto {packet.proto} to {facts.config.real_ip}"
+    elif base.hook == "output" and packet.dport is None:
+        route, what = "", "out proto tcp from any"
     elif base.hook == "output":
         route, what = "", f"out proto tcp to {facts.config.real_ip}"
     else:
