@@ -289,9 +289,10 @@ class NatTable:
         """
         assert row.gport is not None
         client, service, server = row.client, row.service, row.server
+        tos = row.rewrites[Step.T1].tos  # its SYN came through that one, which may go now
         new = self.open_tcp(client, service, server, row.source, row.gport, now, inside=row.inside)
         new.tracker.client_acked = True
-        new.rewrites[Step.T1].tos = row.rewrites[Step.T1].tos  # its SYN came through that one
+        new.rewrites[Step.T1].tos = tos
         row.called_again = False
         return new
 
