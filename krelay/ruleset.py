@@ -494,8 +494,8 @@ def _nft_any_port(
     """The rules for services whose servers may answer from any port.
 
     First, for both hooks, those that note who asks; then those that queue what isn't between a
-    client and a service: what comes in, what goes out.  A client is noted as this host knows it,
-    and, with source=relay, as it reads between the hooks.
+    client and a service: what comes in, what goes out.  A client is noted as it comes, and as it
+    reads between the hooks, where its port was taken and another is given it.
     """
     ports, servers = _nft_ports(spec.any_port), _nft_servers(spec)
     clients = _nft_clients(spec, "saddr") if spec.relay_clients else ""
@@ -514,11 +514,10 @@ def _nft_any_port(
     asking = [f"udp dport {ports} fib daddr type local {noted(src)}"]
     coming = [f"{src} @{ASKERS} fib daddr type local {noted(src)} {queue}"]
     going = [f"ip saddr {servers} {dst} @{ASKERS} {noted(dst)} {queue}"]
-    if not spec.relay_clients:
-        return (asking, []), coming, going
-    coming.append(f"ip saddr {servers} fib daddr type local {queue}")
-    going.append(f"{clients}ip daddr {servers} {src} @{ASKERS} {queue}")
-    between = [f"{clients}ip daddr {servers} udp dport {ports} {noted(src)}"]
+    between = [f"ip daddr {servers} udp dport {ports} {noted(src)}"]
+    if spec.relay_clients:
+        coming.append(f"ip saddr {servers} fib daddr type local {queue}")
+        going.append(f"{clients}ip daddr {servers} {src} @{ASKERS} {queue}")
     return (asking, between), coming, going
 
 
@@ -541,7 +540,7 @@ def _nft_by_protocol(hook: str) -> list[str]:
 
 def _nft_udp_done(spec: RuleSpec) -> list[str]:
     """What none of the rules of UDP in POSTROUTING asks for: most of what is forwarded."""
-    if not spec.udp or ANYONE in spec.relay_clients:
+    if not spec.udp or ANYONE in spec.relay_clients or spec.any_port:
         return []
     others = f"ip saddr != {_nft_servers(spec)} "
     if spec.relay_clients:

@@ -658,7 +658,7 @@ def test_where_any_port_may_answer_the_kernel_notes_who_asks() -> None:
         f"ip saddr {{ {S} }} fib daddr type local Q",
     ]
     assert added(spec, without, "post") == [
-        f"{net} ip daddr {{ {S} }} udp dport {{ 69 }} {noted(ASKING)}",
+        f"ip daddr {{ {S} }} udp dport {{ 69 }} {noted(ASKING)}",
         f"ip saddr {{ {S} }} {ANSWERED} @askers {noted(ANSWERED)} Q",
         f"{net} ip daddr {{ {S} }} {ASKING} @askers Q",
     ]

@@ -99,6 +99,30 @@ def test_clients_with_one_port_are_told_apart(world: World, source: str) -> None
 
 
 @both_sources
+def test_client_of_two_of_the_relays_addresses_is_answered_by_the_right_one(
+    world: World, source: str
+) -> None:
+    world.begin(services="udp/69+any-port", source=source)
+    server = listening(world)
+    sock = world.open("client", socket.SOCK_DGRAM)
+    addresses = world.relay, world.lab.address("relay", towards="client")
+    assert len(set(addresses)) == 2
+    seen = []
+    for address in addresses:
+        sock.sendto(b"read", (address, 69))
+        seen.append(server.recvfrom(100)[1])
+    assert seen[0] != seen[1]
+
+    for number, (address, client) in enumerate(zip(addresses, seen, strict=True)):
+        other = listening(world, 4321 + number)
+        for _ in range(3):
+            other.sendto(b"data", client)
+            assert sock.recvfrom(100) == (b"data", (address, 4321 + number))
+            sock.sendto(b"ack", (address, 4321 + number))
+            assert other.recvfrom(100) == (b"ack", client)
+
+
+@both_sources
 def test_nobody_elses_port_is_answered(world: World, source: str) -> None:
     world.begin(services="udp/69+any-port udp/7", source=source)
     server, other = listening(world), listening(world, 4321)
