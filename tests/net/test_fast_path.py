@@ -55,7 +55,7 @@ def elements(world: World) -> set[Element]:
     for entry in shown["nftables"]:
         for key, _ in entry.get("map", {}).get("elem", ()):
             plain = key["elem"]["val"] if "elem" in key else key  # without a counter
-            src, sport, dst, dport = plain["concat"]
+            src, sport, dst, dport, *_ = plain["concat"]
             found.add((entry["map"]["name"], f"{src}:{sport}", f"{dst}:{dport}"))
     return found
 

@@ -10,7 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -444,12 +444,42 @@ def test_data_arrives_whole_and_at_once_with_an_end_of_file_behind_it_or_without
 def test_urgent_bytes_before_an_end_of_file_dont_hide_what_follows_them(loop: Loop) -> None:
     """A read stops at the mark, and is as short as one that meets the end."""
     with Rig(Engine(loop, LONG)) as rig:
+        rig.server.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         rig.client.sendall(b"before")
         rig.client.send(b"!", socket.MSG_OOB)
         rig.client.sendall(b"after")
         rig.client.shutdown(socket.SHUT_WR)
         rig.run_until(lambda: rig.pump.pair.up.sent_eof)
         assert everything(rig.server) == b"before!after"
+
+
+@pytest.mark.parametrize("flooded", [False, True])
+def test_an_urgent_byte_is_marked_again(loop: Loop, flooded: bool) -> None:
+    with Rig(Engine(loop, LONG), small=True).connected() as rig:
+        waiting = rig.flood(rig.client) if flooded else rig.client.send(b"before")
+        rig.client.setblocking(False)
+        rig.server.setblocking(False)
+        left, is_sent = waiting, False
+
+        def is_all_read() -> bool:
+            nonlocal left, is_sent
+            with suppress(BlockingIOError):
+                is_sent = is_sent or rig.client.send(b"!", socket.MSG_OOB) == 1
+            with suppress(BlockingIOError):
+                left -= len(rig.server.recv(1 << 16))
+            return is_sent and left <= 0
+
+        rig.run_until(is_all_read)
+        urgent = b""
+
+        def is_there() -> bool:
+            nonlocal urgent
+            with suppress(OSError):
+                urgent = rig.server.recv(1, socket.MSG_OOB)
+            return bool(urgent)
+
+        rig.run_until(is_there)
+        assert (left, urgent) == (0, b"!")
 
 
 # Waiting too long.
