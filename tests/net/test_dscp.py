@@ -4,7 +4,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pytest
 
@@ -28,13 +28,17 @@ def tos_of(world: World, host: str, port: int, *, sent: bool, peer: int = 0) -> 
         over = threading.Event()
 
         def watch() -> None:
-            while not over.is_set():
-                with suppress(TimeoutError):
+            while True:
+                try:
                     frame = frames.recv(2000)
-                    ports = [int.from_bytes(frame[at : at + 2]) for at in (34, 36)]
-                    mine, other = ports if sent else ports[::-1]
-                    if frame[23] == 6 and mine == port and peer in (0, other):
-                        seen.add(frame[15])
+                except TimeoutError:
+                    if over.is_set():  # and all that came before was read
+                        return
+                    continue
+                ports = [int.from_bytes(frame[at : at + 2]) for at in (34, 36)]
+                mine, other = ports if sent else ports[::-1]
+                if frame[23] == 6 and mine == port and peer in (0, other):
+                    seen.add(frame[15])
 
         thread = threading.Thread(target=watch)
         thread.start()
@@ -76,10 +80,22 @@ def converse(client: socket.socket, server: socket.socket, times: int = 10) -> N
             assert other.recv(1000) == bytes([number]) * 100
 
 
-def settle(client: socket.socket, server: socket.socket) -> None:
-    """Until a change has been told to tcp-relay, and the kernel has the flow again."""
-    threading.Event().wait(0.3)
-    converse(client, server)
+def marks_of(
+    world: World, client: socket.socket, server: socket.socket
+) -> tuple[set[int], set[int]]:
+    """How some packets of both ends arrive: the client's at the server, the server's there."""
+    port = server.getpeername()[1]
+    with (
+        tos_of(world, "server", 80, sent=False, peer=port) as there,
+        tos_of(world, "client", 80, sent=True) as here,
+    ):
+        converse(client, server)
+    return there, here
+
+
+def handed(world: World) -> bool:
+    """Whether the kernel has all four steps of the one connection, if it is to have any."""
+    return not world.in_kernel or world.handed() >= 4
 
 
 @both_sources
@@ -102,28 +118,25 @@ def test_servers_dscp_is_that_of_the_client_leg(world: World, source: str, early
     server = listening(world, tos=AF21 if early else 0)
     client, there = connected(world, server)
     mark(there, AF21)
-    converse(client, there)
-    settle(client, there)
-    with tos_of(world, "client", 80, sent=True) as seen:
-        converse(client, there)
 
-    assert seen == {AF21}
+    world.until(lambda: marks_of(world, client, there) == ({0}, {AF21}), "the mark")
+    world.until(lambda: handed(world), "the kernel to have it")
+    assert marks_of(world, client, there) == ({0}, {AF21})
 
 
 def test_dscp_that_changes_is_followed(world: World) -> None:
     world.begin(services="tcp/80")
     client, there = connected(world, listening(world), EF)
-    settle(client, there)  # the kernel has it
     for tos, answer in ((AF21, CS1), (CS1, EF), (0, 0), (EF, 0)):
+        converse(client, there)
+        world.until(lambda: handed(world), "the kernel to have it")
         mark(client, tos)
         mark(there, answer)
-        settle(client, there)
-        with (
-            tos_of(world, "server", 80, sent=False) as seen,
-            tos_of(world, "client", 80, sent=True) as answers,
-        ):
-            converse(client, there)
-        assert (seen, answers) == ({tos}, {answer})
+
+        def are_followed(wanted: tuple[set[int], set[int]] = ({tos}, {answer})) -> bool:
+            return marks_of(world, client, there) == wanted
+
+        world.until(are_followed, "both marks")
 
 
 @pytest.mark.one_datapath
@@ -132,7 +145,7 @@ def test_marked_flows_are_the_kernels_too() -> None:
         world.begin(services="tcp/80")
         client, there = connected(world, listening(world), EF)
         mark(there, AF21)
-        settle(client, there)
+        world.until(lambda: marks_of(world, client, there) == ({EF}, {AF21}), "the marks")
         world.until(lambda: world.handed() >= 4, "the kernel to have it")
         shown = world.lab.run("relay", "nft", "list", "ruleset").stdout
         assert re.search(r" \. ef counter packets \d+ bytes \d+ : 18000", shown)
@@ -152,8 +165,10 @@ def test_dscp_may_be_left_to_each_leg(world: World) -> None:
     ):
         client, there = connected(world, server, EF)
         mark(there, AF21)
+        for _ in range(5):
+            converse(client, there)
+        world.until(lambda: handed(world), "the kernel to have it")
         converse(client, there)
-        settle(client, there)
 
     assert (seen, answers) == ({0}, {0})
 
@@ -162,20 +177,15 @@ def test_dscp_outlives_a_killed_krelay(world: World) -> None:
     world.begin(services="tcp/80")
     client, there = connected(world, listening(world), EF)
     mark(there, AF21)
-    settle(client, there)
+    world.until(lambda: marks_of(world, client, there) == ({EF}, {AF21}), "the marks")
     world.kill(world.krelay_process)
     world.start_krelay()
     world.until_state("running")
     world.until(lambda: world.rows("proto=tcp"), "it to be resumed")
-    converse(client, there)
-    settle(client, there)
-    with (
-        tos_of(world, "server", 80, sent=False) as seen,
-        tos_of(world, "client", 80, sent=True) as answers,
-    ):
-        converse(client, there)
 
-    assert (seen, answers) == ({EF}, {AF21})
+    world.until(lambda: marks_of(world, client, there) == ({EF}, {AF21}), "the marks")
+    world.until(lambda: handed(world), "the kernel to have it")
+    assert marks_of(world, client, there) == ({EF}, {AF21})
 
 
 def test_each_connection_has_its_own_dscp(world: World) -> None:
@@ -199,8 +209,8 @@ def test_ecn_belongs_to_each_leg(world: World) -> None:
         tos_of(world, "client", 80, sent=False) as seen,
         tos_of(world, "server", 80, sent=False) as behind,
     ):
-        converse(client, there)
-        settle(client, there)
+        for _ in range(5):
+            converse(client, there)
 
     assert seen <= {EF, EF | ECT0}
     assert EF | ECT0 in behind  # its own leg's, by the server's tcp_ecn
