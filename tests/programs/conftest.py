@@ -1,0 +1,3 @@
+"""The peers are programs: their libraries are in an environment of their own."""
+
+collect_ignore = ["peers"]

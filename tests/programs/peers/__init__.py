@@ -1,0 +1,1 @@
+"""Servers and clients of libraries, run by the interpreter that has these."""

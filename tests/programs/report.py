@@ -1,0 +1,137 @@
+"""The page of results, and their JSON."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tests.programs.packages import short
+from tests.programs.table import Client, Server
+from tests.programs.ways import KINDS, Kind, Run, Way, slower, unlike, wrong
+
+HEAD = """\
+# Programs that were tried
+
+<!-- This page is made by `python -m tests.programs --markdown docs/compatibility.md`. -->
+
+Real programs with their real servers, each once directly and then in every way through krelay: TCP
+terminated by tcp-relay, TCP forwarded (`tcp/80=forward`), and UDP; with `datapath` `queue` and
+`auto`, and with `source` `client` and `relay`. Directly means: to the server's own address, through
+the same host, which routes then and doesn't relay. As directly: the exit status is the same, and so
+is what the program shows of its result (bytes compared, answers, counts of requests); and krelay
+has counted its packets. `python -m tests.programs --setup` installs the programs,
+`python -m tests.programs` tries them.
+
+"""
+FOOT = """
+"4 of 4": as directly with both data paths and both sources. What is said under "differs" holds in
+all ways, unless it names some.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A client with what became of it: without a relay, and in each way.
+
+    `untried` says why nothing was run; `versions` are those of the packages.
+    """
+
+    client: Client
+    server: Server
+    versions: Mapping[str, str]
+    direct: Run | None = None
+    runs: Mapping[Way, Run] | None = None
+    untried: str = ""
+
+    @property
+    def troubles(self) -> dict[Way, str]:
+        """The ways that aren't as good as none, each with the reason."""
+        if self.direct is None:
+            return {}
+        runs = (self.runs or {}).items()
+        found = ((way, unlike(self.client, self.direct, run)) for way, run in runs)
+        return {way: reason for way, reason in found if reason}
+
+    @property
+    def fails_directly(self) -> str | None:
+        """Why there is nothing to compare with, or None."""
+        return None if self.direct is None else wrong(self.client, self.direct)
+
+    @property
+    def is_as_expected(self) -> bool:
+        """Whether it went as directly, or failed as the table says."""
+        if self.untried:
+            return True
+        return self.fails_directly is None and bool(self.troubles) == bool(self.client.fails)
+
+
+def page(rows: Sequence[Row], machine: str) -> str:
+    """The page as Markdown."""
+    good = sum(row.is_as_expected and not row.client.fails and not row.untried for row in rows)
+    tried = sum(not row.untried for row in rows)
+    lines = [
+        f"{good} of {tried} programs went in all ways as they do directly. {machine}\n",
+        "| program | server | terminated | forwarded | UDP | differs |",
+        "|---|---|---|---|---|---|",
+        *map(_line, rows),
+    ]
+    return HEAD + "\n".join(lines) + "\n" + FOOT
+
+
+def _line(row: Row) -> str:
+    cells = [
+        f"{row.client.name} ({_version(row, row.client.package)})",
+        f"{row.server.package} ({_version(row, row.server.package)})",
+        *(_cell(row, kind) for kind in KINDS),
+        "; ".join(_differences(row)),
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _version(row: Row, package: str) -> str:
+    return short(row.versions[package]) if package in row.versions else "missing"
+
+
+def _cell(row: Row, kind: Kind) -> str:
+    ways = [way for way in row.runs or () if way.kind == kind]
+    if not ways or row.fails_directly:
+        return ""
+    return f"{sum(way not in row.troubles for way in ways)} of {len(ways)}"
+
+
+def _differences(row: Row) -> Iterable[str]:
+    if row.untried:
+        yield f"not tried: {row.untried}"
+    if row.fails_directly:
+        yield f"fails directly: {row.fails_directly}"
+        return
+    if row.client.fails and row.troubles:
+        yield f"fails: {row.client.fails}"
+    else:
+        by_reason: dict[str, list[Way]] = {}
+        for way, reason in row.troubles.items():
+            by_reason.setdefault(reason, []).append(way)
+        for reason, ways in by_reason.items():
+            yield f"{', '.join(map(str, ways))}: {reason}"
+    if row.direct is not None and not row.troubles:
+        slow = slower(row.direct, list((row.runs or {}).values()))
+        if slow:
+            yield slow
+    if row.client.note:
+        yield row.client.note
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """A row for programs."""
+    return {
+        "program": row.client.name,
+        "transport": row.client.transport,
+        "versions": dict(row.versions),
+        "untried": row.untried or None,
+        "as_expected": row.is_as_expected,
+        "fails_directly": row.fails_directly,
+        "direct": row.direct and asdict(row.direct),
+        "ways": [
+            {**way._asdict(), "trouble": row.troubles.get(way), **asdict(run)}
+            for way, run in (row.runs or {}).items()
+        ],
+    }
