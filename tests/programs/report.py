@@ -61,7 +61,14 @@ class Row:
         """Whether it went as directly, or failed as the table says."""
         if self.untried:
             return True
-        return self.fails_directly is None and bool(self.troubles) == bool(self.client.fails)
+        known = {way for way in self.runs or () if is_known(self.client, way)}
+        return self.fails_directly is None and self.troubles.keys() == known
+
+
+def is_known(client: Client, way: Way) -> bool:
+    """Whether the table says that it fails in this way."""
+    words = client.fails_in or way
+    return bool(client.fails) and any(word in words for word in way)
 
 
 def page(rows: Sequence[Row], machine: str) -> str:
@@ -104,16 +111,16 @@ def _differences(row: Row) -> Iterable[str]:
     if row.fails_directly:
         yield f"fails directly: {row.fails_directly}"
         return
-    if row.client.fails and row.troubles:
+    if any(is_known(row.client, way) for way in row.troubles):
         yield f"fails: {row.client.fails}"
-    else:
-        by_reason: dict[str, list[Way]] = {}
-        for way, reason in row.troubles.items():
+    by_reason: dict[str, list[Way]] = {}
+    for way, reason in row.troubles.items():
+        if not is_known(row.client, way):
             by_reason.setdefault(reason, []).append(way)
-        for reason, ways in by_reason.items():
-            yield f"{', '.join(map(str, ways))}: {reason}"
+    for reason, ways in by_reason.items():
+        yield f"{', '.join(map(str, ways))}: {reason}"
     if row.direct is not None and not row.troubles:
-        slow = slower(row.direct, list((row.runs or {}).values()))
+        slow = slower(row.direct, row.runs or {})
         if slow:
             yield slow
     if row.client.note:

@@ -62,6 +62,8 @@ class Client:
     """What somebody who relays this must know."""
     fails: str = ""
     """Why it can't work through a relay, if that is known; the table then says so."""
+    fails_in: tuple[str, ...] = ()
+    """In which ways, by a word of theirs; none: in all."""
     needs: str = ""
     """Shell text that fails where this machine can't run it, and says why."""
 
@@ -652,13 +654,27 @@ CLIENTS = (
         f"curl -sS --ftp-port - -o $HERE/blob ftp://$TO/blob; {SAME}",
         (r"^same bytes$",),
         note="the server connects to the client itself: it needs a route to it",
+        fails="with `source` `relay` the server refuses to connect to another than asked it",
+        fails_in=("relay",),
     ),
-    Client(
-        "lftp", "lftp", "vsftpd", "tcp",
-        f"export HOME=$HERE; lftp -c 'set net:timeout 5; set net:max-retries 2; open ftp://'$TO'; get blob"
-        f" -o '$HERE/blob; {SAME}",
-        (r"^same bytes$",),
-        note="the server's passive ports must be services, too",
+    *(
+        Client(
+            name, "lftp", "vsftpd", "tcp",
+            f"export HOME=$HERE; lftp -c 'set net:timeout 5; set net:max-retries 2; {setting}"
+            f" open ftp://'$TO'; get blob -o '$HERE/blob; {SAME}",
+            (r"^same bytes$",),
+            note="the server's passive ports must be services, too",
+            fails=fails,
+            fails_in=("relay",) if fails else (),
+        )
+        for name, setting, fails in (
+            ("lftp, EPSV", "set ftp:prefer-epsv yes;", ""),
+            (
+                "lftp, PASV", "",
+                "with `source` `relay` it goes past the relay, to the address that the server names,"
+                " and the server refuses another than asked it",
+            ),
+        )
     ),
     Client(
         "tftp", "tftp-hpa", "tftpd", "udp",
@@ -789,13 +805,13 @@ CLIENTS = (
     ),
     Client(
         "iperf3", "iperf3", "iperf3", "tcp",
-        "iperf3 -c $TO -t 1 && iperf3 -c $TO -t 1 -R -P 3",
+        "iperf3 -c $TO -t 1 && sleep 0.5 && iperf3 -c $TO -t 1 -R -P 3",
         (r"receiver$", r"iperf Done\."),
     ),
     Client(
         "iperf3 by UDP", "iperf3", "iperf3", "udp",
         "iperf3 -c $TO -u -b 5M -l 1200 -t 1",
-        (r" 0/\d\d\d \(0%\) +receiver$", r"iperf Done\."),
+        (r" 0/(?=\d\d\d \(0%\) +receiver$)", r"iperf Done\."),
         note="its control connection is TCP: both `tcp/5201` and `udp/5201`",
     ),
     Client(
@@ -948,7 +964,8 @@ CLIENTS = (
     Client(
         "turnutils_stunclient", "coturn", "coturn", "udp",
         "turnutils_stunclient $TO",
-        (r"UDP reflexive addr: (?=\d)",),
+        (r"UDP reflexive addr: (?=\S)",),
+        note="it shows what the server sees: with `source` `relay`, the relay",
     ),
     Client(
         "turnutils_uclient", "coturn", "coturn", "udp",

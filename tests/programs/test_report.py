@@ -42,11 +42,25 @@ def test_a_way_that_failed_is_named_with_its_reason() -> None:
 
 
 def test_a_failure_that_is_known_is_told_with_its_reason() -> None:
-    known = replace(ONE_BAD, client=replace(CLIENT, fails="its answers come from elsewhere"))
+    client = replace(CLIENT, fails="its answers come from elsewhere")
+    known = replace(ALL_GOOD, client=client, runs=dict.fromkeys(WAYS, BAD))
 
     assert known.is_as_expected
+    assert not replace(ONE_BAD, client=client).is_as_expected  # all ways were to fail
     assert "| fails: its answers come from elsewhere; a note |" in line(known)
     assert "0 of 1 programs" in page([known], "Here.")
+
+
+def test_a_failure_may_be_known_of_some_ways() -> None:
+    client = replace(CLIENT, fails="its server is choosy", fails_in=("relay",))
+    runs = {way: BAD if way.source == "relay" else GOOD for way in WAYS}
+    known = replace(ALL_GOOD, client=client, runs=runs)
+    more = replace(known, runs={**runs, WAYS[0]: BAD})
+
+    assert known.is_as_expected
+    assert "| 2 of 4 | 2 of 4 |  | fails: its server is choosy; a note |" in line(known)
+    assert not more.is_as_expected
+    assert "choosy; terminated queue client: status 0, and no match for yes; a note" in line(more)
 
 
 def test_a_failure_that_is_known_and_gone_is_no_longer_expected() -> None:

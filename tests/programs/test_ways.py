@@ -72,11 +72,12 @@ def test_a_status_other_than_0_may_be_right() -> None:
 
 
 def test_only_much_slower_is_slower() -> None:
-    assert slower(replace(DIRECT, seconds=2.0), [replace(RELAYED, seconds=4.9)]) is None
-    assert slower(replace(DIRECT, seconds=0.1), [RELAYED, replace(RELAYED, seconds=5.2)]) == (
-        "up to 5.2 s instead of 0.1 s"
-    )
-    assert slower(DIRECT, []) is None
+    quick, slow = Way("terminated", "auto", "client"), Way("terminated", "queue", "client")
+    runs = {quick: RELAYED, slow: replace(RELAYED, seconds=4.9)}
+
+    assert slower(replace(DIRECT, seconds=2.0), runs) is None
+    assert slower(DIRECT, runs) == "terminated queue client: 4.9 s, directly 0.1 s"
+    assert slower(DIRECT, {}) is None
 
 
 def test_a_way_reads_as_its_words() -> None:

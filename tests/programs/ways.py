@@ -1,7 +1,7 @@
 """The ways through the relay, and what a run through one is worth beside a run without it."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -116,9 +116,9 @@ def unlike(client: Client, direct: Run, run: Run) -> str | None:
     return None if run.packets else "no packet of it went through the relay"
 
 
-def slower(direct: Run, runs: Sequence[Run]) -> str | None:
+def slower(direct: Run, runs: Mapping[Way, Run]) -> str | None:
     """By how much, if the slowest run took more than twice as long and a second more."""
-    slowest = max((run.seconds for run in runs), default=0.0)
-    if slowest <= 2 * direct.seconds + 1:
+    slowest = max(runs, key=lambda way: runs[way].seconds, default=None)
+    if slowest is None or runs[slowest].seconds <= 2 * direct.seconds + 1:
         return None
-    return f"up to {slowest:.1f} s instead of {direct.seconds:.1f} s"
+    return f"{slowest}: {runs[slowest].seconds:.1f} s, directly {direct.seconds:.1f} s"
