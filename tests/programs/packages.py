@@ -65,9 +65,11 @@ def short(version: str) -> str:
 def set_up() -> int:
     """Installs what is missing, says what stays missing; the exit status."""
     wanted = sorted({name for client in CLIENTS for name in needed(client)} - PYPI.keys())
-    missing = [name for name in wanted if name not in versions(wanted)]
+    found = versions(wanted)
+    missing = [name for name in wanted if name not in found]
     print(f"{len(wanted)} packages of Debian are needed, {len(missing)} are missing")
-    harmless = [name for name in missing if _is_harmless(name)]
+    obstacles = {name: _obstacle(name) for name in missing}
+    harmless = [name for name in missing if not obstacles[name]]
     if harmless:
         command = ("bash", str(ROOT / "tools" / "setup"), "--install-as-root")
         as_root = () if os.geteuid() == 0 else ("sudo",)
@@ -79,20 +81,18 @@ def set_up() -> int:
     there = versions([*wanted, *PYPI])
     absent = [name for name in (*wanted, *PYPI) if name not in there]
     for name in absent:
-        why = (
-            ""
-            if name in harmless or name in PYPI
-            else ": it has others removed, install it yourself"
-        )
-        print(f"missing: {name}{why}")
+        print(f"missing: {name}", *filter(None, (obstacles.get(name),)), sep=": ")
     return 1 if absent else 0
 
 
-def _is_harmless(package: str) -> bool:
-    """Whether it can be installed, and no other package goes."""
+def _obstacle(package: str) -> str | None:
+    """Why it isn't installed here, or None."""
     command = ("apt-get", "install", "-s", "--no-install-recommends", package)
     done = subprocess.run(command, capture_output=True, text=True)
-    return done.returncode == 0 and not re.search(r"^Remv ", done.stdout, re.MULTILINE)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"apt-get: status {done.returncode}"])[-1]
+    removed = re.findall(r"^Remv (\S+)", done.stdout, re.MULTILINE)
+    return f"install it yourself if {', '.join(removed)} may go" if removed else None
 
 
 def _set_up_python() -> None:

@@ -68,11 +68,12 @@ def services(server: Server, kind: Kind) -> str:
 def port(service: str) -> tuple[str, int]:
     """The protocol and the first port of a service.
 
-    >>> port("tcp/30000-30009")
-    ('tcp', 30000)
+    >>> port("tcp/30000-30009"), port("udp/69+any-port")
+    (('tcp', 30000), ('udp', 69))
     """
-    proto, _, ports = service.partition("/")
-    return proto, int(ports.partition("-")[0])
+    found = re.match(r"(\w+)/(\d+)", service)
+    assert found, service
+    return found[1], int(found[2])
 
 
 def read(client: Client, to: str, status: int, seconds: float, output: str) -> Run:
