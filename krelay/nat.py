@@ -296,10 +296,19 @@ class NatTable:
         row.called_again = False
         return new
 
-    def attach(self, row: Row, relay: Endpoint, now: float, *, seen: int | None = None) -> None:
+    def attach(
+        self,
+        row: Row,
+        relay: Endpoint,
+        now: float,
+        *,
+        seen: int | None = None,
+        services: Collection[int] = (),
+    ) -> None:
         """tcp-relay will connect to the row's server from `relay`: steps T3 and T4.
 
-        `seen` is the port that the server knows already; None: it is chosen here.  Takes the place
+        `seen` is the port that the server knows already; None: it is chosen here, and with
+        source=relay it is none of `services`, as in open_forwarded.  Takes the place
         of a port that it had before, from which it couldn't connect.
         Raises Refusal (`port_taken`) when another row has the port on this side, or the server may
         know it already: the client's own connection, another row's, or the client's port itself.
@@ -307,7 +316,7 @@ class NatTable:
         row_source = row.client.addr if row.source is Source.CLIENT else relay.addr
         outside = Endpoint(row_source, relay.port if seen is None else seen)
         if seen is None and row.client.port < FIRST_HIGH <= relay.port:
-            outside = self._seen_low(row, outside)
+            outside = self._seen_low(row, outside, services)
         is_low = outside.port != relay.port
         at = key(outside, row.server)
         holder = self._outside[Proto.TCP].get(at)
@@ -964,17 +973,19 @@ class NatTable:
             at = key(Endpoint(client.addr, port), server)
         return at
 
-    def _seen_low(self, row: Row, outside: Endpoint) -> Endpoint:
+    def _seen_low(self, row: Row, outside: Endpoint, services: Collection[int]) -> Endpoint:
         """As whom the server sees a client below 1024: from its own port where that is free.
 
         As `outside`, from above, where no port below is free.
         """
-        reserved = self.reserved if row.source is Source.RELAY else frozenset[int]()
+        of_relay = row.source is Source.RELAY
 
         def is_free(port: int) -> bool:
             at = key(outside._replace(port=port), row.server)
             mine = self._outside[_TCP].get(at) is row and (_TCP, at) not in self.direct
-            return port not in reserved and (mine or self._is_free(_TCP, at))
+            if of_relay and (port in self.reserved or port in services):
+                return False
+            return mine or self._is_free(_TCP, at)
 
         port = row.client.port
         if not is_free(port):

@@ -252,7 +252,7 @@ class Relays:
             self._nat.close(row, now)
             return Refused(request.id, "the row was ended")
         try:
-            self._nat.attach(row, request.relay, now)
+            self._nat.attach(row, request.relay, now, services=policy.tcp)
         except Refusal:
             self._nat.detach(row)  # it may have had another port before
             return Refused(request.id, PORT_TAKEN)

@@ -890,3 +890,10 @@ def test_a_service_that_is_answered_from_elsewhere_in_vain_is_found(source: Sour
     assert answers is not None
     answers.packets = 1  # it answers from where it was asked, too
     assert nat.asked_elsewhere(at("S:7000"), seen) is None
+
+
+def test_a_low_port_of_the_relay_is_no_services(nat: NatTable) -> None:
+    """Else what the server says when the row has gone would be a client's."""
+    row = nat.open_tcp(at("C:443"), K80, S80, Source.RELAY, 16000, 0)
+    nat.attach(row, at("K:45678"), 0, services=frozenset(range(1, 1022)))
+    assert row.seen == at("K:1023")
