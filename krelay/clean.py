@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from krelay import netfilter, reserve, ruleset, treelock
+from krelay import netfilter, reserve, treelock
 from krelay.netfilter import RulesUnavailable
 from krelay.roles import ADMIN, RELAY, VIEW
 from procfs_sim import trust
-from procfs_sim.tree import DEFAULT_ROOT, DIRECTORIES, SETTINGS, STATUS
+from procfs_sim.tree import DIRECTORIES, SETTINGS, STATUS
 
 SOCKETS = (ADMIN.socket, VIEW.socket, RELAY.socket)
 
@@ -47,7 +47,7 @@ def _held(root: Path) -> Iterator[None]:
 
 def _clean(root: Path, *, keep_settings: bool) -> list[str]:
     removed = []
-    name = ruleset.instance_name(str(root.absolute()), DEFAULT_ROOT)
+    name = netfilter.instance(root)
     for backend in netfilter.CANDIDATES:
         if backend.present(name):
             backend.remove(name)

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from random import SystemRandom
 
-from krelay import control, listeners, notify, privileges, ruleset, tracking, unixsock
+from krelay import control, listeners, netfilter, notify, privileges, ruleset, tracking, unixsock
 from krelay.collector import Collector
 from krelay.control import Values
 from krelay.controlsock import ControlSocket
@@ -36,7 +36,7 @@ from krelay.trace import Filter
 from krelay.witness import Witness
 from krelay.worker import Worker
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
-from procfs_sim.tree import DEFAULT_ROOT, SETTINGS, Config, in_force
+from procfs_sim.tree import SETTINGS, Config, in_force
 
 NEEDED = (Cap.NET_ADMIN, Cap.NET_RAW)
 """What it takes to make rules, serve the queue and send packets; all else is given up once krelay
@@ -94,10 +94,9 @@ class Daemon:
         self._eviction_warning = Throttle()
         self.nat = NatTable(rng=SystemRandom())
         self._worker = Worker(self.nat)
-        name = ruleset.instance_name(str(root.absolute()), DEFAULT_ROOT)
         self._relaying = Relaying(
             loop,
-            name,
+            netfilter.instance(root),
             queue_num,
             self._worker,
             self._sender,
@@ -152,6 +151,7 @@ class Daemon:
         tcp = self.nat.count(Proto.TCP)
         return {
             "state": self._relaying.state,
+            **self._retry(),
             "tree": self._keeper.state,
             "generation": self._state.generation,
             "uptime": round(now - self._began_at, 1),
@@ -173,6 +173,11 @@ class Daemon:
             "recovering": round(max(0.0, self._worker.recovering_until - now), 1),
             "pid": os.getpid(),
         }
+
+    def _retry(self) -> Values:
+        """When relaying that has failed is tried again; nothing where it hasn't."""
+        wait = self._relaying.retry_in
+        return {} if wait is None else {"retry_in": round(wait, 1)}
 
     def counters(self) -> Values:
         """All counters since the daemon began; the kernel's, since relaying started.
@@ -374,9 +379,10 @@ def _give_up(relay_gid: int | None) -> None:
 
 
 def _raw_sender() -> RawSender:
-    try:
-        return RawSender()
-    except PermissionError:
+    held = privileges.capabilities()
+    if wanting := [f"CAP_{cap.name}" for cap in NEEDED if not held >> cap & 1]:
         raise CannotServe(
-            "needs root, or CAP_NET_ADMIN and CAP_NET_RAW, for the rules and the queue; try sudo"
-        ) from None
+            "needs root, or CAP_NET_ADMIN and CAP_NET_RAW, for the rules and the queue; "
+            f"{' and '.join(wanting)} {'are' if len(wanting) > 1 else 'is'} wanting; try sudo"
+        )
+    return RawSender()

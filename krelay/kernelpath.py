@@ -160,6 +160,8 @@ class KernelPath:
             return None
         own = sorted(policy.own)
         addresses = [IPv4Address(each) for each in own if each[0] != LOOPBACK]
+        if not addresses:  # the network isn't up yet
+            return None
         strangers = [network(each) for each in (*own, policy.server, *self._traced_clients)]
         strangers += [*policy.beside, *NO_CLIENTS]
         return Learning(

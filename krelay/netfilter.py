@@ -32,6 +32,7 @@ from typing import Any, Protocol
 from krelay import children, nftmsg, ruleset
 from krelay.ruleset import Learning, RuleSpec
 from krelay.wire import netlink
+from procfs_sim.tree import DEFAULT_ROOT
 
 TIMEOUT = 10.0
 """Seconds for one run of nft or iptables; they take milliseconds unless somebody holds a lock."""
@@ -81,6 +82,11 @@ _HELD = 4
 """iptables(8): the lock of the tables is held by another run (RESOURCE_PROBLEM)."""
 _LOCK_WITHIN = 1
 """Seconds for that lock.  Packets wait meanwhile; it is tried again."""
+
+
+def instance(root: Path) -> str:
+    """The name of the rules of the krelay that serves this tree, however the tree is spelt."""
+    return ruleset.instance_name(os.path.realpath(root), os.path.realpath(DEFAULT_ROOT))
 
 
 class Backend(Protocol):

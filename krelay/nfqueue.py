@@ -94,6 +94,12 @@ def figures(number: int) -> Figures | None:
     return None
 
 
+def figures_shown() -> bool:
+    """Whether the kernel shows its figures to this user: to root and its group, whoever else has
+    which capability."""
+    return os.access(_FIGURES, os.R_OK, effective_ids=True)
+
+
 class Queue:
     """One netfilter queue, bound from construction to `close`.
 
@@ -243,6 +249,8 @@ class Queue:
             _SUBSYS_QUEUE, _MSG_CONFIG, 0, params, family=0, resource=self.number
         )
         self._socket.sendto(request, (0, 0))
+        if not figures_shown():
+            return  # no kernel refuses this to who has bound the queue
         got = figures(self.number)
         if got is None or got.copy_range < COPY_RANGE - 8:
             self.close()

@@ -41,7 +41,7 @@ from krelay.log import Failures, Log, Throttle
 from krelay.loop import PAUSE, Loop, Timer
 from krelay.nat import NatTable
 from krelay.netfilter import Backend, RulesDelayed, RulesUnavailable
-from krelay.nfqueue import Queue, QueueUnavailable, figures
+from krelay.nfqueue import Queue, QueueUnavailable, figures, figures_shown
 from krelay.rawsend import RawSender
 from krelay.relay import Relays
 from krelay.row import Row, Step, Timeouts
@@ -79,8 +79,10 @@ something."""
 _SOON = 0.005
 RETRY = 1.0
 """Seconds until what the host had no room for is tried again."""
-START_AGAIN = 2.0
-"""The same for a start that failed so."""
+START_AGAIN, START_AGAIN_MOST = 2.0, 60.0
+"""The same for a start that failed, or relaying that had to end; each time twice as long."""
+STEADY = 60.0
+"""Seconds of relaying after which a failure is no sequel of the one before."""
 TELL_AGAIN = 60.0
 """Seconds after which a start that goes on failing for the same reason is told once more."""
 MOST_FAILURES = 20
@@ -145,7 +147,10 @@ class Relaying:
         self._spec: RuleSpec | None = None
         self._failure: str | None = None
         self._again_at: float | None = None
-        """When a start that failed is tried again; None: when somebody wishes it."""
+        """When a start that failed is tried again; None: nothing has failed."""
+        self._again_after = START_AGAIN
+        """Seconds until the next try, if another one fails."""
+        self._running_since = 0.0
         self._failures = Failures(_log)
         self._failed_in_a_row = 0
         self._stopping: Timer | None = None
@@ -187,6 +192,16 @@ class Relaying:
     def failed(self) -> bool:
         """Whether relaying was to begin, or to go on, and can't."""
         return self._failure is not None
+
+    @property
+    def retry_in(self) -> float | None:
+        """Seconds until relaying, which has failed, is tried again; None if it hasn't.
+
+        Where it waits for the gateway port, that is looked at every second.
+        """
+        if self._failure is None or self._again_at is None:
+            return None
+        return max(0.0, self._again_at - self._loop.now)
 
     @property
     def rules(self) -> str:
@@ -257,6 +272,7 @@ class Relaying:
             if self._stopping:
                 self._end()  # and begin afresh: nobody is told of a state in between
             if self.queue is None:
+                self._again_after = START_AGAIN
                 self._start()
             else:
                 self._adopt(changed)
@@ -340,7 +356,6 @@ class Relaying:
         self.nat.expire(now)
         self.relays.on_time(now)
         if self._again_at is not None and now >= self._again_at:
-            self._again_at = None
             self._start()
             self._on_change()
         self._begin_where_free()
@@ -406,10 +421,10 @@ class Relaying:
             self._watch_rules(backend)
             self._install(self._wanted(), afresh=True)
         except (QueueUnavailable, RulesUnavailable, OSError) as error:
-            passing = isinstance(error, RulesDelayed | OSError)
             reason = f"this host: {error.strerror}" if isinstance(error, OSError) else str(error)
-            self._fail(reason, passing=passing or isinstance(error.__cause__, OSError))
+            self._fail(reason, by_rules=isinstance(error, RulesUnavailable))
             return
+        self._running_since = self._loop.now
         self._told_failure = ""
         _log.info(
             "relaying started",
@@ -422,6 +437,11 @@ class Relaying:
             queue=self._queue_num,
             after="a killed krelay" if stale else None,
         )
+        if not figures_shown():
+            _log.warning(
+                "how many packets the kernel drops from the queue isn't shown to this user",
+                mend="give it the group root (SupplementaryGroups=root)",
+            )
         self._warn_of_surroundings()
         if not stale:
             self._was_served = bool(self.gateways.served)
@@ -499,6 +519,7 @@ class Relaying:
         if others := self.gateways.others(port):
             who = self._called(others)
             self._fail(f"port {port}, the gateway port, is in use by {who}; end that, or set gport")
+            self._again_at, self._again_after = None, START_AGAIN
             self._waits_for_port = True
 
     def _begin_where_free(self) -> None:
@@ -616,7 +637,7 @@ class Relaying:
             self._delayed(error)
             return
         except RulesUnavailable as error:
-            self._fail(f"rules can't be changed: {error}")
+            self._fail(f"rules can't be changed: {error}", by_rules=True)
             return
         if not whole:
             self._restore_rules()
@@ -635,7 +656,7 @@ class Relaying:
         except RulesDelayed as error:
             self._delayed(error)
         except RulesUnavailable as error:
-            self._fail(f"rules can't be changed: {error}")
+            self._fail(f"rules can't be changed: {error}", by_rules=True)
 
     def _rules_depend_on(self) -> tuple[object, ...]:
         """What `_wanted` is made of: as long as that stays, it needn't be made again every second.
@@ -696,7 +717,8 @@ class Relaying:
             self._loop.call_at(self._loop.now + RETRY, self._restore_rules)
             return
         except RulesUnavailable as error:
-            self._fail(f"somebody took krelay's rules out, and they can't be put back: {error}")
+            reason = f"somebody took krelay's rules out, and they can't be put back: {error}"
+            self._fail(reason, by_rules=True)
             return
         if (before := self._removal_warning.admit(self._loop.now)) is not None:
             _log.warning(
@@ -734,23 +756,29 @@ class Relaying:
             if self._backend.has_maps and not self._knows_dscp:
                 _log.info("nft has no maps with DSCP: changes of it are seen in the worker alone")
         except RulesUnavailable as error:
-            self._fail(str(error), passing=isinstance(error, RulesDelayed))
+            self._fail(str(error), by_rules=True)
         return self._backend
 
-    def _fail(self, reason: str, *, passing: bool = False) -> None:
+    def _fail(self, reason: str, *, by_rules: bool = False) -> None:
         """Relaying isn't possible: the host is left as before, and `state` says why.
 
-        `passing`: for the moment; it is begun again by and by, if it is still wished then.
+        It is begun again by and by, if it is still wished then.  `by_rules`: how rules can be made
+        is found out anew then, since whoever mends it may do that in another way.
         """
+        if self.queue is not None and self._loop.now - self._running_since >= STEADY:
+            self._again_after = START_AGAIN
         if reason != self._told_failure:
             self._told_failure = reason
             self._failure_error = Throttle(TELL_AGAIN)
         if (before := self._failure_error.admit(self._loop.now)) is not None:
             _log.error("relaying failed", reason=reason, again=before or None)
         self._abandon()
+        if by_rules:
+            self._backend = None
         self._failure = reason
-        if passing and self._config.start:
-            self._again_at = self._loop.now + START_AGAIN
+        if self._config.start:
+            self._again_at = self._loop.now + self._again_after
+            self._again_after = min(2 * self._again_after, START_AGAIN_MOST)
         self._on_change()
 
     def _wait_for_resets(self, deadline: float) -> None:
@@ -847,7 +875,7 @@ class Relaying:
                 return
             self._failed_in_a_row += 1
             if self._failed_in_a_row > MOST_FAILURES:
-                self._fail(f"the queue is lost: {error}", passing=True)
+                self._fail(f"the queue is lost: {error}")
                 return
             self._failures.tell(self._loop.now, "the queue can't be read; trying again", error)
             time.sleep(PAUSE)
