@@ -75,30 +75,67 @@ def _up(args: argparse.Namespace) -> int:
     from krelay import client, up
 
     given = {"real_ip": args.real_ip, "gport": args.gport}
-    services = " ".join(args.services) if args.services else args.services
-    given |= {"services": services, "source": args.source, "datapath": args.datapath}
+    given |= {"services": _joined(args.services), "source": args.source, "datapath": args.datapath}
     values = {name: _checked(name, text) for name, text in given.items() if text is not None}
-    options = ["--log-level", args.log_level, "--queue-num", str(args.queue_num)]
+    logs = ["--log-level", args.log_level]
+    log.set_up(args.log_level)
     try:
-        return up.run(args.root, values, options)
+        return up.run(
+            args.root,
+            values,
+            [*logs, "--queue-num", str(args.queue_num)],
+            [*logs, *_relay_arguments(args)],
+            look=not args.no_doctor,
+        )
     except trust.Untrusted:
         raise
     except (up.UpFailed, client.NoDaemon, client.Rejected, OSError) as error:
         raise Failed(error) from None
 
 
+def _relay_options() -> argparse.ArgumentParser:
+    """Those of tcp-relay that `krelay up` takes as well."""
+    from tcp_relay import options
+
+    parser = argparse.ArgumentParser(add_help=False)
+    options.add_options(parser)
+    return parser
+
+
+def _relay_arguments(args: argparse.Namespace) -> Iterator[str]:
+    """What of these was asked for, as tcp-relay reads it."""
+    for name, default in vars(_relay_options().parse_args([])).items():
+        value = getattr(args, name)
+        if value == default:
+            continue
+        yield f"--{name.replace('_', '-')}"
+        if value is not True:
+            yield str(value)
+
+
 def _start(args: argparse.Namespace) -> int:
-    from krelay.doctor import checks
     from krelay.doctor import command as doctor
 
     trust.check(args.root)
     _ask(args.root, "show status json")
-    failed = doctor.before_start(args.root)
-    fatal = checks.fatal(failed)
-    doctor.say(finding for finding in failed if finding not in fatal)
-    if fatal:
-        raise Failed(fatal[0])
-    return _switch(args.root, "1", "running")
+    fatal = [] if args.no_doctor else doctor.before_start(args.root)
+    try:
+        if fatal:
+            raise Failed(fatal[0])
+        _switch(args.root, "1", "running")
+    except Failed:
+        _say_what_matters(args, but=fatal[:1])
+        raise
+    _say_what_matters(args)
+    return 0
+
+
+def _say_what_matters(args: argparse.Namespace, but: Sequence[object] = ()) -> None:
+    """What the doctor finds; relaying goes on meanwhile."""
+    from krelay.doctor import command as doctor
+
+    if not args.no_doctor:
+        doctor.say(each for each in doctor.after_start(args.root) if each not in but)
 
 
 def _stop(args: argparse.Namespace) -> int:
@@ -120,13 +157,14 @@ def _switch(root: Path, flag: str, state: str) -> int:
 
 
 def _set(args: argparse.Namespace) -> int:
-    from krelay import client
+    from krelay import client, starting
 
     if args.flush and args.key != "real_ip":
         raise Misused("--flush goes with real_ip alone")
     if len(args.value) > 1 and args.key != "services":
         raise Misused(f"{args.key} has one value, not {len(args.value)}")
     text = _checked(args.key, " ".join(args.value))
+    starting.wait(args.root)
     _put(args.root, args.key, text)
     for _ in _tries():
         try:
@@ -143,6 +181,7 @@ def _set(args: argparse.Namespace) -> int:
         if in_force == text:
             if args.flush:
                 _print(_ask(args.root, "flush"))
+            _say_what_matters(args)
             return 0
         if shown == in_force:  # it shows the value in force again: ours was refused
             errors = (FileTree(args.root).read("status/errors") or "").splitlines()
@@ -153,7 +192,11 @@ def _set(args: argparse.Namespace) -> int:
 
 
 def _get(args: argparse.Namespace) -> int:
+    from krelay import starting
+
     tree = FileTree(args.root)
+    if not (args.root / "start").exists():
+        starting.wait(args.root)
     names = [args.key] if args.key else list(SETTINGS)
     for name in names:
         text = tree.read(name)
@@ -240,9 +283,10 @@ def _print(lines: Sequence[str]) -> None:
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from krelay import capturing, client, terminal
+    from krelay import capturing, client, starting, terminal
 
     _check_words(args.filter, is_trace=True)
+    starting.wait(args.root)
     try:
         if args.pcap is not None:
             request = " ".join(["trace pcap", *args.filter])
@@ -277,9 +321,22 @@ def _clean(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from krelay import starting
     from krelay.doctor import command
 
-    return command.run(args.root, args.client, args.queue_num, fix=args.fix, as_json=args.json)
+    given = {
+        "real_ip": args.real_ip,
+        "gport": args.gport,
+        "services": _joined(args.services),
+        "source": args.source,
+    }
+    texts = {name: _checked(name, text) for name, text in given.items() if text is not None}
+    asked = {name: parse(name, text) for name, text in texts.items()}
+    if starting.is_starting(args.root):
+        starting.wait(args.root)
+    return command.run(
+        args.root, args.client, args.queue_num, asked, fix=args.fix, as_json=args.json
+    )
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -318,11 +375,16 @@ def _put(root: Path, name: str, text: str) -> None:
         raise Failed(f"{path} can't be written: {error.strerror}{mend}") from None
 
 
+def _joined(words: Sequence[str] | None) -> str | None:
+    """The text of a setting that may be written as several words."""
+    return None if words is None else " ".join(words)
+
+
 def _ask(root: Path, request: str) -> list[str]:
-    from krelay import client
+    from krelay import client, starting
 
     try:
-        return client.ask(root, request)
+        return starting.answered(root, lambda: client.ask(root, request))
     except (client.NoDaemon, client.Rejected) as error:
         raise Failed(error) from None
     except OSError as error:
@@ -338,10 +400,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        text: str,
+        example: str,
+        parents: Sequence[argparse.ArgumentParser] = (),
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
+            parents=parents,
             help=text,
             description=text[0].upper() + text[1:] + ".",
             epilog=f"example: {example}",
@@ -372,18 +439,16 @@ def _parser() -> argparse.ArgumentParser:
         _up,
         "daemon and tcp-relay together, until Ctrl-C",
         "krelay up --real-ip 192.168.0.1 --services tcp/80 udp/53",
+        parents=[_relay_options()],
     )
-    sub.add_argument("--real-ip", metavar="IP", help="the real server")
-    sub.add_argument("--gport", metavar="N", help="the gateway port")
-    sub.add_argument(
-        "--services", metavar="SERVICE", nargs="+", help="what is relayed, like tcp/80 udp/53"
-    )
-    sub.add_argument("--source", metavar="WHOSE", help="the address the server sees: client, relay")
+    _values(sub)
     sub.add_argument("--datapath", metavar="PATH", help="what rewrites packets: auto, queue")
     _queue_option(sub)
     sub.add_argument("--log-level", choices=log.LEVELS, default="info", metavar="LEVEL")
+    _doctor_option(sub)
 
-    add("start", _start, "write 1 into start and wait until relaying", "krelay start")
+    sub = add("start", _start, "write 1 into start and wait until relaying", "krelay start")
+    _doctor_option(sub)
     add("stop", _stop, "write 0 into start and wait until the host is as before", "krelay stop")
 
     sub = add("set", _set, "check and write a setting, wait for it", "krelay set gport 17000")
@@ -394,6 +459,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="real_ip: end the flows that still lead to another server",
     )
+    _doctor_option(sub)
 
     sub = add("get", _get, "show a setting, or all", "krelay get real_ip")
     sub.add_argument("key", metavar="KEY", nargs="?", choices=SETTINGS, help=", ".join(SETTINGS))
@@ -430,8 +496,9 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         _doctor,
         "check what relaying needs, and say how to mend what is wrong",
-        "krelay doctor --client 10.0.0.1 --fix",
+        "krelay doctor --client 10.0.0.1 --fix, krelay doctor --real-ip 192.168.0.1 --gport 17000",
     )
+    _values(sub, "instead of the one in the file tree: ")
     sub.add_argument(
         "--client",
         type=_address,
@@ -498,6 +565,29 @@ def _address(text: str) -> IPv4Address:
         return server(text)
     except Refused as reason:
         raise argparse.ArgumentTypeError(str(reason).partition(",")[0]) from None
+
+
+def _values(parser: argparse.ArgumentParser, what: str = "") -> None:
+    """Settings, to be put in force or to be looked at."""
+    parser.add_argument("--real-ip", metavar="IP", help=f"{what}the real server")
+    parser.add_argument("--gport", metavar="N", help=f"{what}the gateway port")
+    parser.add_argument(
+        "--services",
+        metavar="SERVICE",
+        nargs="+",
+        help=f"{what}what is relayed, like tcp/80 udp/53",
+    )
+    parser.add_argument(
+        "--source", metavar="WHOSE", help=f"{what}the address the server sees: client, relay"
+    )
+
+
+def _doctor_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-doctor",
+        action="store_true",
+        help="don't look for what is wrong on this host (krelay doctor does)",
+    )
 
 
 def _json_option(parser: argparse.ArgumentParser) -> None:

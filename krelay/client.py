@@ -29,6 +29,10 @@ class NoDaemon(Exception):
     """Nobody serves that tree, or not this user.  The text says what to do."""
 
 
+class NoPermission(NoDaemon):
+    """Somebody serves it, but not this user."""
+
+
 class Rejected(Exception):
     """The daemon answered with an error; the text is what it said."""
 
@@ -152,7 +156,7 @@ def _connect(root: Path, request: str) -> socket.socket:
             connection.close()
             raise
         return connection
-    raise NoDaemon(f"no permission for {root}: {_needed(roles)}")
+    raise NoPermission(f"no permission for {root}: {_needed(roles)}")
 
 
 def _needed(roles: tuple[Role, ...]) -> str:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,19 +45,9 @@ class Holder(NamedTuple):
 
     pid: int
     name: str
-    arguments: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.name} (pid {self.pid})"
-
-    def is_tcp_relay(self, root: Path) -> bool:
-        """Whether it was started as tcp-relay, by name or as a module, and for no other tree."""
-        names = {argument.rpartition("/")[2] for argument in self.arguments[:4]}
-        if not names & {"tcp-relay", "tcp_relay"}:
-            return False
-        words = " ".join(self.arguments).replace("--root=", "--root ").split(" ")
-        trees = [value for word, value in pairwise(words) if word == "--root"]
-        return all(Path(tree) == root for tree in trees)
 
 
 def holder(inodes: Iterable[int]) -> Holder | None:
@@ -67,7 +56,5 @@ def holder(inodes: Iterable[int]) -> Holder | None:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and holds_any(int(entry.name), wanted):
             with suppress(OSError):
-                name = (entry / "comm").read_text().strip()
-                arguments = (entry / "cmdline").read_text(errors="replace").split("\0")
-                return Holder(int(entry.name), name, tuple(arguments))
+                return Holder(int(entry.name), (entry / "comm").read_text().strip())
     return None

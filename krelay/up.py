@@ -1,7 +1,10 @@
 """`krelay up`: the daemon and tcp-relay together, in the foreground, until Ctrl-C.
 
 Both run as processes of their own, as they would under a service manager, and are told to end if
-this one dies in whatever way.  tcp-relay needs no privilege: it gives root up before it opens its
+this one dies in whatever way.  Who of the two ends by itself is started again, at once and then
+after longer and longer pauses; only who doesn't stay up at all ends the whole.  While krelay is
+away its rules stay, as they do under a service manager: what they catch is dropped, never passed on
+unrewritten.  tcp-relay needs no privilege: it gives root up before it opens its
 first socket, and runs as user `krelay`, or where there is none as a user id that is nobody else's
 (privileges.py).  What wasn't there before is gone afterwards, the file tree included.
 """
@@ -10,15 +13,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from krelay import children, client, privileges, treelock
-from krelay.clean import remove_tree
-from krelay.doctor import checks
+from krelay import children, clean, client, privileges, treelock
 from krelay.doctor import command as doctor
+from krelay.log import Log
+from krelay.netfilter import RulesUnavailable
 from krelay.privileges import Account, NoAccount
 from procfs_sim import trust
 from procfs_sim.ondisk import FileTree
@@ -28,6 +30,12 @@ START_WITHIN = 20.0
 TAKEN_FOR = 1.0
 """Seconds after which a gateway port that is in use is taken for another program's."""
 STOP_WITHIN = 5.0
+STEADY = 10.0
+"""Seconds after which an end is no longer a sequel of the one before."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+"""Seconds before another start, from the second on."""
+MOST_STARTS = 10
+"""In a row, after none of which a process has stayed up for STEADY."""
 _FIRST_PORT = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 _PAUSE = 0.02
 _WATCH = 0.1
@@ -37,34 +45,105 @@ class UpFailed(Exception):
     """One of the two couldn't run.  The text says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Child:
-    """One of the two."""
+_log = Log("up")
 
-    name: str
-    process: subprocess.Popen[bytes]
+
+class Child:
+    """One of the two; runs from construction on."""
+
+    def __init__(self, name: str, module: str, *arguments: str) -> None:
+        self.name = name
+        self._command = (module, *arguments)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._since = 0.0
+        self._starts = 0
+        """In a row, without a long life in between."""
+        self._again_at: float | None = None
+        self._how = ""
+        """How it ended last; empty: it has not."""
+        self._start()
 
     def check(self) -> None:
         """Raises UpFailed if it has ended."""
-        status = self.process.poll()
-        if status is not None:
-            raise UpFailed(f"{self.name} ended with exit status {status}; its log says why")
+        if self._process is not None and (status := self._process.poll()) is not None:
+            raise UpFailed(f"{self.name} {_how_it_ended(status)}; its log says why")
 
-    def end(self) -> None:
-        """SIGTERM, and if that takes too long SIGKILL."""
-        if self.process.poll() is None:
-            self.process.terminate()
+    def keep(self, now: float) -> None:
+        """Starts it again if it has ended.  Raises UpFailed if that doesn't help."""
+        if self._again_at is not None:
+            if now >= self._again_at:
+                self._start()
+        elif self._process is not None and (status := self._process.poll()) is not None:
+            self._lost(_how_it_ended(status), now)
+
+    def end(self) -> bool:
+        """SIGTERM, and if that takes too long SIGKILL; whether it has ended in order."""
+        process = self._process
+        if process is None:
+            return False
+        if process.poll() is None:
+            process.terminate()
             try:
-                self.process.wait(STOP_WITHIN)
+                process.wait(STOP_WITHIN)
             except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+                process.kill()
+                process.wait()
+        return process.returncode in (0, 128 + signal.SIGINT)
+
+    def _start(self) -> None:
+        self._again_at = None
+        self._since = time.monotonic()
+        self._starts += 1
+        module, *arguments = self._command
+        try:
+            self._process = children.start(module, *arguments)
+        except OSError as error:
+            if self._starts == 1:
+                raise
+            self._process = None
+            self._lost(f"can't be started: {error.strerror}", self._since)
+
+    def _lost(self, how: str, now: float) -> None:
+        lived = now - self._since
+        if lived >= STEADY:
+            self._starts = 1
+        if self._starts >= MOST_STARTS:
+            raise UpFailed(f"{self.name} {how} {self._starts} times in a row; its log says why")
+        pause = pause_before(self._starts + 1)
+        self._again_at = now + pause
+        _log.warning(f"{self.name} {how}", lived=round(lived, 1), again_in=pause)
 
 
-def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
+def pause_before(start: int) -> float:
+    """Seconds before the second start in a row, the third, ...
+
+    >>> [pause_before(start) for start in range(2, 10)]
+    [0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
+    """
+    return min(FIRST_PAUSE * 2.0 ** (start - 3), LONGEST_PAUSE) if start > 2 else 0.0
+
+
+def _how_it_ended(status: int) -> str:
+    if status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:  # most real-time signals have no name
+        return f"was ended by signal {-status}"
+
+
+def run(
+    root: Path,
+    values: Mapping[str, str],
+    options: Sequence[str],
+    relay_options: Sequence[str] = (),
+    *,
+    look: bool = True,
+) -> int:
     """Serves with these values (file -> text, checked already) until KeyboardInterrupt or SIGTERM.
 
-    Raises UpFailed; trust.Untrusted if others can change the tree.
+    `options` are the daemon's, `relay_options` tcp-relay's; `look`: says what is wrong on this
+    host.  Raises UpFailed; trust.Untrusted if others can change the tree.
     """
     trust.check(root)
     if treelock.is_served(root):
@@ -77,17 +156,20 @@ def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
     try:
         _write(root, {**values, "start": "0"})
         tree = ("--root", str(root))
-        daemon = children.start("krelay", "daemon", *tree, *options, *_relay_group(who))
-        both.append(Child("krelay", daemon))
+        both.append(Child("krelay", "krelay", "daemon", *tree, *options, *_relay_group(who)))
         _wait(both, "krelay doesn't answer", lambda: bool(_status(root)))
         config = _checked(root, values)
         _refuse_low_port(who, int(config["gport"]))
         as_whom = ("--user", str(who)) if who else ()
-        both.append(Child("tcp-relay", children.start("tcp_relay", *tree, *as_whom)))
+        both.append(Child("tcp-relay", "tcp_relay", *tree, *as_whom, *relay_options))
         _wait(both, "tcp-relay isn't ready", _served(root))
-        _look_first(root)
+        if look and (fatal := doctor.before_start(root)):
+            doctor.say(each for each in doctor.after_start(root) if each != fatal[0])
+            raise UpFailed(fatal[0])
         _write(root, {"start": "1"})
         _wait(both, "krelay isn't running", lambda: _is_running(root))
+        if look:
+            doctor.say(doctor.after_start(root))
         print(
             f"relaying to {config['real_ip']}: {config['services']} "
             f"(rules by {_status(root)['rules']}); tcp-relay runs as {_in_words(who)}; "
@@ -96,25 +178,26 @@ def run(root: Path, values: Mapping[str, str], options: list[str]) -> int:
         )
         while True:
             for child in both:
-                child.check()
+                child.keep(time.monotonic())
             time.sleep(_WATCH)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for child in both:  # krelay first: it has tcp-relay reset its connections
-            child.end()
+        # krelay first: it has tcp-relay reset its connections
+        in_order = [child.end() for child in both]
+        if not all(in_order[:1]):
+            _remove_rules(root)
         if not existed:
-            remove_tree(root)
+            clean.remove_tree(root)
         else:
             _write(root, {"start": "0"})
 
 
-def _look_first(root: Path) -> None:
-    """Says what is wrong with this host before the first packet.  Raises UpFailed."""
-    failed = doctor.before_start(root)
-    fatal = checks.fatal(failed)
-    doctor.say(finding for finding in failed if finding not in fatal)
-    if fatal:
-        raise UpFailed(fatal[0])
+def _remove_rules(root: Path) -> None:
+    """Those of a krelay that was killed and isn't started again."""
+    try:
+        clean.clean(root, keep_settings=True)
+    except (clean.StillServed, RulesUnavailable, OSError) as error:
+        _log.error("rules can't be removed", reason=error, mend="krelay clean")
 
 
 def _write(root: Path, texts: Mapping[str, str]) -> None:
@@ -151,8 +234,9 @@ def _checked(root: Path, values: Mapping[str, str]) -> dict[str, Any]:
     config = client.ask_json(root, "show config json")[0]
     if any(config[name] != text for name, text in values.items()):
         errors = (FileTree(root).read("status/errors") or "").splitlines()
-        raise UpFailed(errors[0].partition(";")[0] if errors else "a value was refused")
-    return config
+        if ours := [line for line in errors if line.partition(":")[0] in values]:
+            raise UpFailed(ours[0].partition(";")[0])
+    return config  # or somebody has written another value meanwhile
 
 
 def _served(root: Path) -> Callable[[], bool]:

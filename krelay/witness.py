@@ -54,8 +54,7 @@ class Witness:
         answer = self._ask({"inodes": list(inodes)})
         if not isinstance(answer, list):
             return None
-        pid, name, arguments = answer
-        return Holder(pid, name, tuple(arguments))
+        return Holder(*answer)
 
     def close(self) -> None:
         """Ends it."""
@@ -113,7 +112,4 @@ def _looked(question: dict[str, Any]) -> Any:
     if "pid" in question:
         return listeners.holds_any(question["pid"], inodes)
     found = listeners.holder(inodes)
-    if found is None:
-        return None
-    arguments = [argument[:200] for argument in found.arguments[:20]]
-    return [found.pid, found.name, arguments]
+    return None if found is None else list(found)

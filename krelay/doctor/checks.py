@@ -12,9 +12,10 @@ from krelay import ruleset
 from krelay.doctor import passages
 from krelay.doctor.facts import Facts, Leftover, Listener, Path, Uplink
 from krelay.doctor.findings import Finding, Level
-from procfs_sim.tree import DEFAULT_ROOT
+from procfs_sim.tree import DEFAULT_ROOT, in_force
 
 OK, WARNING, FAILED = Level.OK, Level.WARNING, Level.FAILED
+NOT_TRIED = Level.NOT_TRIED
 
 STRICT = 1
 """rp_filter: a packet must come by the link that leads back to its source (RFC 3704)."""
@@ -27,9 +28,51 @@ NEARLY_FULL = 0.9
 DNS = 53
 
 
+NEEDS = {
+    "queue": ("queue",),
+    "rules": ("rules",),
+    "datapath": ("rules",),
+    "krelay": ("krelay",),
+    "file tree": ("file tree",),
+    "leftovers": ("file tree", "firewall", "queue"),
+    "forwarding": ("kernel settings", "links"),
+    "rp_filter": ("kernel settings", "links"),
+    "VRF": ("links",),
+    "redirects": ("links", "routes"),
+    "uplinks": ("uplinks", "firewall"),
+    "ports": ("kernel settings",),
+    "this host": ("firewall",),
+    "timers": ("kernel settings", "firewall"),
+    "server": ("routes",),
+    "client": ("routes",),
+    "return": ("return", "routes"),
+    "gateway port": ("listeners", "gateway port"),
+    "services": ("listeners",),
+    "firewall": ("firewall", "links"),
+    "conntrack": ("kernel settings",),
+    "UDP GRO": ("links", "UDP GRO"),
+    "buffer": ("kernel settings",),
+    "files": ("privileges",),
+}
+"""The parts of the host (gather.py) that have to be seen before a check can say "ok"."""
+
+
 def examine(facts: Facts) -> list[Finding]:
-    """Every check's findings."""
-    return [finding for check in CHECKS for finding in check(facts)]
+    """Every check's findings.  None is ok that rests on what wasn't seen."""
+    found = [finding for check in CHECKS for finding in check(facts)]
+    return [_as_far_as_seen(facts, finding) for finding in found]
+
+
+def _as_far_as_seen(facts: Facts, finding: Finding) -> Finding:
+    if finding.level is not OK:
+        return finding
+    needed = NEEDS.get(finding.check, ())
+    reasons = [reason for part, reason in facts.unseen if part in needed]
+    return _not_tried(finding.check, reasons[0]) if reasons else finding
+
+
+def _not_tried(check: str, reason: str) -> Finding:
+    return Finding(check, NOT_TRIED, reason)
 
 
 def surroundings(facts: Facts) -> list[Finding]:
@@ -37,8 +80,12 @@ def surroundings(facts: Facts) -> list[Finding]:
 
     For the daemon, which looks at no more each time it begins.
     """
-    findings = [*forwarding(facts), *server(facts)]
-    return [finding for finding in findings if finding.level is not OK]
+    return mattering([*forwarding(facts), *server(facts)])
+
+
+def mattering(findings: Iterable[Finding]) -> list[Finding]:
+    """The failures and the warnings."""
+    return [finding for finding in findings if finding.level in (WARNING, FAILED)]
 
 
 def fatal(findings: Iterable[Finding]) -> list[Finding]:
@@ -96,7 +143,7 @@ def rules(facts: Facts) -> list[Finding]:
     if facts.backend is not None:
         return [Finding("rules", OK, f"by {facts.backend}")]
     if not facts.backend_problem:
-        return []
+        return [_not_tried("rules", dict(facts.unseen).get("rules", "nobody has looked"))]
     mend = "apt-get install nftables iptables" if "not installed" in facts.backend_problem else ""
     return [Finding("rules", FAILED, facts.backend_problem, mend, fatal=True)]
 
@@ -104,7 +151,7 @@ def rules(facts: Facts) -> list[Finding]:
 def datapath(facts: Facts) -> list[Finding]:
     """Whether the kernel relays by itself what krelay has decided about."""
     if facts.backend is None:
-        return []
+        return [_not_tried("datapath", "without a way to make rules there is no data path")]
     if facts.config.datapath == "queue":
         return [Finding("datapath", OK, "every packet visits krelay, as the setting says")]
     if facts.datapath == "kernel":
@@ -181,7 +228,7 @@ def forwarding(facts: Facts) -> list[Finding]:
     the kernel."""
     check, needed = "forwarding", bool(facts.config.forwarded)
     if facts.forwards is None:
-        return []
+        return [_not_tried(check, "whether this host forwards isn't known")]
     if not facts.forwards:
         kinds = {"UDP" if s.proto == "udp" else "forwarded TCP" for s in facts.config.forwarded}
         text = "this host doesn't forward: " + (
@@ -277,7 +324,7 @@ def server(facts: Facts) -> list[Finding]:
     """A route to the real server, and somebody at its end."""
     check, path = "server", facts.server
     if path is None:
-        return []
+        return [_not_tried(check, "the way to it isn't known")]
     set_it = f"krelay set real_ip ADDRESS{_root(facts)}"
     if path.problem:
         return [Finding(check, FAILED, f"{path.to} can't be reached: {path.problem}", set_it)]
@@ -349,9 +396,7 @@ def client(facts: Facts) -> list[Finding]:
     if path is None:
         link = facts.client_link
         where = f"by {link}" if link else "by any link"
-        return [
-            Finding(check, OK, f"none named (--client IP); clients are thought to come {where}")
-        ]
+        return [_not_tried(check, f"none named (--client IP); clients are thought to come {where}")]
     if path.problem:
         return [Finding(check, FAILED, f"{path.to} can't be reached: {path.problem}")]
     if path.link is None:
@@ -364,7 +409,7 @@ def return_path(facts: Facts) -> list[Finding]:
     """The server's answers to a client must come back through here."""
     check, path = "return", facts.server
     if path is None or path.link is None:
-        return []
+        return [_not_tried(check, "no way leads to the server")]
     here = path.source or "ADDRESS OF THE RELAY"
     if facts.config.source == "relay":
         return [Finding(check, OK, "source=relay: the server answers this host")]
@@ -372,14 +417,15 @@ def return_path(facts: Facts) -> list[Finding]:
         text = "the client is in the server's subnet, so source=relay is used for it"
         return [Finding(check, OK, text)]
     if facts.client is None:
-        text = "not tried: name a client with --client IP; the server must reach clients through "
-        return [Finding(check, OK, f"{text}{here}")]
+        text = "name a client with --client IP; the server must reach clients through "
+        return [_not_tried(check, f"{text}{here}")]
     seen = facts.returned
     if seen is None:
-        if not facts.redirects_leave:
-            return []
-        text = "not tried: while krelay doesn't relay, it would bring an ICMP redirect about"
-        return [Finding(check, OK, text)]
+        if facts.redirects_leave:
+            reason = "while krelay doesn't relay, it would bring an ICMP redirect about"
+            return [_not_tried(check, reason)]
+        reason = facts.client.problem or "CAP_NET_RAW is wanting, without which nothing can be sent"
+        return [_not_tried(check, dict(facts.unseen).get("return", reason))]
     if seen.comes_back:
         return [Finding(check, OK, f"the server's answer to {facts.client.to} came back here")]
     if not seen.answers:
@@ -398,7 +444,7 @@ def gateway_port(facts: Facts) -> list[Finding]:
     """Nobody but tcp-relay may listen there."""
     check, port = "gateway port", facts.config.gport
     if not facts.config.terminated:
-        return []
+        return [Finding(check, OK, "not used: no service needs tcp-relay")]
     taken = [one for one in facts.listeners if one.proto == "tcp" and one.port == port]
     if not taken and " is in use by " in facts.gateway:
         return [Finding(check, FAILED, f"{facts.gateway}: clients of TCP are refused", "")]
@@ -520,9 +566,9 @@ def buffer(facts: Facts) -> list[Finding]:
     """Who has CAP_NET_ADMIN may go over rmem_max (SO_RCVBUFFORCE, socket(7)); a user namespace's
     root may not."""
     check = "buffer"
-    if facts.rmem_max is None:
-        return []
-    if facts.buffer_is_granted or facts.rmem_max >= facts.buffer:
+    if facts.rmem_max is None and not facts.buffer_is_granted:
+        return [_not_tried(check, "this network namespace doesn't show net.core.rmem_max")]
+    if facts.buffer_is_granted or facts.rmem_max is None or facts.rmem_max >= facts.buffer:
         return [Finding(check, OK, f"{facts.buffer} bytes for the queue's socket")]
     text = f"the queue's socket gets {facts.rmem_max} bytes instead of {facts.buffer}"
     if facts.net_admin:
@@ -534,7 +580,7 @@ def buffer(facts: Facts) -> list[Finding]:
 def files(facts: Facts) -> list[Finding]:
     """tcp-relay takes what it can get, the hard limit; a connection costs two."""
     if facts.files is None:
-        return []
+        return [_not_tried("files", "how many may be open isn't known")]
     most = facts.files // FILES_A_CONNECTION
     if facts.files < FILES_WANTED:
         text = f"{facts.files} files may be open: about {most} TCP connections at a time"
@@ -565,9 +611,21 @@ def problems(facts: Facts) -> list[Finding]:
     ]
 
 
+def settings(facts: Facts) -> list[Finding]:
+    """What is checked: the values in force, or those that were asked about."""
+    if facts.conflict:
+        return [Finding("settings", FAILED, facts.conflict, fatal=True)]
+    shown = ", ".join(
+        f"{name} {in_force(name, facts.config)}"
+        for name in ("real_ip", "gport", "services", "source")
+    )
+    return [Finding("settings", OK, shown)]
+
+
 CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     privileges,
     packages,
+    settings,
     queue,
     rules,
     datapath,

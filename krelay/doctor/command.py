@@ -4,35 +4,53 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
-from krelay import children, ruleset, terminal
+from krelay import children, processes, ruleset, terminal, treelock
+from krelay import client as control
 from krelay.doctor import checks, probe
 from krelay.doctor.facts import Facts
 from krelay.doctor.findings import Finding, Level
 from krelay.doctor.gather import gather
 
-STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.FAILED: "bold red"}
+STYLES = {
+    Level.OK: "green",
+    Level.NOT_TRIED: "dim",
+    Level.WARNING: "yellow",
+    Level.FAILED: "bold red",
+}
 MEND_WITHIN = 30.0
 """Seconds for one mend."""
-_WIDTH = 12
+RELAY_WITHIN = 3.0
+"""Seconds that a tcp-relay which has been started already may take until it serves."""
+_HEAD = 21
+"""Columns of a level and the name of a check."""
+_PAUSE = 0.02
 
 
 def run(
     root: Path,
     client: IPv4Address | None = None,
     queue_num: int = ruleset.DEFAULT_QUEUE,
+    asked: Mapping[str, Any] = MappingProxyType({}),
     *,
     fix: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Looks, shows, with `fix` mends what is safe and looks again; 1 if something has failed."""
-    findings = look(root, client, queue_num)
+    """Looks, shows, with `fix` mends what is safe and looks again; 1 if something has failed.
+
+    `asked`: values of settings (by file) that are checked instead of those in the tree.
+    """
+    findings = look(root, client, queue_num, asked)
     if fix and (mends := list(dict.fromkeys(f.mend for f in findings if f.safe and f.mend))):
         for mend in mends:
             failure = _mend(mend)
@@ -40,49 +58,96 @@ def run(
                 print(json.dumps({"ran": mend, "failure": failure}))
             else:
                 print(f"ran {mend}" + (f": {failure}" if failure else ""))
-        findings = look(root, client, queue_num)
+        findings = look(root, client, queue_num, asked)
     if as_json:
         for finding in findings:
             print(json.dumps(as_values(finding)))
     else:
-        console = terminal.console()
-        for finding in findings:
-            console.print(line(finding), soft_wrap=True)
+        _show(findings, terminal.console())
     return int(any(finding.level is Level.FAILED for finding in findings))
 
 
 def look(
-    root: Path, client: IPv4Address | None = None, queue_num: int = ruleset.DEFAULT_QUEUE
+    root: Path,
+    client: IPv4Address | None = None,
+    queue_num: int = ruleset.DEFAULT_QUEUE,
+    asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Finding]:
     """All findings, those of the probe included."""
-    return checks.examine(_probed(gather(root, client, queue_num)))
+    return checks.examine(_probed(gather(root, client, queue_num, asked)))
 
 
 def before_start(root: Path) -> list[Finding]:
-    """What would keep relaying from beginning or from working: all that has failed.
+    """Why relaying couldn't even begin, as far as that is seen within milliseconds.
 
-    Nothing is sent.  The daemon runs already: it has the privileges, whoever asks it to start; and
-    that it has failed before is why it is asked again.
+    The daemon runs already, so it has the privileges, whoever asks it to start.
     """
-    findings = checks.examine(gather(root))
-    known = ("privileges", "krelay")
-    return [f for f in findings if f.level is Level.FAILED and f.check not in known]
+    findings = checks.fatal(checks.examine(gather(root, cheap=True)))
+    return [finding for finding in findings if finding.check != "privileges"]
+
+
+def after_start(root: Path) -> list[Finding]:
+    """What is wrong, failures and warnings, with what a running krelay has in force now.
+
+    Nothing is sent.  A tcp-relay that is just being started is waited for.  Where no krelay is at
+    work there is nothing to say.
+    """
+    if not treelock.is_served(root):
+        return []
+    _wait_for_tcp_relay(root)
+    facts = gather(root)
+    stopped = facts.state == "stopped"  # then it is no news that nobody serves
+    return [
+        finding
+        for finding in checks.mattering(checks.examine(facts))
+        if finding.check != "privileges" and not (stopped and finding.check == "krelay")
+    ]
 
 
 def say(findings: Iterable[Finding]) -> None:
     """On stderr, for the commands that start relaying."""
+    console = terminal.errors()
+    if console.is_terminal:
+        _show(findings, console)
+        return
     for finding in findings:
         print(f"{finding.level}  {finding.check}  {finding}", file=sys.stderr, flush=True)
 
 
-def line(finding: Finding) -> Text:
-    """A finding as people see it."""
-    text = Text().append(f"{finding.level:7}  ", STYLES[finding.level])
-    text.append(f"{finding.check:{_WIDTH}}  ", "bold")
-    text.append(finding.text)
-    if finding.mend:
-        text.append("; mend: ").append(finding.mend, "cyan")
-    return text
+def line(finding: Finding, width: int | None = None) -> Text:
+    """A finding as people see it, in lines of this many columns, or in one.
+
+    A mend is broken so that a shell takes all its lines for one.
+    """
+    head = Text().append(f"{finding.level:7}  ", STYLES[finding.level])
+    head.append(finding.check, "bold")
+    head.append(" " * max(0, _HEAD - len(head)) + "  ")
+    text = f"{finding.text}; mend:" if finding.mend else finding.text
+    words = [Text(word) for word in text.split(" ")]
+    command = [Text(word, "cyan") for word in terminal.shell_words(finding.mend)]
+    if width is None:
+        return head + Text(" ").join([*words, *command])
+    return terminal.wrapped(head, words, command, width)
+
+
+def _show(findings: Iterable[Finding], console: Console) -> None:
+    width = console.width if console.is_terminal else None
+    for finding in findings:
+        console.print(line(finding, width), soft_wrap=True)
+
+
+def _wait_for_tcp_relay(root: Path) -> None:
+    deadline = time.monotonic() + RELAY_WITHIN
+    while time.monotonic() < deadline:
+        try:
+            status = control.ask_json(root, "show status json")[0]
+        except (control.NoDaemon, control.Rejected, OSError):
+            return
+        if status["tcp_relays"] or status["state"] != "running":
+            return
+        if not any(ours.name == processes.TCP_RELAY for ours in processes.running(root)):
+            return
+        time.sleep(_PAUSE)
 
 
 def as_values(finding: Finding) -> dict[str, object]:
@@ -102,7 +167,11 @@ def _probed(facts: Facts) -> Facts:
     try:
         return replace(facts, returned=probe.probe(facts))
     except OSError as error:
-        return replace(facts, problems=(*facts.problems, ("return", str(error))))
+        return replace(
+            facts,
+            problems=(*facts.problems, ("return", str(error))),
+            unseen=(*facts.unseen, ("return", f"can't be asked: {error}")),
+        )
 
 
 def _mend(command: str) -> str | None:

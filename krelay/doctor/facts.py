@@ -171,6 +171,10 @@ class Facts:
     stale_sockets: bool = False
     problems: tuple[tuple[str, str], ...] = ()
     """What couldn't be found out, and why."""
+    unseen: tuple[tuple[str, str], ...] = ()
+    """Parts that weren't looked at, and why; those of `problems` are among them."""
+    conflict: str = ""
+    """Why settings that are asked about don't go together."""
 
     @property
     def one_armed(self) -> str | None:

@@ -8,6 +8,8 @@ class Level(StrEnum):
     """How well it is."""
 
     OK = "ok"
+    NOT_TRIED = "not tried"
+    """It couldn't be looked at, or wasn't asked for; the text says why."""
     WARNING = "warning"
     FAILED = "failed"
 

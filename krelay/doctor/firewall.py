@@ -51,6 +51,8 @@ class Packet(NamedTuple):
     mark: int | None = 0
     state: str = ""
     """What connection tracking says of it, where that doesn't follow from the above."""
+    links: tuple[str, ...] = ()
+    """Where `iif` or `oif` isn't known: those that it can be; empty if nothing is known of that."""
 
 
 class Match(NamedTuple):
@@ -135,11 +137,15 @@ def judge(
     packet: Packet,
     above: int = HIGHEST_PRIORITY - 1,
     upto: int = LOWEST_PRIORITY,
+    *,
+    mended: bool = False,
 ) -> tuple[list[Fate], Packet]:
     """The fates that are certain or possible, in the base chains of priority above, at most upto.
 
-    A certain one is the last in the list, unless it is in PASSING_ON: nothing comes after it.  The
-    packet is as it comes out: rules may have marked it, or taken it out of tracking.
+    A certain one is the last in the list, unless it is in PASSING_ON: nothing comes after it.  With
+    `mended` it goes on as if each base chain had let the packet by in the end, so that the next
+    ones are named, too.  The packet is as it comes out: rules may have marked it, or taken it out
+    of tracking.
     """
     every = tuple(chains)
     walk = _Walk(packet, {(c.tool, c.family, c.table, c.name): c for c in every})
@@ -147,7 +153,7 @@ def judge(
     for base in sorted(bases, key=lambda c: c.priority):
         if base.kind == "nat" and (packet.reply or packet.state not in ("", "new")):
             continue
-        if not walk.base(base):
+        if not walk.base(base) and not mended:
             break
     return walk.fates, walk.packet
 
@@ -261,9 +267,9 @@ def _holds(match: Match, packet: Packet, early: bool) -> bool | None:
         case "dport":
             return _within_ports(packet.dport, values)
         case "iif":
-            return _named(packet.iif, values)
+            return _named(packet.iif, values, packet.links)
         case "oif":
-            return _named(packet.oif, values)
+            return _named(packet.oif, values, packet.links)
         case "state":
             if packet.tracked is None:
                 return None
@@ -315,10 +321,15 @@ def _within_ports(port: int | None, ranges: tuple[object, ...]) -> bool | None:
     return None if any(r[0] <= high and low <= r[1] for r in pairs) else False
 
 
-def _named(name: str | None, patterns: tuple[object, ...]) -> bool | None:
+def _named(
+    name: str | None, patterns: tuple[object, ...], links: tuple[str, ...] = ()
+) -> bool | None:
     if name == "":
         return False
     if name is None:
+        answers = {_named(link, patterns) for link in links}
+        if len(answers) == 1:
+            return answers.pop()
         return True if "*" in patterns else None
     return any(
         name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern

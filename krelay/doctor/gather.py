@@ -15,13 +15,23 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path as FilePath
+from types import MappingProxyType
 from typing import Any
 
-from krelay import children, listeners, netfilter, ports, ruleset, tracking, treelock
+from krelay import (
+    children,
+    listeners,
+    netfilter,
+    ports,
+    processes,
+    ruleset,
+    tracking,
+    treelock,
+)
 from krelay import client as control
 from krelay.buffers import Direction
 from krelay.clean import SOCKETS
@@ -30,7 +40,7 @@ from krelay.doctor.facts import LOOPBACK, Facts, Leftover, Link, Listener, Path,
 from krelay.doctor.firewall import Chain, Chains, Rule
 from procfs_sim import trust
 from procfs_sim.ondisk import FileTree
-from procfs_sim.tree import DEFAULT_ROOT, SETTINGS, Config, Refused, parse
+from procfs_sim.tree import SETTINGS, Config, Refused, conflicts, parse
 
 PACKAGES = ("netfilterqueue", "pyroute2", "rich", "inotify_simple")
 TOOLS = ("ufw", "firewall-cmd")
@@ -49,27 +59,51 @@ _NET = FilePath("/proc/thread-self/net")
 _QUEUES = _NET / "netfilter/nfnetlink_queue"
 
 
+CHEAP = frozenset({"privileges", "file tree", "krelay", "queue", "rules", "listeners"})
+"""Parts that cost no run of a program and are seen within milliseconds."""
+
+
 def gather(
-    root: FilePath, client: IPv4Address | None = None, queue_num: int = ruleset.DEFAULT_QUEUE
+    root: FilePath,
+    client: IPv4Address | None = None,
+    queue_num: int = ruleset.DEFAULT_QUEUE,
+    asked: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    cheap: bool = False,
 ) -> Facts:
-    """The facts about this host.  Never raises for anything the host may be like."""
-    gatherer = _Gatherer(root, client, queue_num)
-    gatherer.run()
-    return replace(gatherer.facts, problems=tuple(gatherer.problems))
+    """The facts about this host.  Never raises for anything the host may be like.
+
+    `asked`: values of settings (by file) that are to be checked instead of those in the tree.
+    `cheap`: only CHEAP parts.
+    """
+    gatherer = _Gatherer(root, client, queue_num, asked)
+    gatherer.run(cheap=cheap)
+    return gatherer.facts
 
 
 class _Gatherer:
     """The facts so far; each part adds some."""
 
-    def __init__(self, root: FilePath, client: IPv4Address | None, queue_num: int) -> None:
-        instance = ruleset.instance_name(str(root.absolute()), DEFAULT_ROOT)
+    def __init__(
+        self,
+        root: FilePath,
+        client: IPv4Address | None,
+        queue_num: int,
+        asked: Mapping[str, Any],
+    ) -> None:
+        instance = netfilter.instance(root)
         self.facts = Facts(root=str(root), instance=instance, queue_num=queue_num)
         self.problems: list[tuple[str, str]] = []
         self._root = root
         self._client = client
+        self._asked = asked
+        self._cheap = False
+        self._in_force = 0
+        """The gateway port that a running krelay has; 0: there is none."""
 
-    def run(self) -> None:
+    def run(self, *, cheap: bool) -> None:
         """Every part; one that fails is told."""
+        self._cheap = cheap
         for what, part in (
             ("privileges", self._privileges),
             ("packages", self._packages),
@@ -85,10 +119,19 @@ class _Gatherer:
             ("firewall", self._firewall),
             ("UDP GRO", self._gro),
         ):
+            if cheap and what not in CHEAP:
+                self._unseen(what, "left out")
+                continue
             try:
                 part()
             except Exception as error:  # whatever it is, the other parts are worth a look
-                self.problems.append((what, _reason(error)))
+                reason = _reason(error)
+                self.problems.append((what, reason))
+                self._unseen(what, f"can't be looked at: {reason}")
+        self._add(problems=tuple(self.problems))
+
+    def _unseen(self, part: str, reason: str) -> None:
+        self._add(unseen=(*self.facts.unseen, (part, reason)))
 
     def _add(self, **found: Any) -> None:
         self.facts = replace(self.facts, **found)
@@ -125,13 +168,17 @@ class _Gatherer:
                 values[setting.field] = parse(name, text)
             except Refused as refused:
                 self.problems.append((name, f"{refused}; its default is checked"))
+        self._in_force = Config(**values).gport
+        values |= {SETTINGS[name].field: value for name, value in self._asked.items()}
+        config = replace(Config(), **values)
         served = treelock.is_served(self._root)
         try:
             trust.check(self._root)
         except trust.Untrusted as untrusted:
             self._add(tree_fault=untrusted.what, tree_mend=untrusted.mend)
         self._add(
-            config=replace(Config(), **values),
+            config=config,
+            conflict="; ".join(conflicts(config, ("gport",)).values()),
             tree_exists=self._root.is_dir(),
             served=served,
             stale_sockets=not served and any((self._root / name).exists() for name in SOCKETS),
@@ -141,21 +188,25 @@ class _Gatherer:
         if not self.facts.served:
             return
         status = control.ask_json(self._root, "show status json")[0]
+        same_port = self.facts.config.gport == self._in_force
         self._add(
             state=str(status["state"]),
             tcp_relays=int(status["tcp_relays"]),
             tree_state=str(status.get("tree", "ok")),
-            gateway=str(status.get("gateway_port", "")),
+            gateway=str(status.get("gateway_port", "")) if same_port else "",
             other_ports=tuple(int(each.partition("/")[2]) for each in status.get("other_port", {})),
             queue_num=int(status["queue"]),
         )
 
     def _queue(self) -> None:
-        if not _QUEUES.exists():
-            self._add(has_queue=False)
+        if not _QUEUES.exists():  # a module is loaded when the queue is first asked for
+            self._add(has_queue=_is_module("nfnetlink_queue"))
             return
-        from krelay.nfqueue import figures
+        from krelay.nfqueue import figures, figures_shown
 
+        if not figures_shown():
+            self._unseen("queue", "who serves which queue is shown to root and its group alone")
+            return
         found = figures(self.facts.queue_num)
         if found is None:
             return
@@ -167,12 +218,16 @@ class _Gatherer:
     def _rules(self) -> None:
         self._add(backend=None)
         if not self.facts.net_admin:
+            self._unseen("rules", "CAP_NET_ADMIN is wanting, which it takes to make rules")
             return
         if self.facts.served:
             status = control.ask_json(self._root, "show status json")[0]
-            if status["state"] == "running":
+            if status["state"] == "running" or (self._cheap and status["rules"] != "none"):
                 self._add(backend=status["rules"], datapath=status["datapath"])
                 return
+        if self._cheap:
+            self._unseen("rules", "left out")
+            return
         try:
             backend = netfilter.probe()
             datapath = "kernel" if backend.has_maps else f"queue ({netfilter.NO_MAPS})"
@@ -304,14 +359,24 @@ class _Gatherer:
             if is_gateway and self.facts.gateway == "served":
                 continue  # tcp-relay's, and krelay's, which holds it
             who = listeners.holder([inode])
-            if who is not None and who.is_tcp_relay(self._root):
+            process = processes.look(who.pid) if who else None
+            if process is not None and self._is_our_tcp_relay(process):
+                continue
+            if who is None and is_gateway and self.facts.uid != 0:
+                what = f"who listens on port {port} is shown to root alone"
+                self._unseen("gateway port", what)
                 continue
             name, pid = (who.name, who.pid) if who else ("another program", None)
             found.append(Listener(proto, address, port, name, pid, _unit(pid) if pid else ""))
         self._add(listeners=tuple(sorted(found, key=lambda one: (one.proto, one.port))))
 
+    def _is_our_tcp_relay(self, process: processes.Process) -> bool:
+        ours = processes.program(process.arguments)
+        return ours is not None and ours.name == processes.TCP_RELAY and process.serves(self._root)
+
     def _firewall(self) -> None:
         if not self.facts.net_admin:
+            self._unseen("firewall", "CAP_NET_ADMIN is wanting, which it takes to read rules")
             return
         chains, leftovers = self._nft()
         for tool in self._iptables_tools():
@@ -323,13 +388,16 @@ class _Gatherer:
                 for chain in found
                 if not ruleset.instance_of(chain.name)
             )
-        from krelay.nfqueue import figures
+        from krelay.nfqueue import figures, figures_shown
 
         dead = []
         for left in leftovers:
             ours = left.name == self.facts.instance
             if (ours and not self.facts.served) or (
-                not ours and left.queue is not None and figures(left.queue) is None
+                not ours
+                and left.queue is not None
+                and figures_shown()
+                and figures(left.queue) is None
             ):
                 dead.append(left)
         self._add(chains=chains, leftovers=tuple(dead))
@@ -337,6 +405,7 @@ class _Gatherer:
     def _nft(self) -> tuple[Chains, list[Leftover]]:
         self._made_by_iptables: frozenset[str] = frozenset()
         if not shutil.which("nft"):
+            self._unseen("firewall", "nft isn't installed, so rules made by it can't be read")
             return (), []
         listing, text = _listed()
         self._made_by_iptables = nftrules.made_by_iptables(listing)
@@ -347,6 +416,9 @@ class _Gatherer:
 
     def _iptables_tools(self) -> Iterator[str]:
         """The tool for tables made over nf_tables, and the one for the older interface's."""
+        names = _NET / "ip_tables_names"
+        if names.exists() and not os.access(names, os.R_OK, effective_ids=True):
+            self._unseen("firewall", "rules of the older iptables are shown to root alone")
         tools = [
             backend
             for backend in netfilter.CANDIDATES
@@ -519,6 +591,15 @@ def _netstat(name: str) -> int:
         if name in counters:
             return int(counters[name])
     return 0
+
+
+def _is_module(name: str) -> bool:
+    """Whether the kernel that runs has this as a module (depmod(8))."""
+    try:
+        text = FilePath(f"/lib/modules/{os.uname().release}/modules.dep").read_text()
+    except OSError:
+        return False
+    return f"/{name}.ko" in text
 
 
 def _number(path: FilePath) -> int:

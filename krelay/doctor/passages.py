@@ -22,7 +22,6 @@ from krelay.doctor.firewall import (
     CONNTRACK_PRIORITY,
     HIGHEST_PRIORITY,
     LOWEST_PRIORITY,
-    PASSING_ON,
     Chain,
     Fate,
     Packet,
@@ -79,6 +78,7 @@ def passages(facts: Facts) -> Iterator[Passage]:
     far = facts.server.link if facts.server else None
     ours = int(next(iter(facts.own))) if len(facts.own) == 1 else None
     gate = (config.gport, config.gport)
+    links = tuple(link.name for link in facts.links)
 
     def comes(packet: Packet, ports: Ports, where: str) -> tuple[Stage, Stage]:
         return (
@@ -88,7 +88,7 @@ def passages(facts: Facts) -> Iterator[Passage]:
 
     for service in config.services:
         proto, ports = service.proto, (service.first, service.last)
-        asked = Packet(proto, client, None, ours, ports[0], near, "", dst_local=True)
+        asked = Packet(proto, client, None, ours, ports[0], near, "", dst_local=True, links=links)
         if proto == "tcp" and not service.forward:
             t1 = asked._replace(dport=config.gport)
             yield Passage(
@@ -99,11 +99,13 @@ def passages(facts: Facts) -> Iterator[Passage]:
                     Stage("input", t1, gate, "from clients"),
                 ),
             )
-            t2 = Packet("tcp", ours, config.gport, client, None, "", near, True, reply=True)
+            t2 = Packet(
+                "tcp", ours, config.gport, client, None, "", near, True, reply=True, links=links
+            )
             yield Passage("T2", tuple(Stage(hook, t2, gate, "to clients") for hook in LEAVING))
-            t3 = Packet("tcp", ours, None, server, ports[0], "", far, src_local=True)
+            t3 = Packet("tcp", ours, None, server, ports[0], "", far, src_local=True, links=links)
             yield Passage("T3", tuple(Stage(hook, t3, ports, "to the server") for hook in LEAVING))
-            answer = Packet("tcp", server, ports[0], client, None, far, "", reply=True)
+            answer = Packet("tcp", server, ports[0], client, None, far, "", reply=True, links=links)
             t4 = answer._replace(dst=ours, dst_local=True)
             yield Passage(
                 "T4",
@@ -114,7 +116,7 @@ def passages(facts: Facts) -> Iterator[Passage]:
                 ),
             )
         else:
-            u1 = Packet(proto, client, None, server, ports[0], near, far)
+            u1 = Packet(proto, client, None, server, ports[0], near, far, links=links)
             yield Passage(
                 "U1",
                 (
@@ -124,7 +126,7 @@ def passages(facts: Facts) -> Iterator[Passage]:
                     Stage("postrouting", u1, ports, "to the server"),
                 ),
             )
-            u3 = Packet(proto, server, ports[0], client, None, far, near, reply=True)
+            u3 = Packet(proto, server, ports[0], client, None, far, near, reply=True, links=links)
             yield Passage(
                 "U3",
                 (
@@ -240,7 +242,10 @@ def check(facts: Facts) -> list[Finding]:
 
 
 def _troubles(facts: Facts, passage: Passage) -> Iterator[_Trouble]:
-    """What befalls these packets, up to where their way ends."""
+    """What befalls these packets, also behind where their way ends: as if that had been mended.
+
+    So one look names all that has to be mended.
+    """
     tracked: bool | None = True
     mark: int | None = 0
     for stage in passage.stages:
@@ -248,12 +253,10 @@ def _troubles(facts: Facts, passage: Passage) -> Iterator[_Trouble]:
         if stage.priorities == BEFORE_OURS:  # of iptables' own rules ours are the first
             chains = [c for c in chains if c.tool == "nft" or c.tool != facts.backend]
         packet = stage.packet._replace(tracked=tracked, mark=mark)
-        fates, after = judge(chains, stage.hook, packet, *stage.priorities)
+        fates, after = judge(chains, stage.hook, packet, *stage.priorities, mended=True)
         for fate in fates:
             if fate.kind != "snat" or _hides_client(facts, passage):
                 yield _Trouble(passage.step, stage._replace(packet=after), fate)
-        if fates and fates[-1].certain and fates[-1].kind not in PASSING_ON:
-            return
         tracked, mark = after.tracked, after.mark
 
 

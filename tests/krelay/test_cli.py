@@ -74,7 +74,11 @@ def answers(monkeypatch: pytest.MonkeyPatch, *lines: str) -> list[str]:
         ["up", "--log-level", "loud"],
         ["status", "--watch"],
         ["start", "now"],
+        ["stop", "--no-doctor"],
         ["kill"],
+        ["up", "--workers", "0"],
+        ["up", "--buffer", "5x"],
+        ["up", "--half-close", "never"],
         ["kill", "x"],
         ["kill", "-1"],
         ["kill", "1", "2"],
@@ -224,6 +228,7 @@ def test_without_a_tree_nothing_is_made(run: Run, root: Path) -> None:
     missing = f"there is no {root}/gport; start a krelay, it makes the file tree\n"
 
     assert run("set", "gport", "17000") == (1, "", f"krelay set: {missing}")
+    (root / "start").unlink()
     assert run("get", "gport") == (1, "", f"krelay get: {missing}")
     assert not (root / "gport").exists()
 
@@ -344,15 +349,38 @@ def test_start_says_what_is_wrong_and_does_not_begin_where_it_cannot(
 ) -> None:
     slow = Finding("forwarding", Level.FAILED, "it doesn't", "sysctl -w x=1")
     fatal = Finding("queue", Level.FAILED, "there is none", "modprobe y", fatal=True)
+    unsure = Finding("UDP GRO", Level.WARNING, "it joins", "ethtool -K eth0 x off")
     answers(monkeypatch, '{"state": "running", "start": "1"}')
     said = "failed  forwarding  it doesn't; mend: sysctl -w x=1\n"
 
-    monkeypatch.setattr("krelay.doctor.command.before_start", lambda _: [slow, fatal])
+    monkeypatch.setattr("krelay.doctor.command.after_start", lambda _: [slow, fatal])
+    monkeypatch.setattr("krelay.doctor.command.before_start", lambda _: [fatal])
     assert run("start") == (1, "", f"{said}krelay start: there is none; mend: modprobe y\n")
     assert (root / "start").read_text() == "0\n"
-    monkeypatch.setattr("krelay.doctor.command.before_start", lambda _: [slow])
-    assert run("start") == (0, "", said)
+    assert run("start", "--no-doctor") == (0, "", "")
+    (root / "start").write_text("0\n")
+    monkeypatch.setattr("krelay.doctor.command.after_start", lambda _: [slow, unsure])
+    monkeypatch.setattr("krelay.doctor.command.before_start", lambda _: [])
+    also = "warning  UDP GRO  it joins; mend: ethtool -K eth0 x off\n"
+    assert run("start") == (0, "", said + also)
     assert (root / "start").read_text() == "1\n"
+    assert run("start", "--no-doctor") == (0, "", "")
+
+
+def test_set_says_what_is_wrong_with_what_is_in_force_then(
+    run: Run, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(tree: Path) -> list[Finding]:
+        assert (tree / "gport").read_text() == "18500\n"
+        return [Finding("firewall", Level.FAILED, "dropped", "nft x"), Finding("y", Level.OK, "")]
+
+    monkeypatch.setattr("krelay.doctor.command.after_start", look)
+    answers(monkeypatch, '{"gport": "18500"}')
+    assert run("set", "gport", "18500")[::2] == (
+        0,
+        "failed  firewall  dropped; mend: nft x\nok  y  \n",
+    )
+    assert run("set", "gport", "18500", "--no-doctor") == (0, "", "")
 
 
 def test_what_never_comes_into_force_is_not_waited_for_for_ever(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from krelay.listeners import Holder, holder, holds_any, listening
+from krelay.listeners import holder, holds_any, listening
 
 NO_INODE = 0
 
@@ -35,7 +35,6 @@ def test_a_listening_socket_is_found_by_its_inode_and_named(
         who = holder(found)
         assert who is not None
         assert str(who) == f"{name} (pid {os.getpid()})"
-        assert not who.is_tcp_relay(Path("/run/krelay"))
 
 
 def test_all_that_share_a_port_are_found() -> None:
@@ -74,23 +73,3 @@ def test_who_has_none_of_these_sockets_does_not_hold_them() -> None:
         assert holds_any(os.getpid(), [NO_INODE, inode(other)]) is True
     assert holds_any(1 << 30, [NO_INODE]) is None  # no such process
     assert holder([NO_INODE]) is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "is_tcp_relay"),
-    [
-        (("/opt/krelay/bin/python3", "/opt/krelay/bin/tcp-relay", "--root", "/run/krelay"), True),
-        (("python3", "-B", "-m", "tcp_relay", "--root", "/run/krelay"), True),
-        (("tcp-relay",), True),
-        (("tcp-relay", "--root", "/run/krelay-b"), False),
-        (("tcp-relay", "--root=/run/krelay-b"), False),
-        (("tcp-relay", "--root=/run/krelay/"), True),
-        (("sshd: /usr/sbin/sshd -D", ""), False),
-        (("nginx: master process", "-c", "x", "y", "tcp-relay"), False),
-        ((), False),
-    ],
-)
-def test_tcp_relay_is_known_by_how_it_was_started(
-    arguments: tuple[str, ...], is_tcp_relay: bool
-) -> None:
-    assert Holder(1, "python3", arguments).is_tcp_relay(Path("/run/krelay")) is is_tcp_relay

@@ -205,7 +205,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("redirects", ONE_ARM | {"client": TO_CLIENT}, "ok", "aren't on one link", ""),
     ("redirects", ONE_ARM | {"served": True, "state": "running"}, "ok", "krelay's rules", ""),
     ("redirects", ONE_ARM | {"served": True, "state": "stopped"}, "ok", "as soon as it relays", ""),
-    ("return", ONE_ARM | {"returned": None}, "ok", "not tried: while krelay doesn't relay", ""),
+    ("return", ONE_ARM | {"returned": None}, "not tried", "while krelay doesn't relay", ""),
     ("return", ONE_ARM | {"returned": Returned(True, False)}, "failed", "`ip route flush cache`",
      "krelay set source relay"),
     ("server", {"server": Path(SERVER, None)}, "failed", "no route to the server, 192.168.0.10",
@@ -216,7 +216,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
      "ip neigh flush to 192.168.0.10 dev eth1"),
     ("server", {"server": TO_SERVER._replace(gateway=RELAY, silent=True)}, "warning",
      "192.168.0.2 doesn't answer", "ip neigh flush to 192.168.0.2 dev eth1"),
-    ("client", {"client": None}, "ok", "clients are thought to come by eth0", ""),
+    ("client", {"client": None}, "not tried", "clients are thought to come by eth0", ""),
     ("client", {"client": Path(CLIENT, None)}, "failed", "no route to 10.0.0.1",
      "ip route add 10.0.0.1 via GATEWAY"),
     ("client", {"client": Path(CLIENT, "lo", problem="it is an address of this host")}, "failed",
@@ -224,7 +224,21 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("return", {"returned": Returned(True, False)}, "failed",
      "on the server, `ip route replace 10.0.0.1 via 192.168.0.2`", "krelay set source relay"),
     ("return", {"returned": Returned(False, False)}, "warning", "can't tell", ""),
-    ("return", {"returned": None, "client": None}, "ok", "not tried", ""),
+    ("return", {"returned": None, "client": None}, "not tried", "name a client", ""),
+    ("return", {"returned": None, "net_raw": False}, "not tried", "CAP_NET_RAW is wanting", ""),
+    ("return", {"returned": None, "unseen": (("return", "can't be asked: no link"),)},
+     "not tried", "no link", ""),
+    ("return", {"returned": None, "server": Path(SERVER, None)}, "not tried", "no way leads", ""),
+    ("settings", {"conflict": "gport: '80' is a relayed service port (tcp/80)"}, "failed",
+     "relayed service port", ""),
+    ("settings", {}, "ok", "real_ip 192.168.0.10, gport 16000, services tcp/80 ", ""),
+    ("gateway port", {"config": UDP_ONLY}, "ok", "not used", ""),
+    ("forwarding", {"forwards": None}, "not tried", "isn't known", ""),
+    ("server", {"server": None}, "not tried", "isn't known", ""),
+    ("rules", {"backend": None}, "not tried", "nobody has looked", ""),
+    ("datapath", {"backend": None}, "not tried", "without a way to make rules", ""),
+    ("buffer", {"buffer_is_granted": False, "rmem_max": None}, "not tried", "net.core.rmem_max", ""),
+    ("files", {"files": None}, "not tried", "isn't known", ""),
     ("return", {"returned": None, "config": Config(source="relay")}, "ok", "source=relay", ""),
     ("return", {"returned": None, "beside": True}, "ok", "in the server's subnet", ""),
     ("gateway port", {"listeners": (NGINX._replace(port=16000),)}, "failed",
@@ -307,8 +321,33 @@ def test_a_fault_is_told_with_its_mend(
     assert "\n" not in str(finding)
 
 
+@pytest.mark.parametrize("check", checks.NEEDS)
+def test_what_could_not_be_looked_at_is_never_ok(check: str) -> None:
+    for part in checks.NEEDS[check]:
+        facts = replace(HEALTHY, unseen=((part, "can't be looked at: no permission"),))
+        (told,) = [finding for finding in examine(facts) if finding.check == check]
+        assert (told.level, told.mend) == ("not tried", "")
+        assert told.text == "can't be looked at: no permission"
+
+
+def test_what_was_found_all_the_same_is_told() -> None:
+    facts = replace(HEALTHY, chains=BLOCKED, unseen=(("firewall", "nft isn't installed"),))
+
+    assert worst(facts, "firewall").level is Level.FAILED
+
+
+def test_what_is_not_tried_neither_fails_nor_matters() -> None:
+    nothing = tuple((part, "left out") for parts in checks.NEEDS.values() for part in parts)
+    findings = examine(replace(HEALTHY, unseen=nothing))
+
+    assert {f.check for f in findings if f.level is Level.OK} == {
+        *("privileges", "packages", "settings")
+    }
+    assert checks.mattering(findings) == checks.fatal(findings) == []
+
+
 def test_every_check_has_been_seen_to_complain() -> None:
-    complaining = {check for check, _, level, _, _ in CASES if level != "ok"}
+    complaining = {check for check, _, level, _, _ in CASES if level not in ("ok", "not tried")}
     shown = {finding.check for finding in examine(HEALTHY)}
 
     assert shown - complaining == {"this host"}  # which only tells how it is
@@ -325,14 +364,14 @@ def test_only_kernel_settings_and_what_a_dead_krelay_left_are_mended_unasked() -
     assert {mend for mend in safe if not mend.startswith(("sysctl -w ", "krelay clean "))} == set()
 
 
-def test_relaying_does_not_begin_without_privilege_packages_queue_rules_or_gateway_port() -> None:
+def test_relaying_does_not_begin_without_what_it_needs_most() -> None:
     fatal = {
         finding.check
         for _, changes, _, _, _ in CASES
         for finding in checks.fatal(examine(replace(HEALTHY, **changes)))
     }
 
-    assert fatal == {"privileges", "packages", "queue", "rules", "gateway port"}
+    assert fatal == {"privileges", "packages", "settings", "queue", "rules", "gateway port"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,3 +82,62 @@ def test_colour_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown[0].startswith("\x1b[1;31mfailed ")
     assert "off; mend: " in shown[0].replace("\x1b[0m", "")
     assert shown[1] == "failed   forwarding    off; mend: echo mended\n"
+
+
+LONG = Finding(
+    "firewall",
+    Level.FAILED,
+    "tcp from clients to port 16000 is dropped by the policy of nft chain inet guard input",
+    "nft insert rule inet guard input tcp dport '{ 16000, 17000 }' accept && nft list ruleset",
+)
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 100])
+def test_long_lines_break_between_words_at_the_terminals_width(width: int) -> None:
+    lines = command.line(LONG, width).plain.split("\n")
+
+    assert len(lines) > 1
+    assert all(len(line) <= width for line in lines)
+    assert lines[0].startswith("failed   firewall      ")
+    joined = " ".join(line.removesuffix(" \\").strip() for line in lines)
+    assert joined.split() == str(command.line(LONG).plain).split()
+
+
+def test_a_mend_that_is_broken_is_still_one_command_of_a_shell() -> None:
+    for width in range(30, 120):
+        shown = command.line(LONG, width).plain
+        typed = shown.partition("mend:")[2]
+        assert shlex.split(typed.replace("\\\n", " ")) == shlex.split(LONG.mend)
+        before, _, _ = shown.partition("mend:")
+        assert "\\" not in before
+        assert not shown.endswith("\\")
+
+
+def test_what_is_longer_than_a_terminal_has_a_line_of_its_own() -> None:
+    word = "x" * 70
+    lines = command.line(Finding("server", Level.WARNING, f"a {word} b"), 60).plain.split("\n")
+
+    assert [line.strip() for line in lines] == ["warning  server        a", word, "b"]
+
+
+def test_nothing_breaks_when_piped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    looks(monkeypatch, [LONG, GOOD])
+    command.run(Path("/x"))
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+    command.say([LONG, GOOD])
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_what_was_not_tried_is_no_ok_and_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks(monkeypatch, [Finding("firewall", Level.NOT_TRIED, "CAP_NET_ADMIN is wanting"), GOOD])
+
+    assert command.run(Path("/x")) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("not tried  firewall    CAP_NET")
+    assert first.index("CAP_NET") == second.index("it is there")

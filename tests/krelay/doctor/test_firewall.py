@@ -231,6 +231,14 @@ def test_a_drop_ends_everything_and_names_the_rule() -> None:
     assert policy.cause == "the policy of iptables -t filter chain INPUT"
 
 
+def test_as_if_mended_every_chain_that_drops_is_named() -> None:
+    chains = (*iptables("-p tcp -j DROP"), *nft([{"drop": None}], priority=5))
+    found, _ = judge(chains, "input", INTO, mended=True)
+
+    assert [fate.base.tool for fate in found] == ["iptables", "nft"]
+    assert all(fate.certain for fate in found)
+
+
 def test_translation_is_for_first_packets_and_a_new_source_ends_nothing() -> None:
     masquerade = nft([{"masquerade": None}], hook="postrouting", kind="nat", policy="accept",
                      priority=100)  # fmt: skip

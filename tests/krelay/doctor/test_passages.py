@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from krelay.doctor import iptrules
-from krelay.doctor.facts import Facts
+from krelay.doctor.facts import Facts, Link
 from krelay.doctor.findings import Finding, Level
 from krelay.doctor.firewall import NEVER, Chain, Match, Rule, Verdict
 from krelay.doctor.passages import check
 from procfs_sim.tree import Config, Service, parse
-from tests.krelay.doctor.test_checks import HEALTHY
+from tests.krelay.doctor.test_checks import HEALTHY, TCP_ONLY
 
 MANY = tuple(Service("udp", port, port) for port in range(1001, 1021, 2))
 RANGES = (*MANY, *(Service("udp", low, low + 5) for low in (2000, 3000, 4000)))
@@ -183,11 +183,77 @@ def test_source_nat_is_a_warning_where_it_hides_the_client() -> None:
     assert wrong(masquerade, beside=True) == []
 
 
-def test_what_ends_a_way_is_told_once_and_not_what_lies_behind_it() -> None:
-    first, second = base("forward", policy="drop"), base("postrouting", policy="drop", name="d")
-    told = [f.text for f in wrong(first, second) if "(U1, " in f.text]
+def test_all_that_ends_a_way_is_told_in_one_look() -> None:
+    """What lies behind it would be met as soon as the first is mended."""
+    chains = (
+        base("forward", policy="drop"),
+        base("forward", rule("drop"), name="second", priority=10),
+        base("postrouting", policy="drop", name="d"),
+    )
+    told = [f for f in wrong(*chains) if "(U1, " in f.text]
 
-    assert ["forward)" in text for text in told] == [True]
+    assert {f.text.rpartition("chain ")[2] for f in told} == {
+        *("inet guard c (U1, forward)", "inet guard second (U1, forward)"),
+        "inet guard d (U1, postrouting)",
+    }
+    assert {f.level for f in told} == {Level.FAILED}
+    assert len({f.mend for f in told}) == 3
+
+
+def test_each_chain_that_drops_is_told_once_with_its_first_reason() -> None:
+    both = base("forward", rule("drop"), rule("drop"), policy="drop")
+    told = [f for f in wrong(both) if "(U1, " in f.text]
+
+    assert [f.text for f in told] == [f.text for f in told if "`" in f.text]
+    assert len(told) == 1
+
+
+def test_chains_at_all_hooks_of_tcp_are_told_in_one_look() -> None:
+    chains = [
+        base(hook, policy="drop", name=name, priority=priority)
+        for hook, name, priority in (
+            *(("prerouting", "early", -310), ("prerouting", "late", -150)),
+            *(("input", "one", 0), ("input", "two", 10), ("input", "three", 20)),
+            *(("output", "out", 0), ("postrouting", "post", 100)),
+        )
+    ]
+    told = {f.text.rpartition("inet guard ")[2] for f in wrong(*chains, config=TCP_ONLY)}
+
+    assert {text for text in told if "(T1, " in text} == {
+        *("early (T1, prerouting)", "late (T1, prerouting)"),
+        *("one (T1, input)", "two (T1, input)", "three (T1, input)"),
+    }
+    assert {text for text in told if "(T3, " in text} == {
+        *("out (T3, output)", "post (T3, postrouting)"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("links", "accepts", "certain"),
+    [
+        (("eth0", "eth1", "eth2"), "lo", True),
+        (("eth1",), "lo", True),
+        (("eth0", "eth1", "eth2"), "wg0", True),
+        (("eth0", "eth1", "eth2"), "eth2", False),
+    ],
+)
+def test_a_default_drop_is_certain_where_clients_come_by_any_link_but_the_loopback(
+    links: tuple[str, ...], accepts: str, certain: bool
+) -> None:
+    loopback = Rule("accept", (Match("iif", (accepts,)),), Verdict("accept"))
+    told = [
+        f
+        for f in wrong(
+            base("input", loopback, policy="drop"),
+            config=TCP_ONLY,
+            links=tuple(map(Link, links)),
+            client=None,
+        )
+        if "(T1, " in f.text
+    ]
+
+    assert [f.level is Level.FAILED for f in told] == [certain]
+    assert ("may be dropped" in told[0].text) is not certain
 
 
 @pytest.mark.parametrize(
