@@ -564,7 +564,8 @@ def _address(text: str) -> IPv4Address:
     try:
         return server(text)
     except Refused as reason:
-        raise argparse.ArgumentTypeError(str(reason).partition(",")[0]) from None
+        text = str(reason).partition(",")[0]
+        raise argparse.ArgumentTypeError(text.replace("the server's", "the client's")) from None
 
 
 def _values(parser: argparse.ArgumentParser, what: str = "") -> None:

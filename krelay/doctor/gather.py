@@ -178,7 +178,9 @@ class _Gatherer:
             self._add(tree_fault=untrusted.what, tree_mend=untrusted.mend)
         self._add(
             config=config,
-            conflict="; ".join(conflicts(config, ("gport",)).values()),
+            conflict=next(
+                (f"{name}: {reason}" for name, reason in conflicts(config, ("gport",)).items()), ""
+            ),
             tree_exists=self._root.is_dir(),
             served=served,
             stale_sockets=not served and any((self._root / name).exists() for name in SOCKETS),
