@@ -237,7 +237,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("server", {"server": None}, "not tried", "isn't known", ""),
     ("rules", {"backend": None}, "not tried", "nobody has looked", ""),
     ("datapath", {"backend": None}, "not tried", "without a way to make rules", ""),
-    ("buffer", {"buffer_is_granted": False, "rmem_max": None}, "not tried", "net.core.rmem_max", ""),
+    ("buffer", {"buffer_is_granted": False, "rmem_max": None}, "not tried", "core.rmem_max", ""),
     ("files", {"files": None}, "not tried", "isn't known", ""),
     ("return", {"returned": None, "config": Config(source="relay")}, "ok", "source=relay", ""),
     ("return", {"returned": None, "beside": True}, "ok", "in the server's subnet", ""),
