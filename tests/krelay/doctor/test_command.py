@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,3 +142,21 @@ def test_what_was_not_tried_is_no_ok_and_no_failure(
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("not tried  firewall    CAP_NET")
     assert first.index("CAP_NET") == second.index("it is there")
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_terminal_gets_lines_of_its_width_from_doctor_and_from_what_start_says(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, no_color=True, width=width)
+    for name in ("console", "errors"):
+        monkeypatch.setattr(f"krelay.terminal.{name}", lambda: console)
+    looks(monkeypatch, [LONG, GOOD])
+    command.run(Path("/x"))
+    command.say([LONG])
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).splitlines()
+
+    assert max(map(len, lines)) <= width
+    assert sum(line.startswith("failed   firewall      ") for line in lines) == 2
+    assert sum(line.endswith(" \\") for line in lines) >= 2
