@@ -24,7 +24,8 @@ def child(program: Program, name: str) -> int:
     """The pid of `krelay` or `tcp_relay` below `krelay up`; 0: it isn't there."""
     for pid in children(program):
         with suppress(FileNotFoundError, ProcessLookupError):  # it is just ending
-            if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            word = b"daemon" if name == "krelay" else name.encode()
+            if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
                 return pid
     return 0
 
