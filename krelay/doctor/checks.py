@@ -42,6 +42,7 @@ NEEDS = {
     "uplinks": ("uplinks", "firewall"),
     "ports": ("kernel settings",),
     "this host": ("firewall",),
+    "answers": ("krelay",),
     "timers": ("kernel settings", "firewall"),
     "server": ("routes",),
     "client": ("routes",),
