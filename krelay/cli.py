@@ -98,7 +98,7 @@ def _relay_options() -> argparse.ArgumentParser:
     from tcp_relay import options
 
     parser = argparse.ArgumentParser(add_help=False)
-    options.add_options(parser)
+    options.add_relay_options(parser)
     return parser
 
 

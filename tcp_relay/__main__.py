@@ -44,13 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="USER",
         help="started as root: run as this user, a name or UID:GID",
     )
-    parser.add_argument(
-        "--dscp",
-        choices=("keep", "none"),
-        default="keep",
-        help="with which DSCP each leg sends: that which the other end sends with, or none (keep)",
-    )
-    options.add_options(parser, stall="`timeouts/stall` in the file tree")
+    options.add_relay_options(parser)
     log.add_options(parser)
     asked = parser.parse_args(arguments)
     return run_program(

@@ -1,4 +1,4 @@
-"""The options that tcp-relay and tcpproxy share: limits and workers.
+"""The options that tcp-relay and tcpproxy share, limits and workers, and what is tcp-relay's alone.
 
 >>> size("512K"), size("1M"), size("4096")
 (524288, 1048576, 4096)
@@ -49,6 +49,17 @@ def add_options(parser: argparse.ArgumentParser, stall: str = "") -> None:
         action="store_true",
         help="any system call may be made; for a libc that needs one this program doesn't know of",
     )
+
+
+def add_relay_options(parser: argparse.ArgumentParser) -> None:
+    """Those of tcp-relay, which `krelay up` passes on to it: the same, and what is its own."""
+    parser.add_argument(
+        "--dscp",
+        choices=("keep", "none"),
+        default="keep",
+        help="with which DSCP each leg sends: that which the other end sends with, or none (keep)",
+    )
+    add_options(parser, stall="`timeouts/stall` in the file tree")
 
 
 def limits(options: argparse.Namespace) -> Limits:

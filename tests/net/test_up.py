@@ -93,11 +93,18 @@ def test_who_never_stays_up_ends_the_whole_and_leaves_no_rules(world: World) -> 
 @pytest.mark.one_datapath("it is about processes")
 def test_options_of_tcp_relay_are_passed_on(world: World) -> None:
     world.serve("server", "tcp/80")
-    program = up(world, "--workers", "2", "--half-close", "60", "--buffer", "64K", "--no-seccomp")
+    options = ("--workers", "2", "--half-close", "60", "--buffer", "64K", "--no-seccomp")
+    program = up(world, *options, "--stall", "10", "--dscp", "none")
     command = Path(f"/proc/{child(program, 'tcp_relay')}/cmdline").read_text().split("\0")
 
     assert "--no-seccomp" in command
-    for option, value in (("--workers", "2"), ("--half-close", "60.0"), ("--buffer", "65536")):
+    for option, value in (
+        ("--workers", "2"),
+        ("--half-close", "60.0"),
+        ("--buffer", "65536"),
+        ("--stall", "10.0"),
+        ("--dscp", "none"),
+    ):
         assert command[command.index(option) + 1] == value
     assert "--connect-timeout" not in command
     assert world.values("status")["tcp_relays"] == 2
