@@ -199,6 +199,7 @@ def counter_values(
     *,
     steps: Sequence[int],
     evicted: int,
+    own_flows_evicted: int,
     refused: Mapping[bytes, dict[str, int]],
     errors: int,
     overflows: int,
@@ -220,6 +221,7 @@ def counter_values(
     values |= {f"dropped_{reason}": count for reason, count in dropped.items()}
     values |= {f"passed_{reason}": count for reason, count in sorted(counts.passed.items())}
     values["evicted"] = values["ended_early"] = evicted  # the latter for a release
+    values["own_flows_evicted"] = own_flows_evicted
     values |= {f"refused_{ip_address(addr)}": reasons for addr, reasons in refused.items()}
     values["trace_lost"] = counts.trace_lost
     values["errors"] = errors

@@ -45,6 +45,7 @@ from random import Random
 from krelay.admission import Admission, Limits, Refusal
 from krelay.flow import Endpoint, Proto, Source
 from krelay.learnt import Beginning, LearntFlow, LearntFlows
+from krelay.ownflows import OwnFlows
 from krelay.ports import FIRST_HIGH, RelayPorts
 from krelay.row import (
     BUSY,
@@ -123,6 +124,7 @@ class NatTable:
             (hook, proto): {} for hook in Hook for proto in Proto
         }
         self.direct = DirectFlows()
+        self.own_flows = OwnFlows()
         self.footprints: Counter[Footprint] = Counter()
         """What the live rows need of the rules."""
         self.footprint_changes = 0
@@ -473,6 +475,31 @@ class NatTable:
         self._enter(row)
         return row.rewrites[Step.D1]
 
+    def saw_own(self, proto: Proto, own: Endpoint, peer: Endpoint, now: float) -> None:
+        """This host has sent a packet of its own from a relayed port; of TCP, a SYN.
+
+        What comes back is no client's from now on, unless it is of a flow that has begun before.
+        One of UDP that the server hasn't answered was none: it began with a reply that krelay met
+        before what it replied to.
+        """
+        reply = key(peer, own)
+        known = self.tables[_PRE, proto].get(reply)
+        row = known.row if known is not None else None
+        if row is None and proto is _UDP:
+            row = self.adopt(reply, now)
+        if row is not None:
+            if proto is _TCP or row.client != peer:
+                return
+            self.on_late([row])
+            if row.state is not State.UNREPLIED:
+                return
+            self.end(row)
+        self.own_flows.sent(proto, key(own, peer), now)
+
+    def is_own_reply(self, proto: Proto, own: Endpoint, peer: Endpoint, now: float) -> bool:
+        """Whether a packet from `peer` to `own` replies to one that this host has sent."""
+        return self.own_flows.replied(proto, key(own, peer), now)
+
     # Finding rows
 
     def accepted(self, inside: Endpoint, gport: int) -> Row | None:
@@ -751,6 +778,7 @@ class NatTable:
             self.end(row)
         self._due.clear()
         self.direct = DirectFlows()
+        self.own_flows.clear()
         self.learnt.clear()
         self._admission.clear()
         return ended
@@ -783,6 +811,7 @@ class NatTable:
         self._admission.trim(now)
         self.direct.expire(Proto.TCP, now - self._timeouts.tcp_established)
         self.direct.expire(Proto.UDP, now - self._timeouts.udp)
+        self.own_flows.expire(now, self._timeouts)
         return ended
 
     # Inside

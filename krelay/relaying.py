@@ -31,7 +31,7 @@ from krelay import handed, listeners, netfilter, ruleset
 from krelay.admission import Limits
 from krelay.doctor import checks
 from krelay.doctor.facts import Facts, Path
-from krelay.flow import Source
+from krelay.flow import Endpoint, Source
 from krelay.gatewayport import GatewayPorts
 from krelay.inforce import InForce
 from krelay.kernelpath import KernelPath
@@ -115,6 +115,7 @@ class Relaying:
         self.nat: NatTable = worker.nat
         self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
         self._diag = SocketDiag()
+        worker.has_connection = self._has_connection
         self.gateways = GatewayPorts(
             handed.cookie_of_listener, self._diag.listeners, handed.close_all
         )
@@ -485,6 +486,12 @@ class Relaying:
         self.gateways.own = view.own
         self.gateways.check()
 
+    def _has_connection(self, own: Endpoint, peer: Endpoint) -> bool:
+        try:
+            return self._diag.carrier(own, peer) is not None
+        except OSError:
+            return False  # the kernel doesn't tell: as if there were none
+
     # Whom T1 leads to
 
     def _gateways_changed(self) -> None:
@@ -744,6 +751,8 @@ class Relaying:
         if self.queue is None or self._stopping:
             return
         for row in rows[:ASKED_AT_ONCE]:
+            if self.nat.of_id(row.id) is not row:
+                continue  # it has ended meanwhile: what answers would be taken for this host's own
             for packet in asks(row):
                 self._sender.send(packet)
         if rest := rows[ASKED_AT_ONCE:]:

@@ -14,11 +14,18 @@ packets into `untracked` for a firewall, and the answers of clients' direct conn
              clients' own, to S, a service          U2       from clients of source=relay to S
     U3       from S to this host (UDP)
     ICMP     errors                                 ICMP     errors, also to this host
+                                                    own      from this host, from a service's port
+                                                             (UDP; TCP: SYN)
 
 TCP that is forwarded is caught as UDP is.  Where a server may answer from any port, also what it
 sends to who has asked it, and what they send to this host: that is who stands in the set `askers`,
 which the rules fill themselves.  Of other UDP that servers send, a few copies a second are made
 (`strays`), so that somebody finds out that answers come from where nobody expects them.
+
+What this host itself sends from a relayed port, and hosts that it masquerades, the worker must have
+seen, or it would take the reply for a client's (ownflows.py).  The rules for that come last, and
+ask for the source's port first, so that nothing else pays for them.  With iptables POSTROUTING is
+met before the host's NAT, so hosts that are masqueraded aren't seen there.
 
 ICMP errors visit the queue only where what they quote may be ours: a packet to or from a server,
 and on the way in also one of this host's own.  Going out it must be one of a service too, or have
@@ -76,6 +83,9 @@ from krelay.row import DNS_PORT, SIDES, Footprint, Step
 from krelay.wire import icmp
 
 ANYONE = IPv4Network("0.0.0.0/0")
+COMPARED_MOST = 4
+"""Ports or ranges up to which comparing with each takes the kernel less than finding one in a set.
+"""
 MULTIPORT_MOST = 15
 """Ports in one multiport match; a range counts twice (net/netfilter/xt_multiport.c)."""
 U32_MOST = 10
@@ -280,6 +290,8 @@ LEARNT = tuple(f"learnt-{at}" for at in range(LEARNING_MOST))
 """Chains that learn, one an address of this host, and the sets of questions without an answer."""
 ANSWERED = 1
 """Seconds that a question is known in the kernel after its answer."""
+MINDED_WITHIN = 30
+"""Seconds that this host's own question may wait for its answer (ownflows.UNREPLIED)."""
 LEARNT_LENGTH = 576
 """Bytes of a question: longer ones might not fit the link to the server, so the worker looks."""
 BEGINS = "tcp-begins"
@@ -394,6 +406,10 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
     if forwarded:
         pre_tcp.append(f"ip saddr {servers} tcp sport {forwarded} fib daddr type local {queue}")
         post_tcp.append(f"ip saddr {servers} tcp sport {forwarded} {queue}")
+    if any_tcp:
+        # After what goes to the server, among which are the SYNs of tcp-relay.
+        own = f"tcp flags & (syn | ack) == syn tcp sport {any_tcp} fib saddr type local {queue}"
+        post_tcp.append(own)
     if udp:
         pre_udp += [
             f"udp dport {udp} fib daddr type local {queue}",
@@ -422,6 +438,9 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
         told += f"log group {strays(spec.queue)} snaplen {HEAD}"
         pre_udp.append(f"ip saddr {servers} fib daddr type local {told}")
         post_udp.append(f"ip saddr {servers} {told}")
+    if udp:
+        post_udp += _nft_own_questions(spec)
+        post_udp.append(f"udp sport {udp} fib saddr type local {queue}")
     questions, answers, chains = _nft_learning(spec, spec.learning)
     pre_udp[1:1] = questions
     fast: dict[str, list[str]] = {}
@@ -521,6 +540,17 @@ def _nft_any_port(
     return (asking, between), coming, going
 
 
+def _nft_own_questions(spec: RuleSpec) -> list[str]:
+    """What is said from here to another host's port, that host's answer isn't learnt as a question.
+
+    The worker knows of it (ownflows.py), and `minded` sends the answer there.
+    """
+    if spec.learning is None:
+        return []
+    peer = f"ip daddr . udp dport timeout {MINDED_WITHIN}s"
+    return [f"udp sport {DNS_PORT} fib saddr type local update @minded {{ {peer} }}"]
+
+
 def _nft_queue(queue: int, with_xt: bool) -> str:
     """How a chain of queues ends; the comment is for who looks for the queue of stale rules."""
     return f'drop comment "queue num {queue}"' if with_xt else f"queue num {queue}"
@@ -545,7 +575,14 @@ def _nft_udp_done(spec: RuleSpec) -> list[str]:
     others = f"ip saddr != {_nft_servers(spec)} "
     if spec.relay_clients:
         others += f"{_nft_clients(spec, 'saddr', '!=')}{_CAME_IN} "
-    return [f"ip protocol udp {others}accept"]
+    return [f"ip protocol udp {others}{_nft_not_from(spec.udp)}accept"]
+
+
+def _nft_not_from(ports: Ports) -> str:
+    """The match of packets from none of these ports: a few are compared faster than looked up."""
+    if len(ports) > COMPARED_MOST:
+        return f"th sport != {_nft_ports(ports)} "
+    return "".join(f"th sport != {_nft_range(each)} " for each in ports)
 
 
 def _nft_handed(
@@ -716,9 +753,12 @@ def nft_remove(name: str) -> str:
 
 
 def _nft_ports(ports: Ports) -> str:
-    return (
-        "{ " + ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in ports) + " }" if ports else ""
-    )
+    return "{ " + ", ".join(map(_nft_range, ports)) + " }" if ports else ""
+
+
+def _nft_range(ports: tuple[int, int]) -> str:
+    first, last = ports
+    return f"{first}-{last}" if last > first else f"{first}"
 
 
 # iptables
@@ -785,6 +825,10 @@ def iptables_rules(spec: RuleSpec) -> tuple[list[str], list[str]]:
             out += [f"-d {server} -p udp {ports} {from_us} {queue}" for ports in to_udp]
     if spec.any_port:
         into.append(f"-p udp {to_us} {queue}")
+    syn = "--tcp-flags SYN,ACK SYN"
+    of_any_tcp = _multiport(spec.any_tcp, "sports")
+    out += [f"-p tcp {syn} {ports} {from_us} {queue}" for ports in of_any_tcp]
+    out += [f"-p udp {ports} {from_us} {queue}" for ports in of_udp]
     into.append(f"-d {NEVER}/32 -p udp --dport 0 -m socket -j RETURN")
     return into, out
 

@@ -7,6 +7,8 @@ nonsense) takes the general path below it, which is as careful as it is slow.
 
 What is decided here for packets that no row claims, and why (K is any address of this host):
 
+    to K, a reply to a packet of this host's own, or of a host that it masquerades (ownflows.py)
+                              goes on untouched, also from S's own port
     to K, a service           a row is made; or, TCP and not a SYN, it goes on untouched and the
                               host refuses it, unless it can be picked up, see below
     which can't be forwarded  its sender is told so by ICMP, as routers do
@@ -23,6 +25,7 @@ What is decided here for packets that no row claims, and why (K is any address o
                               it (NatTable.answered_elsewhere)
     from K's gateway port     never goes out unrewritten
     from K to S               the host's own connection, not tcp-relay's: goes on untouched
+    from K's relayed port     likewise, and is remembered, so that its replies are known
 
 A SYN that comes from a row's port towards the server, and isn't the one by which tcp-relay began
 there, is somebody else's, who has got the port: the row's part there ends, and the SYN goes on as
@@ -36,10 +39,11 @@ again.
 A service may be forwarded though it is TCP: then its packets take the steps of UDP.  What such a
 client sends without a row and in the midst of a connection is picked up where its server sees the
 client itself, as connection tracking does (nf_conntrack_tcp_loose): the mapping is the only one
-there can be, and the server knows whether there is such a connection.  While recovering, a server's
-packet is taken for a reason to ask the client, at every address of this host, by a SYN: in a
-connection it is answered by an ACK (RFC 9293, section 3.10.7.4, "challenge ACK"), which is picked
-up, and elsewhere by a RST.  With source=relay nobody knows which port it was.
+there can be, and the server knows whether there is such a connection.  But not where a program of
+this host is known to have it.  While recovering, a server's packet is taken for a reason to ask the
+client, at every address of this host, by a SYN: in a connection it is answered by an ACK (RFC 9293,
+section 3.10.7.4, "challenge ACK"), which is picked up, and elsewhere by a RST.  With source=relay
+nobody knows which port it was.
 
 A forwarded row that was killed takes nothing to its other end any more.  Each packet of an end is
 answered by a RST with the number that it acknowledges, which it accepts (section 3.10.7.4); and so
@@ -205,6 +209,9 @@ class Worker:
         self.on_untouched: Callable[[bytes, int, Verdict, str], None] | None = None
         """Told of each packet that wasn't: its hook, its verdict and the reason.  What it is
         answered with is in `answers`."""
+        self.has_connection: Callable[[Endpoint, Endpoint], bool] = lambda own, peer: False
+        """Whether a program of this host has a TCP connection between its own end and that peer's:
+        asked before a packet in the midst of a connection begins a row."""
         self._reason = ""
         """Why the last packet that wasn't rewritten goes on or doesn't; empty if it was, but goes
         elsewhere."""
@@ -393,11 +400,16 @@ class Worker:
             if policy.serves(proto, dst.port):
                 if not policy.may_be_client(src.addr):
                     return self._pass("bad_source")
+                if self.nat.own_flows and self.nat.is_own_reply(proto, dst, src, now):
+                    return self._pass("own")
                 if self._is_minded(proto, src):
                     return self._drop("server_itself")
                 forwarded = not is_tcp or dst.port in policy.forwarded
-                if is_tcp and not opens and not (forwarded and self._goes_on(src, flags)):
-                    return self._stray(now)
+                if is_tcp and not opens:
+                    if not (forwarded and self._goes_on(src, flags)):
+                        return self._stray(now)
+                    if self.has_connection(dst, src):
+                        return self._begins_itself(proto, dst, src, now, opens=True)
                 if not forwarded:
                     return self._open_tcp(src, dst, now).rewrites[_T1]
                 if self._ends_here(packet, header, policy.server, now):
@@ -417,18 +429,32 @@ class Worker:
         if src.addr in policy.own:
             if is_tcp and self._is_gateway(src.port):
                 return self._pass("own") if self._is_answer(packet, at) else self._drop("no_row")
+            if opens and _told_by(packet, at) in self._answered:
+                return self._pass("own")  # of `_ask_client`, who may ask several times
             if self._is_forwarded_to(proto, dst) or self._is_seen_low(proto, src, dst):
                 if self.nat.was_killed(proto, src, dst):
                     return self._pass("own")  # our RST, or the SYN before it
                 moved = self.nat.saw_direct(proto, src, dst, now, Hook.POSTROUTING)
-                return moved or self._pass("own")
-            return self._pass("own") if opens else self._stray(now)
+                if moved is not None:
+                    return moved
+            elif is_tcp and not opens:
+                return self._stray(now)
+            return self._begins_itself(proto, src, dst, now, opens=opens)
         if is_tcp and now < self.recovering_until and not flags & tcp.RST:
             self._ask_client(src, dst, now)
         known = None if is_tcp else self.nat.adopt(key(src, dst), now)
         if known is None and not is_tcp:
             return self._elsewhere(src, dst, now)
         return (known and known.by(Side.SERVER)) or self._stray(now)
+
+    def _begins_itself(
+        self, proto: Proto, own: Endpoint, peer: Endpoint, now: float, *, opens: bool
+    ) -> Verdict:
+        """A packet of this host's own goes on; the replies to it will, too."""
+        assert self.policy is not None
+        if (opens or proto is _UDP) and self.policy.serves(proto, own.port):
+            self.nat.saw_own(proto, own, peer, now)
+        return self._pass("own")
 
     def _elsewhere(self, server: Endpoint, client: Endpoint, now: float) -> Rewrite | Verdict:
         """What becomes of a datagram that no row claims, and which may be an answer from another
@@ -473,7 +499,9 @@ class Worker:
             return
         for own in sorted(policy.own):
             if own[0] != 127 and self._answer_pace.admits(now):
-                self.answers.append(_syn(key(client, Endpoint(own, server.port))))
+                question = _syn(key(client, Endpoint(own, server.port)))
+                self.answers.append(question)
+                self._remember(question)
 
     def _tell_end(
         self, rewrite: Rewrite, packet: bytes, header: ipv4.Header, flags: int, now: float
@@ -577,13 +605,18 @@ class Worker:
         answer = tcp.reset_for(packet, header)
         if answer is not None and self._answer_pace.admits(now):
             self.answers.append(answer)
-            self._answered[_told_by(answer, ipv4.MIN_HEADER)] = None
-            if len(self._answered) > _MOST_ANSWERS:
-                del self._answered[next(iter(self._answered))]
+            self._remember(answer)
         return self._drop("gateway_port")
 
+    def _remember(self, packet: bytes) -> None:
+        """This packet of our own will be met on its way out (`_is_answer`)."""
+        self._answered[_told_by(packet, ipv4.MIN_HEADER)] = None
+        if len(self._answered) > _MOST_ANSWERS:
+            del self._answered[next(iter(self._answered))]
+
     def _is_answer(self, packet: bytes, at: int) -> bool:
-        """Whether this is what `_refuse_direct` has just sent, and not of a row between the ports.
+        """Whether this is a packet that we have just sent ourselves, and not of a row between the
+        ports.
 
         A client may have a relayed connection, and from the same port talk to the gateway port.
         """
@@ -648,8 +681,11 @@ class Worker:
         if step is _T2:
             return self._drop("no_row")  # a listening port of this host, from which nobody connects
         # Its port is free, and somebody else's connection begins there, or leads to it.
+        relay = row.relay
         self.nat.give_up(row, now)
-        return self._pass("own" if step is _T3 else "no_row")
+        if step is not _T3 or relay is None:
+            return self._pass("no_row")
+        return self._begins_itself(_TCP, relay, row.server, now, opens=True)
 
     def _is_nobodys(self, row: Row) -> bool:
         """Whether T1 would lead to a port that is no tcp-relay's any more, of whom none has the

@@ -353,6 +353,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
         counts,
         steps=range(1, 13),
         evicted=8,
+        own_flows_evicted=11,
         refused={addr("D"): {"table_full": 5, "client_rate": 2}, addr("C"): {"table_full": 2}},
         errors=1,
         overflows=2,
@@ -392,6 +393,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
         ("passed_own", 2),
         ("evicted", 8),
         ("ended_early", 8),  # as it was called before
+        ("own_flows_evicted", 11),
         ("refused_10.0.0.9", {"table_full": 5, "client_rate": 2}),
         ("refused_10.0.0.1", {"table_full": 2}),
         ("trace_lost", 6),

@@ -109,7 +109,7 @@ def test_the_nft_rules_of_prerouting() -> None:
 
 def test_the_nft_rules_of_postrouting() -> None:
     assert rules(nft_install(SPEC), "post") == lines_of("""
-        ip protocol udp ip saddr != { 192.168.0.1 } ip saddr & 255.255.255.0 != 192.168.0.0 iif != 0 accept
+        ip protocol udp ip saddr != { 192.168.0.1 } ip saddr & 255.255.255.0 != 192.168.0.0 iif != 0 th sport != 53 accept
         ip protocol tcp goto post-tcp
         ip protocol udp goto post-udp
         icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } @th,240,16 { 53, 80, 8000-8100 } Q
@@ -121,10 +121,12 @@ def test_the_nft_rules_of_postrouting() -> None:
         oif "lo" return
         tcp sport { 16000, 17000 } fib saddr type local Q
         ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } fib saddr type local Q
+        tcp flags & (syn | ack) == syn tcp sport { 80, 8000-8100 } fib saddr type local Q
         oif "lo" return
         ip saddr { 192.168.0.1 } udp sport { 53 } Q
         ip daddr { 192.168.0.1 } udp dport { 53 } fib saddr type local Q
         ip saddr & 255.255.255.0 == 192.168.0.0 ip daddr { 192.168.0.1 } udp dport { 53 } Q
+        udp sport { 53 } fib saddr type local Q
     """)  # noqa: E501
 
 
@@ -284,9 +286,12 @@ DONE = "ip protocol udp ip saddr != { 192.168.0.1 } "
 @pytest.mark.parametrize(
     ("clients", "rule"),
     [
-        ((), DONE + "accept"),
-        ((NET,), DONE + "ip saddr & 255.255.255.0 != 192.168.0.0 iif != 0 accept"),
-        ((NET, OTHER), DONE + "ip saddr != { 192.168.0.0/24, 10.9.0.0/16 } iif != 0 accept"),
+        ((), DONE + "th sport != 53 accept"),
+        ((NET,), DONE + "ip saddr & 255.255.255.0 != 192.168.0.0 iif != 0 th sport != 53 accept"),
+        (
+            (NET, OTHER),
+            DONE + "ip saddr != { 192.168.0.0/24, 10.9.0.0/16 } iif != 0 th sport != 53 accept",
+        ),
     ],
 )
 def test_datagrams_that_no_rule_asks_for_go_out_past_the_rules(
@@ -295,6 +300,26 @@ def test_datagrams_that_no_rule_asks_for_go_out_past_the_rules(
     spec = replace(SPEC, room=1000, relay_clients=clients)
 
     assert nft_rules(spec)["post"][1] == rule
+
+
+def test_few_ports_are_compared_and_many_looked_up() -> None:
+    few, many = ((53, 53), (500, 510)), tuple((port, port) for port in range(1, 11, 2))
+
+    def done(ports: Ports) -> str:
+        return nft_rules(replace(SPEC, udp=ports, relay_clients=()))["post"][0]
+
+    assert done(few) == DONE + "th sport != 53 th sport != 500-510 accept"
+    assert done(many) == DONE + "th sport != { 1, 3, 5, 7, 9 } accept"
+
+
+def test_the_hosts_own_questions_are_minded_where_the_kernel_learns() -> None:
+    rules = nft_rules(replace(SPEC, room=9, learning=LEARNING))["post-udp"]
+
+    assert rules[-2:] == [
+        "udp sport 53 fib saddr type local update @minded { ip daddr . udp dport timeout 30s }",
+        "udp sport { 53 } fib saddr type local goto to-worker",
+    ]
+    assert "minded" not in "".join(nft_rules(replace(SPEC, room=9))["post-udp"])
 
 
 def test_where_any_datagram_may_be_asked_for_none_goes_out_past_the_rules() -> None:
@@ -378,6 +403,8 @@ def test_the_iptables_rules_of_postrouting() -> None:
         -s 192.168.0.1 -p udp sports 53 Q
         -s 192.168.0.0/24 -d 192.168.0.1 -p udp dports 53 Q
         -d 192.168.0.1 -p udp dports 53 from-us Q
+        -p tcp --tcp-flags SYN,ACK SYN sports 80,8000:8100 from-us Q
+        -p udp sports 53 from-us Q
     """)
 
 
@@ -437,7 +464,7 @@ def test_iptables_removes_what_is_there_beginning_with_what_comes() -> None:
 @pytest.mark.parametrize("text", [nft_install(SPEC), iptables_install(SPEC, frozenset())])
 def test_no_rule_lets_packets_by_when_nobody_serves_the_queue(text: str) -> None:
     assert "bypass" not in text
-    rules_that_queue = 12 + 7 if "iptables" in text or "-A krelay" in text else 1
+    rules_that_queue = 12 + 9 if "iptables" in text or "-A krelay" in text else 1
     assert text.count("queue num 1600") + text.count("--queue-num 1600") == rules_that_queue
 
 
