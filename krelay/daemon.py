@@ -21,7 +21,7 @@ from krelay.control import Values
 from krelay.controlsock import ControlSocket
 from krelay.flow import Proto
 from krelay.keeper import CannotKeep, TreeKeeper
-from krelay.links import LinkWatcher, Looker
+from krelay.links import LinkWatcher, LocalAddresses, Looker
 from krelay.log import Failures, Log, Throttle, lines_lost, stood_still
 from krelay.loop import Loop, Timer
 from krelay.nat import NatTable
@@ -48,8 +48,10 @@ COUNTED_TOGETHER = 64
 """Rows for which the kernel is asked at once before they are shown."""
 BLOCKS_OF_A_ROW = 36
 """Blocks of memory that a row may have, with its rewrites and its places in the tables."""
-LOOK_AFTER = 0.1
-"""Seconds between a change of links, addresses or routes and the look at all that have changed."""
+LOOK_EVERY = 0.01
+"""Seconds between looks at links, addresses and routes while they change, at least."""
+LOOK_SHARE = 0.05
+"""Of the time for which they change, at most, is taken by looks."""
 
 _log = Log("daemon")
 
@@ -80,13 +82,15 @@ class Daemon:
         self._exit_status = 0
         self._leaving = False
         self._sender = _raw_sender()
-        self._looker = _looker()
+        self._looker, self._addresses = _looker()
         self._state = TreeState(host_check=self._host_check)
         try:
             self._keeper = TreeKeeper(loop, root, self._state, self._judged, self._status_texts)
         except CannotKeep as error:
             raise CannotServe(str(error)) from None
         self._looking: Timer | None = None
+        self._look_at = 0.0
+        """When to look at links again, at the earliest."""
         self.collector: Collector | None = None
         """Told of each second."""
         self._evicted = 0
@@ -101,6 +105,7 @@ class Daemon:
             self._worker,
             self._sender,
             self._looker,
+            self._addresses,
             self._keeper.publish,
             self._keeper.left("status/resumable"),
             witness.holder,
@@ -139,6 +144,7 @@ class Daemon:
             self._links.close()
             self._sender.close()
             self._looker.close()
+            self._addresses.close()
         _log.info("krelay ended")
         return self._exit_status
 
@@ -254,7 +260,9 @@ class Daemon:
         refused = {}
         if "real_ip" in changed:
             try:
-                if new.real_ip.packed in self._looker.look(new.real_ip).own:
+                own = self._looker.look(new.real_ip).own
+                address = new.real_ip.packed
+                if address in own or self._addresses.has(address, self._loop.now):
                     refused["real_ip"] = f"{new.real_ip} is an address of this host"
             except OSError as error:
                 refused["real_ip"] = f"this host's addresses can't be read ({error.strerror}), "
@@ -298,9 +306,15 @@ class Daemon:
 
     def _links_changed(self, _: int) -> None:
         self._links.drain()
+        self._addresses.forget()
         if self._looking is None or not self._looking.pending:  # routes may change all the time
-            when = self._loop.now + LOOK_AFTER
-            self._looking = self._loop.call_at(when, self._relaying.links_changed)
+            self._looking = self._loop.call_at(max(self._loop.now, self._look_at), self._look)
+
+    def _look(self) -> None:
+        began = self._loop.clock()
+        self._relaying.links_changed()
+        ended = self._loop.clock()
+        self._look_at = ended + max(LOOK_EVERY, (ended - began) / LOOK_SHARE)
 
     def _tick(self) -> None:
         now = self._loop.now
@@ -359,9 +373,9 @@ def _open_many() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _looker() -> Looker:
+def _looker() -> tuple[Looker, LocalAddresses]:
     try:
-        return Looker()
+        return Looker(), LocalAddresses()
     except OSError as error:
         raise CannotServe(f"this host's links can't be looked at: {error.strerror}") from None
 

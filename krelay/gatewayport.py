@@ -51,8 +51,8 @@ class GatewayPorts:
         """
         self.on_change: Callable[[], object] = lambda: None
         """Called when `served` has changed, before a descriptor is closed for it."""
-        self.own: frozenset[bytes] = frozenset()
-        """Addresses of this host."""
+        self.is_own: Callable[[bytes], bool] = lambda address: False
+        """Whether clients may come to this address of this host."""
         self.served: frozenset[int] = frozenset()
         """The ports that clients may be led to."""
         self._cookie_of = cookie_of
@@ -118,7 +118,8 @@ class GatewayPorts:
             return None
         ours = {each[port].cookie for each in self._held.values() if port in each}
         ours |= self._let_go.keys()
-        return [each for each in found if each.cookie not in ours and each.may_accept_for(self.own)]
+        others = [each for each in found if each.cookie not in ours]
+        return [each for each in others if each.may_accept_for(self.is_own)]
 
     def _changed(self, gone: list[Held]) -> None:
         self._let_go |= {held.cookie: CLOSING_FOR for held in gone}

@@ -4,6 +4,11 @@ Read through the kernel's routing socket when something has changed there, not w
 One route is asked for, never the whole table, which on a router would take seconds: what is on a
 link is told by the addresses that this host has there.
 
+The rules act on what the kernel knows at that moment (`fib`), which may be news to who was told of
+changes: an address that has just arrived, and the addresses of a network that is local by a route
+of its own (`ip route add local`), which none has been told of.  So for an address that isn't among
+the known ones the kernel is asked at once (LocalAddresses).
+
 The descriptors are opened at the start and kept: a host that has none left looks all the same.
 """
 
@@ -25,6 +30,8 @@ _GROUPS = 0x1 | 0x10 | 0x40
 """RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE (linux/rtnetlink.h)."""
 PATIENCE = 2.0
 """Seconds for an answer of the kernel's, which mostly is there at once."""
+MOST_LOCAL = 4096
+"""Addresses that are known to be local beside those that this host is told of."""
 LOOPBACK = 127
 _FORWARD = "/proc/sys/net/ipv4/ip_forward"
 _LIST = 1 << 20
@@ -57,6 +64,8 @@ class Looker:
         """Whether answers to a look that failed may still come."""
         self._forward = os.open(_FORWARD, os.O_RDONLY | os.O_CLOEXEC)
         self._reserved = -1
+        self._reserved_text = b""
+        self._reserved_ports: frozenset[int] = frozenset()
         try:
             self._reserved = os.open(ports.RESERVED, os.O_RDONLY | os.O_CLOEXEC)
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
@@ -73,7 +82,7 @@ class Looker:
             self._finish()
         self._unfinished = True
         addresses = list(rtnetlink.addresses(self._ask(rtnetlink.get_addresses(self._next()))))
-        link, towards = self._way_to(server)
+        link, towards, _ = self._way_to(server)
         mtu = None
         if link is not None:
             with suppress(_NoAnswer):  # it went meanwhile
@@ -82,10 +91,18 @@ class Looker:
         own = frozenset(each.local for each in addresses if each.local[0] != LOOPBACK)
         beside = tuple(network(each.beyond, each.length) for each in addresses if each.link == link)
         forwards = os.pread(self._forward, 16, 0).strip() != b"0"
-        reserved = ports.reserved(os.pread(self._reserved, _LIST, 0).decode())
+        reserved = self.reserved()
         beside = beside if any(server in net for net in beside) else ()
         self._unfinished = False
         return HostView(own, beside, towards, forwards, min(0xFFFF, mtu or 0xFFFF), reserved)
+
+    def reserved(self) -> frozenset[int]:
+        """HostView.reserved, now: nobody tells of changes.  Raises OSError."""
+        text = os.pread(self._reserved, _LIST, 0)
+        if text != self._reserved_text:
+            self._reserved_ports = ports.reserved(text.decode())
+            self._reserved_text = text
+        return self._reserved_ports
 
     def close(self) -> None:
         """Lets go of what it has open."""
@@ -134,6 +151,63 @@ class Looker:
                 if answers is not None and (answers := answers - 1) == 0:
                     return
         raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+
+class LocalAddresses:
+    """Which addresses this host has at this moment, as the kernel's rules see it.
+
+    An answer takes the kernel some microseconds.  That an address is local is known until something
+    changes (`forget`); that it isn't, for the moment of the question alone.
+    """
+
+    def __init__(self) -> None:
+        self._local: set[bytes] = set()
+        self._others: dict[bytes, bool | None] = {}
+        self._asked_at = -1.0
+        self._sequence = 0
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._socket.setblocking(False)  # what is asked is answered before `send` returns
+
+    def has(self, address: bytes, now: float) -> bool | None:
+        """Whether this is an address of this host; None if the kernel doesn't tell."""
+        if address in self._local:
+            return True
+        if now != self._asked_at:
+            self._asked_at = now
+            self._others.clear()
+        if address in self._others:
+            return self._others[address]
+        found = self._ask(address)
+        if not found:
+            self._others[address] = found
+            return found
+        if len(self._local) >= MOST_LOCAL:
+            self._local.clear()
+        self._local.add(address)
+        return True
+
+    def forget(self) -> None:
+        """Links, addresses or routes have changed."""
+        self._local.clear()
+        self._asked_at = -1.0
+
+    def close(self) -> None:
+        """Asks nothing more."""
+        self._socket.close()
+
+    def _ask(self, address: bytes) -> bool | None:
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        try:
+            self._socket.sendto(rtnetlink.get_route(self._sequence, address), (0, 0))
+            while True:
+                for message in netlink.messages(self._socket.recv(1 << 13)):
+                    if message.sequence != self._sequence:
+                        continue  # what is late to a question that failed
+                    if code := message.error:
+                        return False if code in _NO_ROUTE else None
+                    return rtnetlink.route([message]).is_local
+        except OSError:
+            return None
 
 
 class _NoAnswer(OSError):

@@ -374,7 +374,7 @@ class NatTable:
 
             def is_free(port: int) -> bool:
                 ends = (Endpoint(addr, port) for addr in (client.addr, hidden))
-                return all(self._is_free(proto, key(end, server)) for end in ends)
+                return all(self.is_free(proto, key(end, server)) for end in ends)
 
             def fits(port: int) -> bool:
                 return port not in self.reserved and is_free(port)
@@ -410,7 +410,7 @@ class NatTable:
         if asked is None or server.port == 0:
             return None
         service, outside = Endpoint(asked.service.addr, server.port), key(client, server)
-        if not self._is_free(_UDP, outside) or self._of_question(key(asked.client, service)):
+        if not self.is_free(_UDP, outside) or self._of_question(key(asked.client, service)):
             return None  # another row's, or the client's own
         self._admission.make_room(_UDP, asked.client, now)
         if asked.id not in self._rows:
@@ -509,6 +509,14 @@ class NatTable:
     def of_relay_port(self, relay: Endpoint) -> Row | None:
         """The TCP row whose server leg begins at this port."""
         return self._by_relay.get(relay)
+
+    def is_free(self, proto: Proto, outside: bytes) -> bool:
+        """Whether no row's, and no client's own, packets to the server read so there."""
+        return (
+            outside not in self._outside[proto]
+            and (proto, outside) not in self.direct
+            and not (proto is _UDP and self.learnt.asked_as(outside) is not None)
+        )
 
     def was_killed(self, proto: Proto, outside: Endpoint, server: Endpoint) -> bool:
         """Whether this is what the server sees of a forwarded row that was killed."""
@@ -994,10 +1002,10 @@ class NatTable:
         Raises Refusal.
         """
         at = key(client, server)
-        if not self._is_free(proto, at):
+        if not self.is_free(proto, at):
             port = self._other_port(
                 client.port,
-                lambda p: self._is_free(proto, key(Endpoint(client.addr, p), server)),
+                lambda p: self.is_free(proto, key(Endpoint(client.addr, p), server)),
             )
             at = key(Endpoint(client.addr, port), server)
         return at
@@ -1014,7 +1022,7 @@ class NatTable:
             mine = self._outside[_TCP].get(at) is row and (_TCP, at) not in self.direct
             if of_relay and (port in self.reserved or port in services):
                 return False
-            return mine or self._is_free(_TCP, at)
+            return mine or self.is_free(_TCP, at)
 
         port = row.client.port
         if not is_free(port):
@@ -1023,13 +1031,6 @@ class NatTable:
             except Refusal:
                 return outside
         return outside._replace(port=port)
-
-    def _is_free(self, proto: Proto, outside: bytes) -> bool:
-        return (
-            outside not in self._outside[proto]
-            and (proto, outside) not in self.direct
-            and not (proto is _UDP and self.learnt.asked_as(outside) is not None)
-        )
 
     def _inside_is_free(self, inside: Endpoint, gport: int, service: Endpoint) -> bool:
         """Whether tcp-relay's host takes a new connection from there for a new one.

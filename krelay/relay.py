@@ -36,6 +36,7 @@ from krelay.relaymsg import (
     COUNTERS,
     GAUGES,
     MAX_COUNTS,
+    NO_ADDRESS,
     PORT_TAKEN,
     Abort,
     Answer,
@@ -106,6 +107,8 @@ class Relays:
     ) -> None:
         self.before_answers: Callable[[], object] = lambda: None
         """To be called when requests were handled, before their answers are sent."""
+        self.asks_host: Callable[[bytes, float], bool | None] = lambda address, now: False
+        """Whether this host has an address that isn't among the known ones (Worker.asks_host)."""
         self.resumable_until = 0.0
         """Until then, connections that a killed krelay had are resumed."""
         self.in_force: list[InForce] = []
@@ -238,8 +241,8 @@ class Relays:
         is_anothers = self._owner.get(row.id, send) is not send
         if is_anothers or (row.orphaned and not self._may_have(row, send)):
             return Refused(request.id, "another tcp-relay has this client")
-        if policy is None or request.relay.addr not in policy.own:
-            return Refused(request.id, "relay is no address of this host")
+        if policy is None or not self._is_own(request.relay.addr, policy, now):
+            return Refused(request.id, NO_ADDRESS)
         if row.called_again:
             # It has had its server: this is another connection between the same ports, whose SYN
             # came before krelay knew that the former was over.
@@ -279,7 +282,8 @@ class Relays:
         source = request.source or (policy.source_for(request.client.addr) if policy else None)
         if now >= self.resumable_until or policy is None or source is None:
             return Refused(request.id, "can't be resumed: krelay has no row of it")
-        if (wrong := self._never_was(request, service, origin, source, policy, send)) is not None:
+        wrong = self._never_was(request, service, origin, source, policy, send, now)
+        if wrong is not None:
             return Refused(request.id, f"can't be resumed: {wrong}")
         row: Row | None = None
         try:
@@ -307,6 +311,10 @@ class Relays:
         self._has(row, send)
         return Resumed(request.id)
 
+    def _is_own(self, address: bytes, policy: Policy, now: float) -> bool:
+        """Whether this host has this address; False, too, if nobody knows."""
+        return address in policy.own or bool(self.asks_host(address, now))
+
     def _never_was(
         self,
         request: Resume,
@@ -315,10 +323,11 @@ class Relays:
         source: Source,
         policy: Policy,
         send: Send,
+        now: float,
     ) -> str | None:
         """Why this can't be a connection that a killed krelay had; None if it can."""
         client, server, gport = request.client, request.server, request.gport
-        if service.addr not in policy.own or request.relay.addr not in policy.own:
+        if not all(self._is_own(end.addr, policy, now) for end in (service, request.relay)):
             return "service and relay are addresses of this host"
         if not policy.may_be_client(client.addr) or origin.addr != client.addr:
             return "this is no client"

@@ -31,11 +31,11 @@ from krelay import handed, listeners, netfilter, ruleset
 from krelay.admission import Limits
 from krelay.doctor import checks
 from krelay.doctor.facts import Facts, Path
-from krelay.flow import Endpoint, Source
+from krelay.flow import Endpoint, Proto, Source
 from krelay.gatewayport import GatewayPorts
 from krelay.inforce import InForce
 from krelay.kernelpath import KernelPath
-from krelay.links import HostView, Looker
+from krelay.links import LOOPBACK, HostView, LocalAddresses, Looker
 from krelay.listeners import Holder
 from krelay.log import Failures, Log, Throttle
 from krelay.loop import PAUSE, Loop, Timer
@@ -108,6 +108,7 @@ class Relaying:
         worker: Worker,
         sender: RawSender,
         looker: Looker,
+        addresses: LocalAddresses,
         on_change: Callable[[], object],
         resumable: str = "",
         holder: Callable[[Iterable[int]], Holder | None] = listeners.holder,
@@ -116,11 +117,15 @@ class Relaying:
         self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
         self._diag = SocketDiag()
         worker.has_connection = self._has_connection
+        worker.asks_host = addresses.has
+        self._addresses = addresses
         self.gateways = GatewayPorts(
             handed.cookie_of_listener, self._diag.listeners, handed.close_all
         )
         self.gateways.on_change = self._gateways_changed
+        self.gateways.is_own = self._may_be_asked
         self.relays = Relays(self.nat, lambda: worker.policy, self._diag)
+        self.relays.asks_host = addresses.has
         self.kernel = KernelPath(
             loop, self.nat, name, queue_num, self._make_maps_anew, worker.saw_elsewhere
         )
@@ -337,9 +342,34 @@ class Relaying:
         if self.queue is None or self._stopping:
             return
         if (view := self._look()) != self._view:
+            former, policy = self._view, self._policy()
             self._take_view(view)
             self._apply()
+            self._end_stale(former, policy)
             self._refresh_rules()
+
+    def _end_stale(self, former: HostView, policy: Policy) -> None:
+        """Rows go that began with what isn't so any more, and can't be answered: the client's next
+        packet makes them anew."""
+        now = self._policy()
+        for row in self.nat.unanswered():
+            client = row.client.addr
+            if policy.source_for(client) != now.source_for(client):
+                self.nat.end(row)
+        if gone := former.own - self._view.own:
+            for row in self.nat.workers:
+                if row.relay is None or row.gport is not None or row.relay.addr not in gone:
+                    continue
+                if row.proto is Proto.UDP or row.is_unconfirmed:
+                    self.nat.end(row)
+
+    def _may_be_asked(self, address: bytes) -> bool:
+        """Whether clients may come to this address: it is this host's, for all that is known."""
+        if address[0] == LOOPBACK:
+            return False
+        return (
+            address in self._view.own or self._addresses.has(address, self._loop.now) is not False
+        )
 
     def _look(self) -> HostView:
         """The host as it is now; as it was before if it can't be looked at: then once more soon."""
@@ -356,6 +386,8 @@ class Relaying:
         """Expiry and everything else that is done once a second."""
         self.nat.expire(now)
         self.relays.on_time(now)
+        with suppress(OSError):
+            self.nat.reserved = self._looker.reserved()
         if self._again_at is not None and now >= self._again_at:
             self._start()
             self._on_change()
@@ -483,7 +515,6 @@ class Relaying:
     def _take_view(self, view: HostView) -> None:
         self._view = view
         self.nat.reserved = view.reserved
-        self.gateways.own = view.own
         self.gateways.check()
 
     def _has_connection(self, own: Endpoint, peer: Endpoint) -> bool:

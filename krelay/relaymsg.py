@@ -41,6 +41,7 @@ MAX_MESSAGE = 4096
 """Bytes; no message is longer, so a longer packet is a malformed one."""
 
 PORT_TAKEN = "relay port is taken"
+NO_ADDRESS = "relay is no address of this host"
 """The one refusal after which tcp-relay tries again, with another relay port."""
 
 GAUGES = ("open", "held")

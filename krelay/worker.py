@@ -209,6 +209,9 @@ class Worker:
         self.on_untouched: Callable[[bytes, int, Verdict, str], None] | None = None
         """Told of each packet that wasn't: its hook, its verdict and the reason.  What it is
         answered with is in `answers`."""
+        self.asks_host: Callable[[bytes, float], bool | None] = lambda address, now: False
+        """Whether this host has an address that isn't among the known ones (Policy.own), as the
+        rules see it at this moment; None if that can't be known."""
         self.has_connection: Callable[[Endpoint, Endpoint], bool] = lambda own, peer: False
         """Whether a program of this host has a TCP connection between its own end and that peer's:
         asked before a packet in the midst of a connection begins a row."""
@@ -362,6 +365,8 @@ class Worker:
     def _icmp(self, packet: bytes, header: ipv4.Header, hook: int, now: float) -> bytes | Verdict:
         """An ICMP error about a row's packet is translated.  Raises BadPacket."""
         own = self.policy.own if self.policy else frozenset()
+        if hook != _PREROUTING and header.src not in own and self.asks_host(header.src, now):
+            own |= {header.src}
         found = icmperror.translate(packet, header, hook, self.nat.tables, own)
         if found is None and self._adopt_quoted(packet, header, now):
             found = icmperror.translate(packet, header, hook, self.nat.tables, own)
@@ -396,7 +401,10 @@ class Worker:
         flags = packet[at + tcp.FLAGS] if is_tcp else 0
         opens = is_tcp and flags & _OPENING == tcp.SYN
 
-        if hook == _PREROUTING and dst.addr in policy.own:
+        here = self._is_here(proto, dst, src, hook, now)
+        if here is None:
+            return self._drop("address_unknown")
+        if hook == _PREROUTING and here:
             if policy.serves(proto, dst.port):
                 if not policy.may_be_client(src.addr):
                     return self._pass("bad_source")
@@ -426,7 +434,7 @@ class Worker:
                 moved = self.nat.saw_direct(proto, src, dst, now)
                 return moved or self._pass("direct")
             return self._stray(now)
-        if src.addr in policy.own:
+        if here:
             if is_tcp and self._is_gateway(src.port):
                 return self._pass("own") if self._is_answer(packet, at) else self._drop("no_row")
             if opens and _told_by(packet, at) in self._answered:
@@ -440,12 +448,34 @@ class Worker:
             elif is_tcp and not opens:
                 return self._stray(now)
             return self._begins_itself(proto, src, dst, now, opens=opens)
+        if self._is_forwarded_to(proto, dst) and self.nat.is_free(proto, key(src, dst)):
+            # Nobody has sent this: its row has ended between the two hooks.
+            return self._drop("no_row")
         if is_tcp and now < self.recovering_until and not flags & tcp.RST:
             self._ask_client(src, dst, now)
         known = None if is_tcp else self.nat.adopt(key(src, dst), now)
         if known is None and not is_tcp:
             return self._elsewhere(src, dst, now)
         return (known and known.by(Side.SERVER)) or self._stray(now)
+
+    def _is_here(
+        self, proto: Proto, dst: Endpoint, src: Endpoint, hook: int, now: float
+    ) -> bool | None:
+        """Whether this host is the end of a packet's that the rules ask about: where it goes to, in
+        POSTROUTING where it comes from.
+
+        Where that end isn't known as one and it matters, the kernel is asked, since it has decided
+        the same a moment ago; None: it doesn't tell, so nobody must be led or refused for that.
+        """
+        policy = self.policy
+        assert policy is not None
+        end = dst if hook == _PREROUTING else src
+        if end.addr in policy.own:
+            return True
+        matters = policy.serves(proto, end.port) or (proto is _TCP and self._is_gateway(end.port))
+        if not matters or self._is_minded(proto, end):
+            return False
+        return self.asks_host(end.addr, now)
 
     def _begins_itself(
         self, proto: Proto, own: Endpoint, peer: Endpoint, now: float, *, opens: bool
@@ -634,7 +664,8 @@ class Worker:
         if self.policy.answers and hook == Hook.PREROUTING and self._answer_pace.admits(now):
             if header.proto == Proto.UDP:
                 # About a client's own question to the server: the kernel fills in who says it.
-                sender = header.dst if header.dst in self.policy.own else bytes(ipv4.ADDRESS)
+                own = header.dst in self.policy.own or self.asks_host(header.dst, now)
+                sender = header.dst if own else bytes(ipv4.ADDRESS)
                 answer: bytes | None = icmp.prohibited(packet, header._replace(dst=sender))
             else:
                 answer = tcp.reset_for(packet, header)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from krelay.flow import Endpoint, Source
-from krelay.relaymsg import PORT_TAKEN, Dscps, Opened, Refused
+from krelay.relaymsg import NO_ADDRESS, PORT_TAKEN, Dscps, Opened, Refused
 from tcp_relay.engine import Engine
 from tcp_relay.line import Line
 from tcp_relay.pair import End
@@ -49,6 +49,9 @@ class Desk(Protocol):
 
     def next_port(self) -> int:
         """A relay port to try; 0 leaves it to the kernel."""
+
+    def forget_address(self) -> None:
+        """What `own_address` said was no address of this host."""
 
     def register(self, connection: "Connection") -> bool:
         """Its relay port is bound: ask krelay.  False if another connection has that port."""
@@ -155,7 +158,10 @@ class Connection:
     def refused(self, answer: Refused) -> None:
         """krelay has no row, or has it no more."""
         self._may_have_row = False
-        if answer.error == PORT_TAKEN and self.server is None:
+        if answer.error == NO_ADDRESS and self.server is None:
+            self._desk.forget_address()  # it has just changed
+            self._another_port()
+        elif answer.error == PORT_TAKEN and self.server is None:
             self._another_port()
         else:
             self._refuse(f"krelay: {answer.error}")

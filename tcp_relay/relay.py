@@ -55,8 +55,9 @@ from tcp_relay.waiting import Waiting
 ASK_TIMEOUT = 5.0
 """Seconds that a client waits for krelay, which may be restarting."""
 
-ROUTE_AGE = 1.0
-"""Seconds that the own address is remembered: routes change rarely, unlike connections."""
+ROUTE_AGE = 0.01
+"""Seconds that the own address is remembered: to ask takes as long as some other system calls, and
+a connection from an address that is no more waits in vain."""
 
 HAND_OVER_AGAIN = 1.0
 """Seconds after which a listening socket that krelay refused is handed over once more."""
@@ -144,6 +145,10 @@ class Relay:
                 address = _own_address(self.real_ip) if self.real_ip else None
             self._route = (self.real_ip, self._loop.now + ROUTE_AGE, address)
         return address or connection.host
+
+    def forget_address(self) -> None:
+        """It is asked for again."""
+        self._route = (None, 0.0, self._route[2])
 
     def next_port(self) -> int:
         """A relay port to try."""

@@ -22,6 +22,8 @@ _LINK, _ADDRESS, _ROUTE = struct.Struct("=BxHiII"), struct.Struct("=BBBBI"), str
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _IFLA_MTU = 4
 _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
+_TYPE, _LOCAL = 7, 2
+"""Where rtmsg has the route's type, and RTN_LOCAL."""
 
 
 class Address(NamedTuple):
@@ -41,6 +43,8 @@ class Route(NamedTuple):
     link: int | None
     source: bytes | None
     """The address of this host that it is asked from."""
+    is_local: bool = False
+    """Whether this host has that address itself, alone or with a whole network."""
 
 
 def get_addresses(sequence: int) -> bytes:
@@ -74,10 +78,12 @@ def addresses(messages: Iterable[Message]) -> Iterator[Address]:
 def route(messages: Iterable[Message]) -> Route:
     """The way that these messages tell of, as far as they do."""
     found: dict[int, bytes] = {}
+    is_local = False
     for body in _bodies(messages, _NEWROUTE, _ROUTE.size):
         found |= netlink.attributes(body[_ROUTE.size :])
+        is_local = body[_TYPE] == _LOCAL
     source = found.get(_RTA_PREFSRC, b"")
-    return Route(_number(found.get(_RTA_OIF)), source if len(source) == 4 else None)
+    return Route(_number(found.get(_RTA_OIF)), source if len(source) == 4 else None, is_local)
 
 
 def mtu(messages: Iterable[Message]) -> int | None:

@@ -13,7 +13,7 @@ inode comes again.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from krelay.flow import Endpoint
@@ -56,8 +56,8 @@ class Socket(NamedTuple):
     is_v6_only: bool = False
     inode: int = 0
 
-    def may_accept_for(self, own: frozenset[bytes]) -> bool:
-        """Whether this listener could get IPv4 connections to one of these addresses."""
+    def may_accept_for(self, is_own: Callable[[bytes], bool]) -> bool:
+        """Whether this listener could get IPv4 connections to an address that `is_own`."""
         address = self.address
         if len(address) == 16:
             if self.is_v6_only:
@@ -67,7 +67,7 @@ class Socket(NamedTuple):
             if not address.startswith(_MAPPED):
                 return False
             address = address[len(_MAPPED) :]
-        return address == bytes(4) or address in own
+        return address == bytes(4) or is_own(address)
 
 
 def listeners_on(port: int, family: int) -> bytes:

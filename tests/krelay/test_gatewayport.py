@@ -26,7 +26,7 @@ class Host:
         self.closed: list[int] = []
         self.knows = True
         self.ports = GatewayPorts(self._cookie_of, self._listeners, self.closed.extend)
-        self.ports.own = OWN
+        self.ports.is_own = OWN.__contains__
         self.ports.on_change = self._changed
 
     def listen(self, cookie: int, address: bytes = ANY, port: int = PORT, v6: bool = False) -> int:

@@ -192,7 +192,7 @@ def test_a_socket_is_held_until_it_is_given_up_or_its_link_is_lost(world: World)
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
 def test_of_those_who_share_a_port_all_must_be_known(world: World, address: str) -> None:
-    world.gateways.own = frozenset({at("127.0.0.1:1").addr})
+    world.gateways.is_own = frozenset({at("127.0.0.1:1").addr}).__contains__
     link, sock = world.connect(), listener(shared=True)
     port = sock.getsockname()[1]
     hand(link, emit(Listening(port, 1)), sock.fileno())

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from krelay.links import HostView, LinkWatcher, Looker
+from krelay.links import MOST_LOCAL, HostView, LinkWatcher, LocalAddresses, Looker
 from krelay.wire import netlink
 from vm import Lab
 
@@ -226,3 +226,60 @@ def test_ports_that_the_host_has_reserved_are_told(lab: Lab) -> None:
     lab.run("relay", "sysctl", "-qw", "net.ipv4.ip_local_reserved_ports=8080,9148-9150")
     assert seen(lab, "relay").reserved == {8080, 9148, 9149, 9150}
     assert seen(lab, "client").reserved == frozenset()
+
+
+# Asked at once
+
+
+@pytest.fixture
+def local(lab: Lab) -> Iterator[LocalAddresses]:
+    with lab.enter("relay"):
+        local = LocalAddresses()
+    with closing(local):
+        yield local
+
+
+def test_the_kernel_knows_its_addresses_at_once(lab: Lab, local: LocalAddresses) -> None:
+    arriving, other = (IPv4Address(each).packed for each in ("192.168.0.100", "192.168.0.101"))
+    assert [local.has(each, 0.0) for each in (*RELAY, SERVER.packed)] == [True, True, False]
+    assert local.has(arriving, 0.0) is False
+    lab.run("relay", "ip", "addr", "add", "192.168.0.100/32", "dev", "eth1")
+    assert local.has(arriving, 0.0) is False, "once a moment"
+    assert local.has(arriving, 0.1) is True
+    assert local.has(other, 0.1) is False
+    lab.run("relay", "ip", "addr", "del", "192.168.0.100/32", "dev", "eth1")
+    assert local.has(arriving, 0.2) is True, "until a change is told"
+    local.forget()
+    assert local.has(arriving, 0.2) is False
+
+
+def test_a_network_may_be_local_by_a_route(lab: Lab, local: LocalAddresses) -> None:
+    within, beyond = IPv4Address("10.1.2.3").packed, IPv4Address("10.2.0.1").packed
+    lab.run("relay", "ip", "route", "add", "local", "10.1.0.0/16", "dev", "lo")
+    assert (local.has(within, 0.0), local.has(beyond, 0.0)) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "address", ["203.0.113.1", "224.0.0.1", "255.255.255.255", "192.168.0.255"]
+)
+def test_what_no_route_leads_to_is_not_local(local: LocalAddresses, address: str) -> None:
+    assert local.has(IPv4Address(address).packed, 0.0) is False
+
+
+def test_a_question_that_fails_is_no_answer(local: LocalAddresses) -> None:
+    local.close()
+    assert local.has(RELAY[0], 0.0) is None
+
+
+def test_local_addresses_take_bounded_room(lab: Lab, local: LocalAddresses) -> None:
+    lab.run("relay", "ip", "route", "add", "local", "10.1.0.0/16", "dev", "lo")
+    for number in range(MOST_LOCAL + 10):
+        assert local.has((0x0A010000 + number).to_bytes(4), 0.0) is True
+    assert len(local._local) <= MOST_LOCAL
+
+
+def test_reserved_ports_are_read_when_asked(lab: Lab) -> None:
+    with lab.enter("relay"), closing(Looker()) as looker:
+        assert looker.reserved() == frozenset()
+        lab.run("relay", "sysctl", "-qw", "net.ipv4.ip_local_reserved_ports=80,8000-8001")
+        assert looker.reserved() == {80, 8000, 8001}

@@ -10,7 +10,7 @@ import pytest
 
 from krelay.flow import Endpoint, Source
 from krelay.loop import Loop
-from krelay.relaymsg import PORT_TAKEN, Opened, Refused
+from krelay.relaymsg import NO_ADDRESS, PORT_TAKEN, Opened, Refused
 from tcp_relay.connection import PORT_TRIES, Connection
 from tcp_relay.engine import Engine
 from tcp_relay.limits import Limits
@@ -47,9 +47,13 @@ class Desk:
         self.given_up: list[tuple[Endpoint, bool]] = []
         self.ports: list[int] = []
         self.taken = 0  # registrations still to be refused
+        self.forgotten = 0
 
     def own_address(self, connection: Connection) -> str:
         return LOCALHOST
+
+    def forget_address(self) -> None:
+        self.forgotten += 1
 
     def next_port(self) -> int:
         return self.ports.pop() if self.ports else 0
@@ -173,6 +177,14 @@ def test_a_port_that_cant_be_connected_from_is_replaced_by_telling_the_new_one(r
 def test_a_refused_port_is_replaced_without_a_close(rig: Rig) -> None:
     rig.connection.begin(server_socket())
     rig.connection.refused(Refused(1, PORT_TAKEN))
+    assert [tell for _, tell in rig.desk.given_up] == [False]
+    assert len(rig.desk.registered) == 2
+
+
+def test_an_address_that_has_just_gone_is_asked_for_again(rig: Rig) -> None:
+    rig.connection.begin(server_socket())
+    rig.connection.refused(Refused(1, NO_ADDRESS))
+    assert rig.desk.forgotten == 1
     assert [tell for _, tell in rig.desk.given_up] == [False]
     assert len(rig.desk.registered) == 2
 

@@ -83,6 +83,18 @@ def test_its_own_address_is_the_one_towards_the_server(relay: Relay) -> None:
     assert relay.own_address(connection) == "127.0.0.1"
 
 
+def test_its_own_address_is_asked_for_again_when_it_has_gone(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = cast(Connection, SimpleNamespace(host="10.9.9.9"))
+    relay.real_ip = "127.0.0.1"
+    assert relay.own_address(connection) == "127.0.0.1"
+    monkeypatch.setattr("tcp_relay.relay._own_address", lambda real_ip: "127.0.0.2")
+    assert relay.own_address(connection) == "127.0.0.1"
+    relay.forget_address()
+    assert relay.own_address(connection) == "127.0.0.2"
+
+
 def test_reserved_ports_are_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {
         "ip_local_port_range": "40000\t40009\n",
