@@ -24,7 +24,8 @@ has counted its packets. `python -m tests.programs --setup` installs the program
 """
 FOOT = """
 "4 of 4": as directly with both data paths and both sources. What is said under "differs" holds in
-all ways, unless it names some.
+all ways, unless it names some. A time is told where it is more than twice the direct one and a
+second more; it was taken beside other work.
 """
 
 
