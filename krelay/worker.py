@@ -472,6 +472,8 @@ class Worker:
         end = dst if hook == _PREROUTING else src
         if end.addr in policy.own:
             return True
+        if end.addr == policy.server:
+            return False
         matters = policy.serves(proto, end.port) or (proto is _TCP and self._is_gateway(end.port))
         if not matters or self._is_minded(proto, end):
             return False

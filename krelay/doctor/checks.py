@@ -496,6 +496,41 @@ def ports(facts: Facts) -> list[Finding]:
     return [Finding(check, WARNING, text, mend)]
 
 
+def own_ports(facts: Facts) -> list[Finding]:
+    """Ports that the kernel gives this host's own programs shouldn't be a service's.
+
+    Replies to such a program reach it all the same (ownflows.py), but each of them visits krelay.
+    """
+    check, (low, high) = "own ports", facts.port_range
+    met = [
+        service
+        for service in facts.config.services
+        if not facts.reserved_ports.issuperset(
+            range(max(low, service.first), min(high, service.last) + 1)
+        )
+    ]
+    if not met:
+        text = f"no service lies among those of the host's own programs, {low} to {high}"
+        return [Finding(check, OK, text)]
+    wanted = {
+        port
+        for service in met
+        for port in range(max(low, service.first), min(high, service.last) + 1)
+    }
+    reserved = facts.reserved_ports | wanted
+    names = ", ".join(f"{s.proto}/{s.first}-{s.last}".removesuffix(f"-{s.first}") for s in met)
+    text = (
+        f"{names} lies among the ports that this host gives its own programs "
+        f"(net.ipv4.ip_local_port_range, {low} to {high}): what these get back visits krelay"
+    )
+    if high + 1 - low - sum(low <= port <= high for port in reserved) < PORTS_WANTED:
+        return [Finding(check, WARNING, f"{text}; relay fewer ports")]
+    spans = ruleset.merged((port, port) for port in reserved)
+    listed = ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans)
+    mend = f"sysctl -w net.ipv4.ip_local_reserved_ports={listed}"
+    return [Finding(check, WARNING, text, mend)]
+
+
 def own_clients(facts: Facts) -> list[Finding]:
     """What this host sends to itself never leaves it, and no rule of ours looks at it."""
     check = "this host"
@@ -644,6 +679,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     gateway_port,
     services,
     ports,
+    own_ports,
     own_clients,
     answers,
     passages.check,

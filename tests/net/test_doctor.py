@@ -328,3 +328,19 @@ def test_tools_that_are_not_there_or_break_are_a_line_each(ready: World, tmp_pat
     )
     assert "warning  firewall      can't be looked at: " in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_services_among_the_hosts_own_ports_are_told_with_a_fix(ready: World) -> None:
+    sysctl(ready, "net.ipv4.ip_local_port_range=40000 59999")
+    sysctl(ready, "net.ipv4.ip_local_reserved_ports=45000,50001-50002")
+    begin(ready)
+    ready.put(services="tcp/80 udp/7 udp/50000-50010")
+    told = finding(doctor(ready)[1], "own ports")
+    assert told["level"] == "warning"
+    assert "udp/50000-50010" in told["text"]
+    type_as_root(ready, told["mend"])
+
+    assert finding(doctor(ready)[1], "own ports")["level"] == "ok"
+    reserved = ready.run("relay", "sysctl", "-n", "net.ipv4.ip_local_reserved_ports")
+    assert reserved.strip() == "45000,50000-50010"
+    assert works(ready)

@@ -1,5 +1,6 @@
 """Every check, with a host in order and with each thing that may be wrong."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import Any
@@ -307,6 +308,15 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
      "can't be looked at: no netlink", ""),
 ]
 # fmt: on
+CASES.append(
+    (
+        "own ports",
+        {"config": Config(services=(Service("udp", 50000, 50100),))},
+        "warning",
+        "udp/50000-50100 lies among the ports that this host gives its own programs",
+        "sysctl -w net.ipv4.ip_local_reserved_ports=50000-50100",
+    )
+)
 
 
 @pytest.mark.parametrize(("check", "changes", "level", "words", "mend"), CASES)
@@ -400,3 +410,36 @@ def test_the_clients_link_is_that_of_the_named_client_or_of_the_default_route_or
     )
 
     assert facts.client_link == expected
+
+
+@pytest.mark.parametrize(
+    ("services", "reserved", "mend"),
+    [
+        (("udp", 123, 123), (), None),
+        (("udp", 32767, 32767), (), None),
+        (("udp", 61000, 65535), (), None),
+        (("udp", 50000, 50100), range(50000, 50101), None),
+        (("udp", 50000, 50100), (), "50000-50100"),
+        (("tcp", 40000, 40000), (), "40000"),
+        (("udp", 50000, 50100), (8080, 50000), "8080,50000-50100"),
+        (("udp", 1024, 33000), (), "32768-33000"),
+        (("udp", 1024, 65535), (), ""),
+    ],
+)
+def test_services_among_the_hosts_own_ports(
+    services: tuple[str, int, int], reserved: Iterable[int], mend: str | None
+) -> None:
+    facts = replace(
+        HEALTHY,
+        config=Config(services=(Service(*services),)),
+        port_range=(32768, 60999),
+        reserved_ports=frozenset(reserved),
+    )
+    (found,) = [each for each in examine(facts) if each.check == "own ports"]
+
+    assert found.level is (Level.OK if mend is None else Level.WARNING)
+    set_it = "sysctl -w net.ipv4.ip_local_reserved_ports="
+    assert found.mend == (set_it + mend if mend else "")
+    assert not found.safe
+    if mend is not None:
+        assert f"{services[0]}/{services[1]}" in found.text
