@@ -214,9 +214,8 @@ class KernelPath:
         except OSError as error:
             if error.errno not in REFUSALS:
                 raise
-            self._maps = KernelMaps(
-                self._table, follows_dscp=spec.follows_dscp
-            )  # only what is refused twice is refused
+            # Only what is refused twice is refused.
+            self._maps = KernelMaps(self._table, follows_dscp=spec.follows_dscp)
         self.fast.begin(spec.room)
         return self._maps.port
 

@@ -24,7 +24,7 @@ NO_MAPS = """
 import runpy, sys
 from krelay import kernelpath
 class KernelMaps:
-    def __init__(self, table):
+    def __init__(self, table, **_):
         raise PermissionError(1, "Operation not permitted")
 kernelpath.KernelMaps = KernelMaps
 sys.argv = ["krelay", *sys.argv[1:]]
