@@ -112,7 +112,8 @@ def test_the_root_of_a_user_namespace_can_relay(datapath: str, ids: str) -> None
         assert capabilities(here) <= {NET_BIND_SERVICE}
         doctor = (*PYTHON, "-m", "krelay", "doctor", "--json", "--root", str(here.world.root))
         found = [json.loads(line) for line in here.run(*doctor).splitlines()]
-        wrong = [(each["check"], each["level"]) for each in found if each["level"] != "ok"]
+        levels = {each["check"]: each["level"] for each in found}
+        wrong = [pair for pair in levels.items() if pair[1] in ("warning", "failed")]
         enough = int(here.run("cat", "/proc/sys/net/core/rmem_max")) >= 8 << 20
         assert wrong == ([] if enough else [("buffer", "warning")])
         up.terminate()
