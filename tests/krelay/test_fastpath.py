@@ -1193,3 +1193,35 @@ def test_a_step_without_a_map_stays_with_the_worker() -> None:
     fast.consider(row)
 
     assert fast.waits
+
+
+# DSCP
+
+
+def test_what_changes_its_dscp_is_given_back_before_and_handed_over_after() -> None:
+    d = datapath()
+    row = connected(d)
+    assert handed(d, row) == ALL
+    at_the_time: list[tuple[int, frozenset[Step]]] = []
+    rewrite = row.rewrites[Step.T4]
+    d.nat.on_marked = lambda _: at_the_time.append((rewrite.tos, handed(d, row)))
+
+    d.nat.mark(rewrite, 46 << 2, d.now)
+
+    assert at_the_time == [(46 << 2, frozenset())]
+    assert row.dscps == (0, 46)
+    d.now += 1
+    d.turn()
+    by(d, PRE, "C:40000 > K:80 [.]", "C:40000 > K:80 [.]")
+    d.now += 1
+    d.turn()
+    assert handed(d, row) == ALL
+
+
+def test_what_any_port_may_answer_stays_with_the_worker() -> None:
+    d = datapath()
+    d.worker.policy = replace(d.worker.policy or policy(), any_port=frozenset({53}))
+    row = asked(d, times=3 * BUSY)
+
+    assert row.is_any_port
+    assert handed(d, row) == frozenset()
