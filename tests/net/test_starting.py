@@ -167,7 +167,7 @@ def test_readme_has_a_block_for_each_step() -> None:
         "1": 2,
         "2": 1,
         "3": 1,
-        "4": 1,
+        "4": 2,
         "5": 1,
     }
 
@@ -186,7 +186,7 @@ def test_readmes_first_try_can_be_pasted(readme: World) -> None:
 
 
 def test_readmes_two_daemons_and_firewall_can_be_pasted_in_one_go(readme: World) -> None:
-    (daemons,), (firewall,) = blocks()["3"], blocks()["4"]
+    (daemons,), firewall = blocks()["3"], "".join(blocks()["4"])
     spare = readme.lab.directory / "etc"
     spare.mkdir()
     python = Path(sys.executable).resolve()
