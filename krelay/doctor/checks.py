@@ -41,6 +41,7 @@ NEEDS = {
     "redirects": ("links", "routes"),
     "uplinks": ("uplinks", "firewall"),
     "ports": ("kernel settings",),
+    "own ports": ("kernel settings",),
     "this host": ("firewall",),
     "answers": ("krelay",),
     "timers": ("kernel settings", "firewall"),
