@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.tools import apart
 from vm import Host, Lab, LabError, Topology, kernels, registry
 
 # A shared machine may be slow at any moment, so no example has a deadline (pytest-timeout holds the
@@ -29,6 +30,37 @@ settings.register_profile("krelay", deadline=None, derandomize=bool(os.environ.g
 settings.load_profile("krelay")
 
 SETTLE = 5.0  # seconds
+
+MEASURES = frozenset(
+    {
+        "benchmarks/test_alone.py",
+        "benchmarks/test_processes.py",
+        "krelay/test_any_bytes.py",
+        "krelay/test_controlsock.py",
+        "krelay/test_handed.py",
+        "krelay/test_icmperror.py",
+        "krelay/test_keeper.py",
+        "krelay/test_logsink.py",
+        "krelay/test_overload.py",
+        "krelay/test_witness.py",
+        "net/test_cases.py",
+        "net/test_members.py",
+        "net/test_refusals.py",
+        "net/test_starting.py",
+        "net/test_trees.py",
+        "procfs_sim/test_ondisk.py",
+        "tcp_relay/test_daemon.py",
+        "tcp_relay/test_hostile.py",
+        "tcp_relay/test_rules.py",
+        "test_tprox.py",
+        "vm/test_lab.py",
+        "vm/test_machine.py",
+        "vm/test_power_cuts.py",
+        "vm/test_registers.py",
+    }
+)
+"""Files of which some tests measure how long something takes, or how much of the processor: they
+are `serial`."""
 
 BIND_A_QUEUE = (
     "from netfilterqueue import NetfilterQueue as Q; q = Q(); q.bind(0, print); q.unbind()"
@@ -100,6 +132,18 @@ def _why_uml_doesnt_boot() -> str | None:
 def why_no_qemu() -> str | None:
     """The reason why this machine can't run `qemu` tests, or None if it can."""
     return why_no_net() or kernels.why_not("qemu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes (pytest-xdist)
+        apart.enter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and str(item.path.relative_to(here)) in MEASURES:
+            item.add_marker(pytest.mark.serial)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -89,7 +89,7 @@ def test_a_server_within_a_local_network_is_refused(world: World) -> None:
     ip(world, "route", "add", "local", f"{PREFIX}.0/24", "dev", "lo")
     world.write("real_ip", f"{PREFIX}.9")
     world.until(lambda: f"{PREFIX}.9 is an address of this host" in world.read("status/errors"), "")
-    assert world.read("real_ip") == world.server
+    world.until(lambda: world.read("real_ip") == world.server, "the value in force in its file")
 
 
 @pytest.mark.parametrize("nonlocal_bind", [0, 1])
