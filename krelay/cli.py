@@ -123,19 +123,25 @@ def _start(args: argparse.Namespace) -> int:
         if fatal:
             raise Failed(fatal[0])
         _switch(args.root, "1", "running")
-    except Failed:
-        _say_what_matters(args, but=fatal[:1])
+    except Failed:  # which says itself what became of krelay
+        _say_what_matters(args, but=fatal[:1], but_of=("krelay",))
         raise
     _say_what_matters(args)
     return 0
 
 
-def _say_what_matters(args: argparse.Namespace, but: Sequence[object] = ()) -> None:
+def _say_what_matters(
+    args: argparse.Namespace, but: Sequence[object] = (), but_of: Sequence[str] = ()
+) -> None:
     """What the doctor finds; relaying goes on meanwhile."""
     from krelay.doctor import command as doctor
 
     if not args.no_doctor:
-        doctor.say(each for each in doctor.after_start(args.root) if each not in but)
+        doctor.say(
+            each
+            for each in doctor.after_start(args.root)
+            if each not in but and each.check not in but_of
+        )
 
 
 def _stop(args: argparse.Namespace) -> int:

@@ -11,8 +11,8 @@ from vm import Program
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-STALL = 10.0
-"""Seconds: what tcp-relay has unless told otherwise."""
+STALL = 25.0
+"""Seconds of silence after which tcp-relay takes a peer for lost."""
 SLACK = 5.0
 ENOUGH = 1_000_000
 """Bytes after which a transfer is in its middle."""
