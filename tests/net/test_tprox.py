@@ -29,6 +29,7 @@ def ground(world: World) -> Ground:
 
 def test_all_phases_pass_through_the_relay(world: World) -> None:
     world.begin(services="tcp/80")
+    world.put(timeouts__stall=10)  # as the phases have it
     with Field(ground(world)) as field:
         verdicts = list(run(field, PHASES, STALL))
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import time
 from contextlib import suppress
@@ -163,7 +164,7 @@ def test_a_tcp_relay_that_is_only_just_being_started_is_not_missed(world: World)
     world.serve("server", "tcp/80", "udp/7")
     world.start_krelay()
     world.put(gport=GPORT, services="tcp/80 udp/7", real_ip=world.server)
-    krelay, relay = (" ".join((*PYTHON, "-m", name)) for name in ("krelay", "tcp_relay"))
+    krelay, relay = (shlex.join((*PYTHON, "-m", name)) for name in ("krelay", "tcp_relay"))
     script = f"{relay} --root {world.root} & {krelay} start --root {world.root}; kill $!"
     done = world.lab.run("relay", "sh", "-c", script, timeout=20)
 

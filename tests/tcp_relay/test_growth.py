@@ -202,7 +202,7 @@ def test_an_hour_of_tcp_relay_leaves_nothing_for_the_collector(tmp_path: Path) -
 
         every(loop, 50, write)
         write()
-        daemon = Daemon(loop, tmp_path, LIMITS, lambda: None, 0, 1)
+        daemon = Daemon(loop, tmp_path, LIMITS, lambda: None, 0, 1, follows_stall=False)
         run_for(loop, 60)
         left = garbage(lambda: run_for(loop, HOUR))
 
