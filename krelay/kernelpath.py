@@ -11,6 +11,7 @@ import select
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 
 from krelay.fastpath import FastPath
@@ -209,13 +210,13 @@ class KernelPath:
         if not afresh or not spec.room:
             return None
         self._read_ends()  # who has begun may not begin again
+        connect = partial(KernelMaps, self._table, follows_dscp=spec.follows_dscp)
         try:
-            self._maps = KernelMaps(self._table, follows_dscp=spec.follows_dscp)
+            self._maps = connect()
         except OSError as error:
             if error.errno not in REFUSALS:
                 raise
-            # Only what is refused twice is refused.
-            self._maps = KernelMaps(self._table, follows_dscp=spec.follows_dscp)
+            self._maps = connect()  # only what is refused twice is refused
         self.fast.begin(spec.room)
         return self._maps.port
 

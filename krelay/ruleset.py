@@ -79,6 +79,7 @@ from typing import NamedTuple
 
 from krelay.flow import Proto
 from krelay.logmsg import HEAD
+from krelay.ownflows import UNREPLIED
 from krelay.row import DNS_PORT, SIDES, Footprint, Step
 from krelay.wire import icmp
 
@@ -290,8 +291,8 @@ LEARNT = tuple(f"learnt-{at}" for at in range(LEARNING_MOST))
 """Chains that learn, one an address of this host, and the sets of questions without an answer."""
 ANSWERED = 1
 """Seconds that a question is known in the kernel after its answer."""
-MINDED_WITHIN = 30
-"""Seconds that this host's own question may wait for its answer (ownflows.UNREPLIED)."""
+MINDED_WITHIN = int(UNREPLIED)
+"""Seconds that this host's own question may wait for its answer, here and in the worker."""
 LEARNT_LENGTH = 576
 """Bytes of a question: longer ones might not fit the link to the server, so the worker looks."""
 BEGINS = "tcp-begins"

@@ -3,14 +3,16 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from krelay import log, privileges
+from krelay.loop import Loop
 from krelay.privileges import Account, NoAccount
 from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, ondisk, trust
 from tcp_relay import options
-from tcp_relay.daemon import serve
+from tcp_relay.daemon import Daemon
+from tcp_relay.limits import Limits
 from tcp_relay.service import run_program
 
 EXAMPLE = """\
@@ -47,18 +49,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_relay_options(parser)
     log.add_options(parser)
     asked = parser.parse_args(arguments)
+
+    def serve(limits: Limits, index: int, ready: Callable[[], None]) -> int:
+        with Loop() as loop:
+            return Daemon(
+                loop,
+                asked.root,
+                limits,
+                ready,
+                index,
+                asked.workers,
+                follows_stall=options.follows_stall(asked),
+                keeps_dscp=asked.dscp == "keep",
+            ).run()
+
     return run_program(
         parser.prog,
         asked,
-        lambda limits, index, ready: serve(
-            asked.root,
-            limits,
-            ready,
-            index,
-            asked.workers,
-            options.follows_stall(asked),
-            asked.dscp == "keep",
-        ),
+        serve,
         before=lambda: _look_first(asked.root),
         user=asked.user,
     )

@@ -92,17 +92,3 @@ class Daemon:
         if counts != self._reported:
             self._reported = counts
             self._relay.report(Report(self._worker, counts))
-
-
-def serve(
-    root: Path,
-    limits: Limits,
-    ready: Callable[[], None],
-    index: int,
-    of: int,
-    follows_stall: bool = True,
-    keeps_dscp: bool = True,
-) -> int:
-    """Runs one worker until a signal ends it; the exit status."""
-    with Loop() as loop:
-        return Daemon(loop, root, limits, ready, index, of, follows_stall, keeps_dscp).run()
