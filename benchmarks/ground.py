@@ -24,8 +24,9 @@ from shutil import which
 from typing import NamedTuple
 
 from benchmarks import processes, sender
-from krelay import client, nfqueue
-from krelay.ruleset import DEFAULT_QUEUE
+from krelay.control import client
+from krelay.datapath import nfqueue
+from krelay.rules.ruleset import DEFAULT_QUEUE
 from vm import Lab, LabError
 
 PYTHON = (sys.executable, "-B", "-P")

@@ -23,19 +23,19 @@ from typing import TypeVar
 
 from benchmarks.figures import Goal
 from benchmarks.ground import Progress, Wish
-from krelay import worker as worker_module
-from krelay.admission import Limits
-from krelay.flow import Endpoint, Proto, Source
-from krelay.nat import NatTable
-from krelay.relay import Relays
-from krelay.relaymsg import Close, Open, emit, parse_request
-from krelay.row import Hook, Rewrite
-from krelay.sockdiag import SocketDiag
-from krelay.trace import Lines, Recorder
-from krelay.tracefile import Capture
-from krelay.tracker import Side
-from krelay.wire import tcp
-from krelay.worker import Policy, Verdict, Worker
+from knet.endpoint import Endpoint, Proto, Source
+from knet.wire import tcp
+from krelay.datapath import worker as worker_module
+from krelay.datapath.worker import Policy, Verdict, Worker
+from krelay.nat.admission import Limits
+from krelay.nat.flow import Hook, Rewrite
+from krelay.nat.table import NatTable
+from krelay.nat.tcpstate import Side
+from krelay.registration.messages import Close, Open, emit, parse_request
+from krelay.registration.registry import Relays
+from krelay.registration.sockdiag import SocketDiag
+from krelay.trace.capture import Capture
+from krelay.trace.lines import Lines, Recorder
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -6,15 +6,16 @@ import sys
 def main() -> int:
     """Runs what the command line says; the exit status."""
     try:
-        from krelay import isolated
+        from knet import isolated
 
         isolated.leave_callers_folder()  # before more is loaded
-        from krelay import children, cli
+        from knet import children
+        from krelay.cli import main
 
         children.prepare()
     except KeyboardInterrupt:  # Ctrl-C while still loading
         return 130
-    return cli.main()
+    return main.main()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@
     state   texts in; values in force, reasons, files to show out        (pure)
     -----------------------------------------------------------------------
     ondisk  real files and inotify                                       the thin shell
-    trust   whose the tree is: who else could change it
 
-It imports nothing of the other packages.  The daemon writes the tree; tcp-relay follows `gport` in
+It imports nothing but knet.  The daemon writes the tree; tcp-relay follows `gport` in
 it by itself:
 
 

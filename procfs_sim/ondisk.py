@@ -41,7 +41,7 @@ from typing import Self
 
 from inotify_simple import INotify, flags
 
-from procfs_sim import trust
+from knet import trust
 from procfs_sim.state import Outcome
 from procfs_sim.tree import DEFAULTS, DIRECTORIES, SETTINGS, STATUS, Refused, in_force, parse
 
@@ -58,6 +58,15 @@ NO_WATCH = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM)
 _TRIES = 10
 _PAUSE = 0.001
 """Seconds; a lease, or a reader's open file, mostly lasts microseconds."""
+
+
+def check(root: Path) -> None:
+    """Raises Untrusted if others than root and our own user can change the tree at `root`.
+
+    What isn't there yet is fine, if only root or we can make it.  Raises other OSErrors if that
+    can't be found out.
+    """
+    trust.check(root, DIRECTORIES)
 
 
 class FileTree:
@@ -83,7 +92,7 @@ class FileTree:
 
         Raises trust.Untrusted if others can change the tree.
         """
-        trust.check(self.root)
+        check(self.root)
         for directory in (self.root, *(self.root / name for name in DIRECTORIES)):
             try:
                 directory.mkdir(parents=True)
@@ -94,7 +103,7 @@ class FileTree:
                     ) from None
             else:
                 directory.chmod(DIRECTORY_MODE)
-        trust.check(self.root)  # again: somebody may have been faster
+        check(self.root)  # again: somebody may have been faster
 
     def read(self, name: str) -> str | None:
         """The text of a file, None if there is none.

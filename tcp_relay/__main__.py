@@ -6,14 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from krelay import log, privileges
-from krelay.loop import Loop
-from krelay.privileges import Account, NoAccount
-from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, ondisk, trust
-from tcp_relay import options
-from tcp_relay.daemon import Daemon
-from tcp_relay.limits import Limits
-from tcp_relay.service import run_program
+from knet import log, privileges
+from knet.loop import Loop
+from knet.privileges import Account, NoAccount
+from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, ondisk
+from tcp_relay.engine.limits import Limits
+from tcp_relay.relay.daemon import Daemon
+from tcp_relay.service import options
+from tcp_relay.service.service import run_program
 
 EXAMPLE = """\
 example:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _look_first(root: Path) -> None:
     """While there is still the privilege that this was started with.  Raises OSError."""
-    trust.check(root)
+    ondisk.check(root)
     ondisk.prepare_watching()
 
 

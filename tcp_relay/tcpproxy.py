@@ -6,16 +6,16 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from krelay import log
-from krelay.loop import Loop
-from tcp_relay import options
-from tcp_relay.engine import Engine
-from tcp_relay.limits import Limits
-from tcp_relay.listener import PER_TURN, Accepted, Listener
-from tcp_relay.proxy import Proxy
-from tcp_relay.resolver import Resolver, host_name, service_port
-from tcp_relay.service import Service, run_program
-from tcp_relay.sockets import Socket, server_socket
+from knet import log
+from knet.loop import Loop
+from tcp_relay.engine.engine import Engine
+from tcp_relay.engine.limits import Limits
+from tcp_relay.engine.listener import PER_TURN, Accepted, Listener
+from tcp_relay.engine.sockets import Socket, server_socket
+from tcp_relay.proxy.proxy import Proxy
+from tcp_relay.proxy.resolver import Resolver, host_name, service_port
+from tcp_relay.service import options
+from tcp_relay.service.service import Service, run_program
 
 EXAMPLE = """\
 example:

@@ -15,7 +15,7 @@
     __main__  the same for people: python -m vm
 
 Nothing of a lab touches the root namespace: no device, no address, no rule.  Of krelay only the
-formats are imported, krelay.wire.
+formats are imported, knet.wire.
 
     >>> from vm import DEFAULT
     >>> DEFAULT.interface("relay", towards="server").address

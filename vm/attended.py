@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from krelay.wire import pcapng
+from knet.wire import pcapng
 from vm import guest, netns
 from vm.errors import LabError
 from vm.lab import listening_to

@@ -8,10 +8,10 @@ and what a dead krelay left.
 from collections.abc import Callable, Iterable
 from shlex import quote
 
-from krelay import ruleset
 from krelay.doctor import passages
 from krelay.doctor.facts import Facts, Leftover, Listener, Path, Uplink
 from krelay.doctor.findings import Finding, Level
+from krelay.rules import ruleset
 from procfs_sim.tree import DEFAULT_ROOT, in_force
 
 OK, WARNING, FAILED = Level.OK, Level.WARNING, Level.FAILED

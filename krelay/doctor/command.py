@@ -15,12 +15,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from krelay import children, processes, ruleset, terminal, treelock
-from krelay import client as control
+from knet import children
+from krelay.cli import terminal
+from krelay.control import client as control
 from krelay.doctor import checks, probe
 from krelay.doctor.facts import Facts
 from krelay.doctor.findings import Finding, Level
 from krelay.doctor.gather import gather
+from krelay.host import processes, treelock
+from krelay.rules import ruleset
 
 STYLES = {
     Level.OK: "green",

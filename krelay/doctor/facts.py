@@ -8,7 +8,7 @@ from ipaddress import IPv4Address
 from typing import NamedTuple
 
 from krelay.doctor.firewall import Chains
-from krelay.tracking import Timers
+from krelay.host.tracking import Timers
 from procfs_sim.tree import DEFAULT_ROOT, DEFAULTS, Config
 
 LOOPBACK = "lo"

@@ -22,23 +22,17 @@ from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Any
 
-from krelay import (
-    children,
-    listeners,
-    netfilter,
-    ports,
-    processes,
-    ruleset,
-    tracking,
-    treelock,
-)
-from krelay import client as control
-from krelay.buffers import Direction
-from krelay.clean import SOCKETS
+from knet import children, listeners, trust
+from knet.sockbuf import Direction
+from krelay.control import client as control
 from krelay.doctor import iptrules, nftrules
 from krelay.doctor.facts import LOOPBACK, Facts, Leftover, Link, Listener, Path, Uplink
 from krelay.doctor.firewall import Chain, Chains, Rule
-from procfs_sim import trust
+from krelay.host import netfilter, processes, tracking, treelock
+from krelay.host.cleanup import SOCKETS
+from krelay.nat import ports
+from krelay.rules import ruleset
+from procfs_sim import ondisk
 from procfs_sim.ondisk import FileTree
 from procfs_sim.tree import SETTINGS, Config, Refused, conflicts, parse
 
@@ -173,7 +167,7 @@ class _Gatherer:
         config = replace(Config(), **values)
         served = treelock.is_served(self._root)
         try:
-            trust.check(self._root)
+            ondisk.check(self._root)
         except trust.Untrusted as untrusted:
             self._add(tree_fault=untrusted.what, tree_mend=untrusted.mend)
         self._add(
@@ -204,7 +198,7 @@ class _Gatherer:
         if not _QUEUES.exists():  # a module is loaded when the queue is first asked for
             self._add(has_queue=_is_module("nfnetlink_queue"))
             return
-        from krelay.nfqueue import figures, figures_shown
+        from krelay.datapath.nfqueue import figures, figures_shown
 
         if not figures_shown():
             self._unseen("queue", "who serves which queue is shown to root and its group alone")
@@ -390,7 +384,7 @@ class _Gatherer:
                 for chain in found
                 if not ruleset.instance_of(chain.name)
             )
-        from krelay.nfqueue import figures, figures_shown
+        from krelay.datapath.nfqueue import figures, figures_shown
 
         dead = []
         for left in leftovers:

@@ -16,10 +16,10 @@ import struct
 import time
 from contextlib import suppress
 
+from knet.rawsocket import RawSender
+from knet.wire import ipv4
+from knet.wire.checksum import checksum
 from krelay.doctor.facts import Facts, Returned
-from krelay.rawsend import RawSender
-from krelay.wire import ipv4
-from krelay.wire.checksum import checksum
 
 WITHIN = 1.0
 """Seconds for an answer; halfway the requests are sent again."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from benchmarks import sender
 from benchmarks.sender import datagram, endpoint
-from krelay.wire.checksum import checksum
+from knet.wire.checksum import checksum
 
 addresses = st.ip_addresses(v=4).map(str)
 ports = st.integers(0, 0xFFFF)

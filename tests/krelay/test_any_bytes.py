@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from scapy.layers.inet import IP, in4_chksum
 from scapy.utils import checksum
 
-from krelay.admission import Limits, Refusal
-from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.nat import TRIES, NatTable
-from krelay.row import Hook, key
-from krelay.wire import BadPacket, icmp, ipv4, tcp, udp
-from krelay.worker import Verdict, Worker, flow_of, readdressed
-from tests.krelay.test_worker import live_worker, rewrite_to, traffic
+from knet.endpoint import Endpoint, Flow, Proto, Source
+from knet.wire import BadPacket, icmp, ipv4, tcp, udp
+from krelay.datapath.worker import Verdict, Worker, flow_of, readdressed
+from krelay.nat.admission import Limits, Refusal
+from krelay.nat.flow import Hook, key
+from krelay.nat.table import TRIES, NatTable
+from tests.krelay.datapath.test_worker import live_worker, rewrite_to, traffic
 from tests.tools.packets import Template, addr, at
 from tests.tools.strategies import rewritings
 

@@ -22,11 +22,11 @@ from random import Random
 
 import pytest
 
-from krelay.admission import AT_ONCE, Limits
-from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.relaymsg import Close, Open, Opened, Refused
-from krelay.row import SIDES, Hook, Row, Timeouts
-from krelay.worker import Policy, Verdict
+from knet.endpoint import Endpoint, Flow, Proto, Source
+from krelay.datapath.worker import Policy, Verdict
+from krelay.nat.admission import AT_ONCE, Limits
+from krelay.nat.flow import SIDES, Hook, Row, Timeouts
+from krelay.registration.messages import Close, Open, Opened, Refused
 from tests.tools.kernel import Datapath
 from tests.tools.packets import ACK, FIN, PSH, RST, SYN, Template, addr, at, policy
 

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krelay.flow import Source
-from krelay.row import Hook, Timeouts
-from krelay.tracker import Side, State
-from krelay.wire import ipv4, tcp
-from krelay.worker import Verdict, probes
-from tests.krelay.test_nat import left_behind
+from knet.endpoint import Source
+from knet.wire import ipv4, tcp
+from krelay.datapath.worker import Verdict, probes
+from krelay.nat.flow import Hook, Timeouts
+from krelay.nat.tcpstate import Side, State
+from tests.krelay.nat.test_table import left_behind
 from tests.tools.packets import at, policy, template
 from tests.tools.script import Host, describe, play
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import pytest
 
-from krelay.admission import Limits
-from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.inforce import InForce
-from krelay.nat import NatTable
-from krelay.relay import GONE_KEPT, Relays, Send
-from krelay.relaymsg import (
+from knet.endpoint import Endpoint, Flow, Proto, Source
+from krelay.datapath.worker import Policy, Worker
+from krelay.nat.admission import Limits
+from krelay.nat.flow import Hook, Rewrite, Row, Step
+from krelay.nat.table import NatTable
+from krelay.registration.inforce import InForce
+from krelay.registration.messages import (
     COUNTERS,
     GAUGES,
     MAX_COUNTS,
@@ -42,8 +43,7 @@ from krelay.relaymsg import (
     emit,
     parse_request,
 )
-from krelay.row import Hook, Rewrite, Row, Step
-from krelay.worker import Policy, Worker
+from krelay.registration.registry import GONE_KEPT, Relays, Send
 from tests.tools.packets import ACK, EVERY_PORT, RST, SYN, Template, addr, at, policy
 
 MESSAGES = 100_000 if os.environ.get("KRELAY_LONG") else 20_000

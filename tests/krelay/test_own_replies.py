@@ -5,10 +5,10 @@ K and G are this host, Q is somebody on the clients' side.
 
 import pytest
 
-from krelay.flow import Source
-from krelay.ownflows import REPLIED, UNREPLIED
-from krelay.row import Hook
-from krelay.worker import Verdict
+from knet.endpoint import Source
+from krelay.datapath.worker import Verdict
+from krelay.nat.flow import Hook
+from krelay.nat.ownflows import REPLIED, UNREPLIED
 from tests.tools.packets import at, policy, template
 from tests.tools.script import Host, describe, play
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import pytest
 
-from krelay.admission import Limits
-from krelay.flow import Endpoint, Flow, Proto
-from krelay.relaymsg import Close, Open, Report
-from krelay.row import Hook, Timeouts
+from knet.endpoint import Endpoint, Flow, Proto
+from krelay.nat.admission import Limits
+from krelay.nat.flow import Hook, Timeouts
+from krelay.registration.messages import Close, Open, Report
 from tests.tools.hours import garbage
 from tests.tools.kernel import Datapath
 from tests.tools.packets import ACK, FIN, RST, SYN, Template, addr, policy

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from krelay.privileges import DYNAMIC
+from knet.privileges import DYNAMIC
 from tests.net.world import PYTHON, World
 from vm import Program
 

@@ -175,8 +175,8 @@ def test_without_libseccomp_it_relays_and_says_so(world: World) -> None:
 
 WORKERS = """
 import os, sys, time
-from krelay import log, seccomp, syscalls
-from tcp_relay import workers
+from knet import log, seccomp, syscalls
+from tcp_relay.service import workers
 log.set_up()
 def serve(index, ready):
     seccomp.load(syscalls.allowed("tcp-relay"), syscalls.DEADLY)
@@ -198,13 +198,14 @@ def test_a_worker_that_is_killed_for_a_call_is_named_and_replaced() -> None:
 WAYS = """
 import json, os, sys
 from dataclasses import replace
-from krelay import netfilter, privileges
-from krelay.nfqueue import Queue, QueueUnavailable
-from krelay.rawsend import RawSender
+from krelay.host import netfilter
+from knet import privileges
+from krelay.datapath.nfqueue import Queue, QueueUnavailable
+from knet.rawsocket import RawSender
 from random import Random
-from krelay.rulewatch import RuleWatcher
-from krelay.nat import NatTable
-from krelay.worker import Worker
+from knet.rules.watch import RuleWatcher
+from krelay.nat.table import NatTable
+from krelay.datapath.worker import Worker
 spec, kept = netfilter._PROBE, json.loads(sys.argv[1])
 if kept is not None:
     privileges.give_up(kept, for_programs=True)

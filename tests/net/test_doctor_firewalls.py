@@ -14,7 +14,7 @@ import pytest
 
 from krelay.doctor import command, gather
 from krelay.doctor.findings import Level
-from krelay.ruleset import instance_of
+from krelay.rules.ruleset import instance_of
 from tests.net.world import PATIENCE, PYTHON, World, greet
 from vm import Result
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from krelay.ruleset import openings
+from krelay.rules.ruleset import openings
 from tests.net.world import GPORT, PYTHON, World, greet
 from vm import Program
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from krelay.kernelpath import MOST_LOSSES
-from krelay.ruleset import instance_name
+from krelay.offload.kernelpath import MOST_LOSSES
+from krelay.rules.ruleset import instance_name
 from procfs_sim.tree import DEFAULT_ROOT
 from tests.net.test_cases import row_of
 from tests.net.test_datapaths import udp_row, visits

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from krelay import relaying, ruleset
-from krelay.wire.tcp import SYN
+from knet.wire.tcp import SYN
+from krelay.daemon import relaying
+from krelay.rules import ruleset
 from procfs_sim.tree import DEFAULT_ROOT
 from tests.net.routed import watching
 from tests.net.world import PYTHON, World, answers, echo, greet

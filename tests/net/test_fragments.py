@@ -1,7 +1,7 @@
 """Fragments: datagrams that don't fit a link, whole again before they are rewritten, in any order.
 
 The kernel reassembles before the first rule, with connection tracking and without; a rule of ours
-sees to that (krelay/ruleset.py).  What comes out of the relay is cut again for its next link.
+sees to that (krelay/rules).  What comes out of the relay is cut again for its next link.
 """
 
 import socket

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from krelay.flow import Endpoint, Flow, Proto
+from knet.endpoint import Endpoint, Flow, Proto
 from tests.net.test_datapaths import visits
 from tests.net.world import SERVICES, World, control_socket
 from tests.tools.packets import Template

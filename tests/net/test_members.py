@@ -15,8 +15,8 @@ from contextlib import suppress
 
 import pytest
 
-from krelay import client
-from krelay.unixsock import RESERVE
+from knet.unixsock import RESERVE
+from krelay.control import client
 from tests.net.test_resources import descriptors
 from tests.net.world import PYTHON, World, control_socket
 from vm import Program
@@ -201,7 +201,14 @@ def command(world: World, gid: int, *words: str) -> tuple[int, str]:
 @pytest.mark.skipif(
     bool(os.stat(sys.executable).st_mode & 0o001) is False
     or subprocess.run(
-        ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-c", "import krelay.cli"],
+        [
+            "setpriv",
+            "--reuid=65534",
+            "--clear-groups",
+            sys.executable,
+            "-c",
+            "import krelay.cli.main",
+        ],
         capture_output=True,
         check=False,
     ).returncode

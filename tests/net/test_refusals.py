@@ -200,7 +200,8 @@ AS_NOBODY = (
     "-c",
     # Loaded as root: this checkout may lie where no other user may read.
     "import os, sys\n"
-    "from krelay import clean, cli, client, daemon, up\n"
+    "from krelay.host import cleanup as clean; from krelay.cli import main as cli, up\n"
+    "from krelay.control import client; from krelay.daemon import daemon\n"
     "os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
     "sys.exit(cli.main(sys.argv[1:]))",
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from krelay.daemon import NICENESS
+from krelay.daemon.daemon import NICENESS
 from tests.net.world import PYTHON, World, greet
 from vm import Program
 

@@ -22,7 +22,7 @@ NET_BIND_SERVICE = 10
 """linux/capability.h"""
 NO_MAPS = """
 import runpy, sys
-from krelay import kernelpath
+from krelay.offload import kernelpath
 class KernelMaps:
     def __init__(self, table, **_):
         raise PermissionError(1, "Operation not permitted")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from krelay.wire import pcapng
+from knet.wire import pcapng
 from tests.net.world import World
 from tests.test_docs import table
 from tests.tools.captures import count, need_tshark, tshark

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from inotify_simple import INotify
 
+from knet.trust import Untrusted, user
 from procfs_sim import ondisk
 from procfs_sim.ondisk import MAX_TEXT, FileTree, TreeWatcher
 from procfs_sim.state import Outcome, TreeState
 from procfs_sim.tree import DEFAULTS, SETTINGS, STATUS, in_force
-from procfs_sim.trust import Untrusted, user
 from tests.tools.hours import garbage
 from tests.tools.nobody import Nobody, as_nobody, needs_root, open_directory
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from krelay.flow import Endpoint, Source
-from krelay.relaymsg import (
+from knet.endpoint import Endpoint, Source
+from krelay.registration.messages import (
     MAX_MESSAGE,
     Answer,
     Close,

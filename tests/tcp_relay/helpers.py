@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from krelay.flow import Endpoint
-from krelay.loop import Loop
+from knet.endpoint import Endpoint
+from knet.loop import Loop
 from procfs_sim import FileTree
 
 LOCALHOST = "127.0.0.1"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from krelay.relaymsg import Open, Request
+from krelay.registration.messages import Open, Request
 from tests.tcp_relay.fake_krelay import FakeKrelay, Reply, opened_to
 from tests.tcp_relay.helpers import (
     LOCALHOST,

@@ -13,9 +13,9 @@ from unittest import mock
 
 import pytest
 
-from krelay.flow import Endpoint, Source
-from krelay.loop import Loop
-from krelay.relaymsg import (
+from knet.endpoint import Endpoint, Source
+from knet.loop import Loop
+from krelay.registration.messages import (
     PORT_TAKEN,
     Abort,
     Open,
@@ -27,13 +27,13 @@ from krelay.relaymsg import (
     parse_request,
 )
 from procfs_sim import FileTree
-from tcp_relay.daemon import Daemon
-from tcp_relay.engine import Engine
-from tcp_relay.limits import Limits
-from tcp_relay.listener import Listener
-from tcp_relay.pair import End
-from tcp_relay.proxy import Proxy
-from tcp_relay.resolver import Address, Answer, Resolver
+from tcp_relay.engine.engine import Engine
+from tcp_relay.engine.limits import Limits
+from tcp_relay.engine.listener import Listener
+from tcp_relay.engine.session import End
+from tcp_relay.proxy.proxy import Proxy
+from tcp_relay.proxy.resolver import Address, Answer, Resolver
+from tcp_relay.relay.daemon import Daemon
 from tests.tcp_relay.helpers import LOCALHOST, free_port
 from tests.tools.hours import every, garbage, run_for, simulated
 
@@ -222,7 +222,9 @@ def test_an_hour_of_tcpproxy_leaves_nothing_for_the_collector(host: str) -> None
     rng = Random(1)
     with simulated() as loop, ExitStack() as stack:
         server = stack.enter_context(closing(Server(loop, rng)))
-        stack.enter_context(mock.patch("tcp_relay.resolver._Lookup", partial(FakeLookup, rng)))
+        stack.enter_context(
+            mock.patch("tcp_relay.proxy.resolver._Lookup", partial(FakeLookup, rng))
+        )
         engine = Engine(loop, LIMITS)
         resolver = stack.enter_context(closing(Resolver(loop, host, server.endpoint.port)))
         proxy, port = Proxy(engine, resolver), free_port()

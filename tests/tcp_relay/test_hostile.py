@@ -31,8 +31,8 @@ from typing import Self
 
 import pytest
 
-from krelay.flow import Endpoint
-from tcp_relay.pair import End
+from knet.endpoint import Endpoint
+from tcp_relay.engine.session import End
 from tests.net.programs import moody
 from tests.net.programs.moody import DEAF, ECHO, FLOOD
 from tests.tcp_relay.fake_krelay import FakeKrelay

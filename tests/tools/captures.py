@@ -1,7 +1,7 @@
 """Captures read back: by a slow parser of our own, and by tshark.
 
 The parser takes a file apart field by field as draft-ietf-opsawg-pcapng lays it out, and asserts
-every rule on the way: nothing of krelay.wire is used, so that both can't be wrong together.
+every rule on the way: nothing of knet.wire is used, so that both can't be wrong together.
 """
 
 import shutil

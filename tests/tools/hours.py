@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-from krelay.loop import Loop
+from knet.loop import Loop
 
 
 class Clock:
@@ -53,7 +53,7 @@ def simulated(*modules: str) -> Iterator[Loop]:
     """A loop on such a clock, which these modules read as well."""
     clock = Clock()
     with ExitStack() as stack:
-        for module in ("krelay.loop", *modules):
+        for module in ("knet.loop", *modules):
             stack.enter_context(mock.patch(f"{module}.time", clock))
         loop = stack.enter_context(Loop())
         loop._epoll.close()

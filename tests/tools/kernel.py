@@ -18,17 +18,17 @@ from ipaddress import IPv4Address, IPv4Network
 from itertools import takewhile
 from random import Random
 
-from krelay import ruleset
-from krelay.admission import Limits
-from krelay.fastpath import Changes, FastPath, begins
-from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.logmsg import HEAD
-from krelay.nat import NatTable
-from krelay.nftmsg import Count
-from krelay.relay import Relays, Send
-from krelay.row import SIDES, Hook, Rewrite, Row, Step
-from krelay.ruleset import RuleSpec
-from krelay.worker import Policy, Verdict, Worker
+from knet.endpoint import Endpoint, Flow, Proto, Source
+from knet.netlink.nflog import HEAD
+from knet.netlink.nftables import Count
+from krelay.datapath.worker import Policy, Verdict, Worker
+from krelay.nat.admission import Limits
+from krelay.nat.flow import SIDES, Hook, Rewrite, Row, Step
+from krelay.nat.table import NatTable
+from krelay.offload.fastpath import Changes, FastPath, begins
+from krelay.registration.registry import Relays, Send
+from krelay.rules import ruleset
+from krelay.rules.ruleset import RuleSpec
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
 from tests.tools.sockets import OneUser
 
@@ -155,7 +155,7 @@ class FakeKernel:
                 return became
         return None
 
-    # As krelay.kernelmaps.KernelMaps
+    # As krelay.offload.kernelmaps.KernelMaps
 
     def change(self, changes: Changes) -> list[tuple[Rewrite, Count]]:
         """Carries them out, or raises Refused; what was counted for those given back."""

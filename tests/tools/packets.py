@@ -1,7 +1,7 @@
-"""Packets of tests, built from scratch: the slow twin of what krelay.wire and the worker do.
+"""Packets of tests, built from scratch: the slow twin of what knet.wire and the worker do.
 
 A Template says what a packet is; `build` lays out every byte of it, with checksums summed word by
-word, the way RFC 1071 tells it.  Nothing here calls krelay.wire, so that both can't be wrong
+word, the way RFC 1071 tells it.  Nothing here calls knet.wire, so that both can't be wrong
 together.  What a rewritten packet must look like is therefore one line: `replace(template,
 flow=other).build()`.
 
@@ -11,8 +11,8 @@ The hosts have one letter each, those of the design: client C, relay K, server S
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
-from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.worker import Policy
+from knet.endpoint import Endpoint, Flow, Proto, Source
+from krelay.datapath.worker import Policy
 
 HOSTS = {
     "C": "10.0.0.1",

@@ -34,13 +34,13 @@ import re
 from dataclasses import replace
 from random import Random
 
-from krelay.flow import Endpoint, Flow, Proto, Source
-from krelay.inforce import InForce
-from krelay.nat import NatTable
-from krelay.relay import Relays
-from krelay.relaymsg import Answer, Close, Open, Opened, Refused, Request, Resume
-from krelay.row import Hook, Step
-from krelay.worker import Policy, Verdict, Worker
+from knet.endpoint import Endpoint, Flow, Proto, Source
+from krelay.datapath.worker import Policy, Verdict, Worker
+from krelay.nat.flow import Hook, Step
+from krelay.nat.table import NatTable
+from krelay.registration.inforce import InForce
+from krelay.registration.messages import Answer, Close, Open, Opened, Refused, Request, Resume
+from krelay.registration.registry import Relays
 from tests.tools import packets
 from tests.tools.packets import LETTERS, Template, addr, at, shown
 from tests.tools.sockets import OneUser

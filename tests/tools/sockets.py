@@ -1,8 +1,8 @@
-"""A kernel that knows whose TCP connections are which, as krelay.sockdiag.SocketDiag asks it."""
+"""A kernel that knows whose TCP connections are which, as SocketDiag asks it."""
 
 from collections.abc import Sequence
 
-from krelay.flow import Endpoint
+from knet.endpoint import Endpoint
 
 Ends = tuple[Endpoint, Endpoint]
 

@@ -8,7 +8,7 @@ from random import Random
 
 from hypothesis import strategies as st
 
-from krelay.flow import Endpoint, Flow, Proto
+from knet.endpoint import Endpoint, Flow, Proto
 from tests.tools.packets import Template, with_zero_check, with_zero_ip_check
 
 CORNER_WORDS = (0, 1, 2, 0x00FF, 0x0100, 0x7FFF, 0x8000, 0xFFFE, 0xFFFF)

@@ -201,7 +201,7 @@ class TestStandIns:
 
     def test_tests_are_skipped_with_that_reason(self, stand_in: Stand) -> None:
         stand_in(panics("0000000b"))
-        tests = ("tests/krelay/test_demo.py", "-k", "uml", "-q", "-p", "no:cacheprovider")
+        tests = ("tests/krelay/demo/test_play.py", "-k", "uml", "-q", "-p", "no:cacheprovider")
         done = subprocess.run(
             (sys.executable, "-B", "-m", "pytest", *tests),
             cwd=ROOT, capture_output=True, text=True, timeout=100,

@@ -12,7 +12,7 @@ from krelay.doctor.checks import examine
 from krelay.doctor.facts import Facts, Leftover, Link, Listener, Path, Returned, Uplink
 from krelay.doctor.findings import Finding, Level
 from krelay.doctor.firewall import Chain, Match, Rule, Verdict
-from krelay.tracking import Timers
+from krelay.host.tracking import Timers
 from procfs_sim.tree import Config, Service
 
 SERVER, CLIENT = IPv4Address("192.168.0.10"), IPv4Address("10.0.0.1")

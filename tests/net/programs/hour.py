@@ -18,12 +18,12 @@ from itertools import count, cycle
 from pathlib import Path
 from random import Random
 
-from krelay.daemon import Daemon
-from krelay.flow import Endpoint, Flow, Proto
-from krelay.loop import Loop
-from krelay.relaymsg import Close, Open, Report, Request, emit
-from krelay.row import Hook
-from krelay.witness import Witness
+from knet.endpoint import Endpoint, Flow, Proto
+from knet.loop import Loop
+from krelay.daemon.daemon import Daemon
+from krelay.host.witness import Witness
+from krelay.nat.flow import Hook
+from krelay.registration.messages import Close, Open, Report, Request, emit
 from tests.tools.hours import every, garbage, run_for, simulated
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
 

@@ -1,0 +1,33 @@
+"""The ground that all packages here stand on; it imports nothing of theirs.  Pure:
+
+    endpoint     who talks to whom: addresses, ports, five-tuples
+    networks     subnets, without the circle of `ipaddress`
+    timerwheel   what is to be looked at, by the second in which to do so
+    wire/        packets as bytes: IPv4, TCP, UDP, ICMP, their checksums, capture files
+    netlink/     netlink messages as bytes: routes, sockets, rules, the packet log
+
+What a daemon is made of:
+
+    loop         epoll, timers, signals, and calls for the next turn
+    log          one line per event, for people and for machines
+    logsink      where log lines go, without ever waiting for their reader
+    unixsock     Unix sockets that are listened on: who may connect, and how often
+    descriptors  descriptors that another process hands over
+    sockbuf      a socket's buffer, as large as the kernel grants it
+    rawsocket    packets of our own making are sent
+    rules/       watching the packet filter's rules
+
+How a process lives, and what it may:
+
+    process      it ends with the process that started it
+    notify       it tells the service manager that it serves
+    collector    when the cyclic collector runs
+    children     programs are started, and what they inherit
+    isolated     a module is run by name, from where ours lie
+    privileges   users, groups and capabilities, given up for good
+    seccomp      system calls that it may make, and no others
+    syscalls     the table of those, by program
+    roles        who may use which socket
+    trust        whether others can change a folder
+    listeners    who listens on a port
+"""

@@ -1,0 +1,105 @@
+"""Messages of the kernel's routing socket (rtnetlink(7), linux/rtnetlink.h): a host's addresses,
+the route to one address, and the link that it leads over.
+
+A body begins with a structure of its own, ifaddrmsg, rtmsg or ifinfomsg; attributes follow, in the
+host's own order of bytes but for addresses.
+"""
+
+import struct
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from knet import netlink
+from knet.netlink import Message
+
+FAMILY = 0
+"""NETLINK_ROUTE."""
+IPV4 = 2
+"""AF_INET."""
+
+_NEWLINK, _GETLINK, _NEWADDR, _GETADDR, _NEWROUTE, _GETROUTE = 16, 18, 20, 22, 24, 26
+_LINK, _ADDRESS, _ROUTE = struct.Struct("=BxHiII"), struct.Struct("=BBBBI"), struct.Struct("=8BI")
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_IFLA_MTU = 4
+_RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
+_TYPE, _LOCAL = 7, 2
+"""Where rtmsg has the route's type, and RTN_LOCAL."""
+
+
+class Address(NamedTuple):
+    """An IPv4 address of this host."""
+
+    local: bytes
+    beyond: bytes
+    """The same, or of a link that leads to one other host alone, that one's."""
+    length: int
+    """Bits of `beyond` that all on this link have in common."""
+    link: int
+
+
+class Route(NamedTuple):
+    """The way to one address."""
+
+    link: int | None
+    source: bytes | None
+    """The address of this host that it is asked from."""
+    is_local: bool = False
+    """Whether this host has that address itself, alone or with a whole network."""
+
+
+def get_addresses(sequence: int) -> bytes:
+    """Asks for all IPv4 addresses."""
+    body = _ADDRESS.pack(IPV4, 0, 0, 0, 0)
+    return netlink.request(_GETADDR, netlink.DUMP, body, sequence=sequence)
+
+
+def get_route(sequence: int, to: bytes) -> bytes:
+    """Asks which way packets to this IPv4 address go."""
+    body = _ROUTE.pack(IPV4, 32, 0, 0, 0, 0, 0, 0, 0) + netlink.attribute(_RTA_DST, to)
+    return netlink.request(_GETROUTE, 0, body, sequence=sequence)
+
+
+def get_link(sequence: int, index: int) -> bytes:
+    """Asks for the link with this number."""
+    return netlink.request(_GETLINK, 0, _LINK.pack(0, 0, index, 0, 0), sequence=sequence)
+
+
+def addresses(messages: Iterable[Message]) -> Iterator[Address]:
+    """Those that these messages tell of."""
+    for body in _bodies(messages, _NEWADDR, _ADDRESS.size):
+        _, length, _, _, link = _ADDRESS.unpack_from(body)
+        found = dict(netlink.attributes(body[_ADDRESS.size :]))
+        beyond = found.get(_IFA_ADDRESS, found.get(_IFA_LOCAL, b""))
+        local = found.get(_IFA_LOCAL, beyond)
+        if len(local) == len(beyond) == 4 and length <= 32:
+            yield Address(local, beyond, length, link)
+
+
+def route(messages: Iterable[Message]) -> Route:
+    """The way that these messages tell of, as far as they do."""
+    found: dict[int, bytes] = {}
+    is_local = False
+    for body in _bodies(messages, _NEWROUTE, _ROUTE.size):
+        found |= netlink.attributes(body[_ROUTE.size :])
+        is_local = body[_TYPE] == _LOCAL
+    source = found.get(_RTA_PREFSRC, b"")
+    return Route(_number(found.get(_RTA_OIF)), source if len(source) == 4 else None, is_local)
+
+
+def mtu(messages: Iterable[Message]) -> int | None:
+    """The largest packet of the link that these messages tell of, in bytes."""
+    for body in _bodies(messages, _NEWLINK, _LINK.size):
+        found = dict(netlink.attributes(body[_LINK.size :]))
+        if (size := _number(found.get(_IFLA_MTU))) is not None:
+            return size
+    return None
+
+
+def _bodies(messages: Iterable[Message], kind: int, least: int) -> Iterator[bytes]:
+    for each in messages:
+        if (each.subsystem, each.kind) == (0, kind) and len(each.body) >= least:
+            yield each.body
+
+
+def _number(value: bytes | None) -> int | None:
+    return struct.unpack("=I", value)[0] if value is not None and len(value) == 4 else None

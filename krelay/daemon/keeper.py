@@ -1,0 +1,421 @@
+"""Keeps a file tree for as long as the daemon runs, whatever becomes of the disk it lies on.
+
+All that the daemon writes to its tree goes through here, and so does each text that it reads.  A
+write may fail: the disk is full, or can't be written any more.  The tree itself may be gone: it was
+removed, replaced, unmounted, another process holds its lock, or others can change it now
+(knet.trust).  None of that touches the values in force.  What couldn't be shown is kept, and
+tried again every second until it is shown; what is wrong is logged when it begins and when it is
+over, and stands in `show status`.
+
+A write that fails is an event as any other (the file was opened for writing, and closed), and so is
+the file that was made and couldn't be filled.  So of a file that waits to be written, the text that
+was judged already is no news.
+"""
+
+import errno
+import os
+import select
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from knet.log import Log, Throttle
+from knet.loop import Loop
+from knet.trust import Untrusted, in_words
+from krelay.host import reserve, treelock
+from krelay.host.reserve import NO_ROOM, Reserve
+from procfs_sim.ondisk import NO_WATCH, FileTree, TreeWatcher, check
+from procfs_sim.state import Outcome, TreeState
+from procfs_sim.tree import SETTINGS, STATUS, in_force
+
+OK = "ok"
+"""The tree's state if nothing is wrong."""
+
+_log = Log("tree")
+
+
+class CannotKeep(Exception):
+    """There is no tree to serve.  The text says why and what to do."""
+
+
+class Renewable(Protocol):
+    """A socket that lies in the tree."""
+
+    @property
+    def path(self) -> Path:
+        """Where."""
+
+    def renew(self) -> None:
+        """Has it lie there again if it doesn't any more.  Raises OSError."""
+
+
+class TreeKeeper:
+    """Takes the tree at `root`, which is made if need be.  Raises CannotKeep.
+
+    `judged` is called with what has come of texts that were written; `status` are the texts of the
+    status files.  `sockets` are kept in their places: whoever makes them sets it.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        root: Path,
+        state: TreeState,
+        judged: Callable[[Outcome], None],
+        status: Callable[[], Mapping[str, str]],
+    ) -> None:
+        self._loop = loop
+        self._root = root
+        self._state = state
+        self._judged = judged
+        self._status = status
+        self._tree = FileTree(root)
+        self._reserve = Reserve(root)
+        self.sockets: Sequence[Renewable] = ()
+        self._lock = self._take()
+        self._watcher: TreeWatcher | None = None
+        self._is_lost = False
+        self._seen: dict[str, str | None] = {}
+        """The texts that were looked at last, while nothing can be watched."""
+        self._unshown: dict[str, str | None] = {}
+        """Settings whose files don't show the value in force, and the text that was judged."""
+        self._published: dict[str, str] = {}
+        self._troubles: dict[str, str] = {}
+        """What is wrong with which file; "" stands for the tree."""
+        self._told: dict[str, str] = {}
+        self._complaints = Throttle()
+
+    @property
+    def state(self) -> str:
+        """`ok`, or what is wrong: `real_ip: No space left on device`."""
+        lines = [f"{name}: {why}" if name else why for name, why in self._troubles.items()]
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        return lines[0] + more if lines else OK
+
+    def left(self, name: str) -> str:
+        """What a krelay before has left in this file; empty if it can't be read."""
+        try:
+            return self._tree.read(name) or ""
+        except OSError:
+            return ""
+
+    def begin(self) -> Outcome:
+        """Watches and reads the tree; what comes of it.  Raises OSError."""
+        self._watch()
+        texts = self._tree.read_all()
+        self._seen = dict(texts)
+        outcome = self._state.written(texts, self._loop.now)
+        self._write_back(outcome)
+        self._fill_reserve()
+        return outcome
+
+    def close(self) -> None:
+        """Leaves the tree as it is."""
+        self._unwatch()
+        os.close(self._lock)
+
+    def read_again(self) -> None:
+        """Judges all files anew, written or not."""
+        if self._is_lost:
+            return
+        texts: dict[str, str | None] = {}
+        for name in SETTINGS:
+            try:
+                texts[name] = self._tree.read(name)
+            except OSError as error:
+                self._trouble(name, in_words(error))
+                self._seen.pop(name, None)
+                if self._watcher is not None:
+                    self._watcher.failed(name, error)
+        self._unshown.clear()
+        self._judge(texts)
+
+    def late(self) -> None:
+        """Judges what has been empty for too long: call at the state's deadline."""
+        self._finish(self._state.on_time(self._loop.now))
+
+    def publish(self) -> None:
+        """Shows state, values and errors in the status files, where they differ from before."""
+        self._publish(STATUS)
+
+    def _publish(self, names: Collection[str]) -> None:
+        for name, text in self._status().items():
+            if name not in names or self._published.get(name) == text:
+                continue
+            if self._is_lost:  # whose the place is now, isn't known
+                return
+            try:
+                self._with_room(partial(self._tree.publish, name, text))
+            except OSError as error:
+                self._trouble(name, in_words(error))
+            else:
+                self._published[name] = text
+                self._troubles.pop(name, None)
+        self._tell()
+
+    def on_time(self) -> None:
+        """Tries again what has failed; call about once a second."""
+        if not self._is_lost:
+            self._check()
+        if self._is_lost:
+            self._take_again()
+        if not self._is_lost:
+            self._look_again()
+            self._show_again()
+            self._renew_sockets()
+            self.publish()
+            if not self._unshown:
+                self._fill_reserve()
+        self._tell()
+
+    # Taking the tree, and losing it
+
+    def _take(self) -> int:
+        try:
+            self._tree.create_directories()
+            lock = treelock.take(self._root)
+            if lock is not None:
+                self._tree.create()
+        except Untrusted as error:
+            raise CannotKeep(str(error)) from None
+        except OSError as error:
+            raise CannotKeep(
+                f"cannot create the file tree at {self._root}: {error.strerror}; "
+                "run as root, or choose another place with --root"
+            ) from None
+        if lock is None:
+            raise CannotKeep(
+                f"another krelay serves {self._root}; stop it, or choose another tree with --root"
+            )
+        return lock
+
+    def _take_again(self) -> None:
+        """Somebody removed or replaced our directories: everything in force is shown again."""
+        try:
+            self._tree.create_directories()
+            lock: int | None = self._lock
+            if not treelock.holds(self._root, self._lock):
+                lock = treelock.take(self._root)
+            if lock is None:
+                raise OSError(errno.EBUSY, f"another process serves {self._root}")
+            if lock != self._lock:
+                before, self._lock = self._lock, lock
+                with suppress(OSError):
+                    os.close(before)
+            found = self._tree.read_all()
+        except OSError as error:
+            self._trouble("", in_words(error))
+            return
+        self._is_lost = False
+        self._troubles.clear()
+        self._published.clear()
+        self._unshown.clear()
+        for name in SETTINGS:
+            text = in_force(name, self._state.config) + "\n"
+            self._seen[name] = text
+            try:
+                self._with_room(partial(self._tree.show, name, text))
+            except OSError as error:
+                self._unshown[name] = found[name]
+                self._trouble(name, in_words(error))
+        try:
+            self._watch()
+        except OSError as error:
+            self._lose(in_words(error))
+            return
+        self._renew_sockets()
+        self.publish()
+        _log.warning("the file tree is made again, with what is in force", root=self._root)
+
+    def _check(self) -> None:
+        """Finds out whether the tree is still ours, and ours alone."""
+        try:
+            check(self._root)
+            if not treelock.holds(self._root, self._lock):
+                self._lose("it was replaced, or its lock removed")
+            elif self._watcher is not None:
+                self._troubles.pop("", None)
+        except Untrusted as error:
+            self._lose(str(error))
+        except OSError as error:  # the next time will tell
+            self._trouble("", in_words(error))
+
+    def _lose(self, why: str) -> None:
+        self._is_lost = True
+        self._unwatch()
+        self._trouble("", why)
+
+    def _watch(self) -> None:
+        """Has changes told, if the kernel can; else the tree is looked at every second."""
+        try:
+            watcher = TreeWatcher(self._root)
+            try:
+                self._loop.add(watcher.fileno(), select.EPOLLIN, self._changed)
+            except BaseException:
+                watcher.close()
+                raise
+        except OSError as error:
+            if error.errno not in NO_WATCH:
+                raise
+            self._trouble(
+                "",
+                "no inotify watch is left, so it is looked at every second; "
+                "raise fs.inotify.max_user_instances and max_user_watches",
+            )
+            return
+        self._watcher = watcher
+        self._troubles.pop("", None)
+
+    def _unwatch(self) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            self._loop.remove(watcher.fileno())
+            watcher.close()
+
+    # Texts that were written
+
+    def _changed(self, _: int) -> None:
+        assert self._watcher is not None
+        texts = self._watcher.changes()  # an OSError leaves its events where they are
+        if self._watcher.gone:
+            self._lose("it was removed or replaced")
+            self._take_again()
+            self._tell()
+            return
+        try:
+            check(self._root)
+        except Untrusted as error:
+            self._lose(str(error))
+            self._tell()
+            return
+        except OSError as error:
+            self._trouble("", in_words(error))
+        if any(name not in SETTINGS for name in texts):
+            self._published.clear()  # somebody wrote a status file: say it again
+            self.publish()
+        self._judge(texts)
+
+    def _look_again(self) -> None:
+        """Reads what couldn't be read, or what may have changed while nothing is watched."""
+        if self._watcher is None:
+            try:
+                self._watch()
+            except OSError as error:
+                self._lose(in_words(error))
+                return
+            try:
+                texts = {name: self._tree.read(name) for name in SETTINGS}
+                changed = {n: t for n, t in texts.items() if self._seen.get(n) != t}
+                ready = {n: t for n, t in changed.items() if not self._tree.has_writer(n)}
+            except OSError as error:
+                self._trouble("", in_words(error))
+                return
+            self._seen |= ready
+            self._judge(ready)
+        elif self._watcher.unread:
+            try:
+                self._changed(0)
+            except OSError as error:
+                self._trouble("", in_words(error))
+
+    def _judge(self, texts: Mapping[str, str | None]) -> None:
+        news = {
+            name: text
+            for name, text in texts.items()
+            if not (name in self._unshown and self._unshown[name] == text)
+        }
+        for name in news:
+            self._unshown.pop(name, None)
+            self._troubles.pop(name, None)
+        unread = self._watcher.unread if self._watcher is not None else {}
+        for name, error in unread.items():
+            self._trouble(name, in_words(error))
+        if news:  # or what fails to be published would be published again for its own events
+            self._finish(self._state.written(news, self._loop.now))
+        self._tell()
+
+    def _finish(self, outcome: Outcome) -> None:
+        self._publish({"status/errors"})  # who finds his text put back finds the reason there
+        self._write_back(outcome)
+        self._judged(outcome)
+        self._tell()
+
+    def _write_back(self, outcome: Outcome) -> None:
+        failed = self._tree.write_back(outcome)
+        while any(error.errno in NO_ROOM for error in failed.values()) and self._give_room():
+            failed = self._tree.write_back(outcome)
+        for name, error in failed.items():
+            self._unshown[name] = outcome.judged[name]
+            self._trouble(name, in_words(error))
+
+    def _show_again(self) -> None:
+        for name, judged in list(self._unshown.items()):
+            try:
+                text = self._state.shown(name)
+                self._with_room(partial(self._tree.show_if, name, judged, text))
+            except OSError as error:
+                self._trouble(name, in_words(error))
+            else:
+                del self._unshown[name]
+                self._troubles.pop(name, None)
+
+    # Room on the disk
+
+    def _with_room(self, write: Callable[[], object]) -> None:
+        """Writes; with the reserve's room, if there is no other.  Raises OSError."""
+        while True:
+            try:
+                write()
+                return
+            except OSError as error:
+                if error.errno not in NO_ROOM or not self._give_room():
+                    raise
+
+    def _give_room(self) -> bool:
+        given = self._reserve.release()
+        if given:
+            self._trouble(reserve.NAME, os.strerror(errno.ENOSPC))
+        return given
+
+    def _fill_reserve(self) -> None:
+        try:
+            self._reserve.fill()
+        except OSError as error:
+            self._trouble(reserve.NAME, in_words(error))
+        else:
+            self._troubles.pop(reserve.NAME, None)
+
+    # Sockets, and what is told
+
+    def _renew_sockets(self) -> None:
+        for each in self.sockets:
+            name = each.path.name
+            try:
+                each.renew()
+            except OSError as error:
+                self._trouble(name, in_words(error))
+            else:
+                self._troubles.pop(name, None)
+
+    def _trouble(self, name: str, why: str) -> None:
+        self._troubles[name] = why
+
+    def _tell(self) -> None:
+        """Says in the log what has become wrong, and when all is well again."""
+        news = [name for name, why in self._troubles.items() if self._told.get(name) != why]
+        if news:
+            if (held_back := self._complaints.admit(self._loop.now)) is not None:
+                self._told = dict(self._troubles)
+                _log.warning(
+                    "the file tree can't be kept; what is in force stays",
+                    root=self._root,
+                    file=news[0] or None,
+                    error=self._troubles[news[0]],
+                    more=len(news) - 1 or None,
+                    suppressed=held_back or None,
+                )
+        elif self._told and not self._troubles:
+            self._told = {}
+            _log.info("the file tree is kept again", root=self._root)

@@ -1,0 +1,11 @@
+"""What krelay asks of this host, and what it keeps on it.
+
+links      addresses, routes and subnets, as they change
+netfilter  rules are put into the kernel and taken out again
+tracking   connection tracking's timers
+processes  programs of ours that run, and their file trees
+witness    who has a socket open, asked of a process that may look
+treelock   who serves a file tree
+reserve    room on the disk, in hand before it is needed
+cleanup    `krelay clean`
+"""

@@ -1,0 +1,449 @@
+"""Puts the rules of a RuleSpec into the kernel and takes them out again; nothing of anybody else's.
+
+There are three ways in, and the first that works on this kernel is taken: nft with its own `queue`;
+nft with the NFQUEUE target of iptables, which nft shows but doesn't make, so that rule is a message
+of ours; or iptables with that target (through nf_tables or the older interface, whichever tool
+serves).  What works is found out by doing it: the very rules are installed in a network namespace
+that is made for the purpose and gone a moment later.  Only where a namespace can't be made are they
+tried on the host; all ways are atomic, so a refused attempt leaves nothing.
+
+Merely looking can leave something, too: the older iptables makes a table when it is asked what is
+in it, and iptables over nf_tables leaves its base chains behind when the last rule is gone.  So
+tables are listed only where they are, and those that are empty after our removal are removed as
+well.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any, Protocol
+
+from knet import children, netlink
+from knet.netlink import nftables
+from krelay.rules import ruleset
+from krelay.rules.ruleset import Learning, RuleSpec
+from procfs_sim.tree import DEFAULT_ROOT
+
+TIMEOUT = 10.0
+"""Seconds for one run of nft or iptables; they take milliseconds unless somebody holds a lock."""
+
+NO_MAPS = "maps of flows need nft, and a kernel that has them"
+"""Why every packet visits the queue where Backend.has_maps is false."""
+_CLONE_NEWNET = 0x40000000
+"""linux/sched.h"""
+_PROBE = RuleSpec(
+    name="krelay-probe",
+    queue=0,
+    tcp=((80, 81), (443, 443)),
+    udp=((53, 53),),
+    gports=(16000,),
+    servers=(IPv4Address("192.0.2.1"),),
+    relay_clients=(IPv4Network("192.0.2.0/24"),),
+    room=1024,
+    learning=Learning(
+        IPv4Address("192.0.2.1"), (IPv4Address("192.0.2.2"),), (IPv4Network("192.0.2.0/24"),)
+    ),
+    tells_ends=True,
+    any_port=((69, 69),),
+    asked_within=300,
+    tells_strays=True,
+)
+
+
+_PROBE_WITHOUT_MAPS = replace(
+    _PROBE, room=0, learning=None, tells_ends=False, asked_within=0, tells_strays=False
+)
+
+
+class RulesUnavailable(Exception):
+    """The kernel or the tools can't do it.  The text says what was tried and what is missing."""
+
+
+class RulesDelayed(RulesUnavailable):
+    """This host lacks what it takes at the moment (a descriptor, memory, a process): try again."""
+
+
+_PASSING = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC),
+    *(errno.EIO, errno.EROFS),
+)
+"""Errors of which a tool's complaint says that another try may go well."""
+_HELD = 4
+"""iptables(8): the lock of the tables is held by another run (RESOURCE_PROBLEM)."""
+_LOCK_WITHIN = 1
+"""Seconds for that lock.  Packets wait meanwhile; it is tried again."""
+
+
+def instance(root: Path) -> str:
+    """The name of the rules of the krelay that serves this tree, however the tree is spelt."""
+    return ruleset.instance_name(os.path.realpath(root), os.path.realpath(DEFAULT_ROOT))
+
+
+class Backend(Protocol):
+    """One way to have rules."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether flows can be handed to the kernel (fastpath.py)."""
+
+    def install(
+        self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
+    ) -> None:
+        """Puts the rules in, in place of earlier ones of that name.  Raises RulesUnavailable.
+
+        Not `afresh`: the maps stay as they are, if it has any.  `former` are the rules that are
+        in force, if they are: then no packet that waits in a queue is lost.
+        """
+
+    def remove(self, name: str) -> None:
+        """Takes them out, if they are there.  Raises RulesUnavailable."""
+
+    def present(self, name: str) -> bool:
+        """Whether rules of that name are there.  Raises RulesDelayed."""
+
+    def intact(self, spec: RuleSpec) -> bool:
+        """Whether as many rules are there as `install` puts in, where they are seen by packets.
+
+        Raises RulesUnavailable.
+        """
+
+    def tables(self, name: str) -> frozenset[str]:
+        """The tables of nf_tables that hold the rules: who watches these hears of changes.
+
+        None for the older interface, which tells nobody.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Nft:
+    """Rules in a table of our own."""
+
+    with_xt: bool = False
+    """Whether the rules that queue are those of iptables' target, for want of nft's own."""
+    has_maps: bool = True
+    """Whether this kernel takes the rules of the fast path: RuleSpec.room."""
+
+    @property
+    def name(self) -> str:
+        """With the target it needs."""
+        name = "nft with NFQUEUE" if self.with_xt else "nft"
+        return name if self.has_maps else f"{name}, without maps"
+
+    def install(
+        self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
+    ) -> None:
+        """One transaction; with NFQUEUE a second, until which what is to be queued is dropped."""
+        if afresh and former is not None:
+            text = ruleset.nft_install(spec, former=former, with_xt=self.with_xt)
+            try:
+                _run(("nft", "-f", "-"), text)
+            except RulesDelayed:
+                raise
+            except RulesUnavailable:
+                pass  # somebody has taken some of it out
+            else:
+                return
+        _run(("nft", "-f", "-"), ruleset.nft_install(spec, afresh=afresh, with_xt=self.with_xt))
+        if self.with_xt and afresh:
+            try:
+                _send_rules(
+                    nftables.queue_rule(spec.name, ruleset.WORKER, spec.queue),
+                    nftables.queue_rule(spec.name, ruleset.OPENINGS, ruleset.openings(spec.queue)),
+                )
+            except OSError as error:
+                self.remove(spec.name)
+                kind = RulesDelayed if error.errno in _PASSING else RulesUnavailable
+                raise kind(f"the NFQUEUE target in nf_tables: {error}") from None
+
+    def remove(self, name: str) -> None:
+        """One transaction."""
+        if self.present(name):
+            _run(("nft", "-f", "-"), ruleset.nft_remove(name))
+
+    def present(self, name: str) -> bool:
+        """Whether the table is there."""
+        try:
+            _run(("nft", "list", "chain", "ip", name, "pre"))
+        except RulesDelayed:
+            raise
+        except RulesUnavailable:
+            return False
+        return True
+
+    def intact(self, spec: RuleSpec) -> bool:
+        """By the number of rules in each chain."""
+        if not self.present(spec.name):
+            return False
+        shown = json.loads(_run(("nft", "-j", "--terse", "list", "table", "ip", spec.name)))
+        found = Counter(e["rule"]["chain"] for e in shown["nftables"] if "rule" in e)
+        wanted = ruleset.nft_rules(spec, with_xt=self.with_xt)
+        queues = {ruleset.WORKER, ruleset.OPENINGS} if self.with_xt else set()
+        return found == Counter(
+            {chain: len(rules) + (chain in queues) for chain, rules in wanted.items()}
+        )
+
+    def tables(self, name: str) -> frozenset[str]:
+        """The one."""
+        return frozenset({name})
+
+
+@dataclass(frozen=True, slots=True)
+class Iptables:
+    """Rules in chains of our own, hung into PREROUTING and POSTROUTING."""
+
+    name: str
+    """`iptables`, or `iptables-legacy` or `iptables-nft` where those are told apart."""
+
+    @property
+    def has_maps(self) -> bool:
+        """No."""
+        return False
+
+    def install(
+        self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
+    ) -> None:
+        """One commit a table; see ruleset.  If the second is refused, the first is taken back."""
+        hung, _ = self._found(spec.name)
+        try:
+            self._restore(ruleset.iptables_install(spec, hung))
+        except RulesUnavailable:
+            self.remove(spec.name)
+            raise
+
+    def remove(self, name: str) -> None:
+        """PREROUTING first, so that nothing new begins."""
+        hung, present = self._found(name)
+        if present:
+            self._restore(ruleset.iptables_remove(name, hung, present))
+            if not self.is_legacy:
+                for chain in ruleset.chains(name):
+                    _remove_empty_table(chain.table)
+
+    def present(self, name: str) -> bool:
+        """Whether one of the chains is there."""
+        try:
+            return bool(self._found(name)[1])
+        except RulesDelayed:
+            raise
+        except RulesUnavailable:
+            return False
+
+    def intact(self, spec: RuleSpec) -> bool:
+        """By the number of rules in each chain, and the jump to it."""
+        for chain, rules in zip(
+            ruleset.chains(spec.name), ruleset.iptables_rules(spec), strict=True
+        ):
+            if self.is_legacy and chain.table not in legacy_tables():
+                return False
+            lines = _run((f"{self.name}-save", "-t", chain.table)).splitlines()
+            jump = f"-A {chain.builtin} -j {chain.name}"
+            if jump not in lines:
+                return False
+            if sum(line.startswith(f"-A {chain.name} ") for line in lines) != len(rules):
+                return False
+        return True
+
+    def tables(self, name: str) -> frozenset[str]:
+        """Those of our chains."""
+        if self.is_legacy:
+            return frozenset()
+        return frozenset(chain.table for chain in ruleset.chains(name))
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether this tool is the older interface, not the one over nf_tables."""
+        return "legacy" in _version(self.name)
+
+    def _restore(self, text: str) -> None:
+        _run((f"{self.name}-restore", "--noflush", "-w", str(_LOCK_WITHIN)), text)
+
+    def _found(self, name: str) -> tuple[frozenset[str], frozenset[str]]:
+        """The chains of ours that are jumped to, and those that exist."""
+        hung, present = set(), set()
+        if not shutil.which(f"{self.name}-save"):
+            return frozenset(), frozenset()
+        for chain in ruleset.chains(name):
+            if self.is_legacy and chain.table not in legacy_tables():
+                continue
+            lines = _run((f"{self.name}-save", "-t", chain.table)).splitlines()
+            if any(line.startswith(f":{chain.name} ") for line in lines):
+                present.add(chain.name)
+            if f"-A {chain.builtin} -j {chain.name}" in lines:
+                hung.add(chain.name)
+        return frozenset(hung), frozenset(present)
+
+
+CANDIDATES: tuple[Backend, ...] = (
+    Nft(),
+    Nft(has_maps=False),
+    Nft(with_xt=True),
+    Nft(with_xt=True, has_maps=False),
+    Iptables("iptables"),
+    Iptables("iptables-nft"),
+    Iptables("iptables-legacy"),
+)
+
+
+def same_rules(one: Backend, other: Backend) -> bool:
+    """Whether both see the same rules: `iptables` is another name of iptables-nft or -legacy."""
+    if isinstance(one, Iptables) and isinstance(other, Iptables):
+        return one.is_legacy == other.is_legacy
+    return isinstance(one, Nft) and isinstance(other, Nft)
+
+
+def probe() -> Backend:
+    """The first way that works here.  Raises RulesUnavailable if none does.
+
+    RulesDelayed if that can't be said now: a worse way isn't taken for that.
+    """
+    tried = []
+    for backend in CANDIDATES:
+        try:
+            _try(backend)
+        except RulesDelayed:
+            raise
+        except RulesUnavailable as error:
+            tried.append(f"{backend.name}: {error}")
+        else:
+            return backend
+    raise RulesUnavailable(
+        "no way to queue packets: neither nft's queue nor the NFQUEUE target of iptables works "
+        f"here ({'; '.join(tried)}); install nftables or iptables, and a kernel with one of them"
+    )
+
+
+def knows_dscp(backend: Backend) -> bool:
+    """Whether maps can have the DSCP in their keys (RuleSpec.follows_dscp): older nft can't."""
+    if not backend.has_maps:
+        return False
+    try:
+        _try(backend, replace(_PROBE, follows_dscp=True))
+    except RulesUnavailable:
+        return False
+    return True
+
+
+def _try(backend: Backend, spec: RuleSpec | None = None) -> None:
+    """Installs the rules where nobody else sees them.  Raises RulesUnavailable."""
+    failed: list[RulesUnavailable] = []
+    apart: list[bool] = []
+    wanted = spec or (_PROBE if backend.has_maps else _PROBE_WITHOUT_MAPS)
+
+    def attempt() -> None:
+        try:
+            apart.append(_leave_for_a_new_namespace())
+            if apart[0]:
+                backend.install(wanted)
+        except RulesUnavailable as error:
+            failed.append(error.with_traceback(None))
+
+    # Of a thread's own: the rest of the process stays, and the namespace ends with the thread.
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed.pop()  # not left in this frame, which the error holds
+    if apart == [False]:  # no namespaces for us: try on the host
+        backend.install(wanted)
+        backend.remove(_PROBE.name)
+
+
+def _leave_for_a_new_namespace() -> bool:
+    """Moves this thread to a network namespace of its own; whether that was allowed."""
+    return not ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET)
+
+
+def _send_rules(*rules: bytes) -> None:
+    """Puts these in, in one transaction.  Raises OSError."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.FAMILY) as kernel:
+        kernel.settimeout(TIMEOUT)
+        kernel.bind((0, 0))
+        kernel.send(nftables.joined(rules))
+        heard = 0
+        while heard < len(rules):
+            for message in netlink.messages(kernel.recv(1 << 16)):
+                heard += 1
+                if message.error:
+                    raise OSError(message.error, os.strerror(message.error))
+
+
+@cache
+def _version(command: str) -> str:
+    """What the tool says of itself: `iptables v1.8.9 (nf_tables)`."""
+    return _run((command, "--version"))
+
+
+def legacy_tables() -> list[str]:
+    """The tables of the older interface that exist in this network namespace."""
+    try:
+        return Path("/proc/thread-self/net/ip_tables_names").read_text().split()
+    except OSError:
+        return []
+
+
+def _remove_empty_table(table: str) -> None:
+    """Removes an iptables table that holds nothing but its empty base chains.
+
+    In one transaction that the kernel refuses if somebody has put a rule there meanwhile.
+    """
+    try:
+        listed = json.loads(_run(("nft", "-j", "list", "table", "ip", table)))["nftables"]
+    except (RulesUnavailable, ValueError, KeyError):
+        return
+    chains: list[dict[str, Any]] = [entry["chain"] for entry in listed if "chain" in entry]
+    kinds = {kind for entry in listed for kind in entry}
+    empty = all("hook" in chain and chain.get("policy") == "accept" for chain in chains)
+    if not empty or kinds - {"metainfo", "table", "chain"}:
+        return
+    lines = [f"delete chain ip {table} {chain['name']}" for chain in chains]
+    with suppress(RulesUnavailable):  # in use after all
+        _run(("nft", "-f", "-"), "\n".join([*lines, f"delete table ip {table}", ""]))
+
+
+def _run(command: tuple[str, ...], text: str = "") -> str:
+    """What the command printed.  Raises RulesUnavailable with the last line of its complaint."""
+    try:
+        done = subprocess.run(
+            command,
+            input=text,
+            env=children.environment(),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise RulesUnavailable(f"{command[0]} is not installed") from None
+    except subprocess.TimeoutExpired as error:
+        raise RulesUnavailable(str(error)) from None
+    except OSError as error:
+        kind = RulesUnavailable if error.errno == errno.EACCES else RulesDelayed
+        raise kind(f"{command[0]}: {error.strerror}") from None
+    if done.returncode:
+        complaint = _complaint(done.stderr)
+        held = done.returncode == _HELD and "lock" in complaint
+        passing = held or any(os.strerror(each) in complaint for each in _PASSING)
+        kind = RulesDelayed if passing or done.returncode < 0 else RulesUnavailable
+        raise kind(complaint or f"{command[0]}: exit status {done.returncode}")
+    return done.stdout
+
+
+def _complaint(stderr: str) -> str:
+    """The telling line of a tool's error output: the first that is more than a hint."""
+    hints = ("#", "Try ", "Error occurred at line")
+    lines = [line.strip() for line in stderr.splitlines() if line.strip(" ^~\t")]
+    return ([line for line in lines if not line.startswith(hints)] or lines or [""])[0][:200]

@@ -1,0 +1,347 @@
+"""Which new flows are admitted, and which are evicted for them: the limits of the NAT table.
+
+It knows every flow, and counts those that aren't closed.  Each client has two budgets of
+`flows_per_client`: one for TCP that tcp-relay terminates, one for all else, which is forged more
+easily.  Of `flows`, the last quarter is TCP's: there a new flow of UDP gets a place only in
+exchange for another flow, of UDP unless TCP has more than that quarter, and UDP never has more than
+three quarters.
+
+Where a limit is reached, the first of these that there is goes, of the client and its budget alone
+where the limit is the client's:
+
+    a closed flow, whose last packets are through: it is no reason to refuse anyone
+    the oldest query that the kernel has learnt
+    the oldest unconfirmed flow, and among these exchanges that only the server has gone on with, if
+    they have been silent for a while: servers that repeat themselves do so to forged addresses too
+    the oldest connection that is over, silent likewise
+
+These are early_drop and can_early_drop of Linux's connection tracking
+(net/netfilter/nf_conntrack_core.c); without them a flood from forged addresses would keep everybody
+out for as long as its flows live, and a client with many short connections itself.  Flows that are
+confirmed never go for others.
+
+Where a limit was lowered, each new flow evicts a few more than one, and `trim` does the rest.
+
+Times are seconds that the caller passes in.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from itertools import islice
+from operator import attrgetter
+from typing import NamedTuple
+
+from knet.endpoint import Endpoint, Proto
+from krelay.nat.flow import Row
+from krelay.nat.learnt import LearntFlows
+from krelay.nat.limits import LOOKS, NewFlows, Spare
+
+RESERVED = 4
+"""One part in so many of `limits/flows` is TCP's."""
+LAST_PACKETS = 2.0
+"""Seconds of silence after which the last packets of a connection that is over are through."""
+ONE_SIDED = 5.0
+"""Seconds of silence after which an exchange that only the server has gone on with counts as
+unconfirmed: longer than most servers wait before they say something again."""
+AT_ONCE = 8
+"""Flows evicted for one new flow, at most: more than one where a limit was lowered."""
+TRIMMED = 1024
+"""Flows evicted at a time where a limit was lowered: some milliseconds."""
+
+
+class Refusal(Exception):
+    """No row for this flow.  `reason` is a word for counters."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Limits(NamedTuple):
+    """How many rows there may be."""
+
+    flows: int = 65536
+    flows_per_client: int = 4096
+    """TCP that tcp-relay terminates, and as many of all else."""
+    new_flows_per_client: int = 0
+    """Rows that a client may begin a second, and at once; 0: as many as it likes."""
+
+
+class Eviction(NamedTuple):
+    """Which flows are evicted: those first that stand first, and of those together the oldest."""
+
+    learnt: bool
+    """Whether queries that the kernel has learnt are the first of all."""
+    unconfirmed: tuple[Spare, ...]
+    over: tuple[Spare, ...] = ()
+
+
+class Admission:
+    """Holds the table to its limits."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        rows: Mapping[int, Row],
+        of_others: Counter[bytes],
+        learnt: LearntFlows,
+        end: Callable[[Row], None],
+        on_late: Callable[[Row], bool],
+    ) -> None:
+        """`rows` are all that live, `learnt` the flows beside them; `of_others` is kept here: how
+        many rows each client has but for those of tcp-relay.
+
+        `end` takes a row out (and calls `ended`).  `on_late` is called before a row is evicted, as
+        it may have been heard of elsewhere; it tells whether it may.
+        """
+        self.limits = limits
+        self._evicted = 0
+        self._rows = rows
+        self._learnt = learnt
+        self._end = end
+        self._on_late = on_late
+        # Both without those in _closed.
+        self._of_others = of_others
+        self._of_relayed = Counter[bytes]()
+        self._udp = 0
+        """UDP among the rows."""
+        self._closed: dict[int, Row] = {}  # lingering, the oldest first: no reason to refuse anyone
+        self._relayed = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED)
+        self._forwarded = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED)
+        self._datagrams = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED, on_settled=self.confirmed)
+        self._one_sided = Spare(_IS_ONE_SIDED, _SPOKE_AGAIN, ONE_SIDED)
+        self._over = Spare(_IS_OVER, _goes_on, LAST_PACKETS)
+        self._new_flows = NewFlows()
+        datagrams, over = (self._datagrams, self._one_sided), (self._over,)
+        self._any = Eviction(True, (*datagrams, self._relayed, self._forwarded), over)
+        self._not_relayed = Eviction(True, (*datagrams, self._forwarded), over)
+        self._of_udp = Eviction(True, datagrams)
+        self._only_relayed = Eviction(False, (self._relayed,))
+        self._only_forwarded = Eviction(False, (self._forwarded,), over)
+
+    @property
+    def limits(self) -> Limits:
+        """In force for new rows."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = limits
+        self._udp_most = limits.flows - limits.flows // RESERVED
+
+    @property
+    def evicted(self) -> int:
+        """Flows ended to make room for others."""
+        return self._evicted + self._learnt.displaced
+
+    @property
+    def unconfirmed(self) -> int:
+        """Flows that would be evicted first; some may have become confirmed."""
+        spares = self._datagrams, self._relayed, self._forwarded
+        return len(self._learnt) + sum(map(len, spares))
+
+    # Beginning rows
+
+    def make_room(
+        self,
+        proto: Proto,
+        client: Endpoint,
+        now: float,
+        *,
+        is_relayed: bool = False,
+        is_learnt: bool = False,
+        is_new: bool = True,
+    ) -> None:
+        """Sees to it that one more row of this client is within the limits.
+
+        `is_relayed`: it is of TCP that tcp-relay terminates; `is_learnt`: a query that the kernel
+        has learnt.  Raises Refusal: `client_rate` where
+        the client has begun too many lately (a row that isn't new doesn't count as begun now),
+        `client_full`, or `table_full`.  No other client's row goes for one who has too many itself.
+        """
+        limits, addr = self._limits, client.addr
+        rate = limits.new_flows_per_client if is_new else 0
+        if rate and not self._new_flows.admits(addr, rate, now):
+            raise Refusal("client_rate")
+        if is_relayed:
+            surplus = self._of_relayed.get(addr, 0) - limits.flows_per_client
+        else:
+            learnt = self._learnt.of_client(addr)
+            surplus = self._of_others.get(addr, 0) + learnt - limits.flows_per_client
+        if surplus >= 0:
+            which = self._only_relayed if is_relayed else self._not_relayed
+            is_exchange = self._evict(surplus + 1, now, which, addr)
+            # Its learnt queries are looked for among the oldest of all.  Where they aren't there,
+            # they are no reason to refuse anything else: they may be forged.
+            others = self._of_others.get(addr, 0)
+            if not is_exchange and (is_relayed or is_learnt or others >= limits.flows_per_client):
+                raise Refusal("client_full")
+        else:
+            is_exchange = False
+        if len(self._rows) + len(self._learnt) >= self._udp_most:
+            self._make_room_in_table(proto, now, is_exchange=is_exchange)
+        if rate:
+            self._new_flows.began(addr, rate, now)
+
+    def evict_one(self, proto: Proto, now: float) -> bool:
+        """Evicts a flow of UDP, or of TCP without tcp-relay, that has something which a new flow
+        lacks; whether there was one."""
+        return self._evict_one(now, self._of_udp if proto is _UDP else self._only_forwarded)
+
+    def unasked(self) -> int:
+        """How many more learnt flows may begin without `make_room` for each."""
+        if self._limits.new_flows_per_client:
+            return 0
+        return min(self._udp_most - self._live(), self._limits.flows - self._count())
+
+    def learnt_make_room(self) -> bool:
+        """Whether a learnt flow is the first to go where there is no room for one more, and is
+        enough."""
+        if self._limits.new_flows_per_client or self._closed:
+            return False
+        udp = self._udp + len(self._learnt)
+        return self._live() <= self._limits.flows and udp <= self._udp_most
+
+    def trim(self, now: float) -> None:
+        """Evicts some of what is beyond a limit that was lowered; call it now and then."""
+        for _ in range(min(TRIMMED, self._live() - self._limits.flows)):
+            if not self._evict_one(now, self._any):
+                break
+
+    def forget(self, now: float) -> None:
+        """Lets go of what needn't be known any more of who began rows; call it now and then."""
+        self._new_flows.forget(now)
+
+    def clear(self) -> None:
+        """Every row has ended; that they were begun is forgotten with them."""
+        self._new_flows = NewFlows()
+
+    # What becomes of rows
+
+    def began(self, row: Row) -> None:
+        """The row is in the table."""
+        counts, spare, addr = self._of_others, self._forwarded, row.client.addr
+        if row.gport is not None:
+            counts, spare = self._of_relayed, self._relayed
+        elif row.proto is _UDP:
+            spare = self._datagrams
+            self._udp += 1
+        counts[addr] = counts.get(addr, 0) + 1
+        spare.add(row, row.created_at)
+
+    def confirmed(self, row: Row) -> None:
+        """It is confirmed, or is about to be.  Need not be told of each at once."""
+        if row.gport is not None:
+            self._relayed.discard(row)
+        elif row.proto is not _UDP:
+            self._forwarded.discard(row)
+        else:
+            self._datagrams.discard(row)
+            self._one_sided.discard(row)
+            if row.is_one_sided:
+                self._one_sided.add(row, row.seen_at)
+
+    def changed(self, row: Row) -> None:
+        """The state of a TCP connection without tcp-relay has changed."""
+        self._over.discard(row)
+        if row.is_over and row.closed_at is None:
+            self._over.add(row, row.quiet_since)
+
+    def closed(self, row: Row) -> None:
+        """Both its legs are closed: it only lingers."""
+        self._closed[row.id] = row
+        self._uncount(row)
+        self._forget_row(row)
+
+    def ended(self, row: Row) -> None:
+        """The row is in the table no more."""
+        if row.proto is _UDP:
+            self._udp -= 1
+        if row.closed_at is None or self._closed.pop(row.id, None) is None:
+            self._uncount(row)
+            self._forget_row(row)
+
+    # Inside
+
+    def _count(self) -> int:
+        return len(self._rows) + len(self._learnt)
+
+    def _live(self) -> int:
+        return self._count() - len(self._closed)
+
+    def _make_room_in_table(self, proto: Proto, now: float, *, is_exchange: bool) -> None:
+        """`is_exchange`: a flow has been evicted for this one already."""
+        most = self._limits.flows
+        live, which = self._live(), self._any
+        surplus = live - most + 1
+        if proto is _UDP:
+            udp = self._udp + len(self._learnt)
+            if live - udp <= most - self._udp_most or udp >= self._udp_most:
+                which = self._of_udp  # TCP has no more than its part
+            if live >= self._udp_most and not is_exchange:
+                surplus = max(surplus, 1)
+            surplus = max(surplus, udp - self._udp_most + 1)
+        if not self._evict(surplus, now, which):
+            raise Refusal("table_full")
+        for row in list(islice(self._closed.values(), AT_ONCE)):
+            if self._count() < most:
+                break
+            self._end(row)
+
+    def _evict(
+        self, surplus: int, now: float, which: Eviction, client: bytes | None = None
+    ) -> bool:
+        """Evicts so many, of this client if one is named, or as many as may be at once.
+
+        Whether there were enough.
+        """
+        return all(self._evict_one(now, which, client) for _ in range(min(surplus, AT_ONCE)))
+
+    def _evict_one(self, now: float, which: Eviction, client: bytes | None = None) -> bool:
+        if which.learnt and self._learnt.remove_oldest(client):
+            return True
+        for spares in (which.unconfirmed, which.over):
+            for _ in range(LOOKS):
+                oldest = None
+                for spare in spares:
+                    row = spare.oldest(now, client)
+                    if row is not None and (oldest is None or row.id < oldest.id):
+                        oldest, its = row, spare
+                if oldest is None:
+                    break
+                if self._on_late(oldest) and its.oldest(now, client) is not oldest:
+                    continue
+                self._end(oldest)
+                self._evicted += 1
+                return True
+        return False
+
+    def _forget_row(self, row: Row) -> None:
+        """It is not to be evicted any more."""
+        if row.gport is not None:
+            self._relayed.discard(row)
+        elif row.proto is not _UDP:
+            self._forwarded.discard(row)
+            self._over.discard(row)
+        else:
+            self._datagrams.discard(row)
+            if row.answered_at is not None:
+                self._one_sided.discard(row)
+
+    def _uncount(self, row: Row) -> None:
+        counts, addr = self._of_others if row.gport is None else self._of_relayed, row.client.addr
+        if number := counts[addr] - 1:
+            counts[addr] = number
+        else:
+            del counts[addr]
+
+
+_IS_UNCONFIRMED, _IS_CONFIRMED = attrgetter("is_unconfirmed"), attrgetter("is_confirmed")
+_IS_ONE_SIDED, _SPOKE_AGAIN = attrgetter("is_one_sided"), attrgetter("spoke_again")
+_IS_OVER = attrgetter("is_over")
+_UDP = Proto.UDP
+# By this name: looking it up in its class takes ten times as long.
+
+
+def _goes_on(row: Row) -> bool:
+    return not row.is_over

@@ -1,0 +1,211 @@
+"""What keeps the relay usable while more is asked of it than it has: by one client, or by a flood.
+
+Four small things, each bounded itself, whatever clients there are or are said to be (the source of
+a flood is mostly forged, and differs from packet to packet):
+
+    Pace      how often something may happen: our own answers to what is refused
+    NewFlows  the same for each client: how many rows it may begin a second
+    Refused   who was refused most, and why
+    Spare     flows that may be evicted at a limit, the oldest first
+
+Times are seconds that the caller passes in.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+
+from krelay.nat.flow import Row
+
+_SLACK = 1e-6
+"""Of a gap between two events: what sums of fractions are off by is less."""
+
+LOOKS = 256
+"""Flows looked at for one eviction, at most; what is left is for the next."""
+
+_FETCHED = 1024
+"""Of the oldest flows, at a time."""
+
+
+class Pace:
+    """At most `rate` a second, and `burst` at once (the generic cell rate algorithm, ITU I.371)."""
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self._gap = 1 / rate
+        self._ahead = (burst - 1 + _SLACK) * self._gap
+        self._paid_until = 0.0
+
+    def admits(self, now: float) -> bool:
+        """Whether it may happen now; if so, it counts as having happened."""
+        if self._paid_until > now + self._ahead:
+            return False
+        self._paid_until = max(self._paid_until, now) + self._gap
+        return True
+
+
+class NewFlows:
+    """How many rows each client may begin: `rate` at once, and `rate` a second from then on."""
+
+    def __init__(self) -> None:
+        self._paid_until: dict[bytes, float] = {}  # only of those who began one lately
+
+    def admits(self, client: bytes, rate: int, now: float) -> bool:
+        """Whether this client may begin one more now."""
+        return self._paid_until.get(client, now) <= now + (rate - 1 + _SLACK) / rate
+
+    def began(self, client: bytes, rate: int, now: float) -> None:
+        """It did."""
+        self._paid_until[client] = max(self._paid_until.pop(client, now), now) + 1 / rate
+
+    def forget(self, now: float) -> None:
+        """Lets go of the clients who may begin `rate` rows again."""
+        paid = self._paid_until
+        while paid and paid[client := next(iter(paid))] <= now:
+            del paid[client]
+
+
+class Refused:
+    """How often each client was refused, by reason; of many clients, those who were most often.
+
+    Holds `most` counts at most (J. Misra, D. Gries, "Finding repeated elements", 1982): where one
+    more would be needed, each is lowered by one, and those at zero go.  So a count is exact as long
+    as there was room for all, and otherwise too low by at most a `most`-th of all refusals: who
+    makes up more than that is always in it, however many addresses are forged.
+    """
+
+    def __init__(self, most: int = 512) -> None:
+        self._most = most
+        self._counts: dict[tuple[bytes, str], int] = {}
+
+    def saw(self, client: bytes, reason: str) -> None:
+        """This client was refused for this reason."""
+        counts = self._counts
+        at = (client, reason)
+        if at in counts:
+            counts[at] += 1
+        elif len(counts) < self._most:
+            counts[at] = 1
+        else:
+            self._counts = {each: n - 1 for each, n in counts.items() if n > 1}
+
+    def top(self, most: int = 10) -> dict[bytes, dict[str, int]]:
+        """The clients refused most often, first the one with most; their refusals by reason."""
+        by_client: dict[bytes, dict[str, int]] = {}
+        for (client, reason), count in self._counts.items():
+            by_client.setdefault(client, {})[reason] = count
+        ranked = sorted(by_client.items(), key=lambda item: (-sum(item[1].values()), item[0]))
+        return dict(ranked[:most])
+
+
+class Spare:
+    """Flows that may be evicted, in the order in which they were entered.
+
+    `may_go` tells whether a flow may be evicted as it stands, and `quiet` for how many seconds it
+    must have been silent; `is_settled` whether it needn't be asked again.
+    """
+
+    def __init__(
+        self,
+        may_go: Callable[[Row], bool],
+        is_settled: Callable[[Row], bool],
+        quiet: float = 0.0,
+        on_settled: Callable[[Row], None] = lambda row: None,
+    ) -> None:
+        """`on_settled` is called with each flow that leaves because it is settled."""
+        self.may_go = may_go
+        self._is_settled = is_settled
+        self._quiet = quiet
+        self._on_settled = on_settled
+        self._all = _Line()
+        self._of: dict[bytes, Row | _Line] = {}
+        """The same by client.  Most clients of a flood have one, which therefore needs no more."""
+
+    def __len__(self) -> int:
+        return len(self._all.since)
+
+    def add(self, row: Row, now: float) -> None:
+        """A flow that isn't in yet."""
+        self._all.since[row] = now
+        of, client = self._of, row.client.addr
+        of_client = of.get(client)
+        if of_client is None:
+            of[client] = row
+        elif isinstance(of_client, _Line):
+            of_client.since[row] = now
+        else:
+            line = of[client] = _Line()
+            line.since[of_client] = line.since[row] = now
+
+    def discard(self, row: Row) -> None:
+        """It has ended, or is not to be evicted any more.  Harmless if it isn't in."""
+        if self._all.since.pop(row, None) is None:
+            return
+        client = row.client.addr
+        of_client = self._of[client]
+        if isinstance(of_client, _Line):
+            del of_client.since[row]
+            if of_client.since:
+                return
+        del self._of[client]
+
+    def oldest(self, now: float, client: bytes | None = None) -> Row | None:
+        """The oldest flow, of this client if one is named, that may be evicted; it is still in.
+
+        Flows that are settled leave; others that may not be evicted go to the end.
+        """
+        since, before = self._all.since, now - self._quiet
+        for _ in range(LOOKS):
+            row = self._first(client)
+            if row is None or since[row] > before:
+                return None
+            if self._is_settled(row):
+                self.discard(row)
+                self._on_settled(row)
+            elif self.may_go(row) and (not self._quiet or row.quiet_since <= before):
+                return row
+            else:
+                self._all.to_the_end(row, now)
+                of_client = self._of[row.client.addr]
+                if isinstance(of_client, _Line):
+                    of_client.to_the_end(row, now)
+        return None
+
+    def _first(self, client: bytes | None) -> Row | None:
+        if client is None:
+            return self._all.first()
+        of_client = self._of.get(client)
+        return of_client.first() if isinstance(of_client, _Line) else of_client
+
+
+class _Line:
+    """Flows in the order in which they were entered."""
+
+    __slots__ = ("_ahead", "since")
+
+    def __init__(self) -> None:
+        self.since: dict[Row, float] = {}
+        """When each was entered, or looked at last."""
+        self._ahead: deque[tuple[Row, float]] | None = None
+        """Some that were the first when last looked for; gone ones may be among them.  To find the
+        first in a dictionary takes the longer, the more have gone before it."""
+
+    def first(self) -> Row | None:
+        """The one that was entered first."""
+        since, ahead = self.since, self._ahead
+        if not since:
+            self._ahead = None
+            return None
+        while ahead:
+            row, entered = ahead[0]
+            if since.get(row) is entered:
+                return row
+            ahead.popleft()
+        self._ahead = ahead = deque(islice(since.items(), _FETCHED))
+        return ahead[0][0]
+
+    def to_the_end(self, row: Row, now: float) -> None:
+        """It becomes the last."""
+        del self.since[row]
+        self.since[row] = now
+        if self._ahead and self._ahead[0][0] is row:
+            self._ahead.popleft()

@@ -1,0 +1,334 @@
+"""What the kernel has learnt by itself, as the NAT table has it: rows like any others."""
+
+import gc
+from collections import Counter
+from dataclasses import replace
+from itertools import count
+from random import Random
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from knet.endpoint import Proto, Source
+from krelay.datapath.worker import Verdict, Worker
+from krelay.nat.admission import Limits
+from krelay.nat.flow import BUSY, Hook, Row, Step, Timeouts, key
+from krelay.nat.learnt import Beginning, LearntFlows
+from krelay.nat.table import NatTable
+from krelay.nat.tcpstate import Side, State
+from tests.tools.packets import addr, at, flow, policy, template
+
+PRE, POST = Hook.PREROUTING, Hook.POSTROUTING
+TIMEOUT = 20.0
+
+
+def table(**limits: int) -> NatTable:
+    nat = NatTable(Limits(**limits), Timeouts(udp_dns=TIMEOUT), rng=Random(1))
+    nat.learnt.learns(frozenset({addr("K"), addr("G")}), addr("S"))
+    return nat
+
+
+def packet(text: str, size: int = 36) -> bytes:
+    """A datagram of so many bytes in all."""
+    return replace(template(text), payload=bytes(size - 28)).build()
+
+
+def question(client: str = "C:4000", service: str = "K:53", size: int = 60) -> tuple[int, bytes]:
+    """The copy of a question, as it came."""
+    return PRE, packet(f"{client} > {service}", size)[:28]
+
+
+def answer(client: str = "C:4000", service: str = "K:53", size: int = 90) -> tuple[int, bytes]:
+    """The copy of an answer, as it went on."""
+    return POST, packet(f"{service} > {client}", size)[:28]
+
+
+def only(nat: NatTable) -> Row:
+    (row,) = nat
+    return row
+
+
+def figures(row: Row) -> tuple[list[int], list[int]]:
+    sides = [row.by(Side.CLIENT), row.by(Side.SERVER)]
+    return [each.packets for each in sides if each], [each.bytes for each in sides if each]
+
+
+def test_a_question_and_its_answer_are_a_row() -> None:
+    nat = table()
+    nat.learn([question(size=60)], 5.0)
+    before = only(nat)
+    nat.learn([answer(size=90)], 6.0)
+    row = only(nat)
+
+    assert (before.state, row.state) == (State.UNREPLIED, State.REPLIED)
+    assert figures(row) == ([1, 1], [60, 90])
+    assert (row.client, row.service, row.server) == (at("C:4000"), at("K:53"), at("S:53"))
+    assert (row.source, row.created_at, row.seen_at) == (Source.CLIENT, 5.0, 6.0)
+    assert (len(nat), nat.count(Proto.UDP), nat.count(Proto.TCP)) == (1, 1, 0)
+    assert row.id == before.id
+    assert (found := nat.get(row.id)) is not None
+    assert found.client == row.client
+
+
+def test_a_flow_is_asked_again_and_its_row_stays_the_same() -> None:
+    nat = table()
+    nat.learn([question(), answer(), question()], 1.0)
+
+    assert figures(only(nat))[0] == [2, 1]
+
+
+def test_a_port_that_asks_again_and_again_gets_a_row_that_can_be_handed_over() -> None:
+    nat = table()
+    changed: list[Row] = []
+    nat.on_changed = changed.append
+    nat.learn([question(), answer()] * (BUSY - 1), 1.0)
+    assert (len(nat.learnt), changed) == (1, [])
+    nat.learn([question(), answer()], 2.0)
+
+    row = only(nat)
+    assert (len(nat.learnt), changed) == (0, [row])
+    assert figures(row)[0] == [BUSY, BUSY]
+    assert row.rewrites[Step.U12].packets >= BUSY
+
+
+def test_it_goes_when_it_has_been_silent_for_so_long() -> None:
+    nat = table()
+    nat.learn([question("C:4000"), question("C:4001")], 1.0)
+    nat.learn([answer("C:4001")], 15.0)
+    nat.expire(1.0 + TIMEOUT - 0.1)
+    assert len(nat) == 2
+    nat.expire(1.0 + TIMEOUT + 1)
+    assert [row.client.port for row in nat] == [4001]
+    nat.expire(15.0 + TIMEOUT + 1)
+
+    assert len(nat) == nat.learnt.of_client(addr("C")) == 0
+
+
+@pytest.mark.parametrize(
+    "coming",
+    ["S:53 > C:4000", "C:4000 > K:53"],
+    ids=["a second answer", "a question"],
+)
+def test_a_packet_that_the_worker_must_decide_about_makes_it_a_row_of_the_tables(
+    coming: str,
+) -> None:
+    nat = table()
+    nat.learn([question(), answer()], 1.0)
+    shown = only(nat)
+    wanted = flow(coming)
+    row = nat.adopt(key(wanted.src, wanted.dst), 1.0)
+
+    assert row is not None
+    assert (row.id, figures(row), len(nat), len(nat.learnt)) == (
+        shown.id,
+        figures(shown),
+        1,
+        0,
+    )
+    assert nat.tables[PRE, Proto.UDP][key(at("C:4000"), at("K:53"))] is row.rewrites[Step.U12]
+    nat.end(row)
+    assert len(nat) == 0
+    assert not any(nat.tables.values())
+
+
+def test_nobody_elses_packet_makes_it_one() -> None:
+    nat = table()
+    nat.learn([question()], 1.0)
+
+    for other in ("Z:53 > C:4000", "S:53 > C:4001", "S:54 > C:4000", "S:53 > D:4000"):
+        wanted = flow(other)
+        assert nat.adopt(key(wanted.src, wanted.dst), 1.0) is None
+    assert len(nat.learnt) == 1
+
+
+def test_the_worker_knows_it_when_a_second_answer_or_question_comes() -> None:
+    nat = table()
+    worker = Worker(nat)
+    worker.policy = policy()
+    # Copies are still on their way; the kernel knows already.
+    nat.ask_kernel = lambda client, port: {4000: addr("K"), 4001: addr("K")}.get(
+        int.from_bytes(port)
+    )
+
+    got = worker.handle(packet("S:53 > C:4000"), POST, 1.0)
+    assert got == packet("K:53 > C:4000")
+    got = worker.handle(packet("C:4001 > K:53"), PRE, 1.0)
+    assert got == packet("C:4001 > S:53")
+    nat.learn([question("C:4000"), answer("C:4000")], 1.0)
+    assert [figures(row)[0] for row in nat] == [[1, 2], [1, 0]]
+    assert worker.handle(packet("S:53 > C:4002"), POST, 1.0) is Verdict.PASS
+
+
+def test_a_clients_own_conversation_from_the_same_port_is_moved() -> None:
+    nat = table()
+    nat.learn([question()], 1.0)
+    rewrite = nat.saw_direct(Proto.UDP, at("C:4000"), at("S:53"), 1.0)
+
+    assert rewrite is not None
+    assert rewrite.step is Step.D1
+    assert rewrite.src.port != 4000
+
+
+def test_a_port_that_was_learnt_is_not_free() -> None:
+    nat = table()
+    nat.learn([question(service="K:53")], 1.0)
+    row = nat.open_forwarded(Proto.UDP, at("C:4000"), at("G:53"), at("S:53"), Source.CLIENT, 1.0)
+
+    assert row.rewrites[Step.U12].src.port != 4000
+
+
+def test_a_row_of_the_worker_takes_what_the_kernel_tells_of_it() -> None:
+    nat = table()
+    row = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:53"), at("S:53"), Source.CLIENT, 1.0)
+    nat.learn([question(size=60), answer(size=90)], 2.0)
+
+    assert figures(row) == ([1, 1], [60, 90])
+    assert (row.state, row.seen_at, len(nat.learnt)) == (State.REPLIED, 2.0, 0)
+
+
+def test_an_answer_of_which_nothing_is_known_is_let_be() -> None:
+    nat = table()
+    nat.learn([answer()], 1.0)
+
+    assert len(nat) == 0
+
+
+def test_what_was_shown_is_let_go_without_a_collector() -> None:
+    nat = table()
+    nat.learn([question()], 1.0)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(100):
+            assert len(list(nat)) == 1
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_what_was_shown_can_be_ended() -> None:
+    nat = table()
+    nat.learn([question("C:4000"), question("C:4001")], 1.0)
+    shown = list(nat)
+    nat.end(shown[0])
+    assert [row.id for row in nat] == [shown[1].id]
+    nat.end(shown[0])
+    nat.learn([question("C:4000")], 1.0)
+    nat.end(shown[0])  # of another flow between the same ports
+    assert len(nat) == 2
+
+    nat.clear()
+    assert len(nat) == 0
+
+
+def test_the_oldest_make_room_within_the_limits() -> None:
+    nat = table(flows=3, flows_per_client=2)
+    nat.learn([question("C:1001"), question("C:1002"), question("C:1003")], 1.0)
+    assert [row.client.port for row in nat] == [1002, 1003]
+    nat.learn([question("D:1001"), question("D:1002")], 2.0)
+    assert [str(row.client.port) for row in nat] == ["1003", "1001", "1002"]
+    assert nat.evicted == 2
+    nat.open_tcp(at("N:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 3.0)
+
+    assert (len(nat), nat.evicted) == (3, 3)
+
+
+def test_a_question_asked_twice_at_a_time_takes_one_place() -> None:
+    nat = table(flows=2)
+    nat.learn([question("C:1001"), question("C:1002")], 1.0)
+    nat.learn([question("C:1003"), question("C:1003"), answer("C:1003")], 2.0)
+
+    assert [(row.client.port, figures(row)[0]) for row in nat] == [(1002, [1, 0]), (1003, [2, 1])]
+    assert nat.evicted == 1
+
+
+def test_a_clients_rows_count_with_what_is_learnt_of_it() -> None:
+    nat = table(flows_per_client=2)
+    row = nat.open_forwarded(Proto.UDP, at("C:5000"), at("K:7"), at("S:7"), Source.CLIENT, 1.0)
+    row.spoke_again = True
+    nat.learn([question("D:1001"), question("C:1001"), question("C:1002")], 1.0)
+
+    assert [row.client for row in nat] == [at("C:5000"), at("D:1001"), at("C:1002")]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("CDG"), st.integers(1001, 1004)), max_size=30),
+    st.integers(1, 5),
+    st.integers(1, 5),
+)
+@example([("C", 1001), ("C", 1002), ("C", 1003), ("D", 1001)], 3, 1)
+@example([*[("C", 1001)] * BUSY, ("C", 1002), ("D", 1001)], 2, 1)  # C has a row, and gets no more
+def test_it_does_not_matter_how_many_questions_come_at_a_time(
+    script: list[tuple[str, int]], flows: int, flows_per_client: int
+) -> None:
+    questions = [question(f"{client}:{port}") for client, port in script]
+    together, singly = (table(flows=flows, flows_per_client=flows_per_client) for _ in range(2))
+    together.learn(questions, 1.0)
+    for each in questions:
+        singly.learn([each], 1.0)
+
+    for nat in (together, singly):
+        assert len(nat) <= flows
+        assert max(Counter(row.client.addr for row in nat).values(), default=0) <= flows_per_client
+    assert [(row.id, row.client, figures(row)) for row in together] == [
+        (row.id, row.client, figures(row)) for row in singly
+    ]
+    assert together.evicted == singly.evicted
+
+
+def test_where_rows_fill_the_table_nothing_is_learnt() -> None:
+    nat = table(flows=1)
+    row = nat.open_tcp(at("N:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 3.0)
+    row.accepted = True
+    nat.learn([question()], 1.0)
+
+    assert only(nat) is row
+
+
+def test_unanswered_ones_are_found_and_those_of_another_server() -> None:
+    nat = table()
+    nat.learn([question("C:1001"), question("C:1002"), answer("C:1002")], 1.0)
+    nat.learnt.learns(frozenset({addr("K")}), addr("Z"))
+    nat.learn([question("C:1003")], 2.0)
+
+    assert [row.client.port for row in nat.unanswered()] == [1001, 1003]
+    assert [row.client.port for row in nat.elsewhere(addr("Z"))] == [1001, 1002]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["begin", "hear", "oldest", "oldest of"]), st.integers(0, 5)),
+        max_size=60,
+    )
+)
+def test_learnt_flows_are_as_a_list_would_have_them(script: list[tuple[str, int]]) -> None:
+    flows = LearntFlows(count(1), (), {}, 100, lambda question: None)
+    model: dict[bytes, float] = {}
+    now = 0.0
+    for verb, number in script:
+        now += 1.3
+        question = bytes((number % 2,)) * 4 + bytes((number,)) * 8
+        known = flows.get(question)
+        assert (known is not None) == (question in model)
+        if (verb == "begin" and known is None) or (verb == "hear" and known is not None):
+            copy = PRE, bytes(12) + question + bytes(4)
+            assert flows.hear(iter([copy]), now, Beginning(now + 10, 1, 6, False)) is None
+            model[question] = now
+        elif verb == "oldest":
+            assert flows.remove_oldest() == bool(model)
+            model.pop(next(iter(model), b""), None)
+        elif verb == "oldest of":
+            theirs = [each for each in model if each[:4] == question[:4]]
+            assert flows.remove_oldest(question[:4]) == bool(theirs)
+            if theirs:
+                del model[theirs[0]]
+        flows.expire(now, 10)
+        # Looked at by the second, so up to one late.
+        gone = {each for each, heard in model.items() if flows.get(each) is None}
+        assert all(model[each] + 10 <= now for each in gone)
+        model = {each: heard for each, heard in model.items() if each not in gone}
+        assert all(heard + 11 > now for heard in model.values())
+        assert len(flows) == len(model)
+        for client in (bytes(4), b"\x01" * 4):
+            assert flows.of_client(client) == sum(each[:4] == client for each in model)

@@ -1,0 +1,254 @@
+"""Paces, who was refused, who makes room: against slow twins, and bounded whatever is forged."""
+
+import time
+from collections import Counter
+from operator import attrgetter
+from random import Random
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from knet.endpoint import Endpoint, Source
+from krelay.nat.flow import Row
+from krelay.nat.limits import LOOKS, NewFlows, Pace, Refused, Spare
+from krelay.nat.table import NatTable
+from tests.tools.packets import addr, at
+
+C, D = b"\x0a\0\0\x01", b"\x0a\0\0\x02"
+gaps = st.lists(st.sampled_from((0.0, 0.0, 0.0, 0.001, 0.05, 0.1, 0.3, 1.0, 7.0)), max_size=200)
+
+
+class Bucket:
+    """The twin: tokens that drip in."""
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self.rate, self.burst = rate, burst
+        self.level, self.at = float(burst), 0.0
+
+    def admits(self, now: float) -> bool:
+        self.level = min(self.burst, self.level + (now - self.at) * self.rate)
+        self.at = now
+        if self.level < 1 - 1e-6:
+            return False
+        self.level -= 1
+        return True
+
+
+@given(gaps=gaps, rate=st.sampled_from((1, 2, 8, 1000)), burst=st.sampled_from((1, 2, 50)))
+def test_a_pace_is_a_bucket_of_tokens(gaps: list[float], rate: int, burst: int) -> None:
+    pace, twin, now = Pace(rate, burst), Bucket(rate, burst), 100.0
+    twin.at = now
+    for gap in gaps:
+        now += gap
+        assert pace.admits(now) is twin.admits(now)
+
+
+@given(gaps=gaps, rate=st.sampled_from((1, 2, 8, 1000)))
+def test_new_flows_are_a_bucket_for_each_client(gaps: list[float], rate: int) -> None:
+    flows, twins, now = NewFlows(), {C: Bucket(rate, rate), D: Bucket(rate, rate)}, 0.0
+    for number, gap in enumerate(gaps):
+        now += gap
+        client = (C, C, D)[number % 3]
+        admitted = flows.admits(client, rate, now)
+        assert admitted is twins[client].admits(now)
+        if admitted:
+            flows.began(client, rate, now)
+        if number % 7 == 0:
+            flows.forget(now)
+
+
+def test_clients_who_may_begin_again_are_forgotten() -> None:
+    flows = NewFlows()
+    for number in range(10_000):
+        flows.began(number.to_bytes(4), 10, number / 1000)
+        flows.forget(number / 1000)
+        assert len(flows._paid_until) <= 102
+    flows.forget(11)
+
+    assert len(flows._paid_until) == 0
+
+
+# Who was refused
+
+
+def test_those_who_were_refused_most_come_first_with_their_reasons() -> None:
+    refused = Refused()
+    for client, reason, times in ((C, "table_full", 2), (D, "client_full", 3), (C, "no_port", 2)):
+        for _ in range(times):
+            refused.saw(client, reason)
+
+    assert list(refused.top().items()) == [
+        (C, {"table_full": 2, "no_port": 2}),
+        (D, {"client_full": 3}),
+    ]
+    assert list(refused.top(1)) == [C]
+    assert Refused().top() == {}
+
+
+@given(seen=st.lists(st.integers(0, 9) | st.integers(0, 2**32 - 1), max_size=300))
+def test_a_count_is_too_low_by_a_share_of_all_at_most(seen: list[int]) -> None:
+    refused, exact = Refused(most=8), Counter[bytes]()
+    for number in seen:
+        refused.saw(number.to_bytes(4), "client_full")
+        exact[number.to_bytes(4)] += 1
+
+    counts = {client: reasons["client_full"] for client, reasons in refused.top(99).items()}
+    assert len(counts) <= 8
+    for client, count in exact.items():
+        assert count - len(seen) / 9 <= counts.get(client, 0) <= count
+
+
+def test_a_client_among_a_flood_of_forged_ones_is_found() -> None:
+    refused, rng = Refused(), Random(7)
+    for number in range(200_000):
+        refused.saw(C if number % 100 == 0 else rng.randbytes(4), "table_full")
+
+    assert next(iter(refused.top())) == C
+    assert len(refused._counts) <= 512
+
+
+# Who makes room
+
+
+@pytest.fixture
+def nat() -> NatTable:
+    return NatTable(rng=Random(1))
+
+
+QUIET = 2.0
+
+
+def spare(quiet: float = 0.0) -> Spare:
+    return Spare(attrgetter("is_unconfirmed"), attrgetter("is_confirmed"), quiet)
+
+
+def rows(nat: NatTable, count: int) -> list[Row]:
+    """Half-open connections, a second between each and the next."""
+    return [
+        nat.open_tcp(at(f"C:{5000 + n}"), at("K:80"), at("S:80"), Source.CLIENT, 16000, n)
+        for n in range(count)
+    ]
+
+
+def test_the_oldest_flow_goes_first(nat: NatTable) -> None:
+    spares = spare()
+    first, second = rows(nat, 2)
+    for row in (first, second):
+        spares.add(row, row.created_at)
+
+    assert spares.oldest(1) is first
+    assert spares.oldest(1) is first, "until it is taken out"
+    spares.discard(first)
+    spares.discard(first)
+    assert spares.oldest(1) is second
+
+
+def test_a_flow_that_must_be_silent_stays_until_it_has_been(nat: NatTable) -> None:
+    spares = spare(QUIET)
+    first, second = rows(nat, 2)
+    for row in (first, second):
+        spares.add(row, row.created_at)
+
+    assert spares.oldest(QUIET - 0.1) is None
+    assert spares.oldest(QUIET) is first
+    first.rewrites[min(first.rewrites)].seen_at = 9
+    assert spares.oldest(10) is second, "the other has been heard of"
+    spares.discard(second)
+    assert spares.oldest(10) is None
+    assert spares.oldest(10 + QUIET) is first
+
+
+def test_flows_that_have_been_confirmed_leave_a_few_at_a_time(nat: NatTable) -> None:
+    left: list[Row] = []
+    spares = Spare(attrgetter("is_unconfirmed"), attrgetter("is_confirmed"), 0.0, left.append)
+    all_rows = rows(nat, 2 * LOOKS + 1)
+    for row in all_rows:
+        spares.add(row, 0)
+        row.accepted = row is not all_rows[-1]
+
+    assert spares.oldest(1000) is None
+    assert spares.oldest(1000) is None
+    assert spares.oldest(1000) is all_rows[-1]
+    assert len(spares) == 1
+    assert left == all_rows[:-1]
+
+
+def test_each_client_has_an_oldest_flow_of_its_own(nat: NatTable) -> None:
+    spares = spare()
+    first, second = (
+        nat.open_tcp(at(f"{host}:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 0)
+        for host in "CD"
+    )
+    for row in (first, second):
+        spares.add(row, 0)
+
+    assert [spares.oldest(9, row.client.addr) for row in (first, second)] == [first, second]
+    spares.discard(second)
+    assert spares.oldest(9, second.client.addr) is None
+    assert len(spares._of) == len(spares) == 1
+
+
+@settings(max_examples=300)
+@given(
+    script=st.lists(
+        st.tuples(st.sampled_from(("add", "waits", "goes", "oldest", "oldest of", "leaves")),
+                  st.integers(0, 5)),
+        max_size=80,
+    )
+)  # fmt: skip
+def test_the_order_is_that_of_a_list(script: list[tuple[str, int]]) -> None:
+    """Those that are looked at and may not go are the last from then on."""
+    nat, spares, twin = NatTable(rng=Random(1)), spare(), list[Row]()
+
+    def oldest(client: bytes | None) -> Row | None:
+        for row in [row for row in twin if client in (None, row.client.addr)]:
+            if row.is_unconfirmed:
+                return row
+            twin.remove(row)
+            twin.append(row)
+        return None
+
+    for step, (verb, number) in enumerate(script):
+        client = addr("CD"[number % 2])
+        match verb:
+            case "add":
+                end = Endpoint(client, 5000 + step)
+                row = nat.open_tcp(end, at("K:80"), at("S:80"), Source.CLIENT, 16000, 0)
+                spares.add(row, 0)
+                twin.append(row)
+            case "waits" | "goes" if number < len(twin):
+                twin[number].tracker.client_acked = verb == "waits"
+            case "leaves" if number < len(twin):
+                spares.discard(twin.pop(number))
+            case "oldest":
+                assert unless_all_wait(spares.oldest(0), twin) is oldest(None)
+            case "oldest of":
+                mine = [row for row in twin if row.client.addr == client]
+                assert unless_all_wait(spares.oldest(0, client), mine) is oldest(client)
+        assert len(spares) == len(twin)
+        assert spares._of.keys() == {row.client.addr for row in twin}
+
+
+def unless_all_wait(found: Row | None, among: list[Row]) -> Row | None:
+    """Where none may go all are looked at again and again, which leaves the order open."""
+    assume(any(row.is_unconfirmed for row in among) or not among)
+    return found
+
+
+def test_the_first_of_many_is_found_as_fast_as_the_first_of_few(nat: NatTable) -> None:
+    """Where each that comes takes the place of the oldest, in a table of any size."""
+    costs = []
+    for size in (100, 20_000):
+        spares, all_rows = spare(), rows(nat, size + 4000)
+        for row in all_rows[:size]:
+            spares.add(row, 0)
+        began = time.perf_counter()
+        for row in all_rows[size:]:
+            oldest = spares.oldest(0)
+            assert oldest is not None
+            spares.discard(oldest)
+            spares.add(row, 0)
+        costs.append(time.perf_counter() - began)
+        nat.clear()
+    assert costs[1] < 4 * costs[0]

@@ -1,0 +1,808 @@
+"""The rules as text: what they catch is read off golden texts, and their limits are kept."""
+
+import re
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
+from itertools import pairwise
+from textwrap import dedent
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knet.endpoint import Proto
+from krelay.nat.flow import SIDES, Footprint
+from krelay.rules.ruleset import (
+    ANYONE,
+    BEGINS,
+    MULTIPORT_MOST,
+    U32_MOST,
+    Learning,
+    Ports,
+    RuleSpec,
+    begun,
+    chains,
+    ends,
+    instance_name,
+    iptables_install,
+    iptables_remove,
+    map_name,
+    merged,
+    nft_install,
+    nft_remove,
+    nft_rules,
+    queue_of,
+    steps_handed,
+    strays,
+    wanted,
+)
+
+S, Z = IPv4Address("192.168.0.1"), IPv4Address("192.168.0.99")
+NET, OTHER = IPv4Network("192.168.0.0/24"), IPv4Network("10.9.0.0/16")
+MOST_CHAIN_NAME = 28
+"""linux/netfilter/x_tables.h: XT_EXTENSION_MAXNAMELEN is 29, with the zero behind it."""
+
+SPEC = RuleSpec(
+    name="krelay",
+    queue=1600,
+    tcp=((80, 80), (8000, 8100)),
+    udp=((53, 53),),
+    gports=(16000, 17000),
+    servers=(S,),
+    relay_clients=(NET,),
+)
+
+port_ranges = st.lists(
+    st.tuples(st.integers(1, 400), st.integers(0, 30)).map(lambda r: (r[0], r[0] + r[1])),
+    max_size=60,
+)
+
+
+def rules(text: str, hook: str) -> list[str]:
+    """The rules of a chain, in short: what all have in common is left out."""
+    if "table ip krelay" in text:
+        bodies = re.findall(rf"chain {hook}(?:-tcp|-udp)? {{\n(.*?)\n  }}", text, re.DOTALL)
+        lines = [line.strip() for body in bodies for line in body.splitlines()]
+        lines = [line.replace(" goto openings", " SYNs") for line in lines]
+        return [line.replace(" goto to-worker", " Q") for line in lines]
+    lines = re.findall(rf"^-A krelay-{hook} (.*)$", text, re.MULTILINE)
+    return [
+        re.sub(r"-m multiport --", "", line)
+        .replace("-p icmp -m u32 --u32 0>>22&0x3C@0>>24=3,11,12", "error")
+        .replace("0>>22&0x3C", "quote")
+        .replace("-m addrtype --dst-type LOCAL", "to-us")
+        .replace("-m addrtype --src-type LOCAL", "from-us")
+        .replace("-j NFQUEUE --queue-num 1600", "Q")
+        .replace("-j NFQUEUE --queue-num 34368", "SYNs")
+        for line in lines
+    ]
+
+
+def lines_of(text: str) -> list[str]:
+    return dedent(text).strip().splitlines()
+
+
+# What nft is told
+
+
+def test_the_nft_rules_of_prerouting() -> None:
+    assert rules(nft_install(SPEC), "pre") == lines_of("""
+        ip protocol tcp goto pre-tcp
+        ip protocol udp goto pre-udp
+        iif "lo" return
+        icmp type { 3, 11, 12 } fib daddr type local Q
+        icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } Q
+        icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } Q
+        iif "lo" return
+        tcp dport { 16000, 17000 } fib daddr type local Q
+        tcp dport { 80, 8000-8100 } fib daddr type local tcp flags & (syn | ack) == syn SYNs
+        tcp dport { 80, 8000-8100 } fib daddr type local Q
+        ip saddr { 192.168.0.1 } tcp sport { 80, 8000-8100 } Q
+        ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } Q
+        iif "lo" return
+        udp dport { 53 } fib daddr type local Q
+        ip daddr { 192.168.0.1 } udp dport { 53 } Q
+        ip saddr { 192.168.0.1 } udp sport { 53 } fib daddr type local Q
+        ip daddr 255.255.255.255 udp dport 0 tproxy to :9
+    """)
+
+
+def test_the_nft_rules_of_postrouting() -> None:
+    assert rules(nft_install(SPEC), "post") == lines_of("""
+        ip protocol udp ip saddr != { 192.168.0.1 } ip saddr & 255.255.255.0 != 192.168.0.0 iif != 0 th sport != 53 accept
+        ip protocol tcp goto post-tcp
+        ip protocol udp goto post-udp
+        icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } @th,240,16 { 53, 80, 8000-8100 } Q
+        icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } @th,224,16 { 53, 80, 8000-8100 } Q
+        icmp type { 3, 11, 12 } @th,192,32 { 0xc0a80001 } @th,68,4 != 5 Q
+        icmp type { 3, 11, 12 } @th,160,32 { 0xc0a80001 } @th,68,4 != 5 Q
+        icmp type 5 @th,192,32 { 0xc0a80001 } drop
+        icmp type 5 @th,160,32 { 0xc0a80001 } drop
+        oif "lo" return
+        tcp sport { 16000, 17000 } fib saddr type local Q
+        ip daddr { 192.168.0.1 } tcp dport { 80, 8000-8100 } fib saddr type local Q
+        tcp flags & (syn | ack) == syn tcp sport { 80, 8000-8100 } fib saddr type local Q
+        oif "lo" return
+        ip saddr { 192.168.0.1 } udp sport { 53 } Q
+        ip daddr { 192.168.0.1 } udp dport { 53 } fib saddr type local Q
+        ip saddr & 255.255.255.0 == 192.168.0.0 ip daddr { 192.168.0.1 } udp dport { 53 } Q
+        udp sport { 53 } fib saddr type local Q
+    """)  # noqa: E501
+
+
+def test_nft_replaces_the_table_in_one_transaction() -> None:
+    text = nft_install(SPEC)
+
+    assert text.startswith("add table ip krelay\ndelete table ip krelay\ntable ip krelay {\n")
+    assert text.count("{") == text.count("}")
+    assert "hook prerouting priority -300; policy accept;" in text
+    assert "hook postrouting priority 300; policy accept;" in text
+    assert nft_remove("krelay") == "add table ip krelay\ndelete table ip krelay\n"
+
+
+def test_nft_puts_every_packet_into_one_of_two_queues_or_has_the_place_for_that() -> None:
+    own = nft_rules(SPEC)
+    with_xt = nft_rules(SPEC, with_xt=True)
+
+    assert (own["to-worker"], own["openings"]) == (["queue num 1600"], ["queue num 34368"])
+    assert with_xt == own | {
+        "to-worker": ['drop comment "queue num 1600"'],
+        "openings": ['drop comment "queue num 34368"'],
+    }
+    assert [queue_of(with_xt[chain][0]) for chain in ("to-worker", "openings")] == [1600, 34368]
+
+
+def test_rules_alone_are_replaced_without_the_maps_nor_the_queues() -> None:
+    text = nft_install(replace(SPEC, room=1000), afresh=False)
+
+    assert "delete" not in text
+    assert "queue num" not in text
+    for chain in ("pre", "pre-tcp", "pre-udp", "post", "post-tcp", "post-udp"):
+        assert text.count(f"flush chain ip krelay {chain}\n") == 1
+
+
+# The fast path
+
+KEY = "ip saddr . th sport . ip daddr . th dport"
+
+
+def handed(spec: RuleSpec, hook: str) -> list[str]:
+    """The rules of the fast path, in short."""
+    for_all = [rule for rule in rules(nft_install(spec), hook) if " map @" in rule]
+    return [
+        re.sub(r" map @(\S+) counter name \1 accept$", r" of \1", rule).replace(KEY, "flow")
+        for rule in for_all
+    ]
+
+
+def test_each_step_of_what_is_relayed_has_its_map_and_ends_have_their_flags_seen() -> None:
+    spec = replace(SPEC, room=1000, relay_clients=(), tcp=((80, 80),), gports=(16000,))
+
+    assert handed(spec, "pre") == lines_of("""
+        ip protocol udp th dport { 53 } ip daddr set flow of udp-u12
+        th sport { 80 } tcp flags & (rst | ack) == ack ip daddr set flow of tcp-t4
+        th dport { 80 } tcp flags & (syn | rst) == 0 tcp dport set flow of tcp-t1
+    """)
+    assert handed(spec, "post") == lines_of("""
+        ip protocol udp th sport { 53 } ip saddr set flow of udp-u34
+        th sport { 16000 } tcp flags & (fin | rst | ack) == ack tcp sport set flow of tcp-t2
+        th dport { 80 } tcp flags & (fin | rst | ack) == ack ip saddr set flow of tcp-t3
+    """)
+    assert handed(SPEC, "pre") == handed(SPEC, "post") == []
+
+
+def test_several_ports_are_not_looked_for_where_the_map_or_the_servers_address_tells_sooner() -> (
+    None
+):
+    spec = replace(SPEC, room=1000, relay_clients=(), udp=((53, 53), (5000, 5010)))
+
+    assert handed(spec, "pre") == lines_of("""
+        ip protocol udp ip daddr set flow of udp-u12
+        ip saddr { 192.168.0.1 } tcp flags & (rst | ack) == ack ip daddr set flow of tcp-t4
+        tcp flags & (syn | rst) == 0 tcp dport set flow of tcp-t1
+    """)
+    assert handed(spec, "post") == lines_of("""
+        ip protocol udp ip saddr { 192.168.0.1 } ip saddr set flow of udp-u34
+        th sport { 16000, 17000 } tcp flags & (fin | rst | ack) == ack tcp sport set flow of tcp-t2
+        ip daddr { 192.168.0.1 } tcp flags & (fin | rst | ack) == ack ip saddr set flow of tcp-t3
+    """)
+
+
+def test_with_clients_of_source_relay_each_of_the_four_steps_has_its_map() -> None:
+    spec = replace(SPEC, room=1000, tcp=(), gports=(), forwarded=((443, 443),))
+    flags = "tcp flags & (fin | syn | rst) == 0"
+    beside = "& 255.255.255.0 == 192.168.0.0"
+
+    assert handed(spec, "pre") == lines_of(f"""
+        ip protocol udp th dport {{ 53 }} ip daddr set flow of udp-u12
+        th dport {{ 443 }} {flags} ip daddr set flow of tcp-u12
+        ip saddr {beside} th dport {{ 443 }} {flags} ip daddr set flow of tcp-u1
+        th sport {{ 443 }} {flags} ip daddr set flow of tcp-u3
+        ip saddr {beside} th dport {{ 53 }} ip daddr set flow of udp-u1
+        th sport {{ 53 }} ip daddr set flow of udp-u3
+    """)
+    assert handed(spec, "post") == lines_of(f"""
+        ip protocol udp th sport {{ 53 }} ip saddr set flow of udp-u34
+        th sport {{ 443 }} {flags} ip saddr set flow of tcp-u34
+        ip saddr {beside} th dport {{ 443 }} {flags} ip saddr set flow of tcp-u2
+        ip daddr {beside} th sport {{ 443 }} {flags} ip saddr set flow of tcp-u4
+        ip saddr {beside} th dport {{ 53 }} ip saddr set flow of udp-u2
+        ip daddr {beside} th sport {{ 53 }} ip saddr set flow of udp-u4
+    """)
+
+
+LEARNING = Learning(
+    S, (IPv4Address("10.0.0.254"), IPv4Address("192.168.0.2")), (NET, IPv4Network("127.0.0.0/8"))
+)
+
+
+def test_questions_are_learnt_where_there_is_one_way_to_relay_them() -> None:
+    spec = replace(SPEC, room=1000, learning=LEARNING)
+    made = nft_rules(spec)
+    asked = "ip saddr . udp sport"
+
+    assert made["pre-udp"][made["pre-udp"].index('iif "lo" return') :][:3] == [
+        'iif "lo" return',
+        f"ip daddr 192.168.0.1 udp dport 53 update @minded {{ {asked} }}",
+        "udp dport 53 ip daddr vmap { 10.0.0.254 : goto learnt-0, 192.168.0.2 : goto learnt-1 }",
+    ]
+    assert made["learnt-1"] == [
+        "ip saddr { 192.168.0.0/24, 127.0.0.0/8 } goto to-worker",
+        "ip hdrlength != 5 goto to-worker",
+        "ip ttl < 2 goto to-worker",
+        "ip length > 576 goto to-worker",
+        f"{asked} @minded goto to-worker",
+        f"{asked} @learnt-0 goto to-worker",
+        f"update @learnt-1 {{ {asked} }} log group 1600 snaplen 28 "
+        "ip daddr set 192.168.0.1 counter name udp-u12 accept",
+        "goto to-worker",
+    ]
+    assert [rule for rule in made["post-udp"] if "learnt" in rule] == [
+        f"udp sport 53 ip saddr 192.168.0.1 ip daddr . udp dport @{name} "
+        f"update @{name} {{ ip daddr . udp dport timeout 1s }} "
+        f"ip saddr set {address} log group 1600 snaplen 28 counter name udp-u34 accept"
+        for name, address in (("learnt-0", "10.0.0.254"), ("learnt-1", "192.168.0.2"))
+    ]
+    queued = next(at for at, rule in enumerate(made["post-udp"]) if "to-worker" in rule)
+    assert all("learnt" not in rule for rule in made["post-udp"][queued:])
+
+
+def test_where_nothing_is_learnt_the_chains_are_empty_and_the_sets_stay() -> None:
+    with_it, without = (replace(SPEC, room=9, learning=each) for each in (LEARNING, None))
+
+    assert {chain for chain in nft_rules(without) if "learnt" in chain} == {
+        chain for chain in nft_rules(with_it) if "learnt" in chain
+    }
+    assert not any("learnt" in rule for rules in nft_rules(without).values() for rule in rules)
+    for spec in (with_it, without):
+        sets = re.findall(r"  set (\S+) {.* size 9; timeout 20s; }", nft_install(spec))
+        assert sets == ["minded", "learnt-0", "learnt-1", "learnt-2", "learnt-3"]
+    assert "learnt" not in nft_install(SPEC)
+
+
+DONE = "ip protocol udp ip saddr != { 192.168.0.1 } "
+
+
+@pytest.mark.parametrize(
+    ("clients", "rule"),
+    [
+        ((), DONE + "th sport != 53 accept"),
+        ((NET,), DONE + "ip saddr & 255.255.255.0 != 192.168.0.0 iif != 0 th sport != 53 accept"),
+        (
+            (NET, OTHER),
+            DONE + "ip saddr != { 192.168.0.0/24, 10.9.0.0/16 } iif != 0 th sport != 53 accept",
+        ),
+    ],
+)
+def test_datagrams_that_no_rule_asks_for_go_out_past_the_rules(
+    clients: tuple[IPv4Network, ...], rule: str
+) -> None:
+    spec = replace(SPEC, room=1000, relay_clients=clients)
+
+    assert nft_rules(spec)["post"][1] == rule
+
+
+def test_few_ports_are_compared_and_many_looked_up() -> None:
+    few, many = ((53, 53), (500, 510)), tuple((port, port) for port in range(1, 11, 2))
+
+    def done(ports: Ports) -> str:
+        return nft_rules(replace(SPEC, udp=ports, relay_clients=()))["post"][0]
+
+    assert done(few) == DONE + "th sport != 53 th sport != 500-510 accept"
+    assert done(many) == DONE + "th sport != { 1, 3, 5, 7, 9 } accept"
+
+
+def test_the_hosts_own_questions_are_minded_where_the_kernel_learns() -> None:
+    rules = nft_rules(replace(SPEC, room=9, learning=LEARNING))["post-udp"]
+
+    assert rules[-2:] == [
+        "udp sport 53 fib saddr type local update @minded { ip daddr . udp dport timeout 30s }",
+        "udp sport { 53 } fib saddr type local goto to-worker",
+    ]
+    assert "minded" not in "".join(nft_rules(replace(SPEC, room=9))["post-udp"])
+
+
+def test_where_any_datagram_may_be_asked_for_none_goes_out_past_the_rules() -> None:
+    spec = replace(SPEC, relay_clients=(ANYONE,))
+
+    assert not [rule for rule in nft_rules(spec)["post"] if "accept" in rule]
+
+
+def test_the_fast_path_comes_before_every_rule_that_queues() -> None:
+    spec = replace(SPEC, room=1000, forwarded=((443, 443),))
+
+    for lines in nft_rules(spec).values():
+        fast = [at for at, rule in enumerate(lines) if " map @" in rule]
+        assert fast == list(range(len(fast)))
+
+
+def test_every_map_is_there_once_and_as_large_as_wished() -> None:
+    spec = replace(SPEC, room=1000, forwarded=((443, 443),))
+    text = nft_install(spec)
+    steps = {map_name(proto, step): step for proto, step in steps_handed(spec)}
+
+    assert len(steps) == len(steps_handed(spec)) == 16
+    for name, step in steps.items():
+        counted = " counter;" if step in SIDES else ""  # what rows show
+        assert len(re.findall(rf"  map {name} {{ type .* size 1000;{counted} }}", text)) == 1
+        assert text.count(f"map @{name} counter name {name} accept") == 1
+
+
+def test_fins_are_copied_where_copies_are_taken_and_visit_the_worker_where_not() -> None:
+    spec = replace(SPEC, room=1000, forwarded=((443, 443),))
+    assert "log group" not in nft_install(spec)
+    assert "log group" not in nft_install(replace(spec, room=0, tells_ends=True))
+    assert "log group" not in nft_install(replace(spec, tcp=(), tells_ends=True))
+    rules = nft_rules(replace(spec, tells_ends=True))
+
+    copied = [rule for lines in rules.values() for rule in lines if "log group" in rule]
+    assert len(copied) == 3
+    begins = copied.pop()
+    assert f"@{BEGINS} delete @{BEGINS} {{ {KEY} }} ip saddr set {KEY} map @tcp-t3 " in begins
+    assert f"tcp flags & (fin | syn | rst | ack) == syn {KEY} @{BEGINS}" in begins
+    assert f" log group {begun(spec.queue)} snaplen 28 counter name tcp-t3 accept" in begins
+    for rule, changes in zip(copied, ("tcp sport set", "ip saddr set"), strict=True):
+        assert f"ip hdrlength 5 tcp flags & (fin | syn | rst) == fin {changes} {KEY} map @" in rule
+    assert all(f" log group {ends(spec.queue)} snaplen 28 counter name" in rule for rule in copied)
+    assert ends(ends(spec.queue)) == spec.queue != ends(spec.queue)
+    assert len({spec.queue, ends(spec.queue), begun(spec.queue)}) == 3
+
+
+# What iptables is told
+
+
+def test_the_iptables_rules_of_prerouting() -> None:
+    assert rules(iptables_install(SPEC, frozenset()), "pre") == lines_of("""
+        -i lo -j RETURN
+        error to-us Q
+        error&&quote@24=0xc0a80001 Q
+        error&&quote@20=0xc0a80001 Q
+        -p tcp dports 16000,17000 to-us Q
+        -p tcp --tcp-flags SYN,ACK SYN dports 80,8000:8100 to-us SYNs
+        -p tcp dports 80,8000:8100 to-us Q
+        -p udp dports 53 to-us Q
+        -s 192.168.0.1 -p tcp sports 80,8000:8100 Q
+        -d 192.168.0.1 -p tcp dports 80,8000:8100 Q
+        -d 192.168.0.1 -p udp dports 53 Q
+        -s 192.168.0.1 -p udp sports 53 to-us Q
+        -d 255.255.255.255/32 -p udp --dport 0 -m socket -j RETURN
+    """)
+
+
+def test_the_iptables_rules_of_postrouting() -> None:
+    assert rules(iptables_install(SPEC, frozenset()), "post") == lines_of("""
+        error&&quote@24=0xc0a80001&&quote@28&0xFFFF=53,80,8000:8100 Q
+        error&&quote@24=0xc0a80001&&quote@8>>24&0xF=6:15 Q
+        error&&quote@20=0xc0a80001&&quote@28>>16=53,80,8000:8100 Q
+        error&&quote@20=0xc0a80001&&quote@8>>24&0xF=6:15 Q
+        -p icmp -m u32 --u32 quote@0>>24=5&&quote@24=0xc0a80001 -j DROP
+        -p icmp -m u32 --u32 quote@0>>24=5&&quote@20=0xc0a80001 -j DROP
+        -o lo -j RETURN
+        -p tcp sports 16000,17000 from-us Q
+        -d 192.168.0.1 -p tcp dports 80,8000:8100 from-us Q
+        -s 192.168.0.1 -p udp sports 53 Q
+        -s 192.168.0.0/24 -d 192.168.0.1 -p udp dports 53 Q
+        -d 192.168.0.1 -p udp dports 53 from-us Q
+        -p tcp --tcp-flags SYN,ACK SYN sports 80,8000:8100 from-us Q
+        -p udp sports 53 from-us Q
+    """)
+
+
+def test_iptables_hangs_its_chains_first_in_what_leaves_and_then_in_what_comes() -> None:
+    small = replace(SPEC, tcp=(), udp=(), gports=(16000,), servers=())
+
+    assert iptables_install(small, frozenset()).splitlines() == lines_of("""
+        *mangle
+        :krelay-post - [0:0]
+        -A krelay-post -o lo -j RETURN
+        -A krelay-post -p tcp -m multiport --sports 16000 -m addrtype --src-type LOCAL -j NFQUEUE --queue-num 1600
+        -I POSTROUTING 1 -j krelay-post
+        COMMIT
+        *raw
+        :krelay-pre - [0:0]
+        -A krelay-pre -i lo -j RETURN
+        -A krelay-pre -p icmp -m u32 --u32 0>>22&0x3C@0>>24=3,11,12 -m addrtype --dst-type LOCAL -j NFQUEUE --queue-num 1600
+        -A krelay-pre -p tcp -m multiport --dports 16000 -m addrtype --dst-type LOCAL -j NFQUEUE --queue-num 1600
+        -A krelay-pre -d 255.255.255.255/32 -p udp --dport 0 -m socket -j RETURN
+        -I PREROUTING 1 -j krelay-pre
+        COMMIT
+    """)  # noqa: E501
+
+
+@pytest.mark.parametrize("hung", [(), ("krelay-pre",), ("krelay-pre", "krelay-post")])
+def test_iptables_hangs_no_chain_twice(hung: tuple[str, ...]) -> None:
+    text = iptables_install(SPEC, frozenset(hung))
+
+    for name in ("krelay-pre", "krelay-post"):
+        assert text.count(f"1 -j {name}\n") == (name not in hung)
+
+
+def test_iptables_removes_what_is_there_beginning_with_what_comes() -> None:
+    both = frozenset({"krelay-pre", "krelay-post"})
+
+    assert iptables_remove("krelay", both, both).splitlines() == lines_of("""
+        *raw
+        -D PREROUTING -j krelay-pre
+        -F krelay-pre
+        -X krelay-pre
+        COMMIT
+        *mangle
+        -D POSTROUTING -j krelay-post
+        -F krelay-post
+        -X krelay-post
+        COMMIT
+    """)
+    assert iptables_remove("krelay", frozenset(), frozenset({"krelay-post"})).splitlines() == [
+        "*mangle", "-F krelay-post", "-X krelay-post", "COMMIT",
+    ]  # fmt: skip
+    assert iptables_remove("krelay", frozenset(), frozenset()).strip() == ""
+
+
+# Both
+
+
+@pytest.mark.parametrize("text", [nft_install(SPEC), iptables_install(SPEC, frozenset())])
+def test_no_rule_lets_packets_by_when_nobody_serves_the_queue(text: str) -> None:
+    assert "bypass" not in text
+    rules_that_queue = 12 + 9 if "iptables" in text or "-A krelay" in text else 1
+    assert text.count("queue num 1600") + text.count("--queue-num 1600") == rules_that_queue
+
+
+def test_each_server_has_its_rules() -> None:
+    two = replace(SPEC, servers=(S, Z))
+
+    assert "ip saddr { 192.168.0.1, 192.168.0.99 }" in nft_install(two)
+    assert "@th,192,32 { 0xc0a80001, 0xc0a80063 }" in nft_install(two)
+    text = iptables_install(two, frozenset())
+    assert text.count("-s 192.168.0.1 ") == text.count("-s 192.168.0.99 ") == 3
+    assert text.count("-d 192.168.0.1 ") == text.count("-d 192.168.0.99 ") == 5
+    assert text.count("@24=0xc0a80001") == text.count("@24=0xc0a80063") == 4
+
+
+def test_without_clients_of_source_relay_no_udp_packet_to_the_server_is_queued_twice() -> None:
+    none = replace(SPEC, relay_clients=())
+
+    for text in (nft_install(none), iptables_install(none, frozenset())):
+        assert not [rule for rule in rules(text, "post") if "udp" in rule and "dport" in rule]
+
+
+def test_with_source_relay_anyones_udp_packets_to_the_server_are_queued_on_their_way_out() -> None:
+    anyone = replace(SPEC, relay_clients=(ANYONE,))
+
+    assert "ip daddr { 192.168.0.1 } udp dport { 53 } Q" in rules(nft_install(anyone), "post")
+    assert "-s 0.0.0.0/0 -d 192.168.0.1 -p udp dports 53 Q" in rules(
+        iptables_install(anyone, frozenset()), "post"
+    )
+
+
+@pytest.mark.parametrize(("proto", "other"), [("tcp", "udp"), ("udp", "tcp")])
+def test_no_service_of_a_protocol_makes_no_rule_of_it_but_the_gateways(
+    proto: str, other: str
+) -> None:
+    bare = replace(SPEC, tcp=() if proto == "tcp" else SPEC.tcp, udp=())
+    bare = replace(bare, udp=() if proto == "udp" else SPEC.udp)
+
+    for text in (nft_install(bare), iptables_install(bare, frozenset())):
+        services = [
+            rule
+            for hook in ("pre", "post")
+            for rule in rules(text, hook)
+            if "Q" in rule and "16000" not in rule and not rule.startswith(("icmp", "error"))
+        ]
+        assert services
+        assert all(other in rule for rule in services)
+        assert "{  }" not in text
+
+
+@given(port_ranges)
+def test_multiport_matches_have_15_slots_and_name_every_port_once(
+    ranges: list[tuple[int, int]],
+) -> None:
+    spec = replace(SPEC, tcp=merged(ranges), udp=(), gports=(16000,))
+    text = iptables_install(spec, frozenset())
+
+    matches = re.findall(r"-A krelay-pre -p tcp -m multiport --dports (\S+) -m addr", text)
+    named: list[int] = []
+    for match in matches[1:]:  # the first is the gateway port's
+        assert len(re.split("[,:]", match)) <= MULTIPORT_MOST
+        for part in match.split(","):
+            low, _, high = part.partition(":")
+            named += range(int(low), int(high or low) + 1)
+    assert named == sorted({p for low, high in ranges for p in range(low, high + 1)})
+
+
+def test_fifteen_single_ports_fill_one_match() -> None:
+    for count, expected in ((15, 1), (16, 2), (30, 2), (31, 3)):
+        spec = replace(SPEC, tcp=tuple((p, p) for p in range(1, 2 * count, 2)), udp=())
+        text = iptables_install(spec, frozenset())
+        assert text.count("-A krelay-pre -p tcp -m multiport --dports") == 1 + expected
+
+
+@given(port_ranges)
+def test_u32_tests_have_ten_slots_and_name_every_port_once(
+    ranges: list[tuple[int, int]],
+) -> None:
+    spec = replace(SPEC, tcp=merged(ranges), udp=())
+    text = iptables_install(spec, frozenset())
+
+    named: list[int] = []
+    for match in re.findall(r"@28&0xFFFF=(\S+) ", text):
+        parts = match.split(",")
+        assert len(parts) <= U32_MOST
+        for part in parts:
+            low, _, high = part.partition(":")
+            named += range(int(low), int(high or low) + 1)
+    assert named == sorted({p for low, high in ranges for p in range(low, high + 1)})
+
+
+# merged
+
+
+@given(port_ranges)
+def test_merged_ranges_are_the_same_ports_in_order_and_apart(
+    ranges: list[tuple[int, int]],
+) -> None:
+    result = merged(ranges)
+
+    assert {p for low, high in result for p in range(low, high + 1)} == {
+        p for low, high in ranges for p in range(low, high + 1)
+    }
+    assert all(low <= high for low, high in result)
+    assert all(before[1] + 1 < after[0] for before, after in pairwise(result))
+    assert merged(result) == result
+    assert merged(reversed(ranges)) == result
+
+
+@pytest.mark.parametrize(
+    ("ranges", "expected"),
+    [
+        ([], ()),
+        ([(80, 80)], ((80, 80),)),
+        ([(80, 80), (81, 81)], ((80, 81),)),
+        ([(80, 80), (82, 82)], ((80, 80), (82, 82))),
+        ([(1, 65535), (80, 80)], ((1, 65535),)),
+        ([(80, 90), (85, 87), (90, 95)], ((80, 95),)),
+    ],
+)
+def test_touching_ranges_become_one(ranges: list[tuple[int, int]], expected: Ports) -> None:
+    assert merged(ranges) == expected
+
+
+# wanted
+
+
+def spec_for(*footprints: Footprint, source_is_relay: bool = False) -> RuleSpec:
+    return wanted(
+        name="krelay",
+        queue=1600,
+        tcp=[(443, 443), (80, 80)],
+        udp=[(53, 53)],
+        gport=17000,
+        server=S,
+        source_is_relay=source_is_relay,
+        beside=[NET, NET],
+        footprints=footprints,
+    )
+
+
+def test_without_rows_the_rules_are_those_of_the_config() -> None:
+    assert spec_for() == RuleSpec(
+        "krelay", 1600, ((80, 80), (443, 443)), ((53, 53),), (17000,), (S,), (NET,)
+    )
+
+
+def test_rows_keep_what_they_need_in_the_rules() -> None:
+    spec = spec_for(
+        Footprint(Proto.TCP, 8080, 16000, Z.packed, False),
+        Footprint(Proto.UDP, 123, None, S.packed, False),
+        Footprint(Proto.TCP, 80, 17000, S.packed, False),
+    )
+
+    assert spec.tcp == ((80, 80), (443, 443), (8080, 8080))
+    assert spec.udp == ((53, 53), (123, 123))
+    assert spec.gports == (16000, 17000)
+    assert spec.servers == (S, Z)
+    assert spec.relay_clients == (NET,)
+
+
+def test_tcp_that_is_forwarded_is_caught_as_udp_is() -> None:
+    spec = replace(SPEC, forwarded=((443, 443),), gports=())
+    without = replace(SPEC, gports=())
+    added = {
+        hook: [
+            r for r in rules(nft_install(spec), hook) if r not in rules(nft_install(without), hook)
+        ]
+        for hook in ("pre", "post")
+    }
+
+    every, syns = "{ 80, 443, 8000-8100 }", "tcp flags & (syn | ack) == syn SYNs"
+    assert [r for r in added["pre"] if every not in r and "@th" not in r] == [
+        f"ip saddr {{ {S} }} tcp sport {{ 443 }} fib daddr type local Q"
+    ]
+    assert f"tcp dport {every} fib daddr type local {syns}" in added["pre"]
+    assert [r for r in added["post"] if every not in r and "@th" not in r] == [
+        f"ip saddr {{ {S} }} tcp sport {{ 443 }} Q",
+        f"ip saddr & 255.255.255.0 == 192.168.0.0 ip daddr {{ {S} }} tcp dport {{ 443 }} Q",
+        "iif != 0 return",
+        f"ip daddr {{ {S} }} tcp dport {{ 443 }} fib saddr type local Q",
+    ]
+    text = iptables_install(spec, frozenset())
+    assert {
+        f"-s {S} -p tcp dports 443 to-us Q".replace("dports", "sports"),
+        "-p tcp --tcp-flags SYN,ACK SYN dports 80,443,8000:8100 to-us SYNs",
+    } <= set(rules(text, "pre"))
+    assert {f"-s {S} -p tcp sports 443 Q", f"-s {NET} -d {S} -p tcp dports 443 Q"} <= set(
+        rules(text, "post")
+    )
+    assert not [r for r in rules(text, "pre") if r.startswith(f"-s {S} -p tcp sports 80,443")]
+
+
+ASKING = "ip saddr . udp sport"
+ANSWERED = "ip daddr . udp dport"
+
+
+def added(spec: RuleSpec, without: RuleSpec, hook: str, text: str = "nft") -> list[str]:
+    """The rules of a chain that only the first has."""
+    both = [
+        nft_install(each) if text == "nft" else iptables_install(each, frozenset())
+        for each in (spec, without)
+    ]
+    return [rule for rule in rules(both[0], hook) if rule not in rules(both[1], hook)]
+
+
+def noted(end: str) -> str:
+    return f"update @askers {{ {end} timeout 300s }}"
+
+
+def test_where_any_port_may_answer_the_kernel_notes_who_asks() -> None:
+    spec = replace(SPEC, udp=((53, 53), (69, 69)), any_port=((69, 69),), asked_within=300)
+    without = replace(spec, any_port=(), asked_within=0)
+    net = "ip saddr & 255.255.255.0 == 192.168.0.0"
+
+    assert added(spec, without, "pre") == [
+        f"udp dport {{ 69 }} fib daddr type local {noted(ASKING)}",
+        f"{ASKING} @askers fib daddr type local {noted(ASKING)} Q",
+        f"ip saddr {{ {S} }} fib daddr type local Q",
+    ]
+    assert added(spec, without, "post") == [
+        f"ip daddr {{ {S} }} udp dport {{ 69 }} {noted(ASKING)}",
+        f"ip saddr {{ {S} }} {ANSWERED} @askers {noted(ANSWERED)} Q",
+        f"{net} ip daddr {{ {S} }} {ASKING} @askers Q",
+    ]
+    assert "set askers { type ipv4_addr . inet_service; flags dynamic, timeout;" in nft_install(
+        spec
+    )
+    assert "askers" not in nft_install(without)
+
+
+def test_where_the_kernel_notes_nobody_all_datagrams_of_the_server_are_queued() -> None:
+    spec = replace(SPEC, any_port=((53, 53),))
+    net = "ip saddr & 255.255.255.0 == 192.168.0.0"
+
+    assert added(spec, SPEC, "pre") == ["fib daddr type local Q"]
+    assert added(spec, SPEC, "post") == [f"ip saddr {{ {S} }} Q", f"{net} ip daddr {{ {S} }} Q"]
+    assert added(spec, SPEC, "pre", "iptables") == ["-p udp to-us Q"]
+    assert added(spec, SPEC, "post", "iptables") == [
+        f"-s {S} -p udp Q",
+        f"-s {NET} -d {S} -p udp Q",
+    ]
+
+
+def test_who_has_asked_is_known_on_when_the_maps_are_made_anew() -> None:
+    spec = replace(SPEC, room=1024, any_port=((53, 53),), asked_within=300)
+    other = replace(spec, room=2048)
+
+    assert "delete set ip krelay askers" not in nft_install(other, former=spec)
+    assert "delete set ip krelay minded" in nft_install(other, former=spec)
+    without = replace(other, any_port=(), asked_within=0)
+    assert "delete set ip krelay askers" in nft_install(without, former=spec)
+
+
+def test_where_dscp_is_followed_it_is_part_of_what_the_ends_packets_are_known_by() -> None:
+    spec = replace(SPEC, room=1024, follows_dscp=True)
+    text, before = nft_install(spec), nft_install(replace(spec, follows_dscp=False))
+    flow = "ip saddr . th sport . ip daddr . th dport"
+
+    for name in ("tcp-t1", "tcp-t4"):
+        assert f"{flow} . ip dscp map @{name} " in text
+        assert f"{flow} map @{name} " in before
+    for name in ("tcp-t2", "tcp-t3", "udp-u12"):
+        assert f"{flow} map @{name} " in text
+    assert len(re.findall(r"inet_service \. dscp : ", text)) == 2
+    assert "dscp" not in before
+    assert spec.maps != replace(spec, follows_dscp=False).maps
+
+
+def test_some_of_what_servers_send_elsewhere_is_copied() -> None:
+    spec = replace(SPEC, tells_strays=True)
+    told = f"limit rate 32/second burst 64 packets log group {strays(1600)} snaplen 28"
+
+    assert added(spec, SPEC, "pre") == [f"ip saddr {{ {S} }} fib daddr type local {told}"]
+    assert added(spec, SPEC, "post") == [f"ip saddr {{ {S} }} {told}"]
+    assert rules(nft_install(spec), "post").index(added(spec, SPEC, "post")[0]) > rules(
+        nft_install(spec), "post"
+    ).index(f"ip saddr {{ {S} }} udp sport {{ 53 }} Q")
+    assert added(replace(spec, udp=()), replace(SPEC, udp=()), "post") == []
+    assert len({1600, begun(1600), ends(1600), strays(1600)}) == 4
+
+
+def test_rows_keep_the_rules_of_services_that_any_port_may_answer() -> None:
+    row = Footprint(Proto.UDP, 69, None, S.packed, False, False, True)
+
+    assert spec_for(row).any_port == ((69, 69),)
+    assert spec_for().any_port == ()
+
+
+def test_rows_that_are_forwarded_keep_their_rules_and_need_no_gateway_port() -> None:
+    row = Footprint(Proto.TCP, 8080, None, Z.packed, False, True)
+    nothing: tuple[tuple[int, int], ...] = ()
+    spec = wanted(
+        name="krelay", queue=1600, tcp=nothing, udp=nothing, gport=None, server=S,
+        source_is_relay=False, beside=[], footprints=[row], forwarded=[(443, 443)],
+    )  # fmt: skip
+
+    assert (spec.tcp, spec.forwarded, spec.gports) == ((), ((443, 443), (8080, 8080)), ())
+    for text in (nft_install(spec), iptables_install(spec, frozenset())):
+        assert "{  }" not in text
+        assert "16000" not in text
+
+
+def test_anyones_source_is_changed_with_source_relay_and_while_a_row_needs_it() -> None:
+    assert spec_for(source_is_relay=True).relay_clients == (ANYONE,)
+    row = Footprint(Proto.UDP, 53, None, S.packed, True)
+    assert spec_for(row).relay_clients == (ANYONE,)
+
+
+def test_equal_needs_in_another_order_make_equal_specs() -> None:
+    needs = [
+        Footprint(Proto.TCP, 8080, 16000, Z.packed, False),
+        Footprint(Proto.UDP, 123, None, S.packed, False),
+    ]
+
+    assert spec_for(*needs) == spec_for(*reversed(needs))
+
+
+# Names
+
+
+def test_two_trees_have_two_names_and_the_default_tree_the_plain_one() -> None:
+    names = [instance_name(root, "/run/krelay") for root in ("/run/krelay", "/run/two", "/run/3")]
+
+    assert names[0] == "krelay"
+    assert len(set(names)) == 3
+    assert names == [instance_name(r, "/run/krelay") for r in ("/run/krelay", "/run/two", "/run/3")]
+    used = [chain.name for name in names for chain in chains(name)]
+    assert len(set(used)) == 6
+
+
+@given(st.text(max_size=300))
+def test_chain_names_fit_and_are_words(root: str) -> None:
+    name = instance_name(root, "/run/krelay")
+
+    for chain in chains(name):
+        assert len(chain.name) <= MOST_CHAIN_NAME
+        assert re.fullmatch(r"krelay[0-9a-z-]*", chain.name)
+    assert [(chain.table, chain.builtin) for chain in chains(name)] == [
+        ("raw", "PREROUTING"),
+        ("mangle", "POSTROUTING"),
+    ]
