@@ -27,7 +27,7 @@ from knet.endpoint import Endpoint, Proto, Source
 from knet.wire import tcp
 from krelay.datapath import worker as worker_module
 from krelay.datapath.worker import Policy, Verdict, Worker
-from krelay.nat.admission import Limits
+from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Hook, Rewrite
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import Side
@@ -229,7 +229,7 @@ def _unheard(_: object) -> None:
 def _worker(rows: int) -> Worker:
     """A worker that relays, with room for so many rows."""
     rng = Random(rows)
-    nat = NatTable(Limits(flows=2 * rows, flows_per_client=2 * rows), rng=rng)
+    nat = NatTable(FlowLimits(flows=2 * rows, flows_per_client=2 * rows), rng=rng)
     worker = Worker(nat)
     ports = frozenset((_RELAY.port,))
     worker.policy = Policy(

@@ -6,7 +6,7 @@ what becomes of a flow: that is nat.py.
 
     >>> Endpoint.parse("10.0.0.1:40000")
     Endpoint(addr=b'\\n\\x00\\x00\\x01', port=40000)
-    >>> flow = Flow(Proto.TCP, Endpoint.parse("10.0.0.1:40000"), Endpoint.parse("192.168.0.2:80"))
+    >>> flow = FiveTuple(Proto.TCP, Endpoint.parse("10.0.0.1:40000"), Endpoint.parse("192.168.0.2:80"))
     >>> print(flow.reply())
     tcp 192.168.0.2:80 > 10.0.0.1:40000
 """
@@ -69,16 +69,16 @@ class Endpoint(NamedTuple):
         return cls.of(host, int(port))
 
 
-class Flow(NamedTuple):
+class FiveTuple(NamedTuple):
     """One direction of a conversation, as its packets read on the wire."""
 
     proto: Proto
     src: Endpoint
     dst: Endpoint
 
-    def reply(self) -> "Flow":
+    def reply(self) -> "FiveTuple":
         """The opposite direction."""
-        return Flow(self.proto, self.dst, self.src)
+        return FiveTuple(self.proto, self.dst, self.src)
 
     def __str__(self) -> str:
         return f"{self.proto} {self.src} > {self.dst}"

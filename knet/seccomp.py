@@ -39,7 +39,7 @@ class Condition(NamedTuple):
     mask: int | None = None
 
 
-class Rule(NamedTuple):
+class SyscallRule(NamedTuple):
     """A call that is allowed, where all conditions hold."""
 
     call: str
@@ -61,7 +61,7 @@ class _Compare(ctypes.Structure):
     )
 
 
-def load(allowed: Iterable[Rule], deadly: Iterable[str]) -> None:
+def load(allowed: Iterable[SyscallRule], deadly: Iterable[str]) -> None:
     """From now on all threads of this process make these calls alone, and so do its children.
 
     A call that neither this machine's kernel nor the library knows is left out.  It is for good:
@@ -78,7 +78,7 @@ def load(allowed: Iterable[Rule], deadly: Iterable[str]) -> None:
         for attribute, value in ((_LOG, 1), (_SSB, 1), (_OPTIMIZE, _BINARY_TREE)):
             library.seccomp_attr_set(context, attribute, value)  # what it has of them
         for call in deadly:
-            _add(library, context, _KILL_PROCESS, Rule(call))
+            _add(library, context, _KILL_PROCESS, SyscallRule(call))
         for rule in allowed:
             _add(library, context, _ALLOW, rule)
         _check(library.seccomp_load(context))
@@ -86,7 +86,7 @@ def load(allowed: Iterable[Rule], deadly: Iterable[str]) -> None:
         library.seccomp_release(context)
 
 
-def _add(library: ctypes.CDLL, context: int, action: int, rule: Rule) -> None:
+def _add(library: ctypes.CDLL, context: int, action: int, rule: SyscallRule) -> None:
     number = library.seccomp_syscall_resolve_name(rule.call.encode())
     if number == _UNKNOWN:
         return

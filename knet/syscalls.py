@@ -13,7 +13,7 @@ import os
 import socket
 import termios
 
-from knet.seccomp import Condition, Rule
+from knet.seccomp import Condition, SyscallRule
 
 _WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
 """None of these: to read what is there."""
@@ -22,30 +22,30 @@ _SOCK_TYPE = 0xF  # without SOCK_NONBLOCK and SOCK_CLOEXEC (linux/net.h)
 _STREAM, _DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 
 
-def _calls(names: str) -> tuple[Rule, ...]:
-    return tuple(map(Rule, names.split()))
+def _calls(names: str) -> tuple[SyscallRule, ...]:
+    return tuple(map(SyscallRule, names.split()))
 
 
-def _where(names: str, *conditions: Condition) -> tuple[Rule, ...]:
-    return tuple(Rule(name, conditions) for name in names.split())
+def _where(names: str, *conditions: Condition) -> tuple[SyscallRule, ...]:
+    return tuple(SyscallRule(name, conditions) for name in names.split())
 
 
-def _socket(family: int, *kinds: int) -> tuple[Rule, ...]:
+def _socket(family: int, *kinds: int) -> tuple[SyscallRule, ...]:
     return tuple(
-        Rule(call, (Condition(0, family), Condition(1, kind, _SOCK_TYPE)))
+        SyscallRule(call, (Condition(0, family), Condition(1, kind, _SOCK_TYPE)))
         for kind in kinds
         for call in ("socket", "socketpair")
     )
 
 
-def _ioctls(*requests: int) -> tuple[Rule, ...]:
-    return tuple(Rule("ioctl", (Condition(1, request),)) for request in requests)
+def _ioctls(*requests: int) -> tuple[SyscallRule, ...]:
+    return tuple(SyscallRule("ioctl", (Condition(1, request),)) for request in requests)
 
 
 _SIOCATMARK = 0x8905
 """asm-generic/sockios.h"""
 
-FEATURES: dict[str, tuple[Rule, ...]] = {
+FEATURES: dict[str, tuple[SyscallRule, ...]] = {
     # Python and libc themselves, whatever is done with them.
     "memory": (
         *_calls("brk munmap mremap madvise"),
@@ -106,7 +106,9 @@ FEATURES: dict[str, tuple[Rule, ...]] = {
         *_calls("set_robust_list rseq set_tid_address get_robust_list"),
     ),
     "names": (
-        Rule("socket", (Condition(0, socket.AF_NETLINK), Condition(2, socket.NETLINK_ROUTE))),
+        SyscallRule(
+            "socket", (Condition(0, socket.AF_NETLINK), Condition(2, socket.NETLINK_ROUTE))
+        ),
         *_where("mmap mmap2 mprotect", Condition(2, mmap.PROT_EXEC, mmap.PROT_EXEC)),
         *_calls("sendmmsg recvmmsg recvmmsg_time64"),
     ),
@@ -141,6 +143,6 @@ DEADLY = (
 """What none of them does, under no libc: whoever tries has taken the process over."""
 
 
-def allowed(program: str) -> tuple[Rule, ...]:
+def allowed(program: str) -> tuple[SyscallRule, ...]:
     """The calls of this program."""
     return tuple(rule for feature in PROGRAMS[program] for rule in FEATURES[feature])

@@ -17,7 +17,7 @@ from procfs_sim.tree import (
     MAX_SHOWN,
     ROOT_VARIABLE,
     SETTINGS,
-    Refused,
+    SettingRefused,
     parse,
     shown,
     words,
@@ -39,7 +39,7 @@ def _cell(name: str, text: str | None) -> str:
         return "(missing)"
     try:
         parse(name, text)
-    except Refused:
+    except SettingRefused:
         return f"{shown(text.strip(BLANKS))} (not accepted)"
     line = " ".join(words(text))
     return line if len(line) <= MAX_SHOWN else line[: MAX_SHOWN - 3] + "..."

@@ -43,7 +43,7 @@ from inotify_simple import INotify, flags
 
 from knet import trust
 from procfs_sim.state import Outcome
-from procfs_sim.tree import DEFAULTS, DIRECTORIES, SETTINGS, STATUS, Refused, in_force, parse
+from procfs_sim.tree import DEFAULTS, DIRECTORIES, SETTINGS, STATUS, SettingRefused, in_force, parse
 
 MAX_TEXT = 64 * 1024
 """Bytes of a file that are read; no accepted text is longer."""
@@ -490,7 +490,7 @@ def _text(fd: int, name: str) -> str:
     # refuse it.
     if found.st_uid in (0, os.geteuid()) and stat.S_IMODE(found.st_mode) == FILE_MODE:
         text = os.pread(fd, MAX_TEXT, 0).decode(errors="replace")
-        with suppress(Refused, KeyError):
+        with suppress(SettingRefused, KeyError):
             parse(name, text)
             return text
     return _no_file(found)

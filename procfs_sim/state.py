@@ -26,7 +26,7 @@ from procfs_sim.tree import (
     DEFAULTS,
     SETTINGS,
     Config,
-    Refused,
+    SettingRefused,
     conflicts,
     in_force,
     parse,
@@ -136,7 +136,7 @@ class TreeState:
         for name, text in texts.items():
             try:
                 values[name] = parse(name, text)
-            except Refused as reason:
+            except SettingRefused as reason:
                 reasons[name] = str(reason)
         changed = self._apply(values, reasons)
 

@@ -43,7 +43,7 @@ SSH = 22
 BLANKS = " \t\r\n\v\f"
 
 
-class Refused(ValueError):
+class SettingRefused(ValueError):
     """A text that is not accepted.  Its message is the reason, in one printable line."""
 
 
@@ -65,37 +65,47 @@ class Service(NamedTuple):
     def parse(cls, text: str) -> Self:
         """Read `tcp/80`, `udp/5000-5010`, `tcp/443=forward`, `udp/69+any-port` or `tcp/22!`.
 
-        The `!` comes last: `tcp/22=forward!`.  Raises Refused.
+        The `!` comes last: `tcp/22=forward!`.  Raises SettingRefused.
 
         tcp/22 must be forced, alone or inside a range: relaying it cuts off who administers the
         relay.
         """
         match = _SERVICE.fullmatch(text)
         if match is None:
-            raise Refused(f"{shown(text)} is not a service (like tcp/80, udp/53 or tcp/8000-8100)")
+            raise SettingRefused(
+                f"{shown(text)} is not a service (like tcp/80, udp/53 or tcp/8000-8100)"
+            )
         proto, low, high, early, mode, option, mark = match.groups()
         if mode is not None and mode != "forward":
-            raise Refused(f"{shown(text)} has a mode that is not forward (like tcp/443=forward)")
+            raise SettingRefused(
+                f"{shown(text)} has a mode that is not forward (like tcp/443=forward)"
+            )
         if option is not None and option != "any-port":
-            raise Refused(f"{shown(text)} has an option that is not any-port (udp/69+any-port)")
+            raise SettingRefused(
+                f"{shown(text)} has an option that is not any-port (udp/69+any-port)"
+            )
         if early and (mode or option):
             whole = "=forward!" if mode else "+any-port!"
-            raise Refused(f"{shown(text)} has its ! in the middle; write it last, {whole}")
+            raise SettingRefused(f"{shown(text)} has its ! in the middle; write it last, {whole}")
         if mode and proto == "udp":
-            raise Refused(f"{shown(text)}: udp is always forwarded; write it without =forward")
+            raise SettingRefused(
+                f"{shown(text)}: udp is always forwarded; write it without =forward"
+            )
         if option and proto == "tcp":
-            raise Refused(f"{shown(text)}: any-port is for udp; tcp answers from its own port")
+            raise SettingRefused(
+                f"{shown(text)}: any-port is for udp; tcp answers from its own port"
+            )
         first = int(low)
         last = first if high is None else int(high)
         if not (1 <= first <= MAX_PORT and 1 <= last <= MAX_PORT):
-            raise Refused(f"{shown(text)} has a port that is not in 1-{MAX_PORT}")
+            raise SettingRefused(f"{shown(text)} has a port that is not in 1-{MAX_PORT}")
         if first > last:
-            raise Refused(f"{shown(text)} runs backwards; write {proto}/{last}-{first}")
+            raise SettingRefused(f"{shown(text)} runs backwards; write {proto}/{last}-{first}")
         service = cls(
             proto, first, last, "!" in (early, mark), mode is not None, option is not None
         )
         if service.contains("tcp", SSH) and not service.forced:
-            raise Refused(
+            raise SettingRefused(
                 f"{shown(text)} would relay ssh, tcp/{SSH}; write {service}! if you mean it"
             )
         return service
@@ -188,12 +198,12 @@ class Setting(NamedTuple):
 
 
 def port(text: str) -> int:
-    """A port number.  Raises Refused."""
+    """A port number.  Raises SettingRefused."""
     return _number(text, MAX_PORT, "a port", units={})
 
 
 def server(text: str) -> IPv4Address:
-    """An address that a server can have.  Raises Refused.
+    """An address that a server can have.  Raises SettingRefused.
 
     The refused blocks are those of RFC 6890 that no host has; private and link-local addresses are
     fine.
@@ -201,7 +211,7 @@ def server(text: str) -> IPv4Address:
     try:
         address = IPv4Address(text)
     except AddressValueError:
-        raise Refused(f"{shown(text)} is not an IPv4 address{_instead(text)}") from None
+        raise SettingRefused(f"{shown(text)} is not an IPv4 address{_instead(text)}") from None
     for wrong, kind in (
         (address == _BROADCAST, "the broadcast address"),
         (address.packed[0] == 0, "an unspecified address (0.0.0.0/8)"),
@@ -210,7 +220,7 @@ def server(text: str) -> IPv4Address:
         (address.is_reserved, "a class E address (240.0.0.0/4)"),
     ):
         if wrong:
-            raise Refused(f"{shown(text)} is {kind}, no server has it")
+            raise SettingRefused(f"{shown(text)} is {kind}, no server has it")
     return address
 
 
@@ -243,20 +253,22 @@ _BROADCAST = IPv4Address("255.255.255.255")
 
 
 def services(text: str) -> tuple[Service, ...]:
-    """One service or more, in the order written; one written twice counts once.  Raises Refused.
+    """One service or more, in the order written; one written twice counts once.  Raises SettingRefused.
 
     Services that overlap without being the same are refused: the packet filter's sets refuse them
     too.
     """
     found = tuple(dict.fromkeys(Service.parse(word) for word in words(text)))
     if not found:
-        raise Refused(f"{shown(text)} names no service (like tcp/80, udp/53 or tcp/8000-8100)")
+        raise SettingRefused(
+            f"{shown(text)} names no service (like tcp/80, udp/53 or tcp/8000-8100)"
+        )
     by_port = sorted(found)
     for one, next_one in pairwise(by_port):
         if one.overlaps(next_one):
             same_kind = one.forward == next_one.forward and one.any_port == next_one.any_port
             how = "write one range" if same_kind else "keep one"
-            raise Refused(f"'{one}' and '{next_one}' overlap; {how}")
+            raise SettingRefused(f"'{one}' and '{next_one}' overlap; {how}")
     return found
 
 
@@ -293,7 +305,7 @@ def _number(
     if not low <= number <= high:
         meant = _meant(text, units)
         hint = f"; write {meant}" if meant is not None and low <= meant <= high else ""
-        raise Refused(f"{shown(text)} is not {what} ({low}-{high}){hint}")
+        raise SettingRefused(f"{shown(text)} is not {what} ({low}-{high}){hint}")
     return number
 
 
@@ -308,7 +320,7 @@ def _meant(text: str, units: Mapping[str, int]) -> int | None:
 
 def _flag(text: str) -> bool:
     if text not in ("0", "1"):
-        raise Refused(f"{shown(text)} is neither 0 nor 1")
+        raise SettingRefused(f"{shown(text)} is neither 0 nor 1")
     return text == "1"
 
 
@@ -326,7 +338,7 @@ def _refusal(text: str) -> str:
 
 def _either(text: str, one: str, other: str) -> str:
     if text not in (one, other):
-        raise Refused(f"{shown(text)} is neither {one} nor {other}")
+        raise SettingRefused(f"{shown(text)} is neither {one} nor {other}")
     return text
 
 
@@ -364,7 +376,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType({row.name: row for row in _TA
 def parse(name: str, text: str) -> Any:
     """The value that `text` stands for in the file `name`; blanks around it don't matter.
 
-    Raises Refused, and nothing else, for a text that is not accepted; KeyError if there is no such
+    Raises SettingRefused, and nothing else, for a text that is not accepted; KeyError if there is no such
     setting.
     """
     return SETTINGS[name].read(text.strip(BLANKS))

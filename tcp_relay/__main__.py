@@ -10,8 +10,8 @@ from knet import log, privileges
 from knet.loop import Loop
 from knet.privileges import Account, NoAccount
 from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, ondisk
-from tcp_relay.engine.limits import Limits
-from tcp_relay.relay.daemon import Daemon
+from tcp_relay.engine.limits import SessionLimits
+from tcp_relay.relay.daemon import TcpRelayDaemon
 from tcp_relay.service import options
 from tcp_relay.service.service import run_program
 
@@ -50,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.add_options(parser)
     asked = parser.parse_args(arguments)
 
-    def serve(limits: Limits, index: int, ready: Callable[[], None]) -> int:
+    def serve(limits: SessionLimits, index: int, ready: Callable[[], None]) -> int:
         with Loop() as loop:
-            return Daemon(
+            return TcpRelayDaemon(
                 loop,
                 asked.root,
                 limits,

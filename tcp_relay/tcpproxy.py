@@ -9,13 +9,13 @@ from functools import partial
 from knet import log
 from knet.loop import Loop
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.limits import Limits
+from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.engine.listener import PER_TURN, Accepted, Listener
 from tcp_relay.engine.sockets import Socket, server_socket
 from tcp_relay.proxy.proxy import Proxy
 from tcp_relay.proxy.resolver import Resolver, host_name, service_port
 from tcp_relay.service import options
-from tcp_relay.service.service import Service, run_program
+from tcp_relay.service.service import RelayService, run_program
 
 EXAMPLE = """\
 example:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def _serve(asked: argparse.Namespace, limits: Limits, ready: Callable[[], None]) -> int:
+def _serve(asked: argparse.Namespace, limits: SessionLimits, ready: Callable[[], None]) -> int:
     with Loop() as loop:
         resolver = Resolver(loop, asked.host, asked.port)
         engine = Engine(loop, limits)
@@ -75,7 +75,7 @@ def _serve(asked: argparse.Namespace, limits: Limits, ready: Callable[[], None])
             service.on_room()
 
         # Before anybody can see it listening: a signal would find no handler, and end it.
-        service = Service(loop, engine, stop_accepting)
+        service = RelayService(loop, engine, stop_accepting)
         engine.on_room = on_room
         listeners += _listeners(
             loop, asked, asked.workers > 1, proxy.accepted, proxy.spare, lambda: engine.room

@@ -20,7 +20,7 @@ import pytest
 import tcp_relay.__main__ as relay_main
 import vm.__main__ as vm_main
 from krelay.cli import main
-from procfs_sim.tree import DEFAULT_ROOT, DIRECTORIES, SETTINGS, STATUS, Refused, parse
+from procfs_sim.tree import DEFAULT_ROOT, DIRECTORIES, SETTINGS, STATUS, SettingRefused, parse
 from tcp_relay import tcpproxy
 from vm import DEFAULT, attended, draw
 
@@ -147,7 +147,7 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 parses(words, patch)
         except (SystemExit, AssertionError) as error:
             pytest.fail(f"{page.name}: {shlex.join(words)}: {error!r}")
-        except Refused as reason:
+        except SettingRefused as reason:
             if words != ["krelay", "set", "services", "tcp/22"]:  # an example of a refusal
                 pytest.fail(f"{page.name}: {shlex.join(words)}: {reason}")
 
@@ -160,7 +160,7 @@ def test_the_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
             try:
                 if parses(words, patch):
                     ours.append(words)
-            except (SystemExit, Refused, AssertionError):
+            except (SystemExit, SettingRefused, AssertionError):
                 pass
 
     for words in (
@@ -192,7 +192,7 @@ def test_the_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_command_that_is_wrong_is_noticed(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises((SystemExit, AssertionError, Refused)):
+    with pytest.raises((SystemExit, AssertionError, SettingRefused)):
         parses(words.split(), monkeypatch)
 
 

@@ -26,7 +26,7 @@ _TYPE, _LOCAL = 7, 2
 """Where rtmsg has the route's type, and RTN_LOCAL."""
 
 
-class Address(NamedTuple):
+class InterfaceAddress(NamedTuple):
     """An IPv4 address of this host."""
 
     local: bytes
@@ -37,7 +37,7 @@ class Address(NamedTuple):
     link: int
 
 
-class Route(NamedTuple):
+class RouteLookup(NamedTuple):
     """The way to one address."""
 
     link: int | None
@@ -64,7 +64,7 @@ def get_link(sequence: int, index: int) -> bytes:
     return netlink.request(_GETLINK, 0, _LINK.pack(0, 0, index, 0, 0), sequence=sequence)
 
 
-def addresses(messages: Iterable[Message]) -> Iterator[Address]:
+def addresses(messages: Iterable[Message]) -> Iterator[InterfaceAddress]:
     """Those that these messages tell of."""
     for body in _bodies(messages, _NEWADDR, _ADDRESS.size):
         _, length, _, _, link = _ADDRESS.unpack_from(body)
@@ -72,10 +72,10 @@ def addresses(messages: Iterable[Message]) -> Iterator[Address]:
         beyond = found.get(_IFA_ADDRESS, found.get(_IFA_LOCAL, b""))
         local = found.get(_IFA_LOCAL, beyond)
         if len(local) == len(beyond) == 4 and length <= 32:
-            yield Address(local, beyond, length, link)
+            yield InterfaceAddress(local, beyond, length, link)
 
 
-def route(messages: Iterable[Message]) -> Route:
+def route(messages: Iterable[Message]) -> RouteLookup:
     """The way that these messages tell of, as far as they do."""
     found: dict[int, bytes] = {}
     is_local = False
@@ -83,7 +83,7 @@ def route(messages: Iterable[Message]) -> Route:
         found |= netlink.attributes(body[_ROUTE.size :])
         is_local = body[_TYPE] == _LOCAL
     source = found.get(_RTA_PREFSRC, b"")
-    return Route(_number(found.get(_RTA_OIF)), source if len(source) == 4 else None, is_local)
+    return RouteLookup(_number(found.get(_RTA_OIF)), source if len(source) == 4 else None, is_local)
 
 
 def mtu(messages: Iterable[Message]) -> int | None:

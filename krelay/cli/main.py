@@ -17,7 +17,15 @@ from pathlib import Path
 from knet import log, trust
 from procfs_sim import ondisk
 from procfs_sim.ondisk import FileTree
-from procfs_sim.tree import DEFAULT_ROOT, ROOT_VARIABLE, SETTINGS, Refused, parse, render, server
+from procfs_sim.tree import (
+    DEFAULT_ROOT,
+    ROOT_VARIABLE,
+    SETTINGS,
+    SettingRefused,
+    parse,
+    render,
+    server,
+)
 
 IN_FORCE_WITHIN = 5.0
 """Seconds that a command waits for a value to be in force; normally it takes milliseconds."""
@@ -365,7 +373,7 @@ def _tries() -> Iterator[None]:
 def _checked(name: str, text: str) -> str:
     try:
         return render(name, parse(name, text))
-    except Refused as reason:
+    except SettingRefused as reason:
         raise Failed(f"{name}: {reason}") from None
 
 
@@ -573,7 +581,7 @@ def _row_id(text: str) -> int:
 def _address(text: str) -> IPv4Address:
     try:
         return server(text)
-    except Refused as reason:
+    except SettingRefused as reason:
         text = str(reason).partition(",")[0]
         raise argparse.ArgumentTypeError(text.replace("the server's", "the client's")) from None
 

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 from knet.endpoint import Endpoint, Proto
 from knet.roles import ADMIN, VIEW, needs_admin
-from krelay.datapath.worker import Counts, Verdict
-from krelay.nat.flow import Row, Step
+from krelay.datapath.worker import PacketCounts, Verdict
+from krelay.nat.flow import Flow, Step
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import Side, State
 from krelay.registration.messages import GAUGES
@@ -54,17 +54,17 @@ class BadRequest(ValueError):
     """A request that can't be answered.  The text says what would be right."""
 
 
-class Relay(Protocol):
+class RelayView(Protocol):
     """What can be asked."""
 
     nat: NatTable
 
-    def counted(self, rows: Iterable[Row]) -> Iterator[Row]: ...
+    def counted(self, rows: Iterable[Flow]) -> Iterator[Flow]: ...
     def traced(self, filters: Sequence[Filter]) -> None: ...
     def status(self) -> Values: ...
     def counters(self) -> Values: ...
     def config_in_force(self) -> Values: ...
-    def kill(self, row: Row) -> None: ...
+    def kill(self, row: Flow) -> None: ...
     def flush(self) -> int: ...
 
 
@@ -82,7 +82,7 @@ class Trace:
 
 
 def answer(
-    line: str, relay: Relay, now: float, *, may_change: bool = True
+    line: str, relay: RelayView, now: float, *, may_change: bool = True
 ) -> Iterator[str] | Trace:
     """The lines that answer a request, without the empty one at the end.  Raises BadRequest."""
     words = line.split()
@@ -169,7 +169,7 @@ def parse_trace(words: Sequence[str]) -> Trace:
     return replace(default, verdicts=verdicts) if chosen else default
 
 
-def row_values(row: Row, timeouts: Any, now: float) -> dict[str, Value]:
+def row_values(row: Flow, timeouts: Any, now: float) -> dict[str, Value]:
     """A row in the columns of the contract.  Times are seconds, to a tenth."""
     values: dict[str, Value] = {
         "id": row.id,
@@ -195,7 +195,7 @@ def row_values(row: Row, timeouts: Any, now: float) -> dict[str, Value]:
 
 
 def counter_values(
-    counts: Counts,
+    counts: PacketCounts,
     *,
     steps: Sequence[int],
     evicted: int,

@@ -26,7 +26,7 @@ from knet.loop import Loop, Timer
 from knet.roles import ADMIN, VIEW, Role
 from knet.unixsock import Crowd, Peer, UnixListener
 from krelay.control import language
-from krelay.control.language import MAX_LINE, BadRequest, Relay, Trace
+from krelay.control.language import MAX_LINE, BadRequest, RelayView, Trace
 from krelay.datapath.worker import Verdict, Worker
 from krelay.nat.flow import Rewrite
 from krelay.trace.capture import Capture
@@ -62,7 +62,7 @@ _SO_SNDBUFFORCE = 32
 class ControlSocket:
     """Listens at `root` for both roles, and answers for `relay`.  Raises OSError if it can't."""
 
-    def __init__(self, loop: Loop, root: Path, relay: Relay, worker: Worker) -> None:
+    def __init__(self, loop: Loop, root: Path, relay: RelayView, worker: Worker) -> None:
         self._loop = loop
         self._relay = relay
         self._worker = worker
@@ -221,7 +221,7 @@ class _Client:
         loop: Loop,
         connection: socket.socket,
         peer: Peer,
-        relay: Relay,
+        relay: RelayView,
         worker: Worker,
         left: "Callable[[_Client], object]",
         trace_began: Callable[[], object],

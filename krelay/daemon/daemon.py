@@ -33,7 +33,7 @@ from krelay.datapath.worker import Worker
 from krelay.host import netfilter, tracking
 from krelay.host.links import LinkWatcher, LocalAddresses, Looker
 from krelay.host.witness import Witness
-from krelay.nat.flow import Row
+from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.registration.server import RelaySocket
 from krelay.rules import ruleset
@@ -218,7 +218,7 @@ class Daemon:
             name: in_force(name, config) for name in SETTINGS
         }
 
-    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def counted(self, rows: Iterable[Flow]) -> Iterator[Flow]:
         """The same rows, with what the kernel has counted for them until now."""
         every = iter(rows)
         while some := list(islice(every, COUNTED_TOGETHER)):
@@ -229,7 +229,7 @@ class Daemon:
         """Somebody traces the rows that one of these admits: the worker sees all their packets."""
         self._relaying.trace(filters)
 
-    def kill(self, row: Row) -> None:
+    def kill(self, row: Flow) -> None:
         """Ends a row: a TCP one by resetting both its legs."""
         self._relaying.end(row)
 

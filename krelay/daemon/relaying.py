@@ -42,8 +42,8 @@ from krelay.doctor.facts import Facts, Path
 from krelay.host import netfilter
 from krelay.host.links import LOOPBACK, HostView, LocalAddresses, Looker
 from krelay.host.netfilter import Backend, RulesDelayed, RulesUnavailable
-from krelay.nat.admission import Limits
-from krelay.nat.flow import Row, Step, Timeouts
+from krelay.nat.admission import FlowLimits
+from krelay.nat.flow import Flow, Step, Timeouts
 from krelay.nat.table import NatTable
 from krelay.offload.kernelpath import KernelPath
 from krelay.registration.gatewayports import GatewayPorts
@@ -265,7 +265,7 @@ class Relaying:
     def settle(self, config: Config, changed: frozenset[str]) -> None:
         """Puts this config in force; `changed` names the settings that differ from before."""
         self._config = config
-        self.nat.limits = Limits(
+        self.nat.limits = FlowLimits(
             config.limits_flows, config.limits_flows_per_client, config.limits_new_flows_per_client
         )
         timeouts = Timeouts(
@@ -311,7 +311,7 @@ class Relaying:
             self.end(row)
         self._wait_for_resets(now + STOP_WITHIN)
 
-    def end(self, row: Row) -> None:
+    def end(self, row: Flow) -> None:
         """Ends a row: TCP by resetting both its legs, or both ends of what is forwarded."""
         if row.is_forwarded:
             self.nat.kill(row, self._loop.now)
@@ -774,7 +774,7 @@ class Relaying:
         for wait in ASK_AFTER:
             self._loop.call_at(self._loop.now + wait, lambda: self._ask_ends(doubtful))
 
-    def _ask_ends(self, rows: list[Row]) -> None:
+    def _ask_ends(self, rows: list[Flow]) -> None:
         """Has the ends of these TCP connections find out whether their peers are still there.
 
         What went on unrewritten while rules were gone was answered by a RST, mostly to one end

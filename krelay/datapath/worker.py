@@ -61,16 +61,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Network
 
-from knet.endpoint import Endpoint, Flow, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from knet.wire import BadPacket, icmp, ipv4, tcp, udp
 from knet.wire.checksum import updated
 from krelay.nat import icmperror
 from krelay.nat.admission import Refusal
-from krelay.nat.flow import SENDERS, SIDES, Hook, Rewrite, Row, Step, key
-from krelay.nat.limits import NewFlows, Pace, Refused
+from krelay.nat.flow import SENDERS, SIDES, Flow, Hook, Rewrite, Step, key
+from krelay.nat.limits import PerClientLimiter, RateLimiter, TopRefusedClients
 from krelay.nat.ports import FIRST_HIGH
 from krelay.nat.table import NatTable
-from krelay.nat.tcpstate import Segment, Side, State, Through
+from krelay.nat.tcpstate import Side, State, TcpSegment, Through
 from krelay.rules.ruleset import DSCP_STEPS
 
 
@@ -139,7 +139,7 @@ class Policy:
 
 
 @dataclass(slots=True)
-class Counts:
+class PacketCounts:
     """Packets since the start."""
 
     steps: list[int] = field(default_factory=lambda: [0] * len(Step))
@@ -200,7 +200,7 @@ class Worker:
         self.recovering_until = 0.0
         self.waiting_until = 0.0
         """Until then, who is refused for want of a tcp-relay is so in silence."""
-        self.counts = Counts()
+        self.counts = PacketCounts()
         self.answers: list[bytes] = []
         """Packets of our own that refusals gave rise to; the shell sends them and empties this."""
         self.on_rewrite: Callable[[Rewrite, bytes, bytes], None] | None = None
@@ -220,10 +220,10 @@ class Worker:
         elsewhere."""
         self.other_ports = Counter[int]()
         """Answers from another port than was asked, by the port of the service."""
-        self.refused = Refused()
+        self.refused = TopRefusedClients()
         """Who has been refused for want of room."""
-        self._answer_pace = Pace(ANSWERS, ANSWERS_AT_ONCE)
-        self._told_lately = NewFlows()
+        self._answer_pace = RateLimiter(ANSWERS, ANSWERS_AT_ONCE)
+        self._told_lately = PerClientLimiter()
         self._answered: dict[bytes, None] = {}
         # Lists indexed by hook: cheaper to reach than a dictionary of pairs.
         self._tcp: list[dict[bytes, Rewrite]] = [{}] * (max(Hook) + 1)
@@ -607,7 +607,7 @@ class Worker:
         assert self.policy is not None
         return port == self.policy.gport or any(f.gport == port for f in self.nat.footprints)
 
-    def _open_tcp(self, client: Endpoint, service: Endpoint, now: float) -> Row:
+    def _open_tcp(self, client: Endpoint, service: Endpoint, now: float) -> Flow:
         policy = self.policy
         assert policy is not None
         if policy.gport not in policy.served:
@@ -616,7 +616,9 @@ class Worker:
         source = policy.source_for(client.addr)
         return self.nat.open_tcp(client, service, server, source, policy.gport, now)
 
-    def _open_forwarded(self, proto: Proto, client: Endpoint, service: Endpoint, now: float) -> Row:
+    def _open_forwarded(
+        self, proto: Proto, client: Endpoint, service: Endpoint, now: float
+    ) -> Flow:
         policy = self.policy
         assert policy is not None
         return self.nat.open_forwarded(
@@ -720,18 +722,18 @@ class Worker:
             return self._pass("no_row")
         return self._begins_itself(_TCP, relay, row.server, now, opens=True)
 
-    def _is_nobodys(self, row: Row) -> bool:
+    def _is_nobodys(self, row: Flow) -> bool:
         """Whether T1 would lead to a port that is no tcp-relay's any more, of whom none has the
         row."""
         policy = self.policy
         is_free = row.orphaned or not row.accepted
         return is_free and policy is not None and row.gport not in policy.served
 
-    def _still_served(self, row: Row) -> bool:
+    def _still_served(self, row: Flow) -> bool:
         """Whether new connections to the service of this row are relayed."""
         return self.policy is not None and self.policy.serves(_TCP, row.service.port)
 
-    def _open_again(self, row: Row, now: float) -> Rewrite | None:
+    def _open_again(self, row: Flow, now: float) -> Rewrite | None:
         """The rewrite for that packet; None if the service is none any more.  Raises Refusal."""
         if row.gport is None and not row.is_forwarded:
             row.tracker = Through()
@@ -793,13 +795,13 @@ class Worker:
         return Verdict.DROP
 
 
-def probes(row: Row) -> list[bytes]:
+def probes(row: Flow) -> list[bytes]:
     """What makes both ends of a forwarded row that was killed say something: a SYN to each."""
     ends = (row.by(side) for side in (Side.CLIENT, Side.SERVER))
     return [_syn(rewrite.old) for rewrite in ends if rewrite is not None]
 
 
-def asks(row: Row) -> list[bytes]:
+def asks(row: Flow) -> list[bytes]:
     """What makes every end of a TCP row say something to its peer: a SYN to each.
 
     An end that lives answers by an ACK, which a peer that lives ignores and one that has forgotten
@@ -817,15 +819,15 @@ def _syn(coming: bytes) -> bytes:
     return tcp.build(coming[4:8], coming[:4], dport, sport, tcp.SYN, window=ipv4.MAX_TOTAL)
 
 
-def _segment(packet: bytes, at: int, flags: int) -> Segment:
+def _segment(packet: bytes, at: int, flags: int) -> TcpSegment:
     """What a packet says whose TCP header, whole, begins at `at`."""
     seq, ack, offset = _NUMBERS(packet, at + tcp.SEQ)
     total = int.from_bytes(packet[2:4])
     size = max(0, total - at - (offset >> 4) * 4)
-    return Segment(flags, seq, ack, size + bool(flags & tcp.SYN) + bool(flags & tcp.FIN))
+    return TcpSegment(flags, seq, ack, size + bool(flags & tcp.SYN) + bool(flags & tcp.FIN))
 
 
-def _was_killed(row: Row) -> bool:
+def _was_killed(row: Flow) -> bool:
     return row.abort_asked and row.is_forwarded
 
 
@@ -834,13 +836,13 @@ def _told_by(packet: bytes, at: int) -> bytes:
     return packet[ipv4.ADDRESSES] + packet[at : at + tcp.CHECK]
 
 
-def flow_of(packet: bytes) -> Flow:
+def flow_of(packet: bytes) -> FiveTuple:
     """The flow of a packet that `handle` would rewrite.  Raises BadPacket for others."""
     header = ipv4.parse(packet)
     at = header.length
     if header.proto not in (Proto.TCP, Proto.UDP) or header.total < at + udp.HEADER:
         raise BadPacket("other_protocol")
-    return Flow(
+    return FiveTuple(
         Proto(header.proto),
         Endpoint(header.src, int.from_bytes(packet[at : at + 2])),
         Endpoint(header.dst, int.from_bytes(packet[at + 2 : at + 4])),

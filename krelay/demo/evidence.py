@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from knet.endpoint import Endpoint, Flow, Proto
+from knet.endpoint import Endpoint, FiveTuple, Proto
 from knet.wire import BadPacket, ipv4, tcp, udp
 from knet.wire.checksum import checksum
 
@@ -67,7 +67,7 @@ class Seen(NamedTuple):
     def __str__(self) -> str:
         return f"{self.src} > {self.dst}"
 
-    def of(self, flow: Flow) -> bool:
+    def of(self, flow: FiveTuple) -> bool:
         """Whether it belongs to the flow."""
         return (self.proto, self.src, self.dst) == flow
 
@@ -85,13 +85,13 @@ class Traced(NamedTuple):
         return f"{self.src} > {self.dst} => {self.new_src} > {self.new_dst}"
 
 
-class Step(NamedTuple):
+class ShownStep(NamedTuple):
     """One rewriting as it must be, and on which wires either form of the packet is seen."""
 
     label: str
     title: str
-    before: Flow
-    after: Flow
+    before: FiveTuple
+    after: FiveTuple
     before_on: str | None
     after_on: str | None
 
@@ -169,14 +169,16 @@ def row_of(rows: Iterable[Mapping[str, Any]], proto: str) -> Mapping[str, Any] |
     return found[0] if len(found) == 1 else None
 
 
-def steps(cast: Cast, tcp_row: Mapping[str, Any], udp_row: Mapping[str, Any]) -> tuple[Step, ...]:
+def steps(
+    cast: Cast, tcp_row: Mapping[str, Any], udp_row: Mapping[str, Any]
+) -> tuple[ShownStep, ...]:
     """The six rewritings that these two rows stand for.
 
     Only the ephemeral ports are the rows'; all else is as the cast says it must be.
     """
 
-    def flow(proto: Proto, src: tuple[str, int], dst: tuple[str, int]) -> Flow:
-        return Flow(proto, Endpoint.of(*src), Endpoint.of(*dst))
+    def flow(proto: Proto, src: tuple[str, int], dst: tuple[str, int]) -> FiveTuple:
+        return FiveTuple(proto, Endpoint.of(*src), Endpoint.of(*dst))
 
     c, k, s, http, dns = cast.client, cast.relay, cast.server, cast.http, cast.dns
     x, y = port(tcp_row["client"]), port(tcp_row["relay"])
@@ -185,12 +187,12 @@ def steps(cast: Cast, tcp_row: Mapping[str, Any], udp_row: Mapping[str, Any]) ->
     t3 = flow(Proto.TCP, (k, y), (s, http)), flow(Proto.TCP, (c, y), (s, http))
     u1 = flow(Proto.UDP, (c, u), (k, dns)), flow(Proto.UDP, (c, u), (s, dns))
     return (
-        Step("T1", "client to relay", *t1, "client", None),
-        Step("T2", "relay to client", t1[1].reply(), t1[0].reply(), None, "client"),
-        Step("T3", "relay to server", *t3, None, "server"),
-        Step("T4", "server to relay", t3[1].reply(), t3[0].reply(), "server", None),
-        Step("U1,U2", "client to server", *u1, "client", "server"),
-        Step("U3,U4", "server to client", u1[1].reply(), u1[0].reply(), "server", "client"),
+        ShownStep("T1", "client to relay", *t1, "client", None),
+        ShownStep("T2", "relay to client", t1[1].reply(), t1[0].reply(), None, "client"),
+        ShownStep("T3", "relay to server", *t3, None, "server"),
+        ShownStep("T4", "server to relay", t3[1].reply(), t3[0].reply(), "server", None),
+        ShownStep("U1,U2", "client to server", *u1, "client", "server"),
+        ShownStep("U3,U4", "server to client", u1[1].reply(), u1[0].reply(), "server", "client"),
     )
 
 
@@ -199,7 +201,7 @@ def port(endpoint: str) -> int:
     return Endpoint.parse(endpoint).port
 
 
-def on_wire(wire: Sequence[Seen], flow: Flow) -> list[Seen]:
+def on_wire(wire: Sequence[Seen], flow: FiveTuple) -> list[Seen]:
     """The packets of this flow."""
     return [packet for packet in wire if packet.of(flow)]
 
@@ -212,7 +214,7 @@ def answers(claim: str, printed: str, wanted: str) -> Check:
     return Check(claim, printed.strip() == wanted, f"it printed {printed.strip()!r}")
 
 
-def rewritten(step: Step, trace: Sequence[Traced], wires: Wires) -> Check:
+def rewritten(step: ShownStep, trace: Sequence[Traced], wires: Wires) -> Check:
     """Every packet of the step was rewritten as it must be, and seen so on the wires."""
     ours = [line for line in trace if line.step == step.label]
     claim = f"{step.label} {step.title}: {len(ours)} rewritten, and as many on the wire"
@@ -233,12 +235,12 @@ def rewritten(step: Step, trace: Sequence[Traced], wires: Wires) -> Check:
     return Check(claim, True)
 
 
-def _arrow(step: Step) -> str:
+def _arrow(step: ShownStep) -> str:
     flows = (step.before, step.after)
     return " => ".join(f"{flow.src} > {flow.dst}" for flow in flows)
 
 
-def settled(plan: Iterable[Step], trace: Sequence[Traced], wires: Wires) -> bool:
+def settled(plan: Iterable[ShownStep], trace: Sequence[Traced], wires: Wires) -> bool:
     """Whether all that was rewritten has been seen, and the other way round: it is all over."""
     return all(rewritten(step, trace, wires).held for step in plan)
 

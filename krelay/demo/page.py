@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from krelay.demo import evidence
-from krelay.demo.evidence import Check, Seen, Step
+from krelay.demo.evidence import Check, Seen, ShownStep
 
 WIDTH = 100
 """Columns where the output isn't a terminal; a terminal has as many as it has, but no more."""
@@ -110,7 +110,7 @@ def _cell(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def step_table(steps: Sequence[Step], wires: evidence.Wires, *, wide: bool) -> Table:
+def step_table(steps: Sequence[ShownStep], wires: evidence.Wires, *, wide: bool) -> Table:
     """Two lines a step, the packet before and after, and how often it was seen on which wire."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("step", no_wrap=True)

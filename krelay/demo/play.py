@@ -29,7 +29,7 @@ from rich.console import Console
 
 from knet import children
 from krelay.demo import evidence
-from krelay.demo.evidence import Cast, Check, Seen, Step, Traced
+from krelay.demo.evidence import Cast, Check, Seen, ShownStep, Traced
 from krelay.demo.page import DemoFailed, Page, console, nat_table, step_table
 from procfs_sim import DEFAULT_ROOT
 from vm import DEFAULT, Lab, LabError, LabTimeout, Program, draw, guest, netns
@@ -200,7 +200,7 @@ class Play:
         if tcp_row and udp_row:
             self._show_logs(evidence.port(tcp_row["relay"]), evidence.port(udp_row["client"]))
 
-    def _show_steps(self, steps: Sequence[Step]) -> None:
+    def _show_steps(self, steps: Sequence[ShownStep]) -> None:
         page, cast, wires, trace = self._page, self._cast, self._wires, self._trace()
         page.title("Each packet, before and after (=>), and where it was seen")
         page.table(step_table(steps, wires, wide=page.wide))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from shlex import quote
 
 from krelay.doctor import passages
-from krelay.doctor.facts import Facts, Leftover, Listener, Path, Uplink
+from krelay.doctor.facts import Facts, Leftover, ListenerFacts, Path, Uplink
 from krelay.doctor.findings import Finding, Level
 from krelay.rules import ruleset
 from procfs_sim.tree import DEFAULT_ROOT, in_force
@@ -697,11 +697,11 @@ def _root(facts: Facts) -> str:
     return "" if facts.root == DEFAULT_ROOT else f" --root {quote(facts.root)}"
 
 
-def _who(one: Listener) -> str:
+def _who(one: ListenerFacts) -> str:
     return one.program if one.pid is None else f"{one.program} (pid {one.pid})"
 
 
-def _stop(one: Listener) -> str:
+def _stop(one: ListenerFacts) -> str:
     if one.unit:
         return f"systemctl stop {quote(one.unit)}"
     return f"kill {one.pid}" if one.pid is not None else ""

@@ -8,15 +8,15 @@ from ipaddress import IPv4Address
 from typing import NamedTuple
 
 from krelay.doctor.firewall import Chains
-from krelay.host.tracking import Timers
+from krelay.host.tracking import ConntrackTimers
 from procfs_sim.tree import DEFAULT_ROOT, DEFAULTS, Config
 
 LOOPBACK = "lo"
-LASTING = Timers()
+LASTING = ConntrackTimers()
 """Timers of connection tracking that are as long as krelay's own."""
 
 
-class Link(NamedTuple):
+class LinkFacts(NamedTuple):
     """A network interface that is up, but for the loopback."""
 
     name: str
@@ -62,7 +62,7 @@ class Uplink(NamedTuple):
     """One that no rule knows."""
 
 
-class Listener(NamedTuple):
+class ListenerFacts(NamedTuple):
     """A socket of this host that clients, or tcp-relay, would meet."""
 
     proto: str
@@ -134,13 +134,13 @@ class Facts:
     """What would rewrite packets with `datapath` auto, as `krelay status` tells it."""
     tracked: tuple[int, int] | None = (0, 65536)
     """Entries of connection tracking, and how many there may be; None: there is no tracking."""
-    timers: Timers | None = LASTING
+    timers: ConntrackTimers | None = LASTING
     """Connection tracking's."""
     forwards: bool | None = True
     rp_filter_all: int = 0
     rp_filtered: int = 0
     """Packets dropped by the reverse path filter since the host came up."""
-    links: tuple[Link, ...] = ()
+    links: tuple[LinkFacts, ...] = ()
     own: frozenset[IPv4Address] = frozenset()
     server: Path | None = None
     beside: bool = False
@@ -151,7 +151,7 @@ class Facts:
     uplinks: tuple[Uplink, ...] = ()
     returned: Returned | None = None
     """None: not probed."""
-    listeners: tuple[Listener, ...] = ()
+    listeners: tuple[ListenerFacts, ...] = ()
     chains: Chains = ()
     """The host's packet filter, without krelay's own."""
     tools: frozenset[str] = frozenset()

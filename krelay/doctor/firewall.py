@@ -68,7 +68,7 @@ NEVER = Match("never")
 UNSURE = Match("unsure")
 
 
-class Verdict(NamedTuple):
+class RuleVerdict(NamedTuple):
     """What a rule does: accept, drop, return, jump, goto, continue, queue, nat, snat, tproxy,
     notrack, mark, flow."""
 
@@ -81,7 +81,7 @@ class Rule(NamedTuple):
 
     text: str
     matches: tuple[Match, ...]
-    verdict: Verdict
+    verdict: RuleVerdict
 
 
 @dataclass(frozen=True, slots=True)

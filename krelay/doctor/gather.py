@@ -26,7 +26,7 @@ from knet import children, listeners, trust
 from knet.sockbuf import Direction
 from krelay.control import client as control
 from krelay.doctor import iptrules, nftrules
-from krelay.doctor.facts import LOOPBACK, Facts, Leftover, Link, Listener, Path, Uplink
+from krelay.doctor.facts import LOOPBACK, Facts, Leftover, LinkFacts, ListenerFacts, Path, Uplink
 from krelay.doctor.firewall import Chain, Chains, Rule
 from krelay.host import netfilter, processes, tracking, treelock
 from krelay.host.cleanup import SOCKETS
@@ -34,7 +34,7 @@ from krelay.nat import ports
 from krelay.rules import ruleset
 from procfs_sim import ondisk
 from procfs_sim.ondisk import FileTree
-from procfs_sim.tree import SETTINGS, Config, Refused, conflicts, parse
+from procfs_sim.tree import SETTINGS, Config, SettingRefused, conflicts, parse
 
 PACKAGES = ("netfilterqueue", "pyroute2", "rich", "inotify_simple")
 TOOLS = ("ufw", "firewall-cmd")
@@ -160,7 +160,7 @@ class _Gatherer:
                 continue
             try:
                 values[setting.field] = parse(name, text)
-            except Refused as refused:
+            except SettingRefused as refused:
                 self.problems.append((name, f"{refused}; its default is checked"))
         self._in_force = Config(**values).gport
         values |= {SETTINGS[name].field: value for name, value in self._asked.items()}
@@ -248,7 +248,7 @@ class _Gatherer:
             }
         vrfs = _vrfs(found)
         links = [
-            Link(
+            LinkFacts(
                 name,
                 rp_filter=_number(_SYS / "ipv4/conf" / name / "rp_filter"),
                 forwards=bool(_number(_SYS / "ipv4/conf" / name / "forwarding")),
@@ -363,10 +363,10 @@ class _Gatherer:
                 self._unseen("gateway port", what)
                 continue
             name, pid = (who.name, who.pid) if who else ("another program", None)
-            found.append(Listener(proto, address, port, name, pid, _unit(pid) if pid else ""))
+            found.append(ListenerFacts(proto, address, port, name, pid, _unit(pid) if pid else ""))
         self._add(listeners=tuple(sorted(found, key=lambda one: (one.proto, one.port))))
 
-    def _is_our_tcp_relay(self, process: processes.Process) -> bool:
+    def _is_our_tcp_relay(self, process: processes.RunningProgram) -> bool:
         ours = processes.program(process.arguments)
         return ours is not None and ours.name == processes.TCP_RELAY and process.serves(self._root)
 

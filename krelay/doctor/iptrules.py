@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address, IPv4Network
 
-from krelay.doctor.firewall import NEVER, UNSURE, Chain, Chains, Match, Rule, Verdict
+from krelay.doctor.firewall import NEVER, UNSURE, Chain, Chains, Match, Rule, RuleVerdict
 
 HOOKS = {
     "PREROUTING": "prerouting",
@@ -78,9 +78,9 @@ def _rule(line: str, shown: str) -> Rule:
     try:
         words = shlex.split(line)[2:]
     except ValueError:
-        return Rule(shown, (UNSURE,), Verdict("continue"))
+        return Rule(shown, (UNSURE,), RuleVerdict("continue"))
     matches: list[Match] = []
-    verdict = Verdict("continue")
+    verdict = RuleVerdict("continue")
     module = ""
     position = 0
     while position < len(words):
@@ -110,14 +110,14 @@ def _is_option(word: str) -> bool:
     return word == "!" or (word.startswith("-") and len(word) > 1 and not word[1].isdigit())
 
 
-def _verdict(option: str, target: str, rest: list[str]) -> Verdict:
+def _verdict(option: str, target: str, rest: list[str]) -> RuleVerdict:
     if target == "CT":
-        return Verdict("notrack" if "--notrack" in rest else "continue")
+        return RuleVerdict("notrack" if "--notrack" in rest else "continue")
     if target in _TARGETS:
-        return Verdict(_TARGETS[target])
+        return RuleVerdict(_TARGETS[target])
     if target.isupper() and target in ("LOG", "NFLOG", "ULOG", "SET", "TRACE", "TCPMSS", "TTL"):
-        return Verdict("continue")
-    return Verdict("goto" if option == "-g" else "jump", target)
+        return RuleVerdict("continue")
+    return RuleVerdict("goto" if option == "-g" else "jump", target)
 
 
 def _module(name: str) -> list[Match]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from krelay.doctor.firewall import NEVER, UNSURE, Chain, Chains, Match, Rule, Verdict
+from krelay.doctor.firewall import NEVER, UNSURE, Chain, Chains, Match, Rule, RuleVerdict
 from krelay.rules.ruleset import instance_of
 
 FAMILIES = ("ip", "inet", "netdev")
@@ -125,7 +125,7 @@ def _rules(
                 rules.append(Rule(text, (*matches, *condition), _verdict(verdict)))
         elif kind == "mangle":
             changes = body["key"].get("meta", {}).get("key") == "mark"
-            rules.append(Rule(text, tuple(matches), Verdict("mark" if changes else "continue")))
+            rules.append(Rule(text, tuple(matches), RuleVerdict("mark" if changes else "continue")))
         elif kind in ("limit", "quota", "ct count", "xt", "connlimit"):
             matches.append(UNSURE)
         elif kind in _TERMINAL or kind in ("jump", "goto"):
@@ -133,11 +133,11 @@ def _rules(
     return rules
 
 
-def _verdict(expression: Mapping[str, Any]) -> Verdict:
+def _verdict(expression: Mapping[str, Any]) -> RuleVerdict:
     ((kind, body),) = expression.items()
     if kind in ("jump", "goto"):
-        return Verdict(kind, body["target"])
-    return Verdict(_TERMINAL.get(kind, "continue"))
+        return RuleVerdict(kind, body["target"])
+    return RuleVerdict(_TERMINAL.get(kind, "continue"))
 
 
 def _matches(op: str, left: Any, right: Any, sets: Mapping[str, Any]) -> list[Match]:

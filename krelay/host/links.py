@@ -110,14 +110,14 @@ class Looker:
         os.close(self._forward)
         os.close(self._reserved)
 
-    def _way_to(self, server: IPv4Address) -> rtnetlink.Route:
+    def _way_to(self, server: IPv4Address) -> rtnetlink.RouteLookup:
         try:
             request = rtnetlink.get_route(self._next(), server.packed)
             return rtnetlink.route(self._ask(request, answers=1))
         except _NoAnswer as error:
             if error.errno not in _NO_ROUTE:
                 raise
-            return rtnetlink.Route(None, None)
+            return rtnetlink.RouteLookup(None, None)
 
     def _finish(self) -> None:
         """Reads what a look that failed has left: the kernel gives no other list before (EBUSY)."""

@@ -38,7 +38,7 @@ class Ours(NamedTuple):
     arguments: tuple[str, ...]
 
 
-class Process(NamedTuple):
+class RunningProgram(NamedTuple):
     """A process, as far as it can be seen."""
 
     pid: int
@@ -108,7 +108,7 @@ def running(root: Path) -> Iterator[Ours]:
                 yield ours
 
 
-def look(pid: int) -> Process | None:
+def look(pid: int) -> RunningProgram | None:
     """What can be seen of a process; None if there is none, or it has no command line."""
     entry = Path(f"/proc/{pid}")
     try:
@@ -126,7 +126,7 @@ def look(pid: int) -> Process | None:
             name, _, value = line.partition("=")
             if name == ROOT_VARIABLE:
                 root = value
-    return Process(pid, arguments, folder, root)
+    return RunningProgram(pid, arguments, folder, root)
 
 
 def _script(words: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from procfs_sim.tree import Config
 _SYSCTL = Path("/proc/sys/net/netfilter")
 
 
-class Timer(NamedTuple):
+class ConntrackTimer(NamedTuple):
     """A timer that is shorter than krelay's for the same flows, in seconds."""
 
     proto: str
@@ -25,7 +25,7 @@ class Timer(NamedTuple):
     """That of ours."""
 
 
-class Timers(NamedTuple):
+class ConntrackTimers(NamedTuple):
     """Seconds of silence after which connection tracking forgets a flow."""
 
     udp: int = 300
@@ -33,7 +33,7 @@ class Timers(NamedTuple):
     udp_stream: int = 300
     tcp_established: int = 432_000
 
-    def shorter(self, config: Config) -> list[Timer]:
+    def shorter(self, config: Config) -> list[ConntrackTimer]:
         """Those that end before krelay's."""
         found = []
         others = [s for s in config.services if s.proto == "udp" and (s.first, s.last) != (53, 53)]
@@ -52,16 +52,16 @@ class Timers(NamedTuple):
             ),
         ):
             if longest is not None and seconds < longest[0]:
-                found.append(Timer(proto, name, seconds, *longest))
+                found.append(ConntrackTimer(proto, name, seconds, *longest))
         return found
 
 
-def timers() -> Timers | None:
+def timers() -> ConntrackTimers | None:
     """Those of this network namespace; None without connection tracking.  Raises OSError."""
     if not _SYSCTL.exists():
         return None
     names = ("udp_timeout", "udp_timeout_stream", "tcp_timeout_established")
-    return Timers(*(int((_SYSCTL / f"nf_conntrack_{name}").read_text()) for name in names))
+    return ConntrackTimers(*(int((_SYSCTL / f"nf_conntrack_{name}").read_text()) for name in names))
 
 
 def entries() -> int:

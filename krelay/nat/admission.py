@@ -32,9 +32,9 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from knet.endpoint import Endpoint, Proto
-from krelay.nat.flow import Row
+from krelay.nat.flow import Flow
 from krelay.nat.learnt import LearntFlows
-from krelay.nat.limits import LOOKS, NewFlows, Spare
+from krelay.nat.limits import LOOKS, PerClientLimiter, Spare
 
 RESERVED = 4
 """One part in so many of `limits/flows` is TCP's."""
@@ -57,7 +57,7 @@ class Refusal(Exception):
         self.reason = reason
 
 
-class Limits(NamedTuple):
+class FlowLimits(NamedTuple):
     """How many rows there may be."""
 
     flows: int = 65536
@@ -81,12 +81,12 @@ class Admission:
 
     def __init__(
         self,
-        limits: Limits,
-        rows: Mapping[int, Row],
+        limits: FlowLimits,
+        rows: Mapping[int, Flow],
         of_others: Counter[bytes],
         learnt: LearntFlows,
-        end: Callable[[Row], None],
-        on_late: Callable[[Row], bool],
+        end: Callable[[Flow], None],
+        on_late: Callable[[Flow], bool],
     ) -> None:
         """`rows` are all that live, `learnt` the flows beside them; `of_others` is kept here: how
         many rows each client has but for those of tcp-relay.
@@ -105,13 +105,15 @@ class Admission:
         self._of_relayed = Counter[bytes]()
         self._udp = 0
         """UDP among the rows."""
-        self._closed: dict[int, Row] = {}  # lingering, the oldest first: no reason to refuse anyone
+        self._closed: dict[
+            int, Flow
+        ] = {}  # lingering, the oldest first: no reason to refuse anyone
         self._relayed = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED)
         self._forwarded = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED)
         self._datagrams = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED, on_settled=self.confirmed)
         self._one_sided = Spare(_IS_ONE_SIDED, _SPOKE_AGAIN, ONE_SIDED)
         self._over = Spare(_IS_OVER, _goes_on, LAST_PACKETS)
-        self._new_flows = NewFlows()
+        self._new_flows = PerClientLimiter()
         datagrams, over = (self._datagrams, self._one_sided), (self._over,)
         self._any = Eviction(True, (*datagrams, self._relayed, self._forwarded), over)
         self._not_relayed = Eviction(True, (*datagrams, self._forwarded), over)
@@ -120,12 +122,12 @@ class Admission:
         self._only_forwarded = Eviction(False, (self._forwarded,), over)
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> FlowLimits:
         """In force for new rows."""
         return self._limits
 
     @limits.setter
-    def limits(self, limits: Limits) -> None:
+    def limits(self, limits: FlowLimits) -> None:
         self._limits = limits
         self._udp_most = limits.flows - limits.flows // RESERVED
 
@@ -214,11 +216,11 @@ class Admission:
 
     def clear(self) -> None:
         """Every row has ended; that they were begun is forgotten with them."""
-        self._new_flows = NewFlows()
+        self._new_flows = PerClientLimiter()
 
     # What becomes of rows
 
-    def began(self, row: Row) -> None:
+    def began(self, row: Flow) -> None:
         """The row is in the table."""
         counts, spare, addr = self._of_others, self._forwarded, row.client.addr
         if row.gport is not None:
@@ -229,7 +231,7 @@ class Admission:
         counts[addr] = counts.get(addr, 0) + 1
         spare.add(row, row.created_at)
 
-    def confirmed(self, row: Row) -> None:
+    def confirmed(self, row: Flow) -> None:
         """It is confirmed, or is about to be.  Need not be told of each at once."""
         if row.gport is not None:
             self._relayed.discard(row)
@@ -241,19 +243,19 @@ class Admission:
             if row.is_one_sided:
                 self._one_sided.add(row, row.seen_at)
 
-    def changed(self, row: Row) -> None:
+    def changed(self, row: Flow) -> None:
         """The state of a TCP connection without tcp-relay has changed."""
         self._over.discard(row)
         if row.is_over and row.closed_at is None:
             self._over.add(row, row.quiet_since)
 
-    def closed(self, row: Row) -> None:
+    def closed(self, row: Flow) -> None:
         """Both its legs are closed: it only lingers."""
         self._closed[row.id] = row
         self._uncount(row)
         self._forget_row(row)
 
-    def ended(self, row: Row) -> None:
+    def ended(self, row: Flow) -> None:
         """The row is in the table no more."""
         if row.proto is _UDP:
             self._udp -= 1
@@ -316,7 +318,7 @@ class Admission:
                 return True
         return False
 
-    def _forget_row(self, row: Row) -> None:
+    def _forget_row(self, row: Flow) -> None:
         """It is not to be evicted any more."""
         if row.gport is not None:
             self._relayed.discard(row)
@@ -328,7 +330,7 @@ class Admission:
             if row.answered_at is not None:
                 self._one_sided.discard(row)
 
-    def _uncount(self, row: Row) -> None:
+    def _uncount(self, row: Flow) -> None:
         counts, addr = self._of_others if row.gport is None else self._of_relayed, row.client.addr
         if number := counts[addr] - 1:
             counts[addr] = number
@@ -343,5 +345,5 @@ _UDP = Proto.UDP
 # By this name: looking it up in its class takes ten times as long.
 
 
-def _goes_on(row: Row) -> bool:
+def _goes_on(row: Flow) -> bool:
     return not row.is_over

@@ -140,7 +140,7 @@ class Rewrite:
 
     def __init__(
         self,
-        row: "Row",
+        row: "Flow",
         step: Step,
         table: Table,
         old: bytes,
@@ -193,7 +193,7 @@ def deltas(old: bytes, new: bytes) -> tuple[int, int]:
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class Flow:
     """One relayed conversation."""
 
     id: int

@@ -3,9 +3,9 @@
 Four small things, each bounded itself, whatever clients there are or are said to be (the source of
 a flood is mostly forged, and differs from packet to packet):
 
-    Pace      how often something may happen: our own answers to what is refused
-    NewFlows  the same for each client: how many rows it may begin a second
-    Refused   who was refused most, and why
+    RateLimiter      how often something may happen: our own answers to what is refused
+    PerClientLimiter  the same for each client: how many rows it may begin a second
+    TopRefusedClients   who was refused most, and why
     Spare     flows that may be evicted at a limit, the oldest first
 
 Times are seconds that the caller passes in.
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
-from krelay.nat.flow import Row
+from krelay.nat.flow import Flow
 
 _SLACK = 1e-6
 """Of a gap between two events: what sums of fractions are off by is less."""
@@ -27,7 +27,7 @@ _FETCHED = 1024
 """Of the oldest flows, at a time."""
 
 
-class Pace:
+class RateLimiter:
     """At most `rate` a second, and `burst` at once (the generic cell rate algorithm, ITU I.371)."""
 
     def __init__(self, rate: float, burst: int) -> None:
@@ -43,7 +43,7 @@ class Pace:
         return True
 
 
-class NewFlows:
+class PerClientLimiter:
     """How many rows each client may begin: `rate` at once, and `rate` a second from then on."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class NewFlows:
             del paid[client]
 
 
-class Refused:
+class TopRefusedClients:
     """How often each client was refused, by reason; of many clients, those who were most often.
 
     Holds `most` counts at most (J. Misra, D. Gries, "Finding repeated elements", 1982): where one
@@ -106,10 +106,10 @@ class Spare:
 
     def __init__(
         self,
-        may_go: Callable[[Row], bool],
-        is_settled: Callable[[Row], bool],
+        may_go: Callable[[Flow], bool],
+        is_settled: Callable[[Flow], bool],
         quiet: float = 0.0,
-        on_settled: Callable[[Row], None] = lambda row: None,
+        on_settled: Callable[[Flow], None] = lambda row: None,
     ) -> None:
         """`on_settled` is called with each flow that leaves because it is settled."""
         self.may_go = may_go
@@ -117,13 +117,13 @@ class Spare:
         self._quiet = quiet
         self._on_settled = on_settled
         self._all = _Line()
-        self._of: dict[bytes, Row | _Line] = {}
+        self._of: dict[bytes, Flow | _Line] = {}
         """The same by client.  Most clients of a flood have one, which therefore needs no more."""
 
     def __len__(self) -> int:
         return len(self._all.since)
 
-    def add(self, row: Row, now: float) -> None:
+    def add(self, row: Flow, now: float) -> None:
         """A flow that isn't in yet."""
         self._all.since[row] = now
         of, client = self._of, row.client.addr
@@ -136,7 +136,7 @@ class Spare:
             line = of[client] = _Line()
             line.since[of_client] = line.since[row] = now
 
-    def discard(self, row: Row) -> None:
+    def discard(self, row: Flow) -> None:
         """It has ended, or is not to be evicted any more.  Harmless if it isn't in."""
         if self._all.since.pop(row, None) is None:
             return
@@ -148,7 +148,7 @@ class Spare:
                 return
         del self._of[client]
 
-    def oldest(self, now: float, client: bytes | None = None) -> Row | None:
+    def oldest(self, now: float, client: bytes | None = None) -> Flow | None:
         """The oldest flow, of this client if one is named, that may be evicted; it is still in.
 
         Flows that are settled leave; others that may not be evicted go to the end.
@@ -170,7 +170,7 @@ class Spare:
                     of_client.to_the_end(row, now)
         return None
 
-    def _first(self, client: bytes | None) -> Row | None:
+    def _first(self, client: bytes | None) -> Flow | None:
         if client is None:
             return self._all.first()
         of_client = self._of.get(client)
@@ -183,13 +183,13 @@ class _Line:
     __slots__ = ("_ahead", "since")
 
     def __init__(self) -> None:
-        self.since: dict[Row, float] = {}
+        self.since: dict[Flow, float] = {}
         """When each was entered, or looked at last."""
-        self._ahead: deque[tuple[Row, float]] | None = None
+        self._ahead: deque[tuple[Flow, float]] | None = None
         """Some that were the first when last looked for; gone ones may be among them.  To find the
         first in a dictionary takes the longer, the more have gone before it."""
 
-    def first(self) -> Row | None:
+    def first(self) -> Flow | None:
         """The one that was entered first."""
         since, ahead = self.since, self._ahead
         if not since:
@@ -203,7 +203,7 @@ class _Line:
         self._ahead = ahead = deque(islice(since.items(), _FETCHED))
         return ahead[0][0]
 
-    def to_the_end(self, row: Row, now: float) -> None:
+    def to_the_end(self, row: Flow, now: float) -> None:
         """It becomes the last."""
         del self.since[row]
         self.since[row] = now

@@ -46,7 +46,7 @@ from knet.endpoint import Endpoint, Proto, Source
 from knet.timerwheel import Wheel
 from knet.wire.checksum import ONES
 from knet.wire.tcp import ACK, FIN
-from krelay.nat.admission import Admission, Limits, Refusal
+from krelay.nat.admission import Admission, FlowLimits, Refusal
 from krelay.nat.flow import (
     BUSY,
     DNS_PORT,
@@ -54,10 +54,10 @@ from krelay.nat.flow import (
     PAST_LEG,
     SENDERS,
     SIDES,
+    Flow,
     Footprint,
     Hook,
     Rewrite,
-    Row,
     Step,
     Table,
     Timeouts,
@@ -118,7 +118,7 @@ class NatTable:
     """
 
     def __init__(
-        self, limits: Limits | None = None, timeouts: Timeouts | None = None, *, rng: Random
+        self, limits: FlowLimits | None = None, timeouts: Timeouts | None = None, *, rng: Random
     ) -> None:
         self.tables: dict[tuple[Hook, Proto], Table] = {
             (hook, proto): {} for hook in Hook for proto in Proto
@@ -131,20 +131,20 @@ class NatTable:
         """How often one has come or gone."""
         self.on_footprint: Callable[[], None] = lambda: None
         """Called when a row needs something of the rules that no row needed before."""
-        self.on_changed: Callable[[Row], None] = lambda row: None
+        self.on_changed: Callable[[Flow], None] = lambda row: None
         """Called when a row's state has changed, or its port towards the server, or it is busy."""
-        self.on_closed: Callable[[Row, float], None] = lambda row, now: None
+        self.on_closed: Callable[[Flow, float], None] = lambda row, now: None
         """Called when both legs of a row have been closed."""
-        self.on_ended: Callable[[Row], None] = lambda row: None
+        self.on_ended: Callable[[Flow], None] = lambda row: None
         """Called before a row goes, or gives up its port towards the server."""
-        self.on_displaced: Callable[[Row], None] = lambda row: None
+        self.on_displaced: Callable[[Flow], None] = lambda row: None
         """Called before another row's packets come to read as those of this row do.  Nobody but the
         worker may rewrite such packets when this returns."""
         self.on_mark: Callable[[Rewrite], None] = lambda rewrite: None
         """Called before an end's packets have another DSCP than before."""
-        self.on_marked: Callable[[Row], None] = lambda row: None
-        """Called when an end of terminated TCP sends with another DSCP (`Row.dscps`)."""
-        self.on_late: Callable[[list[Row]], None] = lambda rows: None
+        self.on_marked: Callable[[Flow], None] = lambda row: None
+        """Called when an end of terminated TCP sends with another DSCP (`Flow.dscps`)."""
+        self.on_late: Callable[[list[Flow]], None] = lambda rows: None
         """Called before rows go for their silence: some may have been heard of elsewhere
         (`heard`)."""
         self.ask_kernel: Callable[[bytes, bytes], bytes | None] = lambda client, port: None
@@ -154,14 +154,14 @@ class NatTable:
         """Called when it matters how far tcp-relay's connections have come (`begun`, `ended`)."""
         self._timeouts = timeouts or Timeouts()
         self._rng = rng
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, Flow] = {}
         self._ids = itertools.count(1)
         per_client = Counter[bytes]()
         asked = self.tables[_PRE, Proto.UDP]
         self.learnt = LearntFlows(self._ids, asked, per_client, BUSY, self._adopt)
         """Those that the kernel relays by itself; the worker has no part in them."""
         self._admission = Admission(
-            limits or Limits(),
+            limits or FlowLimits(),
             self._rows,
             per_client,
             self.learnt,
@@ -171,12 +171,12 @@ class NatTable:
         self._relay_ports = {proto: RelayPorts(rng) for proto in Proto}
         self.reserved: frozenset[int] = frozenset()
         """Ports of this host that no row gets."""
-        self._outside: dict[Proto, dict[bytes, Row]] = {proto: {} for proto in Proto}
-        self._asked_by: dict[bytes, Row] = {}
+        self._outside: dict[Proto, dict[bytes, Flow]] = {proto: {} for proto in Proto}
+        self._asked_by: dict[bytes, Flow] = {}
         """UDP whose server may answer from any port: the latest row by the server's address, and
         the address and port by which it knows the client."""
-        self._inside: dict[tuple[Endpoint, int], Row] = {}
-        self._by_relay: dict[Endpoint, Row] = {}
+        self._inside: dict[tuple[Endpoint, int], Flow] = {}
+        self._by_relay: dict[Endpoint, Flow] = {}
         # Ids by the second in which to look at the row next: one that was heard of meanwhile is
         # moved on when its second comes, so that a packet never touches this.  Never further than
         # HORIZON, so that entries of rows that have ended don't pile up.
@@ -185,19 +185,19 @@ class NatTable:
     def __len__(self) -> int:
         return len(self._rows) + len(self.learnt)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Flow]:
         yield from list(self._rows.values())
         for question, flow in self.learnt:
             yield self._row_of(question, flow)
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> FlowLimits:
         """In force for new rows.  Where they are lowered, what is beyond goes by and by (`expire`),
         but for what is confirmed."""
         return self._admission.limits
 
     @limits.setter
-    def limits(self, limits: Limits) -> None:
+    def limits(self, limits: FlowLimits) -> None:
         self._admission.limits = limits
 
     @property
@@ -211,7 +211,7 @@ class NatTable:
         return self._admission.unconfirmed
 
     @property
-    def workers(self) -> list[Row]:
+    def workers(self) -> list[Flow]:
         """The rows whose packets the worker knows: without those that the kernel has learnt."""
         return list(self._rows.values())
 
@@ -220,7 +220,7 @@ class NatTable:
         learnt = len(self.learnt) if proto is Proto.UDP else 0
         return learnt + sum(1 for row in self._rows.values() if row.proto is proto)
 
-    def get(self, row_id: int) -> Row | None:
+    def get(self, row_id: int) -> Flow | None:
         """The row with this number."""
         row = self._rows.get(row_id)
         if row is None:
@@ -228,7 +228,7 @@ class NatTable:
             row = next(learnt, None)
         return row
 
-    def of_id(self, row_id: int) -> Row | None:
+    def of_id(self, row_id: int) -> Flow | None:
         """The row with this number, if it is one whose packets the worker knows."""
         return self._rows.get(row_id)
 
@@ -257,7 +257,7 @@ class NatTable:
         now: float,
         *,
         inside: Endpoint | None = None,
-    ) -> Row:
+    ) -> Flow:
         """A connection that a client opens: steps T1 and T2.
 
         Takes the place of a former connection between the same ports.  One that goes on after a
@@ -284,7 +284,7 @@ class NatTable:
         self.on_changed(row)
         return row
 
-    def succeed(self, row: Row, now: float) -> Row:
+    def succeed(self, row: Flow, now: float) -> Flow:
         """The row of another connection between the same ports of a client and tcp-relay.
 
         The former keeps its leg to the server until that is closed.  Raises Refusal.
@@ -300,7 +300,7 @@ class NatTable:
 
     def attach(
         self,
-        row: Row,
+        row: Flow,
         relay: Endpoint,
         now: float,
         *,
@@ -352,7 +352,7 @@ class NatTable:
         any_client: bool = False,
         any_port: bool = False,
         services: Collection[int] = (),
-    ) -> Row:
+    ) -> Flow:
         """A conversation that a client begins, or TCP that is picked up in its midst: U1 to U4.
 
         With source=relay, `relay_addr` is the relay's own address towards the server, and
@@ -400,7 +400,7 @@ class NatTable:
             self._asked_by[_known_by(outside)] = row
         return self._enter(row)
 
-    def answered_elsewhere(self, server: Endpoint, client: Endpoint, now: float) -> Row | None:
+    def answered_elsewhere(self, server: Endpoint, client: Endpoint, now: float) -> Flow | None:
         """The row of a datagram from `server`, which was asked at another port, to `client` as it
         knows it: made anew, if the service that was asked allows it (`any_port`).
 
@@ -502,11 +502,11 @@ class NatTable:
 
     # Finding rows
 
-    def accepted(self, inside: Endpoint, gport: int) -> Row | None:
+    def accepted(self, inside: Endpoint, gport: int) -> Flow | None:
         """The row of a connection as tcp-relay sees it."""
         return self._inside.get((inside, gport))
 
-    def of_relay_port(self, relay: Endpoint) -> Row | None:
+    def of_relay_port(self, relay: Endpoint) -> Flow | None:
         """The TCP row whose server leg begins at this port."""
         return self._by_relay.get(relay)
 
@@ -523,7 +523,7 @@ class NatTable:
         row = self._outside[proto].get(key(outside, server))
         return row is not None and row.abort_asked and row.is_forwarded
 
-    def unanswered(self) -> list[Row]:
+    def unanswered(self) -> list[Flow]:
         """The rows without tcp-relay whose server has never answered."""
         return [
             row
@@ -532,7 +532,7 @@ class NatTable:
             or (row.is_forwarded and not row.tracker.server_answered and not row.abort_asked)
         ] + [self._row_of(question, flow) for question, flow in self.learnt if not flow.answered]
 
-    def elsewhere(self, server: bytes) -> list[Row]:
+    def elsewhere(self, server: bytes) -> list[Flow]:
         """The rows that live and lead to any other server."""
         rows = self._relayed()
         return [row for row in rows if row.server.addr != server and row.closed_at is None] + [
@@ -594,7 +594,7 @@ class NatTable:
             if back is not None and back.step is Step.T4 and back.row.leg is None:
                 back.row.leg = int.from_bytes(head[24:28])
 
-    def adopt(self, at: bytes, now: float) -> Row | None:
+    def adopt(self, at: bytes, now: float) -> Flow | None:
         """The row of what was learnt, if a packet with these twelve bytes is a question or an
         answer of it; from then on it is the worker's."""
         if not self.learnt.addresses:
@@ -612,7 +612,7 @@ class NatTable:
 
     # Ending rows
 
-    def close(self, row: Row, now: float) -> None:
+    def close(self, row: Flow, now: float) -> None:
         """Both legs are closed: the row goes soon, but not before the last packets are through."""
         if row.closed_at is None and row.id in self._rows:
             if row.leg is None and row.relay is not None and row.gport is not None:
@@ -624,26 +624,26 @@ class NatTable:
             self.schedule(row)
             self.on_closed(row, now)
 
-    def orphaned(self, row: Row) -> None:
+    def orphaned(self, row: Flow) -> None:
         """Whose tcp-relay is gone, its port towards the server is anybody's: no connection may
         begin from there in this row's name, unless tcp-relay is back and asks again (`attach`)."""
         row.orphaned = True
         self._leave(row)
 
-    def _leave(self, row: Row) -> None:
+    def _leave(self, row: Flow) -> None:
         if row.leg is None:
             self.on_displaced(row)  # one SYN might go past the worker
             row.leg = NO_LEG
         else:
             row.leg = PAST_LEG
 
-    def give_up(self, row: Row, now: float) -> None:
+    def give_up(self, row: Flow, now: float) -> None:
         """Another than its tcp-relay uses its port towards the server: both its legs are gone."""
         self.on_displaced(row)
         self.detach(row)
         self.close(row, now)
 
-    def kill(self, row: Row, now: float) -> None:
+    def kill(self, row: Flow, now: float) -> None:
         """Ends a forwarded row: no packet of it goes on, each end is told instead (worker.py).
 
         The row goes soon after both were told, at the latest when its time as `closing` is over.
@@ -653,7 +653,7 @@ class NatTable:
             row.reset_at = now
             self.changed(row)
 
-    def changed(self, row: Row) -> None:
+    def changed(self, row: Flow) -> None:
         """What is known of a TCP connection has changed, and with it perhaps its state."""
         watched = row.tracker.is_watched
         for rewrite in row.rewrites.values():
@@ -700,7 +700,7 @@ class NatTable:
         self.on_changed(row)
         self.on_marked(row)
 
-    def shook_hands(self, row: Row) -> None:
+    def shook_hands(self, row: Flow) -> None:
         """The kernel has the client's connection, which tcp-relay has accepted."""
         before = row.tracker.state
         row.tracker.client_acked = True
@@ -734,11 +734,11 @@ class NatTable:
             if row.id in self._rows:
                 self._admission.confirmed(row)
 
-    def schedule(self, row: Row) -> None:
+    def schedule(self, row: Flow) -> None:
         """The row is looked at when its time is over; call this when its state has changed."""
         self._look_at(row, row.expires_at(self._timeouts))
 
-    def _look_at(self, row: Row, when: float) -> None:
+    def _look_at(self, row: Flow, when: float) -> None:
         # Rows that began together are looked at apart, or each look would be a pause for packets.
         at = self._due.next + HORIZON - row.id % _SPREAD
         if when < at - 1:
@@ -747,7 +747,7 @@ class NatTable:
             row.due = at
             self._due.put(at, row.id)
 
-    def end(self, row: Row) -> None:
+    def end(self, row: Flow) -> None:
         """Takes the row out at once.  Harmless if it is out already."""
         if self._rows.pop(row.id, None) is None:
             self._end_shown(row)
@@ -779,7 +779,7 @@ class NatTable:
                 del self.footprints[row.footprint]
                 self.footprint_changes += 1
 
-    def clear(self) -> list[Row]:
+    def clear(self) -> list[Flow]:
         """Ends every row, and returns them."""
         ended = list(self._rows.values())
         for row in ended:
@@ -791,10 +791,10 @@ class NatTable:
         self._admission.clear()
         return ended
 
-    def expire(self, now: float) -> list[Row]:
+    def expire(self, now: float) -> list[Flow]:
         """Ends the rows whose time is over, and returns them.  Cheap: looks only at rows due."""
-        ended: list[Row] = []
-        late: list[Row] = []
+        ended: list[Flow] = []
+        late: list[Flow] = []
         for second, ids in self._due.due(now):
             for row_id in ids:
                 row = self._rows.get(row_id)
@@ -853,12 +853,12 @@ class NatTable:
             if self._of_question(question) is None and self._has_made_room(question, now):
                 self.learnt.begin(question, now, self._beginning(now, 1))  # its copy counts later
 
-    def _row_of(self, question: bytes, flow: LearntFlow, *, enter: bool = False) -> Row:
+    def _row_of(self, question: bytes, flow: LearntFlow, *, enter: bool = False) -> Flow:
         """The row that tells of a learnt flow; only if it enters the table are its packets its."""
         sport, dport = int.from_bytes(question[8:10]), int.from_bytes(question[10:])
         client, service = Endpoint(question[:4], sport), Endpoint(question[4:8], dport)
         server = Endpoint(flow.server, dport)
-        row = Row(flow.id, Proto.UDP, client, service, server, Source.CLIENT, flow.began_at)
+        row = Flow(flow.id, Proto.UDP, client, service, server, Source.CLIENT, flow.began_at)
         outside = key(client, server)
         tables = self.tables if enter else _nowhere()
         self._add(row, _U12U34, _PRE_POST, question, outside, flow.began_at, tables)
@@ -876,30 +876,30 @@ class NatTable:
             there.table = back.table = {}
         return row
 
-    def _adopt(self, question: bytes) -> Row | None:
+    def _adopt(self, question: bytes) -> Flow | None:
         flow = self.learnt.remove(question)
         return None if flow is None else self._row_of(question, flow, enter=True)
 
-    def _end_shown(self, row: Row) -> None:
+    def _end_shown(self, row: Flow) -> None:
         """Takes out what was learnt, of which this row was made to be shown."""
         question = key(row.client, row.service)
         flow = self.learnt.get(question)
         if flow is not None and flow.id == row.id:
             self.learnt.remove(question)
 
-    def _look_again(self, row: Row, when: float) -> None:
+    def _look_again(self, row: Flow, when: float) -> None:
         self._look_at(row, when)
         if row.is_confirmed:
             self._admission.confirmed(row)
 
-    def _may_be_late(self, row: Row) -> bool:
+    def _may_be_late(self, row: Flow) -> bool:
         """Hears what the kernel has counted for a row, if it may have any of it."""
         if row.proto is _UDP and all(each.packets < BUSY for each in row.rewrites.values()):
             return False
         self.on_late([row])
         return True
 
-    def _relayed(self) -> Iterator[Row]:
+    def _relayed(self) -> Iterator[Flow]:
         """The worker's rows, but those of clients' own conversations."""
         return (row for row in self._rows.values() if row.service != row.server)
 
@@ -913,13 +913,13 @@ class NatTable:
         now: float,
         *,
         through: bool = True,
-    ) -> Row:
-        row = Row(next(self._ids), proto, client, service, server, source, now)
+    ) -> Flow:
+        row = Flow(next(self._ids), proto, client, service, server, source, now)
         if through and proto is _TCP:
             row.tracker = Through()
         return row
 
-    def _enter(self, row: Row) -> Row:
+    def _enter(self, row: Flow) -> Flow:
         self._rows[row.id] = row
         self._admission.began(row)
         self.schedule(row)
@@ -933,7 +933,7 @@ class NatTable:
 
     def _add(
         self,
-        row: Row,
+        row: Flow,
         steps: tuple[Step, Step],
         hooks: tuple[Hook, Hook],
         old: bytes,
@@ -961,7 +961,7 @@ class NatTable:
         if proto is _UDP and row.service.port != DNS_PORT:
             answers.tell_at = 1  # the first answer matters (_heard_datagrams)
 
-    def _lead(self, row: Row, outside: bytes, now: float) -> None:
+    def _lead(self, row: Flow, outside: bytes, now: float) -> None:
         """Packets of this row's client leave with the twelve bytes `outside`: U1 to U4."""
         asked = key(row.client, row.service)
         if row.relay is None:
@@ -975,11 +975,11 @@ class NatTable:
         self._add(row, _U1U4, _PRE_POST, asked, between, now)
         self._add(row, _U2U3, _POST_PRE, between, outside, now)
 
-    def _reserve(self, row: Row, outside: bytes) -> None:
+    def _reserve(self, row: Flow, outside: bytes) -> None:
         self._outside[row.proto][outside] = row
         row.reserved += (outside,)
 
-    def detach(self, row: Row) -> None:
+    def detach(self, row: Flow) -> None:
         """tcp-relay won't use its port towards the server, if it has one."""
         if row.relay is None:
             return
@@ -1010,7 +1010,7 @@ class NatTable:
             at = key(Endpoint(client.addr, port), server)
         return at
 
-    def _seen_low(self, row: Row, outside: Endpoint, services: Collection[int]) -> Endpoint:
+    def _seen_low(self, row: Flow, outside: Endpoint, services: Collection[int]) -> Endpoint:
         """As whom the server sees a client below 1024: from its own port where that is free.
 
         As `outside`, from above, where no port below is free.
@@ -1068,7 +1068,7 @@ _U12U34, _U1U4, _U2U3 = (Step.U12, Step.U34), (Step.U1, Step.U4), (Step.U2, Step
 # By these names: looking one up in its class takes ten times as long.
 
 
-_SHOWN = Row(
+_SHOWN = Flow(
     0,
     Proto.UDP,
     Endpoint(bytes(4), 0),

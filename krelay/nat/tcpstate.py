@@ -105,7 +105,7 @@ class Tracker:
         return _OPENING
 
 
-class Segment(NamedTuple):
+class TcpSegment(NamedTuple):
     """What a packet says of its connection."""
 
     flags: int
@@ -133,7 +133,7 @@ class Through(Tracker):
     """What follows all that the server has said while the connection was opening."""
     picked_up: bool = False
 
-    def segment(self, side: Side, segment: Segment) -> None:
+    def segment(self, side: Side, segment: TcpSegment) -> None:
         """Takes note of a packet of the client's or the server's."""
         is_open = self.client_acked and self.server_answered
         if segment.flags & RST:
@@ -148,7 +148,7 @@ class Through(Tracker):
         elif not is_open:
             self._of_server(segment)
 
-    def _of_client(self, segment: Segment) -> None:
+    def _of_client(self, segment: TcpSegment) -> None:
         flags, seq, ack, size = segment
         if flags & (SYN | ACK) == SYN:
             following = (seq + 1) % _WRAP
@@ -164,7 +164,7 @@ class Through(Tracker):
                 said = (self.server_top - self.server_next) % _WRAP
                 self.client_acked = (ack - self.server_next) % _WRAP <= said
 
-    def _of_server(self, segment: Segment) -> None:
+    def _of_server(self, segment: TcpSegment) -> None:
         flags, seq, ack, size = segment
         begun = (self.client_next, self.client_again)
         if self.picked_up and self.client_next is not None and self.server_next is not None:
@@ -180,7 +180,7 @@ class Through(Tracker):
             if (following - self.server_next) % _WRAP < _WINDOW:
                 self.server_top = following
 
-    def _is_refused(self, side: Side, segment: Segment) -> bool:
+    def _is_refused(self, side: Side, segment: TcpSegment) -> bool:
         """Whether a RST has the number of what it refuses."""
         begun = (self.client_next, self.client_again)
         if side is _CLIENT:

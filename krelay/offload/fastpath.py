@@ -48,7 +48,7 @@ from typing import NamedTuple
 
 from knet.endpoint import Proto
 from knet.netlink.nftables import Count
-from krelay.nat.flow import BUSY, SIDES, Rewrite, Row, Step
+from krelay.nat.flow import BUSY, SIDES, Flow, Rewrite, Step
 from krelay.nat.table import NatTable
 from krelay.rules.ruleset import CHANGES
 
@@ -98,19 +98,19 @@ class FastPath:
         self._nat = nat
         self._on_pending = on_pending
         self._at_once = at_once
-        self._traced: Callable[[Row], bool] = lambda row: False
+        self._traced: Callable[[Flow], bool] = lambda row: False
         self._handed: dict[Rewrite, Count] = {}  # with what the kernel had counted when last read
         self._over: dict[Rewrite, float | None] = {}  # since when; None: not yet looked at
         self._first: dict[Rewrite, None] = {}  # to be handed over at once
         self._back: dict[Rewrite, Count] = {}
         self._made: frozenset[tuple[Proto, Step]] | None = None
         self._filled: Counter[tuple[Proto, Step]] = Counter()  # with those in _over and _back
-        self._whole: dict[Row, int] = {}
+        self._whole: dict[Flow, int] = {}
         """TCP of which the kernel has the first so many rewrites, or will have them."""
-        self._half_open: dict[Row, None] = {}  # handed over, and perhaps forged
-        self._ring: deque[Row] = deque()
-        self._in_ring: set[Row] = set()
-        self._retiring: deque[tuple[float, Row]] = deque()
+        self._half_open: dict[Flow, None] = {}  # handed over, and perhaps forged
+        self._ring: deque[Flow] = deque()
+        self._in_ring: set[Flow] = set()
+        self._retiring: deque[tuple[float, Flow]] = deque()
         nat.on_ended = self.take_back
         nat.on_displaced = self._displaced
         nat.on_mark = self._marked
@@ -151,7 +151,7 @@ class FastPath:
         self._forget()
         self.room = 0
 
-    def consider(self, row: Row) -> None:
+    def consider(self, row: Flow) -> None:
         """Hands over what of this row is fit for it now, and takes back what isn't."""
         if not self.room:
             return
@@ -168,14 +168,14 @@ class FastPath:
             if all(handed):
                 self._whole[row] = before + len(handed)
 
-    def take_back(self, row: Row) -> None:
+    def take_back(self, row: Flow) -> None:
         """Nothing of this row is the kernel's any more."""
         self._half_open.pop(row, None)
         self._whole.pop(row, None)
         for rewrite in row.rewrites.values():
             self._take(rewrite)
 
-    def traced(self, is_traced: Callable[[Row], bool]) -> None:
+    def traced(self, is_traced: Callable[[Flow], bool]) -> None:
         """From now on these rows are traced, and no others."""
         self._traced = is_traced
         self._consider_all()
@@ -234,7 +234,7 @@ class FastPath:
                 self._handed[rewrite] = count
                 self._heard(rewrite, before, count, now)
 
-    def handed(self, rows: Iterable[Row]) -> list[Rewrite]:
+    def handed(self, rows: Iterable[Flow]) -> list[Rewrite]:
         """The rewrites of these rows that the kernel has and whose counts a row shows."""
         return [
             rewrite
@@ -243,7 +243,7 @@ class FastPath:
             if rewrite in self._handed and rewrite.step in SIDES
         ]
 
-    def due(self, now: float, seconds: float) -> list[Row]:
+    def due(self, now: float, seconds: float) -> list[Flow]:
         """The rows whose turn it is to be looked at, when so much time has passed since before.
 
         Also takes back those that have retired; until then they aren't looked at, since what was
@@ -251,7 +251,7 @@ class FastPath:
         """
         while self._retiring and self._retiring[0][0] <= now:
             self.take_back(self._retiring.popleft()[1])
-        rows: list[Row] = []
+        rows: list[Flow] = []
         most = max(1, int(LOOKS * seconds))
         for _ in range(len(self._ring)):
             if len(rows) == most:
@@ -264,7 +264,7 @@ class FastPath:
         self._ring.extend(rows)
         return [row for row in rows if row.closed_at is None]
 
-    def _is_fit(self, row: Row) -> bool:
+    def _is_fit(self, row: Flow) -> bool:
         """Whether the worker has nothing to learn from this row's packets but their number."""
         if row.proto is Proto.UDP:
             return not row.is_any_port
@@ -274,7 +274,7 @@ class FastPath:
             return not row.abort_asked and row.is_confirmed and not row.is_over
         return row.relay is not None or row in self._half_open or self._admits(row)
 
-    def _admits(self, row: Row) -> bool:
+    def _admits(self, row: Flow) -> bool:
         """Whether a connection is handed over that its client has only begun."""
         before = self._half_open
         while before and (first := next(iter(before))).created_at < row.created_at - HALF_OPEN_FOR:
@@ -347,13 +347,13 @@ class FastPath:
         """Whether the kernel has it, or will have."""
         return rewrite in self._handed or rewrite in self._over or rewrite in self._first
 
-    def _closed(self, row: Row, now: float) -> None:
+    def _closed(self, row: Flow, now: float) -> None:
         for rewrite in row.rewrites.values():
             self._withdraw(rewrite)
         if row in self._in_ring:
             self._retiring.append((now + RETIRE, row))
 
-    def _displaced(self, row: Row) -> None:
+    def _displaced(self, row: Flow) -> None:
         self.take_back(row)
         if any(rewrite in self._back for rewrite in row.rewrites.values()):
             self._at_once()

@@ -22,7 +22,7 @@ from knet.networks import collapse, network
 from krelay.datapath.worker import Policy
 from krelay.host.links import LOOPBACK
 from krelay.host.netfilter import NO_MAPS, Backend
-from krelay.nat.flow import DNS_PORT, Row, Step
+from krelay.nat.flow import DNS_PORT, Flow, Step
 from krelay.nat.table import NatTable
 from krelay.offload.copies import Copies
 from krelay.offload.fastpath import FastPath
@@ -266,7 +266,7 @@ class KernelPath:
 
     # Flows
 
-    def count(self, rows: Iterable[Row]) -> None:
+    def count(self, rows: Iterable[Flow]) -> None:
         """Adds to these rows what the kernel has counted for them, and to all what ended."""
         self._read_ends()
         if self._maps is None or not (handed := self.fast.handed(rows)):

@@ -31,7 +31,7 @@ from knet.endpoint import Endpoint, Proto, Source
 from knet.wire import ipv4
 from krelay.datapath.worker import Policy
 from krelay.nat.admission import Refusal
-from krelay.nat.flow import PAST_LEG, Hook, Row, Step, key
+from krelay.nat.flow import PAST_LEG, Flow, Hook, Step, key
 from krelay.nat.ports import FIRST_HIGH
 from krelay.nat.table import NatTable
 from krelay.registration.inforce import MOST, InForce
@@ -71,7 +71,7 @@ Send = Callable[[Answer], object]
 """Sends to one tcp-relay; also its identity."""
 
 
-class Kernel(Protocol):
+class SocketOwners(Protocol):
     """Who of this host has which TCP connections, as the kernel knows it (sockdiag.SocketDiag)."""
 
     def carrier(self, local: Endpoint, remote: Endpoint, may_open: bool = False) -> int | None:
@@ -103,7 +103,7 @@ class Relays:
         self,
         nat: NatTable,
         policy: Callable[[], Policy | None],
-        kernel: Kernel,
+        kernel: SocketOwners,
     ) -> None:
         self.before_answers: Callable[[], object] = lambda: None
         """To be called when requests were handled, before their answers are sent."""
@@ -191,7 +191,7 @@ class Relays:
         if rows and link is not None:
             self._orphans.append((now + ORPHAN_GRACE, link.uid, frozenset(rows)))
 
-    def abort(self, row: Row, now: float) -> None:
+    def abort(self, row: Flow, now: float) -> None:
         """Has both legs of a connection reset; its row ends when that is done.
 
         A row whose client hasn't completed its handshake has no legs, and ends at once.
@@ -209,7 +209,7 @@ class Relays:
         # Without a relay port tcp-relay hasn't asked yet: `open` will be refused, which resets
         # the client through this row.
 
-    def marked(self, row: Row) -> None:
+    def marked(self, row: Flow) -> None:
         """An end of this row sends with another DSCP: its tcp-relay sets that on the other leg."""
         owner = self._owner.get(row.id)
         if owner is not None and row.relay is not None:
@@ -285,7 +285,7 @@ class Relays:
         wrong = self._never_was(request, service, origin, source, policy, send, now)
         if wrong is not None:
             return Refused(request.id, f"can't be resumed: {wrong}")
-        row: Row | None = None
+        row: Flow | None = None
         try:
             row = self._nat.open_tcp(
                 origin,
@@ -366,14 +366,14 @@ class Relays:
         self._nat.close(row, now)
         return None
 
-    def _may_have(self, row: Row, send: Send) -> bool:
+    def _may_have(self, row: Flow, send: Send) -> bool:
         """Whether a row is this tcp-relay's, or that of one of its user that was lost just now."""
         owner, link = self._owner.get(row.id), self._links.get(send)
         if owner is not None or link is None:
             return owner is send
         return any(uid == link.uid and row.id in rows for _, uid, rows in self._orphans)
 
-    def _has(self, row: Row, send: Send) -> None:
+    def _has(self, row: Flow, send: Send) -> None:
         self._owner[row.id] = send
         row.orphaned = False
 
@@ -424,7 +424,7 @@ class Reports:
                     self._forgotten[name] += number
 
 
-def _is_same(row: Row, request: Resume) -> bool:
+def _is_same(row: Flow, request: Resume) -> bool:
     """Whether this is the connection of that row, which lives."""
     same = (row.inside, row.gport, row.server) == (request.client, request.gport, request.server)
     return same and row.closed_at is None

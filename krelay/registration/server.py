@@ -18,7 +18,7 @@ from knet.log import Failures, Log, Throttle
 from knet.loop import HOST_FAILS, Loop
 from knet.roles import RELAY
 from knet.unixsock import Crowd, Peer, UnixListener, last_descriptor
-from krelay.nat.limits import Pace
+from krelay.nat.limits import RateLimiter
 from krelay.registration.gatewayports import GatewayPorts
 from krelay.registration.messages import (
     MAX_MESSAGE,
@@ -67,7 +67,7 @@ class RelaySocket:
         self._gateways = gateways
         self._links: set[_Link] = set()
         self._crowd = Crowd(MAX_LINKS, MAX_OF_ONE)
-        self._told = Pace(TOLD, TOLD_AT_ONCE)
+        self._told = RateLimiter(TOLD, TOLD_AT_ONCE)
         self._untold = 0
         """Connections that came without a line in the log, since the last that had one."""
         self._listener = UnixListener(

@@ -766,7 +766,7 @@ def _nft_range(ports: tuple[int, int]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class IptablesChain:
     """A chain of ours and where it hangs."""
 
     table: str
@@ -774,11 +774,11 @@ class Chain:
     name: str
 
 
-def chains(name: str) -> tuple[Chain, Chain]:
+def chains(name: str) -> tuple[IptablesChain, IptablesChain]:
     """Where new flows begin, and where everything leaves."""
     return (
-        Chain("raw", "PREROUTING", f"{name}-pre"),
-        Chain("mangle", "POSTROUTING", f"{name}-post"),
+        IptablesChain("raw", "PREROUTING", f"{name}-pre"),
+        IptablesChain("mangle", "POSTROUTING", f"{name}-post"),
     )
 
 
@@ -853,7 +853,7 @@ def iptables_remove(name: str, hung: frozenset[str], present: frozenset[str]) ->
     return "\n".join([*lines, ""])
 
 
-def _restore(chain: Chain, rules: list[str], hung: frozenset[str]) -> str:
+def _restore(chain: IptablesChain, rules: list[str], hung: frozenset[str]) -> str:
     jump = [] if chain.name in hung else [f"-I {chain.builtin} 1 -j {chain.name}"]
     return "\n".join(
         [

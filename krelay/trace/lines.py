@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from knet.endpoint import Endpoint, Proto
 from knet.wire import icmp, ipv4, tcp, udp
 from krelay.datapath.worker import Verdict
-from krelay.nat.flow import Rewrite, Row
+from krelay.nat.flow import Flow, Rewrite
 
 WORDS = {Verdict.PASS: "pass", Verdict.DROP: "drop"}
 REWRITE = "rewrite"
@@ -73,7 +73,7 @@ class Filter:
         """The same, whatever state a row is in."""
         return replace(self, state=None)
 
-    def admits(self, row: Row) -> bool:
+    def admits(self, row: Flow) -> bool:
         """Whether the row is among them."""
         return (
             (self.proto is None or row.proto is self.proto)

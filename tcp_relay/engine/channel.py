@@ -10,7 +10,7 @@ Bytes go from a read straight into a write.  Only what the sink doesn't take is 
 is gone nothing more is read: so what is held is never more than one read, a slow sink closes the
 window of its source as it would without a relay, and a half that keeps up holds nothing at all.
 
-    >>> half = Half(readable=True, writable=True)
+    >>> half = Channel(readable=True, writable=True)
     >>> half.todo(), half.got(5, 65536, now=1.0), half.sent(5, now=1.0)
     (<Todo.READ: 1>, None, None)
     >>> half.todo()  # five bytes of 65536: the socket was emptied
@@ -38,7 +38,7 @@ WAIT, READ, WRITE, SHUT, RESET = Todo
 
 
 @dataclass(slots=True)
-class Half:
+class Channel:
     """Bytes leave in the order they came; the end of file, or the reset, after them, once."""
 
     held: memoryview = NOTHING  # an idle half holds no buffer

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tcp_relay.engine.session import End, Pair
+from tcp_relay.engine.session import End, Session
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Row(NamedTuple):
     held: str  # from client / from server
 
 
-def state_of(pair: Pair, is_connected: bool) -> str:
+def state_of(pair: Session, is_connected: bool) -> str:
     """In a word or two."""
     if not is_connected:
         return "connecting"

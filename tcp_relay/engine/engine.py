@@ -16,9 +16,9 @@ from typing import Protocol
 from knet.log import Failures, Log, stood_still
 from knet.loop import Loop
 from tcp_relay.engine.counts import Counts, Row, table
-from tcp_relay.engine.limits import Limits
-from tcp_relay.engine.session import End, Pair
-from tcp_relay.engine.timeouts import Waiting
+from tcp_relay.engine.limits import SessionLimits
+from tcp_relay.engine.session import End, Session
+from tcp_relay.engine.timeouts import FixedTimeoutQueue
 
 log = Log("engine")
 
@@ -26,7 +26,7 @@ log = Log("engine")
 class Live(Protocol):
     """A connection that has not ended."""
 
-    pair: Pair
+    pair: Session
 
     def end(self, end: End, detail: str = "") -> None:
         """Resets both sides, unless `end` is CLOSED."""
@@ -48,7 +48,7 @@ class Engine:
     """`on_room` is called whenever a connection has ended."""
 
     def __init__(
-        self, loop: Loop, limits: Limits, on_room: Callable[[], None] = lambda: None
+        self, loop: Loop, limits: SessionLimits, on_room: Callable[[], None] = lambda: None
     ) -> None:
         self.loop = loop
         self.limits = limits
@@ -57,11 +57,15 @@ class Engine:
         self.on_room = on_room
         self.capacity = sys.maxsize
         """Connections that there may be at once: two descriptors each."""
-        self.connecting: Waiting[Live] = Waiting(loop, limits.connect, _not_connected)
-        self.stalled: Waiting[Live] = Waiting(loop, limits.look, _look)
+        self.connecting: FixedTimeoutQueue[Live] = FixedTimeoutQueue(
+            loop, limits.connect, _not_connected
+        )
+        self.stalled: FixedTimeoutQueue[Live] = FixedTimeoutQueue(loop, limits.look, _look)
         """Those that hold bytes; for how long they may is for them to know."""
-        self.half_closed: Waiting[Live] = Waiting(loop, limits.half_close, _look)
-        self.watched: Waiting[Live] = Waiting(loop, limits.check, _check)
+        self.half_closed: FixedTimeoutQueue[Live] = FixedTimeoutQueue(
+            loop, limits.half_close, _look
+        )
+        self.watched: FixedTimeoutQueue[Live] = FixedTimeoutQueue(loop, limits.check, _check)
         """Those that move, or did a moment ago."""
         self._failures = Failures(log)
         self._awake_since = -math.inf

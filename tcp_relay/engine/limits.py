@@ -6,7 +6,7 @@ nothing may have its reasons (a pause button, a disk that is full for a moment, 
 closed until a sixteenth of a large buffer is free); it costs what is held for it, and is given up
 after `stall`.
 
->>> Limits(stall=300.0).silence, Limits(stall=10.0).silence, Limits(stall=1.0).silence
+>>> SessionLimits(stall=300.0).silence, SessionLimits(stall=10.0).silence, SessionLimits(stall=1.0).silence
 (25.0, 10.0, 4.0)
 """
 
@@ -20,7 +20,7 @@ MAX_HOLD = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SessionLimits:
     """Bytes, from 1 to MAX_HOLD, and seconds, above 0."""
 
     hold: int = 512 * 1024

@@ -18,7 +18,7 @@ RETRY = 0.05
 log = Log("line")
 
 
-class Line:
+class PortWaitQueue:
     """In the order they came; the length is how many wait.  `mend` tells people what would help."""
 
     def __init__(self, loop: Loop, mend: str) -> None:

@@ -39,11 +39,11 @@ from typing import Any, Protocol
 
 from knet.log import Log
 from knet.loop import Timer
-from tcp_relay.engine.channel import READ, RESET, SHUT, WAIT, WRITE, Half, Todo
+from tcp_relay.engine.channel import READ, RESET, SHUT, WAIT, WRITE, Channel, Todo
 from tcp_relay.engine.counts import Row, state_of
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.portqueue import Line
-from tcp_relay.engine.session import CLIENT, SERVER, End, Pair, Side
+from tcp_relay.engine.portqueue import PortWaitQueue
+from tcp_relay.engine.session import CLIENT, SERVER, End, Session, SessionSide
 from tcp_relay.engine.sockets import (
     HOST_FAILS,
     Socket,
@@ -59,7 +59,7 @@ from tcp_relay.engine.sockets import (
     take_time,
     undelivered,
 )
-from tcp_relay.engine.timeouts import Waiting
+from tcp_relay.engine.timeouts import FixedTimeoutQueue
 
 STEPS = 4
 """Reads, writes and ends per direction and turn."""
@@ -86,7 +86,7 @@ _WRITE = _FAILED | _OUT
 log = Log("connection")
 
 
-class Owner(Protocol):
+class SessionOwner(Protocol):
     """Whoever finds the server for a client.  `ended` is the last call."""
 
     def connected(self) -> None:
@@ -128,8 +128,8 @@ class Pump:
         "since",
     )
 
-    def __init__(self, engine: Engine, owner: Owner, client: Socket) -> None:
-        self.pair = Pair()
+    def __init__(self, engine: Engine, owner: SessionOwner, client: Socket) -> None:
+        self.pair = Session()
         self.alive = True
         self.is_connected = False
         self._engine = engine
@@ -137,7 +137,9 @@ class Pump:
         self._client = client
         self._server: Socket | None = None
         self.since = engine.loop.now
-        self._waiting: Waiting[Any] | None = None  # where this pump is, if it waits for anything;
+        self._waiting: FixedTimeoutQueue[Any] | None = (
+            None  # where this pump is, if it waits for anything;
+        )
         self._timer: Timer | None = None  # or this, if it is to look at a certain time
         self._why = ""  # one side was lost
         self._is_registered = False  # the server's socket, in the loop
@@ -182,7 +184,7 @@ class Pump:
         set_dscp(self._server, dscp)
         set_dscp(self._client, answers)
 
-    def wait(self, waiting: Waiting[Any]) -> None:
+    def wait(self, waiting: FixedTimeoutQueue[Any]) -> None:
         """Waits there, and nowhere else any more."""
         self._stop_waiting()
         self._waiting = waiting
@@ -217,7 +219,9 @@ class Pump:
         del self._owner  # which refers to this pump: without a collector a circle is for ever
         engine.died(self, end)
 
-    def wait_in(self, line: Line, retry: Callable[[], None], error: OSError | None = None) -> None:
+    def wait_in(
+        self, line: PortWaitQueue, retry: Callable[[], None], error: OSError | None = None
+    ) -> None:
         """There is no local port for the server leg now: has `retry` called when there may be.
 
         Or no socket at all: then `error` says why.  Nobody stands in line for longer than a server
@@ -381,7 +385,7 @@ class Pump:
             return 0 if error.errno in HOST_FAILS else error.errno or 0  # a read will meet it
         return 0
 
-    def _note(self, side: Side, events: int) -> None:
+    def _note(self, side: SessionSide, events: int) -> None:
         """What an event says, as facts."""
         if events & _READ:
             half = self.pair.fed_by(side)
@@ -393,7 +397,7 @@ class Pump:
         if events & _WRITE:
             self.pair.drained_by(side).writable = True
 
-    def _short_cut(self, half: Half, side: Side, source: Socket, sink: Socket) -> None:
+    def _short_cut(self, half: Channel, side: SessionSide, source: Socket, sink: Socket) -> None:
         try:
             data = source.recv(SHORT)
         except OSError as error:
@@ -417,7 +421,7 @@ class Pump:
             self._passed(half, side, data, sent, SHORT)
             self._turn(side)
 
-    def _turn(self, first: Side) -> None:
+    def _turn(self, first: SessionSide) -> None:
         """Moves what can be moved, beginning with what comes from `first`."""
         if self._is_queued or not self.alive:
             return
@@ -447,7 +451,7 @@ class Pump:
         self._is_queued = False
         self._turn(CLIENT)
 
-    def _move(self, half: Half, side: Side, step: Todo) -> bool:
+    def _move(self, half: Channel, side: SessionSide, step: Todo) -> bool:
         """Takes that step and the next ones; whether there is more to do than one turn may."""
         assert self._server is not None
         source, sink = self._client, self._server
@@ -470,7 +474,7 @@ class Pump:
                 return False
         return True
 
-    def _pass(self, half: Half, side: Side, source: Socket, sink: Socket) -> None:
+    def _pass(self, half: Channel, side: SessionSide, source: Socket, sink: Socket) -> None:
         """From one socket into the other; what that doesn't take is held."""
         if half.urgent and not half.sink_gone and at_mark(source):
             self._pass_urgent(half, side, source, sink)
@@ -495,7 +499,7 @@ class Pump:
         if self.alive:
             self._passed(half, side, view[:count], sent, len(view))
 
-    def _pass_urgent(self, half: Half, side: Side, source: Socket, sink: Socket) -> None:
+    def _pass_urgent(self, half: Channel, side: SessionSide, source: Socket, sink: Socket) -> None:
         """The one byte at the mark, which is marked again; a read of those before it ends there."""
         try:
             data = source.recv(1)
@@ -513,8 +517,8 @@ class Pump:
 
     def _passed(
         self,
-        half: Half,
-        side: Side,
+        half: Channel,
+        side: SessionSide,
         data: bytes | memoryview,
         sent: int,
         asked: int,
@@ -529,7 +533,7 @@ class Pump:
         if sent < len(data):
             half.hold(bytes(data[sent:]), urgent)
 
-    def _write(self, half: Half, side: Side, sink: Socket) -> None:
+    def _write(self, half: Channel, side: SessionSide, sink: Socket) -> None:
         try:
             sent = sink.send(half.held, socket.MSG_OOB if half.held_urgent else 0)
         except OSError as error:
@@ -539,7 +543,7 @@ class Pump:
         half.sent(sent, self._engine.loop.now)
         self._engine.counts.moved[side] += sent
 
-    def _shut(self, half: Half, side: Side, sink: Socket) -> None:
+    def _shut(self, half: Channel, side: SessionSide, sink: Socket) -> None:
         # The second end of file needs no call of its own: closing sends it.
         if not self.pair.fed_by(_OTHER[side]).sent_eof:
             try:
@@ -552,7 +556,7 @@ class Pump:
                 return
         half.shut(self._engine.loop.now)
 
-    def _reset(self, half: Half, sink: Socket) -> None:
+    def _reset(self, half: Channel, sink: Socket) -> None:
         """Passes a reset on, as soon as nothing would be lost by it."""
         try:
             waiting = undelivered(sink)
@@ -564,7 +568,7 @@ class Pump:
             now = self._engine.loop.now
             self._look_at(now + min(max(now - half.at, FLUSH), FLUSH_MAX))
 
-    def _not_read(self, half: Half, side: Side, error: OSError) -> None:
+    def _not_read(self, half: Channel, side: SessionSide, error: OSError) -> None:
         if isinstance(error, BlockingIOError):
             half.empty()
         elif error.errno in HOST_FAILS:
@@ -573,14 +577,14 @@ class Pump:
         else:
             self._lost(side, error.errno or 0)
 
-    def _failed(self, side: Side, sock: Socket) -> None:
+    def _failed(self, side: SessionSide, sock: Socket) -> None:
         """A socket has an error that no read will meet: its end of file was read before."""
         half = self.pair.fed_by(side)
         if self.alive and half.got_eof and not half.got_reset and (error := _error_of(sock)):
             self._lost(side, error)
             self._turn(side)
 
-    def _lost(self, side: Side, error: int) -> None:
+    def _lost(self, side: SessionSide, error: int) -> None:
         if self.pair.is_resetting:  # the other side was lost before
             self.end(End.RESET, self._why)
             return
@@ -588,7 +592,7 @@ class Pump:
         self._is_smooth = False
         self.pair.lost(side, self._engine.loop.now)
 
-    def _not_sent(self, side: Side, error: OSError) -> int:
+    def _not_sent(self, side: SessionSide, error: OSError) -> int:
         """0: the sink is full; else it is gone, and with it this pump."""
         if isinstance(error, BlockingIOError):
             return 0
@@ -650,7 +654,7 @@ class Pump:
             self._timer.cancel()
             self._timer = None
 
-    def _leave_to_the_kernel(self, half: Half, sink: Socket) -> None:
+    def _leave_to_the_kernel(self, half: Channel, sink: Socket) -> None:
         if half.is_hastened:
             with suppress(OSError):
                 take_time(sink)
@@ -669,7 +673,7 @@ class Pump:
             close(server)
 
 
-def _nothing_acked(side: Side, seconds: float) -> str:
+def _nothing_acked(side: SessionSide, seconds: float) -> str:
     return f"the {side} has acknowledged nothing for {seconds:g} s"
 
 
@@ -680,7 +684,7 @@ def _error_of(sock: Socket) -> int:
         return error.errno or 0
 
 
-def _words(side: Side, error: int) -> str:
+def _words(side: SessionSide, error: int) -> str:
     return f"{side}: {in_words(error)}"
 
 

@@ -9,20 +9,20 @@ So is time.  A pair that moves, or has nothing to move, may live for ever.  What
 wait for a sink that takes none (it would hold memory, and its peer, as long as it likes), and one
 direction left open by somebody who has forgotten it.
 
-    >>> pair = Pair()
+    >>> pair = Session()
     >>> pair.down.hold(b"for a client that doesn't read")
-    >>> pair.deadline(Limits(stall=10.0)), pair.overdue(10.0, Limits(stall=10.0))
+    >>> pair.deadline(SessionLimits(stall=10.0)), pair.overdue(10.0, SessionLimits(stall=10.0))
     (10.0, <End.STALLED: 'stalled'>)
 """
 
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
-from tcp_relay.engine.channel import Half
-from tcp_relay.engine.limits import Limits
+from tcp_relay.engine.channel import Channel
+from tcp_relay.engine.limits import SessionLimits
 
 
-class Side(IntEnum):
+class SessionSide(IntEnum):
     """Whose socket."""
 
     CLIENT = 0
@@ -32,7 +32,7 @@ class Side(IntEnum):
         return self.name.lower()
 
 
-CLIENT, SERVER = Side
+CLIENT, SERVER = SessionSide
 
 
 class End(StrEnum):
@@ -49,21 +49,21 @@ class End(StrEnum):
 
 
 @dataclass(slots=True)
-class Pair:
+class Session:
     """The two directions of one relayed connection."""
 
-    up: Half = field(default_factory=Half)
-    down: Half = field(default_factory=Half)
+    up: Channel = field(default_factory=Channel)
+    down: Channel = field(default_factory=Channel)
 
-    def fed_by(self, side: Side) -> Half:
+    def fed_by(self, side: SessionSide) -> Channel:
         """The half whose source is that side."""
         return self.down if side else self.up
 
-    def drained_by(self, side: Side) -> Half:
+    def drained_by(self, side: SessionSide) -> Channel:
         """The half whose sink is that side."""
         return self.up if side else self.down
 
-    def lost(self, side: Side, now: float) -> None:
+    def lost(self, side: SessionSide, now: float) -> None:
         """Reading from `side` failed: its connection is gone, in both directions.
 
         What came from there before is still delivered, then the reset.
@@ -108,21 +108,21 @@ class Pair:
         """One side has finished, and the other one not."""
         return self.up.sent_eof is not self.down.sent_eof
 
-    def deadline(self, limits: Limits) -> float | None:
+    def deadline(self, limits: SessionLimits) -> float | None:
         """When it will be overdue if nothing moves until then; None: never."""
         due = (self._stalled_at(limits), self._forgotten_at(limits))
         return min((at for at in due if at is not None), default=None)
 
-    def overdue(self, now: float, limits: Limits) -> End | None:
+    def overdue(self, now: float, limits: SessionLimits) -> End | None:
         """Why it is to be ended now, if it is."""
         stalled, forgotten = self._stalled_at(limits), self._forgotten_at(limits)
         if stalled is not None and now >= stalled:
             return End.RESET if self.is_resetting else End.STALLED
         return End.FORGOTTEN if forgotten is not None and now >= forgotten else None
 
-    def _stalled_at(self, limits: Limits) -> float | None:
+    def _stalled_at(self, limits: SessionLimits) -> float | None:
         waiting = [half.at for half in (self.up, self.down) if half.held or half.got_reset]
         return min(waiting) + limits.stall if waiting else None
 
-    def _forgotten_at(self, limits: Limits) -> float | None:
+    def _forgotten_at(self, limits: SessionLimits) -> float | None:
         return self.at + limits.half_close if self.is_half_closed else None

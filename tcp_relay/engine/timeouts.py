@@ -15,7 +15,7 @@ from knet.loop import Loop
 T = TypeVar("T")
 
 
-class Waiting(Generic[T]):
+class FixedTimeoutQueue(Generic[T]):
     """Calls `too_late(who)` for each who has waited for `seconds`, and waits no more."""
 
     def __init__(self, loop: Loop, seconds: float, too_late: Callable[[T], object]) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.portqueue import Line
+from tcp_relay.engine.portqueue import PortWaitQueue
 from tcp_relay.engine.pump import Pump
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import HOST_FAILS, NO_ROOM, Socket, close, in_words, server_socket
-from tcp_relay.engine.timeouts import Waiting
+from tcp_relay.engine.timeouts import FixedTimeoutQueue
 from tcp_relay.proxy.resolver import Address, Resolver
 
 MEND = "sysctl net.ipv4.tcp_tw_reuse=1, or widen net.ipv4.ip_local_port_range"
@@ -32,12 +32,12 @@ class Proxy:
         self.family = int(socket.AF_INET)
         """Of the first address, when a name was last resolved."""
         limit = engine.limits.connect
-        self.asked: Waiting[Pump] = Waiting(
+        self.asked: FixedTimeoutQueue[Pump] = FixedTimeoutQueue(
             engine.loop,
             limit,
             lambda pump: pump.end(End.CONNECT_FAILED, f"no answer to the name within {limit:g} s"),
         )
-        self.line = Line(engine.loop, MEND)
+        self.line = PortWaitQueue(engine.loop, MEND)
 
     def spare(self) -> Socket:
         """An unused socket, most likely of the right family."""

@@ -18,11 +18,11 @@ from typing import Protocol
 from knet.endpoint import Endpoint, Source
 from krelay.registration.messages import NO_ADDRESS, PORT_TAKEN, Dscps, Opened, Refused
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.portqueue import Line
+from tcp_relay.engine.portqueue import PortWaitQueue
 from tcp_relay.engine.pump import Pump
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import HOST_FAILS, NO_ROOM, Socket, in_words, server_socket
-from tcp_relay.engine.timeouts import Waiting
+from tcp_relay.engine.timeouts import FixedTimeoutQueue
 
 PORT_TRIES = 8
 """Relay ports tried for one connection, before it waits in line."""
@@ -39,9 +39,9 @@ class Desk(Protocol):
 
     keeps_dscp: bool
     """Whether each leg sends with the DSCP with which the other end does."""
-    asked: Waiting[Pump]
+    asked: FixedTimeoutQueue[Pump]
     """Where those wait who have asked krelay."""
-    line: Line
+    line: PortWaitQueue
     """Where those wait who found no relay port."""
 
     def own_address(self, connection: "Connection") -> str:

@@ -14,17 +14,17 @@ from knet.loop import Loop
 from krelay.registration.messages import Report
 from procfs_sim import Config
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.limits import Limits
+from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.relay.follower import TreeFollower
 from tcp_relay.relay.gateway import Gateway
 from tcp_relay.relay.relay import Relay
-from tcp_relay.service.service import Service
+from tcp_relay.service.service import RelayService
 
 REPORT = 1.0
 """Seconds between looks at whether krelay is to be told new counters."""
 
 
-class Daemon:
+class TcpRelayDaemon:
     """One worker on the tree at `root`, the `index`th `of` so many.
 
     It `follows_stall` in the tree, or has that limit from its command line.  `keeps_dscp`: each leg
@@ -35,7 +35,7 @@ class Daemon:
         self,
         loop: Loop,
         root: Path,
-        limits: Limits,
+        limits: SessionLimits,
         ready: Callable[[], None],
         index: int,
         of: int,
@@ -58,7 +58,7 @@ class Daemon:
             room=lambda: self._engine.room,
         )
         self._follower = TreeFollower(loop, root, self._configured)
-        self._service = Service(loop, self._engine, self._stop_accepting)
+        self._service = RelayService(loop, self._engine, self._stop_accepting)
         self._report()
 
     def run(self) -> int:

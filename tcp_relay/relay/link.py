@@ -60,7 +60,7 @@ class Talk(Protocol):
         """krelay said that.  Raises BadMessage if it makes no sense."""
 
 
-class Link:
+class RelayLink:
     """Connects to the relay socket at `path` with the next turn, and again when it is lost."""
 
     def __init__(self, loop: Loop, path: Path, talk: Talk) -> None:

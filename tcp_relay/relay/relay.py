@@ -44,13 +44,13 @@ from krelay.registration.messages import (
     Resumed,
 )
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.portqueue import Line
+from tcp_relay.engine.portqueue import PortWaitQueue
 from tcp_relay.engine.pump import Pump
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import HOST_FAILS, Socket
-from tcp_relay.engine.timeouts import Waiting
+from tcp_relay.engine.timeouts import FixedTimeoutQueue
 from tcp_relay.relay.connection import Connection
-from tcp_relay.relay.link import Link
+from tcp_relay.relay.link import RelayLink
 
 ASK_TIMEOUT = 5.0
 """Seconds that a client waits for krelay, which may be restarting."""
@@ -87,8 +87,8 @@ class Relay:
         """Towards which the own address is chosen."""
         self._engine = engine
         self._loop = loop = engine.loop
-        self.asked: Waiting[Pump] = Waiting(loop, ASK_TIMEOUT, _not_answered)
-        self.line = Line(loop, MEND)
+        self.asked: FixedTimeoutQueue[Pump] = FixedTimeoutQueue(loop, ASK_TIMEOUT, _not_answered)
+        self.line = PortWaitQueue(loop, MEND)
         self._by_relay: dict[Endpoint, Connection] = {}
         self._by_id: dict[int, Connection] = {}
         self._ids = itertools.count(1)
@@ -101,7 +101,7 @@ class Relay:
         """By gateway port."""
         self._handed: dict[int, int] = {}
         """The gateway port by the number of the message that handed its socket over."""
-        self._link = Link(loop, relay_socket, self)
+        self._link = RelayLink(loop, relay_socket, self)
 
     def __len__(self) -> int:
         return len(self._by_relay)

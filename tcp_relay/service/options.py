@@ -7,7 +7,7 @@
 import argparse
 from functools import partial
 
-from tcp_relay.engine.limits import MAX_HOLD, Limits
+from tcp_relay.engine.limits import MAX_HOLD, SessionLimits
 
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20}
 _DAY = 86400.0
@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser, stall: str = "") -> None:
 
     `stall` says where that limit comes from if it isn't given: `follows_stall`.
     """
-    default = Limits()
+    default = SessionLimits()
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--buffer",
@@ -62,11 +62,11 @@ def add_relay_options(parser: argparse.ArgumentParser) -> None:
     add_options(parser, stall="`timeouts/stall` in the file tree")
 
 
-def limits(options: argparse.Namespace) -> Limits:
+def limits(options: argparse.Namespace) -> SessionLimits:
     """What was asked for."""
-    return Limits(
+    return SessionLimits(
         hold=options.buffer,
-        stall=Limits().stall if follows_stall(options) else options.stall,
+        stall=SessionLimits().stall if follows_stall(options) else options.stall,
         half_close=options.half_close,
         connect=options.connect_timeout,
         drain=options.drain,

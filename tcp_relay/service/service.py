@@ -20,7 +20,7 @@ from knet.loop import Loop, Timer
 from knet.privileges import Account, Cap
 from knet.seccomp import FilterUnavailable
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.limits import Limits
+from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import usual_probing, usual_rto_max
 from tcp_relay.service import options, workers
@@ -39,7 +39,7 @@ NEEDED, RESERVED = 12, 24
 log = Log("service")
 
 
-class Service:
+class RelayService:
     """Runs `loop` until a signal ends it; `stop_accepting` is called once, when that begins."""
 
     def __init__(self, loop: Loop, engine: Engine, stop_accepting: Callable[[], None]) -> None:
@@ -116,7 +116,7 @@ class Service:
 def run_program(
     name: str,
     asked: argparse.Namespace,
-    serve: Callable[[Limits, int, Callable[[], None]], int],
+    serve: Callable[[SessionLimits, int, Callable[[], None]], int],
     before: Callable[[], None] = lambda: None,
     in_words: Callable[[OSError], str] = str,
     user: Account | None = None,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knet.endpoint import Endpoint, Flow, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from tests.tools.strategies import addresses, endpoints, flows
 
 
@@ -70,7 +70,7 @@ def test_a_port_out_of_range_is_an_error_that_names_the_range(port: int) -> None
 
 
 @given(flows())
-def test_the_reply_to_a_reply_is_the_flow(flow: Flow) -> None:
+def test_the_reply_to_a_reply_is_the_flow(flow: FiveTuple) -> None:
     reply = flow.reply()
 
     assert (reply.proto, reply.src, reply.dst) == (flow.proto, flow.dst, flow.src)
@@ -80,7 +80,7 @@ def test_the_reply_to_a_reply_is_the_flow(flow: Flow) -> None:
 def test_a_flow_reads_as_people_write_it() -> None:
     client, service = Endpoint.parse("10.0.0.1:4000"), Endpoint.parse("192.168.0.2:53")
 
-    assert str(Flow(Proto.UDP, client, service)) == "udp 10.0.0.1:4000 > 192.168.0.2:53"
+    assert str(FiveTuple(Proto.UDP, client, service)) == "udp 10.0.0.1:4000 > 192.168.0.2:53"
 
 
 def test_protocols_and_sources_are_the_words_of_the_contract() -> None:

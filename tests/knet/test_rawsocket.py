@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from knet.endpoint import Endpoint, Flow, Proto
+from knet.endpoint import Endpoint, FiveTuple, Proto
 from knet.rawsocket import RawSender
 from tests.tools.packets import Template
 from vm import Lab
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.net
 
 
 def datagram(src: str, dst: str) -> bytes:
-    there = Flow(Proto.UDP, Endpoint.parse(src), Endpoint.parse(dst))
+    there = FiveTuple(Proto.UDP, Endpoint.parse(src), Endpoint.parse(dst))
     return Template(there, payload=b"hello", ident=77).build()
 
 

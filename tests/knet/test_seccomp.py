@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from knet import seccomp, syscalls
-from knet.seccomp import Condition, FilterUnavailable, Rule
+from knet.seccomp import Condition, FilterUnavailable, SyscallRule
 
 HERE = Path(__file__).parents[2]
 PROLOGUE = """
@@ -218,6 +218,6 @@ def test_every_program_makes_its_rules_of_its_features() -> None:
     for program, features in syscalls.PROGRAMS.items():
         wanted = [rule for feature in features for rule in syscalls.FEATURES[feature]]
         assert list(syscalls.allowed(program)) == wanted
-    assert Rule("openat", (Condition(2, 0, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC),)) in (
+    assert SyscallRule("openat", (Condition(2, 0, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC),)) in (
         syscalls.allowed("tcp-relay")
     )

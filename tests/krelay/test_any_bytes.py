@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from scapy.layers.inet import IP, in4_chksum
 from scapy.utils import checksum
 
-from knet.endpoint import Endpoint, Flow, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from knet.wire import BadPacket, icmp, ipv4, tcp, udp
 from krelay.datapath.worker import Verdict, Worker, flow_of, readdressed
-from krelay.nat.admission import Limits, Refusal
+from krelay.nat.admission import FlowLimits, Refusal
 from krelay.nat.flow import Hook, key
 from krelay.nat.table import TRIES, NatTable
 from tests.krelay.datapath.test_worker import live_worker, rewrite_to, traffic
@@ -75,7 +75,7 @@ def test_parsing_gives_a_value_or_bad_packet(packet: bytes) -> None:
 @given(packets=st.lists(st.tuples(anything, st.sampled_from(Hook)), max_size=4))
 def test_the_worker_gives_a_verdict_in_time(packets: list[tuple[bytes, Hook]]) -> None:
     worker = live_worker()
-    worker.nat.limits = Limits(11, 9, 5)
+    worker.nat.limits = FlowLimits(11, 9, 5)
     for packet, hook in packets:
         counts = worker.counts
         rewritten = sum(counts.steps) + sum(counts.icmp)
@@ -114,7 +114,7 @@ def right(packet: bytes) -> bool:
 
 @given(rewritings(), st.integers(0, 2), st.integers(0, 2))
 def test_a_rewritten_packet_is_right_by_scapy_if_and_only_if_it_was(
-    case: tuple[Template, Flow], check_error: int, ip_check_error: int
+    case: tuple[Template, FiveTuple], check_error: int, ip_check_error: int
 ) -> None:
     packet, to = case
     if check_error or ip_check_error:

@@ -22,10 +22,10 @@ from random import Random
 
 import pytest
 
-from knet.endpoint import Endpoint, Flow, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from krelay.datapath.worker import Policy, Verdict
-from krelay.nat.admission import AT_ONCE, Limits
-from krelay.nat.flow import SIDES, Hook, Row, Timeouts
+from krelay.nat.admission import AT_ONCE, FlowLimits
+from krelay.nat.flow import SIDES, Flow, Hook, Timeouts
 from krelay.registration.messages import Close, Open, Opened, Refused
 from tests.tools.kernel import Datapath
 from tests.tools.packets import ACK, FIN, PSH, RST, SYN, Template, addr, at, policy
@@ -150,7 +150,7 @@ class Day:
         self.rng = Random(seed)
         self.policy: Policy = policy(udp=frozenset({53, 123}), beside=())
         now = float(self.rng.randrange(1000)) + self.rng.random()
-        self.path = Datapath(self.policy, room, Limits(150, 40), seed + 1, now)
+        self.path = Datapath(self.policy, room, FlowLimits(150, 40), seed + 1, now)
         self.nat, self.worker, self.relays = self.path.nat, self.path.worker, self.path.relays
         self.late = 1.0 if room else 0.0
         """Seconds between a packet and the look at it, at most."""
@@ -181,12 +181,12 @@ class Day:
         self, hook: Hook, src: Endpoint, dst: Endpoint, flags: int = 0, proto: Proto = Proto.TCP
     ) -> bytes | Verdict:
         """A packet; the model and the worker must say the same of it."""
-        template = Template(Flow(proto, src, dst), b"data", flags)
+        template = Template(FiveTuple(proto, src, dst), b"data", flags)
         got = self.path.packet(template, hook)
         self.worker.answers.clear()
         expected = self.expected(hook, src, dst, flags, proto, got)
         if isinstance(expected, tuple):
-            to = Flow(proto, *expected)
+            to = FiveTuple(proto, *expected)
             assert got == replace(template, flow=to).build(), (self.now, src, dst, flags, expected)
         else:
             assert got is expected, (self.now, src, dst, flags)
@@ -318,7 +318,7 @@ class Day:
         return sum(row.closed_at is None for row in gone)
 
     def begin(self, client: Endpoint, service: Endpoint, proto: Proto, got: bytes) -> None:
-        row: Row = max(self.nat, key=lambda row: row.id)
+        row: Flow = max(self.nat, key=lambda row: row.id)
         became = Endpoint(got[12:16], int.from_bytes(got[20:22]))
         known = Known(
             proto,
@@ -626,7 +626,7 @@ class Day:
                     self.timeouts = Timeouts(*(t * self.rng.choice((0.5, 1)) for t in Timeouts()))
                     self.nat.set_timeouts(self.timeouts)
                 case 3:
-                    self.nat.limits = Limits(self.rng.choice((100, 150, 300)), 40)
+                    self.nat.limits = FlowLimits(self.rng.choice((100, 150, 300)), 40)
                 case 4:
                     if self.rows:
                         killed = self.rows.pop(self.rng.randrange(len(self.rows)))
@@ -639,9 +639,9 @@ class Day:
         """Twice a day there is room for next to nothing for a while."""
         for flows, of_client in ((8, 40), (40, 2)):
             yield self.pause(30_000)
-            self.nat.limits = Limits(flows, of_client)
+            self.nat.limits = FlowLimits(flows, of_client)
             yield self.pause(2000)
-            self.nat.limits = Limits(150, 40)
+            self.nat.limits = FlowLimits(150, 40)
 
     def tracer(self) -> Iterator[float]:
         """Somebody looks at some clients' packets for a while."""

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from knet.endpoint import Endpoint, Flow, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from krelay.datapath.worker import Policy, Worker
-from krelay.nat.admission import Limits
-from krelay.nat.flow import Hook, Rewrite, Row, Step
+from krelay.nat.admission import FlowLimits
+from krelay.nat.flow import Flow, Hook, Rewrite, Step
 from krelay.nat.table import NatTable
 from krelay.registration.inforce import InForce
 from krelay.registration.messages import (
@@ -73,7 +73,7 @@ class Field:
 
     def begin(self) -> None:
         """krelay starts, or starts again after it was killed."""
-        self.nat = NatTable(Limits(FLOWS, FLOWS), rng=Random(self.rng.random()))
+        self.nat = NatTable(FlowLimits(FLOWS, FLOWS), rng=Random(self.rng.random()))
         self.worker = Worker(self.nat)
         self.relays = Relays(self.nat, lambda: self.worker.policy, self)
         self.relays.in_force = list(self.history)
@@ -145,7 +145,7 @@ class Field:
                 self.begin()
 
     def packet(self, src: Endpoint, dst: Endpoint, flags: int) -> None:
-        packet = Template(Flow(Proto.TCP, src, dst), flags=flags).build()
+        packet = Template(FiveTuple(Proto.TCP, src, dst), flags=flags).build()
         self.worker.handle(packet, Hook.PREROUTING, self.now)
 
     def client(self, *, is_forged: bool) -> None:
@@ -176,7 +176,7 @@ class Field:
             self.known += [json.loads(emit(each)) for each in (request, resume, Close(relay))]
             del self.known[:-90]
 
-    def row(self, owner: Send | None = None) -> Row | None:
+    def row(self, owner: Send | None = None) -> Flow | None:
         """One of the TCP rows, or of those that this one has."""
         rows = [row for row in self.nat.workers if row.gport is not None]
         if owner is not None:
@@ -204,7 +204,7 @@ class Field:
             packet[rng.randrange(len(packet))] = rng.randrange(256)
         return bytes(packet[: rng.randrange(len(packet) + 1)]) or b"{"
 
-    def about(self, row: Row | None) -> bytes:
+    def about(self, row: Flow | None) -> bytes:
         """A message about this row, whosever it is."""
         if row is None:
             return emit(Close(self.end()))
@@ -282,7 +282,7 @@ class Field:
             if id(owners.get(row.id)) not in bad and not self.may_be_bads(row)
         }
 
-    def may_be_bads(self, row: Row) -> bool:
+    def may_be_bads(self, row: Flow) -> bool:
         """Whether the hostile one may have this row: nobody's, that it can have accepted or had."""
         if row.id in self.relays._owner or row.gport is None:
             return False
@@ -344,7 +344,7 @@ class Field:
             assert answer.server == opened.server
         return True
 
-    def check_resumed(self, row: Row, request: Request, answer: object) -> None:
+    def check_resumed(self, row: Flow, request: Request, answer: object) -> None:
         """A row that a message made."""
         assert isinstance(request, Resume), request
         assert isinstance(answer, Resumed), answer

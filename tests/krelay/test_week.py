@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-from knet.endpoint import Endpoint, Flow, Proto
-from krelay.nat.admission import Limits
+from knet.endpoint import Endpoint, FiveTuple, Proto
+from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Hook, Timeouts
 from krelay.registration.messages import Close, Open, Report
 from tests.tools.hours import garbage
@@ -43,7 +43,7 @@ class Week:
 
     def __init__(self, room: int) -> None:
         self._rng = Random(1)
-        self.path = Datapath(policy(), room, Limits(40, 12), 1, 0.0)
+        self.path = Datapath(policy(), room, FlowLimits(40, 12), 1, 0.0)
         self._relay = self._send
         self._number = 0
         self.rewritten = 0
@@ -93,7 +93,7 @@ class Week:
     def _packet(
         self, hook: Hook, src: Endpoint, dst: Endpoint, proto: Proto, flags: int = ACK
     ) -> None:
-        got = self.path.packet(Template(Flow(proto, src, dst), b"data", flags), hook)
+        got = self.path.packet(Template(FiveTuple(proto, src, dst), b"data", flags), hook)
         self.rewritten += isinstance(got, bytes)
         self.path.worker.answers.clear()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from knet.endpoint import Endpoint, Flow, Proto
+from knet.endpoint import Endpoint, FiveTuple, Proto
 from tests.net.test_datapaths import visits
 from tests.net.world import SERVICES, World, control_socket
 from tests.tools.packets import Template
@@ -55,7 +55,9 @@ def test_a_second_answer_finds_its_way_too(asked: World) -> None:
     with asked.open("client", socket.SOCK_DGRAM) as sock:
         sock.bind(("", 21000))
         asked.exchange(sock, b"who", (asked.relay, DNS))
-        again = Flow(Proto.UDP, Endpoint.of(asked.server, DNS), Endpoint.of(asked.client, 21000))
+        again = FiveTuple(
+            Proto.UDP, Endpoint.of(asked.server, DNS), Endpoint.of(asked.client, 21000)
+        )
         with asked.lab.enter("server"), socket.socket(*RAW) as raw:
             raw.sendto(Template(again, payload=b"again").build(), (asked.client, 0))
         assert sock.recvfrom(100) == (b"again", (asked.relay, DNS))

@@ -11,8 +11,8 @@ from procfs_sim.tree import (
     DEFAULTS,
     SETTINGS,
     Config,
-    Refused,
     Service,
+    SettingRefused,
     conflicts,
     in_force,
     parse,
@@ -241,7 +241,7 @@ def test_a_good_text_has_one_canonical_form(name: str, text: str, canonical: str
 
 @pytest.mark.parametrize(("name", "text", "reason"), BAD)
 def test_a_bad_text_is_refused_with_its_reason(name: str, text: str, reason: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(SettingRefused) as refused:
         parse(name, text)
 
     assert str(refused.value) == reason
@@ -261,7 +261,7 @@ def test_parse_gives_back_what_render_wrote(name: str, data: st.DataObject) -> N
 def test_any_text_gives_a_value_or_one_short_printable_line(name: str, text: str) -> None:
     try:
         value = parse(name, text)
-    except Refused as refused:
+    except SettingRefused as refused:
         reason = str(refused)
     else:
         reason = ""
@@ -328,7 +328,7 @@ def test_overlaps_are_found_wherever_they_stand(words: list[Service]) -> None:
     if len(all_ports) == len(set(all_ports)):
         assert services(text) == tuple(distinct)
     else:
-        with pytest.raises(Refused, match="overlap"):
+        with pytest.raises(SettingRefused, match="overlap"):
             services(text)
 
 

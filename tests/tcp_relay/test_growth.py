@@ -28,18 +28,18 @@ from krelay.registration.messages import (
 )
 from procfs_sim import FileTree
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.limits import Limits
+from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.engine.listener import Listener
 from tcp_relay.engine.session import End
 from tcp_relay.proxy.proxy import Proxy
 from tcp_relay.proxy.resolver import Address, Answer, Resolver
-from tcp_relay.relay.daemon import Daemon
+from tcp_relay.relay.daemon import TcpRelayDaemon
 from tests.tcp_relay.helpers import LOCALHOST, free_port
 from tests.tools.hours import every, garbage, run_for, simulated
 
 HOUR = 3600
 Answered = Opened | Refused | Abort | Resumed
-LIMITS = Limits(stall=5.0, half_close=20.0, connect=5.0, hold=4096)
+LIMITS = SessionLimits(stall=5.0, half_close=20.0, connect=5.0, hold=4096)
 
 
 class Server:
@@ -202,7 +202,7 @@ def test_an_hour_of_tcp_relay_leaves_nothing_for_the_collector(tmp_path: Path) -
 
         every(loop, 50, write)
         write()
-        daemon = Daemon(loop, tmp_path, LIMITS, lambda: None, 0, 1, follows_stall=False)
+        daemon = TcpRelayDaemon(loop, tmp_path, LIMITS, lambda: None, 0, 1, follows_stall=False)
         run_for(loop, 60)
         left = garbage(lambda: run_for(loop, HOUR))
 

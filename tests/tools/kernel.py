@@ -18,12 +18,12 @@ from ipaddress import IPv4Address, IPv4Network
 from itertools import takewhile
 from random import Random
 
-from knet.endpoint import Endpoint, Flow, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from knet.netlink.nflog import HEAD
 from knet.netlink.nftables import Count
 from krelay.datapath.worker import Policy, Verdict, Worker
-from krelay.nat.admission import Limits
-from krelay.nat.flow import SIDES, Hook, Rewrite, Row, Step
+from krelay.nat.admission import FlowLimits
+from krelay.nat.flow import SIDES, Flow, Hook, Rewrite, Step
 from krelay.nat.table import NatTable
 from krelay.offload.fastpath import Changes, FastPath, begins
 from krelay.registration.registry import Relays, Send
@@ -149,7 +149,7 @@ class FakeKernel:
                 ends = (
                     Endpoint(seen[f"{end}addr"].to_bytes(4), seen[f"{end}port"]) for end in "sd"
                 )
-                became = replace(packet, flow=Flow(proto, *ends))
+                became = replace(packet, flow=FiveTuple(proto, *ends))
                 if rule.log:
                     self.copies[rule.log].append((hook, became.build()[:HEAD]))
                 return became
@@ -284,7 +284,7 @@ class Datapath:
 
     policy: Policy
     room: int = 0
-    limits: Limits = field(default_factory=Limits)
+    limits: FlowLimits = field(default_factory=FlowLimits)
     seed: int = 1
     now: float = 0.0
 
@@ -378,7 +378,7 @@ class Datapath:
             if (changes := self.fast.changes(most)) is not None:
                 self.fast.told(changes, self.kernel.change(changes), self.now)
 
-    def count(self, rows: Iterable[Row]) -> None:
+    def count(self, rows: Iterable[Flow]) -> None:
         """Adds what the kernel has counted for these rows."""
         self.fast.read(self.kernel.read(self.fast.handed(rows)), self.now)
 

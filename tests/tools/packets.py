@@ -11,7 +11,7 @@ The hosts have one letter each, those of the design: client C, relay K, server S
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
-from knet.endpoint import Endpoint, Flow, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from krelay.datapath.worker import Policy
 
 HOSTS = {
@@ -47,11 +47,11 @@ def shown(endpoint: Endpoint) -> str:
     return f"{NAMES.get(endpoint.host, endpoint.host)}:{endpoint.port}"
 
 
-def flow(text: str) -> Flow:
+def flow(text: str) -> FiveTuple:
     """The flow `C:40000 > K:80 [S]` (TCP) or `C:40000 > K:53` (UDP)."""
     proto = Proto.TCP if text.rstrip().endswith("]") else Proto.UDP
     src, dst = text.partition("[")[0].split(">")
-    return Flow(proto, at(src.strip()), at(dst.strip()))
+    return FiveTuple(proto, at(src.strip()), at(dst.strip()))
 
 
 def flags_of(text: str) -> int:
@@ -97,7 +97,7 @@ def slow_checksum(data: bytes) -> int:
 class Template:
     """A packet in its parts.  Lengths and checksums follow from them."""
 
-    flow: Flow
+    flow: FiveTuple
     payload: bytes = b""
     flags: int = ACK
     seq: int = 1000
@@ -183,7 +183,7 @@ def template(text: str, **parts: object) -> Template:
     return Template(there, **usual | parts)  # type: ignore[arg-type]
 
 
-def with_zero_check(packet: Template, on: Flow) -> Template:
+def with_zero_check(packet: Template, on: FiveTuple) -> Template:
     """The packet with a last payload word that makes its checksum zero on this flow.
 
     Its payload is even and not empty.
@@ -195,7 +195,7 @@ def with_zero_check(packet: Template, on: Flow) -> Template:
     return replace(blank, payload=blank.payload[:-2] + missing.to_bytes(2))
 
 
-def with_zero_ip_check(packet: Template, on: Flow) -> Template:
+def with_zero_ip_check(packet: Template, on: FiveTuple) -> Template:
     """The packet with an identification that makes its header checksum zero on this flow."""
     blank = replace(packet, ident=0, ip_check_error=0)
     built = replace(blank, flow=on).build()

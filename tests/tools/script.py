@@ -34,7 +34,7 @@ import re
 from dataclasses import replace
 from random import Random
 
-from knet.endpoint import Endpoint, Flow, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from krelay.datapath.worker import Policy, Verdict, Worker
 from krelay.nat.flow import Hook, Step
 from krelay.nat.table import NatTable
@@ -103,7 +103,7 @@ class Host:
                 src = Endpoint(result[12:16], int.from_bytes(result[l4 : l4 + 2]))
                 dst = Endpoint(result[16:20], int.from_bytes(result[l4 + 2 : l4 + 4]))
                 text = f"{shown(src)} > {shown(dst)}"
-                right = replace(template, flow=Flow(template.flow.proto, src, dst)).build()
+                right = replace(template, flow=FiveTuple(template.flow.proto, src, dst)).build()
                 if result != right:
                     text += f" in wrong bytes: {result.hex()}, not {right.hex()}"
         for answer in self.worker.answers:

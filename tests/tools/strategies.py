@@ -8,7 +8,7 @@ from random import Random
 
 from hypothesis import strategies as st
 
-from knet.endpoint import Endpoint, Flow, Proto
+from knet.endpoint import Endpoint, FiveTuple, Proto
 from tests.tools.packets import Template, with_zero_check, with_zero_ip_check
 
 CORNER_WORDS = (0, 1, 2, 0x00FF, 0x0100, 0x7FFF, 0x8000, 0xFFFE, 0xFFFF)
@@ -25,9 +25,9 @@ options = st.integers(0, 10).flatmap(lambda n: st.binary(min_size=4 * n, max_siz
 """Options of IP or TCP, any bytes: what is in them is not the relay's business."""
 
 
-def flows(*protos: Proto) -> st.SearchStrategy[Flow]:
+def flows(*protos: Proto) -> st.SearchStrategy[FiveTuple]:
     """Flows of these protocols, all if none is named."""
-    return st.builds(Flow, st.sampled_from(protos or tuple(Proto)), endpoints, endpoints)
+    return st.builds(FiveTuple, st.sampled_from(protos or tuple(Proto)), endpoints, endpoints)
 
 
 def templates(*protos: Proto) -> st.SearchStrategy[Template]:
@@ -51,10 +51,10 @@ def templates(*protos: Proto) -> st.SearchStrategy[Template]:
 
 
 @st.composite
-def rewritings(draw: st.DrawFn, *protos: Proto) -> tuple[Template, Flow]:
+def rewritings(draw: st.DrawFn, *protos: Proto) -> tuple[Template, FiveTuple]:
     """A packet and another flow to send it on; each checksum may be zero before or after."""
     packet = draw(templates(*protos))
-    to = Flow(packet.flow.proto, draw(endpoints), draw(endpoints))
+    to = FiveTuple(packet.flow.proto, draw(endpoints), draw(endpoints))
     corner = draw(st.sampled_from((None, None, packet.flow, to)))
     if corner is not None:
         even = packet.payload + b"\0" * (2 - len(packet.payload) % 2)

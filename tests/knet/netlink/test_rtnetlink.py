@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from knet import netlink
 from knet.netlink import Message, rtnetlink
-from knet.netlink.rtnetlink import Address, Route
+from knet.netlink.rtnetlink import InterfaceAddress, RouteLookup
 
 # What kernel 6.18 answers of a host that has 192.168.0.2/24 on its third link, and what iproute2
 # 6.1 asks it, but for the wish to hear of the table.
@@ -31,14 +31,14 @@ def test_a_route_is_asked_for_as_ip_route_get_does() -> None:
 
 
 def test_a_route_leads_over_a_link_from_an_address() -> None:
-    assert rtnetlink.route(read(NEW_ROUTE)) == Route(3, bytes((192, 168, 0, 2)))
-    assert rtnetlink.route([]) == Route(None, None)
+    assert rtnetlink.route(read(NEW_ROUTE)) == RouteLookup(3, bytes((192, 168, 0, 2)))
+    assert rtnetlink.route([]) == RouteLookup(None, None)
 
 
 def test_an_address_has_its_subnet_and_its_link() -> None:
     own = bytes((192, 168, 0, 2))
 
-    assert list(rtnetlink.addresses(read(NEW_ADDRESS))) == [Address(own, own, 24, 3)]
+    assert list(rtnetlink.addresses(read(NEW_ADDRESS))) == [InterfaceAddress(own, own, 24, 3)]
 
 
 def test_requests_are_whole() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from scapy.layers.inet import IP, TCP
 
-from knet.endpoint import Flow, Proto
+from knet.endpoint import FiveTuple, Proto
 from knet.wire import ipv4, tcp
 from tests.tools.packets import Template, slow_checksum, template
 from tests.tools.strategies import templates
@@ -121,7 +121,7 @@ def test_a_reset_goes_back_to_where_the_segment_came_from(packet: Template) -> N
         assert answer is None
     else:
         assert answer is not None
-        back: Flow = packet.flow.reply()
+        back: FiveTuple = packet.flow.reply()
         assert ipv4.parse(answer).total == len(answer) == 40
         assert answer[12:24] == (
             back.src.addr + back.dst.addr + back.src.port.to_bytes(2) + back.dst.port.to_bytes(2)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers.inet import IP, UDP
 
-from knet.endpoint import Flow, Proto
+from knet.endpoint import FiveTuple, Proto
 from knet.wire import ipv4, udp
 from knet.wire.checksum import updated
 from tests.tools.packets import Template, flow, template, with_zero_check
@@ -23,7 +23,7 @@ def build(packet: Template, *, check: bool = True) -> bytes:
 
 
 @given(there=flows(Proto.UDP), payload=payloads, check=st.booleans())
-def test_a_datagram_is_built_as_from_scratch(there: Flow, payload: bytes, check: bool) -> None:
+def test_a_datagram_is_built_as_from_scratch(there: FiveTuple, payload: bytes, check: bool) -> None:
     packet = replace(template(QUESTION), flow=there, payload=payload, check=check)
 
     assert build(packet, check=check) == packet.build()
@@ -39,7 +39,7 @@ def test_a_checksum_that_comes_out_as_zero_is_sent_as_ffff(packet: Template) -> 
 
 @given(there=flows(Proto.UDP), payload=payloads)
 def test_scapy_reads_what_is_built_and_finds_the_checksums_right(
-    there: Flow, payload: bytes
+    there: FiveTuple, payload: bytes
 ) -> None:
     built = build(replace(template(QUESTION), flow=there, payload=payload))
     theirs = IP(built)

@@ -23,8 +23,8 @@ from krelay.control.language import (
     tcp_counter_values,
     tcp_status_values,
 )
-from krelay.datapath.worker import Counts
-from krelay.nat.flow import Row, Step
+from krelay.datapath.worker import PacketCounts
+from krelay.nat.flow import Flow, Step
 from krelay.nat.table import NatTable
 from krelay.trace.lines import Filter
 from tests.tools.packets import addr, at
@@ -39,9 +39,9 @@ class FakeRelay:
     """What the daemon is to the control socket: tables and figures."""
 
     nat: NatTable = field(default_factory=lambda: NatTable(rng=Random(1)))
-    killed: list[Row] = field(default_factory=list)
+    killed: list[Flow] = field(default_factory=list)
 
-    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def counted(self, rows: Iterable[Flow]) -> Iterator[Flow]:
         return iter(rows)
 
     def traced(self, filters: Sequence[Filter]) -> None:
@@ -56,7 +56,7 @@ class FakeRelay:
     def config_in_force(self) -> Values:
         return CONFIG
 
-    def kill(self, row: Row) -> None:
+    def kill(self, row: Flow) -> None:
         self.killed.append(row)
 
     def flush(self) -> int:
@@ -342,7 +342,7 @@ def test_a_filter_of_nothing_admits_all() -> None:
 
 
 def test_counters_are_named_by_step_and_reason() -> None:
-    counts = Counts()
+    counts = PacketCounts()
     for step, number in zip(Step, range(1, 13), strict=True):
         counts.icmp[step] = 20 * number
     counts.passed = Counter({"own": 2, "direct": 1})

@@ -28,7 +28,7 @@ from krelay.control.server import (
     ControlSocket,
 )
 from krelay.datapath.worker import Verdict, Worker
-from krelay.nat.flow import Hook, Row, Step
+from krelay.nat.flow import Flow, Hook, Step
 from krelay.nat.table import NatTable
 from krelay.trace.lines import Filter
 from tests.tools.captures import slow_read
@@ -50,7 +50,7 @@ class ManyRows(NatTable):
     times = 1
     taken = 0
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Flow]:
         for row in super().__iter__():
             for _ in range(self.times):
                 self.taken += 1
@@ -65,7 +65,7 @@ class FakeRelay:
     told: int = 0
     """How often it heard of traces."""
 
-    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def counted(self, rows: Iterable[Flow]) -> Iterator[Flow]:
         return iter(rows)
 
     def traced(self, filters: Sequence[Filter]) -> None:
@@ -83,7 +83,7 @@ class FakeRelay:
     def flush(self) -> int:
         return 0
 
-    def kill(self, row: Row) -> None:
+    def kill(self, row: Flow) -> None:
         self.nat.end(row)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, UDP
 
-from knet.endpoint import Flow, Proto, Source
+from knet.endpoint import FiveTuple, Proto, Source
 from knet.wire import BadPacket, ipv4
 from krelay.datapath.worker import (
     ANSWERS_AT_ONCE,
@@ -24,7 +24,7 @@ from krelay.datapath.worker import (
     flow_of,
     readdressed,
 )
-from krelay.nat.admission import Limits
+from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Hook, Rewrite, Step, Timeouts, deltas, key
 from krelay.nat.table import NatTable
 from tests.tools.packets import (
@@ -1279,7 +1279,7 @@ def test_a_client_at_its_limit_makes_room_for_itself_and_leaves_others_alone() -
 
 def test_answers_to_refused_packets_are_paced() -> None:
     worker = Host(policy()).worker
-    worker.nat.limits = Limits(flows=0)
+    worker.nat.limits = FlowLimits(flows=0)
     question = template("C:4000 > K:53").build()
     for second in range(3):
         for number in range(5000):
@@ -1319,7 +1319,7 @@ def test_one_address_is_told_few_errors_and_others_theirs() -> None:
 
 def test_all_answers_have_one_pace() -> None:
     worker = Host(policy()).worker
-    worker.nat.limits = Limits(flows=0)
+    worker.nat.limits = FlowLimits(flows=0)
     for number in range(30):
         client = f"198.51.100.{number + 1}"
         for text in (f"{client}:4000 > K:53", f"{client}:4000 > K:16000 [S]"):
@@ -1381,7 +1381,7 @@ def test_a_direct_connection_that_would_need_a_row_is_refused_when_there_is_no_r
 
 def test_the_refusal_of_a_question_quotes_it() -> None:
     host = Host(policy())
-    host.nat.limits = Limits(flows=0)
+    host.nat.limits = FlowLimits(flows=0)
     question = template("C:4000 > K:53").build()
 
     assert host.worker.handle(question, Hook.PREROUTING, 0) is Verdict.DROP
@@ -1399,7 +1399,7 @@ def test_the_refusal_of_a_question_quotes_it() -> None:
 # Slow twins
 
 
-def rewrite_to(packet: Template, to: Flow) -> Rewrite:
+def rewrite_to(packet: Template, to: FiveTuple) -> Rewrite:
     """A rewrite from the packet's flow to another, in a row made for it."""
     nat = NatTable(rng=Random(1))
     there = packet.flow
@@ -1416,7 +1416,7 @@ def rewrite_to(packet: Template, to: Flow) -> Rewrite:
 
 
 @given(rewritings())
-def test_a_rewritten_packet_is_the_one_built_from_scratch(case: tuple[Template, Flow]) -> None:
+def test_a_rewritten_packet_is_the_one_built_from_scratch(case: tuple[Template, FiveTuple]) -> None:
     packet, to = case
     rewrite = rewrite_to(packet, to)
     worker = Worker(NatTable(rng=Random(1)))
@@ -1439,7 +1439,7 @@ def test_checksums_of_zero_are_written_as_from_scratch_on_both_paths(
 ) -> None:
     """In UDP as FFFF, elsewhere as 0, and so whether a packet came with it or leaves with it."""
     packet = template(there, ip_options=options)
-    to = Flow(packet.flow.proto, at("D:1234"), at("Z:4321"))
+    to = FiveTuple(packet.flow.proto, at("D:1234"), at("Z:4321"))
     corner = packet.flow if when == "before" else to
     packet = with_zero_ip_check(with_zero_check(packet, corner), corner)
     where = packet.l4 + (16 if to.proto is Proto.TCP else 6)
@@ -1460,7 +1460,7 @@ def test_checksums_of_zero_are_written_as_from_scratch_on_both_paths(
     ip_error=st.integers(0, 0xFFFE),
 )
 def test_a_broken_checksum_stays_broken_by_as_much(
-    case: tuple[Template, Flow], error: int, ip_error: int
+    case: tuple[Template, FiveTuple], error: int, ip_error: int
 ) -> None:
     packet, to = case
     packet = replace(packet, check_error=error, ip_check_error=ip_error)
@@ -1548,7 +1548,7 @@ def only_readdressed(packet: bytes, result: bytes) -> bool:
 def test_a_hundred_thousand_damaged_packets_do_no_harm() -> None:
     rng = Random(20)
     worker = live_worker()
-    worker.nat.limits = Limits(flows=300, flows_per_client=100)
+    worker.nat.limits = FlowLimits(flows=300, flows_per_client=100)
     begun = sum(worker.counts.steps)
     sound = traffic()
     rewritten = 0

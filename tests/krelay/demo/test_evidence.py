@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from knet.endpoint import Endpoint, Source
 from knet.wire import icmp, ipv4, tcp, udp
 from krelay.demo import evidence as evidence
-from krelay.demo.evidence import Cast, Check, Seen, Step, Traced
-from krelay.nat.flow import Row
+from krelay.demo.evidence import Cast, Check, Seen, ShownStep, Traced
+from krelay.nat.flow import Flow
 from krelay.nat.flow import Step as NatStep
 from krelay.nat.table import NatTable
 from krelay.trace import lines
@@ -84,7 +84,7 @@ GOOD = Told(
 )
 
 
-def step(label: str) -> Step:
+def step(label: str) -> ShownStep:
     """The step of that name."""
     return next(step for step in STEPS if step.label == label)
 
@@ -93,7 +93,7 @@ def step(label: str) -> Step:
 
 
 def test_the_steps_are_those_of_the_design() -> None:
-    def line(step: Step) -> str:
+    def line(step: ShownStep) -> str:
         before, after = step.before, step.after
         return f"{step.label} {before.src} > {before.dst} => {after.src} > {after.dst}"
 
@@ -128,7 +128,7 @@ def test_the_lines_of_the_trace_are_read_as_they_are_written(
     assert found == Traced(label.label, *ends, rewrite.src, rewrite.dst)
 
 
-def tcp_row() -> Row:
+def tcp_row() -> Flow:
     """The row of the story's connection, of a real NAT table."""
     nat = NatTable(rng=random.Random(1))
     ends = (Endpoint(C, 40000), Endpoint(K, 80), Endpoint(S, 80))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krelay.doctor import iptrules, nftrules
-from krelay.doctor.firewall import Chain, Chains, Match, Packet, Rule, Verdict, judge
+from krelay.doctor.firewall import Chain, Chains, Match, Packet, Rule, RuleVerdict, judge
 
 CLIENT, RELAY, SERVER = 0x0A000001, 0x0A0000FE, 0xC0A80001
 INTO = Packet("tcp", CLIENT, None, RELAY, 16000, "eth0", "", dst_local=True)
@@ -328,8 +328,8 @@ MATCHES = st.sampled_from(
      Match("unsure", (), True), Match("never", (), True), Match("dport", ((16000, 16000),))]
 )  # fmt: skip
 VERDICTS = st.sampled_from(
-    [Verdict("accept"), Verdict("drop"), Verdict("return"), Verdict("continue"),
-     Verdict("jump", "x"), Verdict("jump", "y"), Verdict("goto", "x"), Verdict("goto", "y")]
+    [RuleVerdict("accept"), RuleVerdict("drop"), RuleVerdict("return"), RuleVerdict("continue"),
+     RuleVerdict("jump", "x"), RuleVerdict("jump", "y"), RuleVerdict("goto", "x"), RuleVerdict("goto", "y")]
 )  # fmt: skip
 RULES = st.lists(
     st.builds(Rule, st.just("r"), st.lists(MATCHES, max_size=2).map(tuple), VERDICTS), max_size=4

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from krelay.doctor import iptrules
-from krelay.doctor.facts import Facts, Link
+from krelay.doctor.facts import Facts, LinkFacts
 from krelay.doctor.findings import Finding, Level
-from krelay.doctor.firewall import NEVER, Chain, Match, Rule, Verdict
+from krelay.doctor.firewall import NEVER, Chain, Match, Rule, RuleVerdict
 from krelay.doctor.passages import check
 from procfs_sim.tree import Config, Service, parse
 from tests.krelay.doctor.test_checks import HEALTHY, TCP_ONLY
@@ -25,7 +25,7 @@ def base(hook: str, *rules: Rule, policy: str = "accept", **changes: Any) -> Cha
 
 def rule(kind: str, *matches: Match) -> Rule:
     """A rule without much text."""
-    return Rule(kind, matches, Verdict(kind))
+    return Rule(kind, matches, RuleVerdict(kind))
 
 
 def wrong(*chains: Chain, **changes: Any) -> list[Finding]:
@@ -240,13 +240,13 @@ def test_chains_at_all_hooks_of_tcp_are_told_in_one_look() -> None:
 def test_a_default_drop_is_certain_where_clients_come_by_any_link_but_the_loopback(
     links: tuple[str, ...], accepts: str, certain: bool
 ) -> None:
-    loopback = Rule("accept", (Match("iif", (accepts,)),), Verdict("accept"))
+    loopback = Rule("accept", (Match("iif", (accepts,)),), RuleVerdict("accept"))
     told = [
         f
         for f in wrong(
             base("input", loopback, policy="drop"),
             config=TCP_ONLY,
-            links=tuple(map(Link, links)),
+            links=tuple(map(LinkFacts, links)),
             client=None,
         )
         if "(T1, " in f.text
@@ -336,7 +336,7 @@ FIREWALLD_IN = "firewall-cmd --permanent --policy=krelay-in "
 def test_mends_of_firewalld_name_the_zone_where_its_ports_are_looked_at(
     chain: str, mend: str
 ) -> None:
-    jump = [] if chain == "filter_INPUT" else [Rule("", (), Verdict("jump", chain))]
+    jump = [] if chain == "filter_INPUT" else [Rule("", (), RuleVerdict("jump", chain))]
     chains = [
         base("input", *jump, policy="drop", name="filter_INPUT", table="firewalld"),
         base("", rule("drop"), name=chain, table="firewalld"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from krelay.host import processes
-from krelay.host.processes import KRELAY, TCP_RELAY, Process, program, running, tree_of
+from krelay.host.processes import KRELAY, TCP_RELAY, RunningProgram, program, running, tree_of
 
 RUN = Path("/run/krelay")
 
@@ -62,10 +62,12 @@ def test_a_tree_is_read_as_argparse_reads_it(arguments: tuple[str, ...], tree: s
 
 
 def test_without_an_option_the_tree_is_the_environments_or_the_default() -> None:
-    assert Process(1, ("tcp-relay",), "/").serves(RUN)
-    assert not Process(1, ("tcp-relay",), "/", root="/run/other").serves(RUN)
-    assert Process(1, ("tcp-relay",), "/", root="/run/krelay/").serves(RUN)
-    assert not Process(1, ("tcp-relay", "--root", "/run/b"), "/", root="/run/krelay").serves(RUN)
+    assert RunningProgram(1, ("tcp-relay",), "/").serves(RUN)
+    assert not RunningProgram(1, ("tcp-relay",), "/", root="/run/other").serves(RUN)
+    assert RunningProgram(1, ("tcp-relay",), "/", root="/run/krelay/").serves(RUN)
+    assert not RunningProgram(1, ("tcp-relay", "--root", "/run/b"), "/", root="/run/krelay").serves(
+        RUN
+    )
 
 
 def test_other_spellings_of_a_tree_are_the_same_tree(
@@ -79,7 +81,7 @@ def test_other_spellings_of_a_tree_are_the_same_tree(
     spellings = ("run", "./run", "run/", "other/../run", "link", str(tree), f"{here}/link/")
     monkeypatch.chdir(other)
     for spelling in spellings:
-        process = Process(1, ("tcp-relay", "--root", spelling), here)
+        process = RunningProgram(1, ("tcp-relay", "--root", spelling), here)
         for root in (tree, tmp_path / "link", Path("../run"), Path("../link")):
             assert process.serves(root), (spelling, root)
         assert not process.serves(other)
@@ -88,15 +90,15 @@ def test_other_spellings_of_a_tree_are_the_same_tree(
 def test_a_relative_tree_counts_from_where_the_process_stands(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name / "run").mkdir(parents=True)
-    process = Process(1, ("tcp-relay", "--root", "run"), str(tmp_path / "a"))
+    process = RunningProgram(1, ("tcp-relay", "--root", "run"), str(tmp_path / "a"))
 
     assert process.serves(tmp_path / "a" / "run")
     assert not process.serves(tmp_path / "b" / "run")
 
 
 def test_where_it_stands_is_unknown_it_may_be_ours() -> None:
-    assert Process(1, ("tcp-relay", "--root", "run")).serves(RUN)
-    assert not Process(1, ("nginx", "--root", "run")).serves(RUN)
+    assert RunningProgram(1, ("tcp-relay", "--root", "run")).serves(RUN)
+    assert not RunningProgram(1, ("nginx", "--root", "run")).serves(RUN)
 
 
 @pytest.fixture

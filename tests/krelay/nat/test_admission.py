@@ -11,8 +11,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from knet.endpoint import Endpoint, Proto, Source
-from krelay.nat.admission import AT_ONCE, LAST_PACKETS, ONE_SIDED, TRIMMED, Limits, Refusal
-from krelay.nat.flow import EXCHANGE, Hook, Row, Timeouts
+from krelay.nat.admission import AT_ONCE, LAST_PACKETS, ONE_SIDED, TRIMMED, FlowLimits, Refusal
+from krelay.nat.flow import EXCHANGE, Flow, Hook, Timeouts
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import Side
 from tests.tools.packets import ACK, SYN, addr, at, policy, template
@@ -43,7 +43,7 @@ class Known:
 class Model:
     """All flows, the oldest first."""
 
-    limits: Limits
+    limits: FlowLimits
     flows: dict[int, Known] = field(default_factory=dict)
     evicted: int = 0
     allowance: dict[str, float] = field(default_factory=dict)
@@ -128,14 +128,14 @@ class Model:
 class Both:
     """A table and its model, to which the same happens."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: FlowLimits) -> None:
         self.nat = NatTable(limits, Timeouts(udp_dns=10**6, udp=10**6), rng=Random(1))
         self.nat.learnt.learns(frozenset({addr("K")}), addr("S"))
         self.model = Model(limits)
         self.now = 100.0
         self._ports = count(5000)
 
-    def set(self, limits: Limits) -> None:
+    def set(self, limits: FlowLimits) -> None:
         """Other limits are in force."""
         self.nat.limits = self.model.limits = limits
 
@@ -192,7 +192,7 @@ class Both:
                 if kind == "closed":
                     nat.close(row, now)
 
-    def _forwarded(self, proto: Proto, client: Endpoint, port: int) -> Row:
+    def _forwarded(self, proto: Proto, client: Endpoint, port: int) -> Flow:
         service, server = Endpoint(addr("K"), port), Endpoint(addr("S"), port)
         return self.nat.open_forwarded(proto, client, service, server, Source.CLIENT, self.now)
 
@@ -206,14 +206,14 @@ verbs = st.tuples(
     st.sampled_from((*KINDS, *KINDS, "wait", "end", "set", "tick")), st.sampled_from(HOSTS)
 )
 some_limits = st.builds(
-    Limits, st.integers(1, 12), st.integers(1, 5), st.sampled_from((0, 0, 0, 2))
+    FlowLimits, st.integers(1, 12), st.integers(1, 5), st.sampled_from((0, 0, 0, 2))
 )
 
 
 @settings(max_examples=600)
 @given(limits=st.lists(some_limits, min_size=1, max_size=3), script=st.lists(verbs, max_size=60))
 def test_who_is_refused_and_who_goes_is_as_a_list_would_have_it(
-    limits: list[Limits], script: list[tuple[str, str]]
+    limits: list[FlowLimits], script: list[tuple[str, str]]
 ) -> None:
     both, lowered = Both(limits[0]), False
     for verb, host in script:
@@ -244,7 +244,7 @@ def test_who_is_refused_and_who_goes_is_as_a_list_would_have_it(
 
 @pytest.mark.parametrize("kind", [*UNCONFIRMED, "query", "over"])
 def test_nobody_loses_a_flow_for_a_client_that_has_too_many_itself(kind: str) -> None:
-    both = Both(Limits(flows=99, flows_per_client=2))
+    both = Both(FlowLimits(flows=99, flows_per_client=2))
     both.begins(kind, "D")
     for _ in range(2):
         both.begins("connection", "C")
@@ -258,7 +258,7 @@ def test_nobody_loses_a_flow_for_a_client_that_has_too_many_itself(kind: str) ->
 
 
 def test_a_flow_that_was_confirmed_is_remembered_for_nothing() -> None:
-    both = Both(Limits())
+    both = Both(FlowLimits())
     for kind in KINDS:
         both.begins(kind, "C")
     for row in both.nat:
@@ -363,7 +363,7 @@ def flooded(packets: list[str], name: str = "", **limits: int) -> Flood:
     host = Host(
         policy(tcp=frozenset({80, 443}), forwarded=frozenset({443}), udp=frozenset({7, 53}))
     )
-    host.nat.limits = Limits(**limits)
+    host.nat.limits = FlowLimits(**limits)
     return Flood(host, packets, name)
 
 
@@ -464,14 +464,14 @@ def test_a_limit_lowered_in_a_flood_serves_new_flows_at_once(kind: str) -> None:
         flood.host.run(0, "pre", f"D:{port} > K:7")
     flood.run(400)
     before = len(flood.host.nat)
-    flood.host.nat.limits = Limits(flows=60, flows_per_client=30)
+    flood.host.nat.limits = FlowLimits(flows=60, flows_per_client=30)
     assert flood.served("C", 5000) == ALL
     flood.host.nat.expire(flood.now)
     assert len(flood.host.nat) <= 60 < before or kind == "query"
     assert sum(row.spoke_again for row in flood.host.nat) == 20
     flood.run(40)
     assert flood.served("C", 5001) == ALL
-    flood.host.nat.limits = Limits(flows=90, flows_per_client=30)
+    flood.host.nat.limits = FlowLimits(flows=90, flows_per_client=30)
     flood.run(90)
     assert flood.served("C", 5002) == ALL
     assert len(flood.host.nat) > 60 or kind == "query"
@@ -480,7 +480,7 @@ def test_a_limit_lowered_in_a_flood_serves_new_flows_at_once(kind: str) -> None:
 def test_a_clients_limit_lowered_in_a_flood_serves_it_at_once() -> None:
     flood = flooded(FLOODS["answered"], "D")
     flood.run(400)
-    flood.host.nat.limits = Limits(flows_per_client=10)
+    flood.host.nat.limits = FlowLimits(flows_per_client=10)
     for port in range(500, 508):
         assert flood.served("D", port) == ALL
     flood.run(60)
@@ -490,23 +490,23 @@ def test_a_clients_limit_lowered_in_a_flood_serves_it_at_once() -> None:
 def test_where_confirmed_flows_are_beyond_a_lowered_limit_none_begins_and_none_ends() -> None:
     flood = flooded(CONFIRMED)
     flood.run(50)
-    flood.host.nat.limits = Limits(flows=40)
+    flood.host.nat.limits = FlowLimits(flows=40)
     flood.run(50)
     flood.host.nat.expire(flood.now)
     assert flood.host.nat.count(Proto.UDP) == 50
     assert flood.served("C", 5000) == dict.fromkeys(ALL, False)
-    flood.host.nat.limits = Limits(flows=200)
+    flood.host.nat.limits = FlowLimits(flows=200)
     assert flood.served("C", 5000) == ALL
 
 
 def test_more_than_is_evicted_at_a_time_goes_by_and_by() -> None:
-    both = Both(Limits())
+    both = Both(FlowLimits())
     for _ in range(3 * TRIMMED):
         both.nat.open_forwarded(
             Proto.UDP, Endpoint(addr("C"), next(both._ports)), at("K:7"), at("S:7"),
             Source.CLIENT, both.now,
         )  # fmt: skip
-    both.nat.limits = Limits(flows=TRIMMED // 2)
+    both.nat.limits = FlowLimits(flows=TRIMMED // 2)
     sizes = []
     for _ in range(4):
         both.nat.expire(both.now)
@@ -518,9 +518,9 @@ def test_more_than_is_evicted_at_a_time_goes_by_and_by() -> None:
 
 
 def test_where_all_ports_are_taken_the_oldest_unconfirmed_flow_gives_up_its_own() -> None:
-    nat = NatTable(Limits(70_000, 70_000), rng=Random(1))
+    nat = NatTable(FlowLimits(70_000, 70_000), rng=Random(1))
 
-    def begin(client: Endpoint) -> Row:
+    def begin(client: Endpoint) -> Flow:
         return nat.open_forwarded(
             Proto.UDP, client, at("K:7"), at("S:7"), Source.RELAY, 0.0, relay_addr=addr("K")
         )

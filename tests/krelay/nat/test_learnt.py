@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from knet.endpoint import Proto, Source
 from krelay.datapath.worker import Verdict, Worker
-from krelay.nat.admission import Limits
-from krelay.nat.flow import BUSY, Hook, Row, Step, Timeouts, key
+from krelay.nat.admission import FlowLimits
+from krelay.nat.flow import BUSY, Flow, Hook, Step, Timeouts, key
 from krelay.nat.learnt import Beginning, LearntFlows
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import Side, State
@@ -24,7 +24,7 @@ TIMEOUT = 20.0
 
 
 def table(**limits: int) -> NatTable:
-    nat = NatTable(Limits(**limits), Timeouts(udp_dns=TIMEOUT), rng=Random(1))
+    nat = NatTable(FlowLimits(**limits), Timeouts(udp_dns=TIMEOUT), rng=Random(1))
     nat.learnt.learns(frozenset({addr("K"), addr("G")}), addr("S"))
     return nat
 
@@ -44,12 +44,12 @@ def answer(client: str = "C:4000", service: str = "K:53", size: int = 90) -> tup
     return POST, packet(f"{service} > {client}", size)[:28]
 
 
-def only(nat: NatTable) -> Row:
+def only(nat: NatTable) -> Flow:
     (row,) = nat
     return row
 
 
-def figures(row: Row) -> tuple[list[int], list[int]]:
+def figures(row: Flow) -> tuple[list[int], list[int]]:
     sides = [row.by(Side.CLIENT), row.by(Side.SERVER)]
     return [each.packets for each in sides if each], [each.bytes for each in sides if each]
 
@@ -80,7 +80,7 @@ def test_a_flow_is_asked_again_and_its_row_stays_the_same() -> None:
 
 def test_a_port_that_asks_again_and_again_gets_a_row_that_can_be_handed_over() -> None:
     nat = table()
-    changed: list[Row] = []
+    changed: list[Flow] = []
     nat.on_changed = changed.append
     nat.learn([question(), answer()] * (BUSY - 1), 1.0)
     assert (len(nat.learnt), changed) == (1, [])

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from knet.endpoint import Endpoint, Source
-from krelay.nat.flow import Row
-from krelay.nat.limits import LOOKS, NewFlows, Pace, Refused, Spare
+from krelay.nat.flow import Flow
+from krelay.nat.limits import LOOKS, PerClientLimiter, RateLimiter, Spare, TopRefusedClients
 from krelay.nat.table import NatTable
 from tests.tools.packets import addr, at
 
@@ -37,7 +37,7 @@ class Bucket:
 
 @given(gaps=gaps, rate=st.sampled_from((1, 2, 8, 1000)), burst=st.sampled_from((1, 2, 50)))
 def test_a_pace_is_a_bucket_of_tokens(gaps: list[float], rate: int, burst: int) -> None:
-    pace, twin, now = Pace(rate, burst), Bucket(rate, burst), 100.0
+    pace, twin, now = RateLimiter(rate, burst), Bucket(rate, burst), 100.0
     twin.at = now
     for gap in gaps:
         now += gap
@@ -46,7 +46,7 @@ def test_a_pace_is_a_bucket_of_tokens(gaps: list[float], rate: int, burst: int) 
 
 @given(gaps=gaps, rate=st.sampled_from((1, 2, 8, 1000)))
 def test_new_flows_are_a_bucket_for_each_client(gaps: list[float], rate: int) -> None:
-    flows, twins, now = NewFlows(), {C: Bucket(rate, rate), D: Bucket(rate, rate)}, 0.0
+    flows, twins, now = PerClientLimiter(), {C: Bucket(rate, rate), D: Bucket(rate, rate)}, 0.0
     for number, gap in enumerate(gaps):
         now += gap
         client = (C, C, D)[number % 3]
@@ -59,7 +59,7 @@ def test_new_flows_are_a_bucket_for_each_client(gaps: list[float], rate: int) ->
 
 
 def test_clients_who_may_begin_again_are_forgotten() -> None:
-    flows = NewFlows()
+    flows = PerClientLimiter()
     for number in range(10_000):
         flows.began(number.to_bytes(4), 10, number / 1000)
         flows.forget(number / 1000)
@@ -73,7 +73,7 @@ def test_clients_who_may_begin_again_are_forgotten() -> None:
 
 
 def test_those_who_were_refused_most_come_first_with_their_reasons() -> None:
-    refused = Refused()
+    refused = TopRefusedClients()
     for client, reason, times in ((C, "table_full", 2), (D, "client_full", 3), (C, "no_port", 2)):
         for _ in range(times):
             refused.saw(client, reason)
@@ -83,12 +83,12 @@ def test_those_who_were_refused_most_come_first_with_their_reasons() -> None:
         (D, {"client_full": 3}),
     ]
     assert list(refused.top(1)) == [C]
-    assert Refused().top() == {}
+    assert TopRefusedClients().top() == {}
 
 
 @given(seen=st.lists(st.integers(0, 9) | st.integers(0, 2**32 - 1), max_size=300))
 def test_a_count_is_too_low_by_a_share_of_all_at_most(seen: list[int]) -> None:
-    refused, exact = Refused(most=8), Counter[bytes]()
+    refused, exact = TopRefusedClients(most=8), Counter[bytes]()
     for number in seen:
         refused.saw(number.to_bytes(4), "client_full")
         exact[number.to_bytes(4)] += 1
@@ -100,7 +100,7 @@ def test_a_count_is_too_low_by_a_share_of_all_at_most(seen: list[int]) -> None:
 
 
 def test_a_client_among_a_flood_of_forged_ones_is_found() -> None:
-    refused, rng = Refused(), Random(7)
+    refused, rng = TopRefusedClients(), Random(7)
     for number in range(200_000):
         refused.saw(C if number % 100 == 0 else rng.randbytes(4), "table_full")
 
@@ -123,7 +123,7 @@ def spare(quiet: float = 0.0) -> Spare:
     return Spare(attrgetter("is_unconfirmed"), attrgetter("is_confirmed"), quiet)
 
 
-def rows(nat: NatTable, count: int) -> list[Row]:
+def rows(nat: NatTable, count: int) -> list[Flow]:
     """Half-open connections, a second between each and the next."""
     return [
         nat.open_tcp(at(f"C:{5000 + n}"), at("K:80"), at("S:80"), Source.CLIENT, 16000, n)
@@ -160,7 +160,7 @@ def test_a_flow_that_must_be_silent_stays_until_it_has_been(nat: NatTable) -> No
 
 
 def test_flows_that_have_been_confirmed_leave_a_few_at_a_time(nat: NatTable) -> None:
-    left: list[Row] = []
+    left: list[Flow] = []
     spares = Spare(attrgetter("is_unconfirmed"), attrgetter("is_confirmed"), 0.0, left.append)
     all_rows = rows(nat, 2 * LOOKS + 1)
     for row in all_rows:
@@ -199,9 +199,9 @@ def test_each_client_has_an_oldest_flow_of_its_own(nat: NatTable) -> None:
 )  # fmt: skip
 def test_the_order_is_that_of_a_list(script: list[tuple[str, int]]) -> None:
     """Those that are looked at and may not go are the last from then on."""
-    nat, spares, twin = NatTable(rng=Random(1)), spare(), list[Row]()
+    nat, spares, twin = NatTable(rng=Random(1)), spare(), list[Flow]()
 
-    def oldest(client: bytes | None) -> Row | None:
+    def oldest(client: bytes | None) -> Flow | None:
         for row in [row for row in twin if client in (None, row.client.addr)]:
             if row.is_unconfirmed:
                 return row
@@ -230,7 +230,7 @@ def test_the_order_is_that_of_a_list(script: list[tuple[str, int]]) -> None:
         assert spares._of.keys() == {row.client.addr for row in twin}
 
 
-def unless_all_wait(found: Row | None, among: list[Row]) -> Row | None:
+def unless_all_wait(found: Flow | None, among: list[Flow]) -> Flow | None:
     """Where none may go all are looked at again and again, which leaves the order open."""
     assume(any(row.is_unconfirmed for row in among) or not among)
     return found

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from knet.endpoint import Endpoint, Proto, Source
 from knet.timerwheel import Wheel
-from krelay.nat.admission import Limits, Refusal
-from krelay.nat.flow import CLOSED_LINGER, SIDES, Footprint, Hook, Row, Step, Timeouts, key
+from krelay.nat.admission import FlowLimits, Refusal
+from krelay.nat.flow import CLOSED_LINGER, SIDES, Flow, Footprint, Hook, Step, Timeouts, key
 from krelay.nat.learnt import LearntFlows
-from krelay.nat.limits import NewFlows, Spare
+from krelay.nat.limits import PerClientLimiter, Spare
 from krelay.nat.ports import RelayPorts
 from krelay.nat.table import HORIZON, DirectFlows, NatTable
 from krelay.nat.tcpstate import Side, State
@@ -26,17 +26,17 @@ SHORT = Timeouts(udp=30, udp_dns=5, tcp_transitory=10, tcp_established=60)
 
 
 def table(**limits: int) -> NatTable:
-    return NatTable(Limits(**limits), rng=Random(1))
+    return NatTable(FlowLimits(**limits), rng=Random(1))
 
 
-def open_tcp(nat: NatTable, client: str = "C:40000", now: float = 0, port: int = 80) -> Row:
+def open_tcp(nat: NatTable, client: str = "C:40000", now: float = 0, port: int = 80) -> Flow:
     there, server = Endpoint(K80.addr, port), Endpoint(S80.addr, port)
     return nat.open_tcp(at(client), there, server, Source.CLIENT, 16000, now)
 
 
 def open_udp(
     nat: NatTable, client: str = "C:4000", now: float = 0, source: Source = Source.CLIENT
-) -> Row:
+) -> Flow:
     return nat.open_forwarded(Proto.UDP, at(client), K53, S53, source, now, relay_addr=K53.addr)
 
 
@@ -45,14 +45,14 @@ TFTP_CLIENTS = (Source.CLIENT, "C:6900", "C:6900"), (Source.RELAY, "C:6901", "K:
 
 def open_tftp(
     nat: NatTable, client: str = "C:6900", source: Source = Source.CLIENT, service: str = "K:69"
-) -> Row:
+) -> Flow:
     server = at("S:0")._replace(port=at(service).port)
     return nat.open_forwarded(
         Proto.UDP, at(client), at(service), server, source, 0, relay_addr=K53.addr, any_port=True
     )
 
 
-def confirm(row: Row) -> Row:
+def confirm(row: Flow) -> Flow:
     """Both its ends take part for certain."""
     row.accepted = row.spoke_again = True
     return row
@@ -69,7 +69,7 @@ def held(value: Any) -> int:
             return held(value._seen) - len(Proto)
         case RelayPorts() | Spare() | Wheel() | LearntFlows():
             return len(value)
-        case NewFlows():
+        case PerClientLimiter():
             return held(value._paid_until)
         case _:
             return 0
@@ -198,7 +198,7 @@ def test_a_row_that_ended_holds_on_to_none_of_its_rewrites() -> None:
 class Known:
     """What the twin knows of a row: the facts from which its life follows."""
 
-    row: Row
+    row: Flow
     seen: float
     client_acked: bool = False
     server_answered: bool = False
@@ -323,7 +323,7 @@ def test_the_default_timeouts_are_those_of_the_contract(opened: Any, timeout: in
     assert nat.expire(timeout + 1.5) == [row]
 
 
-def _established(nat: NatTable) -> Row:
+def _established(nat: NatTable) -> Flow:
     row = open_tcp(nat)
     row.tracker.resumed()
     nat.schedule(row)
@@ -426,7 +426,7 @@ def test_the_least_recently_seen_direct_conversation_makes_room() -> None:
     assert (Proto.TCP, b"\x01") not in direct
 
 
-# Limits
+# FlowLimits
 
 
 def test_rows_are_refused_beyond_the_limit_and_admitted_again_when_one_ends() -> None:
@@ -446,7 +446,7 @@ def test_a_client_has_a_share_of_what_tcp_relay_terminates_and_one_of_all_else()
     nat = table(flows_per_client=1)
     rows = [confirm(each) for each in (open_udp(nat), open_tcp(nat))]
 
-    def forwarded(nat: NatTable, client: str) -> Row:
+    def forwarded(nat: NatTable, client: str) -> Flow:
         return nat.open_forwarded(Proto.TCP, at(client), K80, S80, Source.CLIENT, 0)
 
     for refused in (open_tcp, open_udp, forwarded):
@@ -762,7 +762,7 @@ def test_steps_are_labelled_as_the_design_names_them() -> None:
 
 @pytest.mark.slow
 def test_60000_rows_of_source_relay_have_a_port_each_and_beyond_all_ports_it_is_refused() -> None:
-    nat = NatTable(Limits(100_000, 100_000), rng=Random(5))
+    nat = NatTable(FlowLimits(100_000, 100_000), rng=Random(5))
     rng = Random(6)
     ports: Counter[int] = Counter()
     kept = 0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krelay.nat.tcpstate import Segment, Side, State, Through, Tracker
+from krelay.nat.tcpstate import Side, State, TcpSegment, Through, Tracker
 from tests.tools.packets import FIN, SYN, flags_of, template
 
 SIDES = {"C": Side.CLIENT, "S": Side.SERVER, "c": Side.TO_CLIENT, "s": Side.TO_SERVER}
@@ -84,7 +84,7 @@ def through(trace: str) -> Through:
     for packet in trace.split():
         made = template(f"C:1 > S:1 {packet[1:]}")
         size = len(made.payload) + bool(made.flags & SYN) + bool(made.flags & FIN)
-        tracker.segment(SIDES[packet[0]], Segment(made.flags, made.seq, made.ack, size))
+        tracker.segment(SIDES[packet[0]], TcpSegment(made.flags, made.seq, made.ack, size))
     return tracker
 
 

@@ -8,11 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knet.endpoint import Endpoint, Flow, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from knet.netlink.nftables import Count
 from krelay.datapath.worker import Verdict
-from krelay.nat.admission import Limits
-from krelay.nat.flow import BUSY, CLOSED_LINGER, EXCHANGE, SIDES, Hook, Rewrite, Row, Step, Timeouts
+from krelay.nat.admission import FlowLimits
+from krelay.nat.flow import (
+    BUSY,
+    CLOSED_LINGER,
+    EXCHANGE,
+    SIDES,
+    Flow,
+    Hook,
+    Rewrite,
+    Step,
+    Timeouts,
+)
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State
 from krelay.offload.fastpath import (
@@ -54,7 +64,7 @@ def by(datapath: Datapath, hook: Hook, *texts: str) -> list[str]:
     return found
 
 
-def handed(datapath: Datapath, row: Row) -> frozenset[Step]:
+def handed(datapath: Datapath, row: Flow) -> frozenset[Step]:
     """The steps of this row that are in the kernel's maps, as its maps say."""
     found = set()
     for step, rewrite in row.rewrites.items():
@@ -66,7 +76,7 @@ def handed(datapath: Datapath, row: Row) -> frozenset[Step]:
     return frozenset(found)
 
 
-def opened(datapath: Datapath, client: str = "C:40000") -> Row:
+def opened(datapath: Datapath, client: str = "C:40000") -> Flow:
     """The row of a connection whose client has completed its handshake."""
     assert by(datapath, PRE, f"{client} > K:80 [S]") == ["worker"]
     whose = ["kernel" if datapath.room else "worker"]
@@ -85,7 +95,7 @@ def attach(datapath: Datapath, client: str = "C:40000", relay: str = "K:45678") 
     datapath.turn()
 
 
-def connected(datapath: Datapath, client: str = "C:40000", relay: str = "K:45678") -> Row:
+def connected(datapath: Datapath, client: str = "C:40000", relay: str = "K:45678") -> Flow:
     """The row of a connection that the server has answered."""
     row = opened(datapath, client)
     attach(datapath, client, relay)
@@ -103,7 +113,7 @@ def close(datapath: Datapath, relay: str = "K:45678") -> None:
     datapath.turn()
 
 
-def forwarded(datapath: Datapath, client: str = "C:40000") -> Row:
+def forwarded(datapath: Datapath, client: str = "C:40000") -> Flow:
     """The row of a forwarded connection after its handshake."""
     by(datapath, PRE, f"{client} > K:443 [S]")
     row = next(row for row in datapath.nat if row.client == at(client))
@@ -114,7 +124,7 @@ def forwarded(datapath: Datapath, client: str = "C:40000") -> Row:
     return row
 
 
-def asked(datapath: Datapath, client: str = "C:4000", times: int = BUSY) -> Row:
+def asked(datapath: Datapath, client: str = "C:4000", times: int = BUSY) -> Flow:
     """The row of a client that has asked so often and got as many answers."""
     for _ in range(times):
         by(datapath, PRE, f"{client} > K:53")
@@ -122,7 +132,7 @@ def asked(datapath: Datapath, client: str = "C:4000", times: int = BUSY) -> Row:
     return next(row for row in datapath.nat if row.client == at(client))
 
 
-def shown(row: Row) -> tuple[list[int], list[int]]:
+def shown(row: Flow) -> tuple[list[int], list[int]]:
     """Packets and bytes as `show nat` has them."""
     sides = [rewrite for step, rewrite in sorted(row.rewrites.items()) if step in SIDES]
     return [side.packets for side in sides], [side.bytes for side in sides]
@@ -147,7 +157,7 @@ def test_a_connection_is_handed_over_as_far_as_it_has_come() -> None:
 def test_of_connections_that_are_only_begun_a_number_is_handed_over() -> None:
     """They may be forged, all of them."""
     d = datapath(room=2 * HALF_OPEN)
-    d.nat.limits = Limits(10_000, 10_000)
+    d.nat.limits = FlowLimits(10_000, 10_000)
     for port in range(5001, 5001 + HALF_OPEN):
         by(d, PRE, f"C:{port} > K:80 [S]")
     assert len(d.kernel) == 2 * HALF_OPEN
@@ -600,7 +610,7 @@ def test_a_flow_is_given_back_before_another_with_its_addresses_is_handed_over()
         assert handed(d, row) == BOTH
 
 
-def asked_apart(d: Datapath, client: str = "C:4000") -> Row:
+def asked_apart(d: Datapath, client: str = "C:4000") -> Flow:
     """As `asked`, while the kernel is told of nothing."""
     for _ in range(BUSY):
         for hook, text in ((PRE, f"{client} > K:53"), (POST, f"S:53 > {client}")):
@@ -702,9 +712,9 @@ def test_what_ended_meanwhile_may_be_told_of() -> None:
 def test_each_row_has_its_turn_within_its_bound_while_others_come_and_go() -> None:
     rng = Random(3)
     d = datapath(room=10_000)
-    d.nat.limits = Limits(100_000, 100_000)
-    rows: list[Row] = []
-    seen: dict[Row, float] = {}
+    d.nat.limits = FlowLimits(100_000, 100_000)
+    rows: list[Flow] = []
+    seen: dict[Flow, float] = {}
     now, every, number = 0.0, 0.1, 0
     for _ in range(200):
         now += every
@@ -740,7 +750,7 @@ def test_each_row_has_its_turn_within_its_bound_while_others_come_and_go() -> No
 
 def test_rows_that_have_ended_take_nobodys_turn() -> None:
     d = datapath(room=10_000)
-    d.nat.limits = Limits(100_000, 100_000)
+    d.nat.limits = FlowLimits(100_000, 100_000)
     many = int(LOOKS * 0.1)
     gone = [asked_once(d, number) for number in range(3 * many)]
     alive = [asked_once(d, number) for number in range(3 * many, 4 * many)]
@@ -750,7 +760,7 @@ def test_rows_that_have_ended_take_nobodys_turn() -> None:
     assert d.fast.due(0, 0.1) == alive
 
 
-def asked_once(d: Datapath, number: int) -> Row:
+def asked_once(d: Datapath, number: int) -> Flow:
     """A row that is handed over though it hasn't said so much."""
     client = Endpoint(bytes((10, 0, *number.to_bytes(2))), 4000)
     row = d.nat.open_forwarded(Proto.UDP, client, at("K:53"), at("S:53"), Source.CLIENT, 0)
@@ -782,7 +792,7 @@ def test_who_speaks_past_the_worker_after_an_answer_is_confirmed_when_it_matters
 ) -> None:
     """The kernel can't tell when it saw a packet, and hasn't been asked for a while."""
     d = datapath(udp=frozenset({7}))
-    d.nat.limits = Limits(flows=2)
+    d.nat.limits = FlowLimits(flows=2)
     by(d, PRE, *["C:4000 > K:7"] * BUSY)
     (row,) = d.nat
     by(d, PRE, "D:4000 > K:7")
@@ -805,7 +815,7 @@ def test_an_exchange_that_goes_on_past_the_worker_is_confirmed_by_its_duration(
     when: float,
 ) -> None:
     d = datapath(udp=frozenset({7}))
-    d.nat.limits = Limits(flows=1)
+    d.nat.limits = FlowLimits(flows=1)
     by(d, PRE, "C:4000 > K:7")
     by(d, POST, *["S:7 > C:4000"] * BUSY)
     d.now += when
@@ -831,7 +841,9 @@ class Twins:
         start = policy(
             tcp=frozenset({80, 8080, 443}), forwarded=frozenset({443}), udp=frozenset({53, 123})
         )
-        limits = Limits() if lazy else Limits(rng.choice((12, 65536)), rng.choice((6, 4096)))
+        limits = (
+            FlowLimits() if lazy else FlowLimits(rng.choice((12, 65536)), rng.choice((6, 4096)))
+        )
         self.slow = Datapath(start, 0, limits, seed)
         self.fast = Datapath(start, rng.choice((2, 1000)), limits, seed)
         self.both = (self.slow, self.fast)
@@ -902,7 +914,7 @@ class Twins:
             odd = rewrite.step is not Step.T3 or flags & SYN == 0  # no host begins so by itself
             options = b"\1\1\1\0" if odd and self.rng.random() < 0.1 else b""
             proto = self.rng.choice(list(Proto)) if self.rng.random() < 0.1 else row.proto
-            flow = Flow(proto, ends[0], ends[1])
+            flow = FiveTuple(proto, ends[0], ends[1])
             size = 1 if flags & SYN else len(payload) + (flags & FIN)
             packet = Template(flow, payload, flags, 1001 - size, 1001)  # as packets.template
             self.send(replace(packet, ip_options=options), hook)
@@ -917,7 +929,7 @@ class Twins:
         if rng.random() < 0.05:
             client = replace_addr(client, addr("N"))
         proto = Proto.UDP if service.port in (53, 123) else Proto.TCP
-        self.send(Template(Flow(proto, client, service), b"data", SYN), PRE)
+        self.send(Template(FiveTuple(proto, client, service), b"data", SYN), PRE)
 
     def accept(self) -> None:
         """tcp-relay asks for a connection that it has accepted."""
@@ -960,7 +972,7 @@ class Twins:
         for each, row in self.one(lambda row: row.gport is not None):
             each.relays.abort(row, each.now)
 
-    def one(self, wanted: object) -> Iterable[tuple[Datapath, Row]]:
+    def one(self, wanted: object) -> Iterable[tuple[Datapath, Flow]]:
         """A row of either, and its twin; the kernel is told after that."""
         rows = [row for row in self.slow.nat if wanted(row)]  # type: ignore[operator]
         if not rows:
@@ -1068,7 +1080,7 @@ def test_a_closed_row_goes_when_it_would_have_gone() -> None:
 # Ripening
 
 
-def ripening(seen_at: float) -> tuple[FastPath, Row]:
+def ripening(seen_at: float) -> tuple[FastPath, Flow]:
     """A flow of datagrams that is fit to be handed over, and was heard of then."""
     nat = NatTable(rng=Random(1))
     fast = FastPath(nat)
@@ -1120,7 +1132,7 @@ def test_what_ends_before_it_is_ripe_never_was_the_kernels() -> None:
     assert len(fast) == 0
 
 
-def beginning() -> tuple[FastPath, Row]:
+def beginning() -> tuple[FastPath, Flow]:
     """A connection for which tcp-relay has just got its port towards the server."""
     nat = NatTable(rng=Random(1))
     fast = FastPath(nat)

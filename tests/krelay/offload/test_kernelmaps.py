@@ -20,8 +20,8 @@ from knet.netlink.nftables import Count
 from knet.rules.watch import RuleWatcher
 from knet.sockbuf import Direction, enlarge
 from krelay.host.netfilter import Nft
-from krelay.nat.admission import Limits
-from krelay.nat.flow import SIDES, Rewrite, Row, Step
+from krelay.nat.admission import FlowLimits
+from krelay.nat.flow import SIDES, Flow, Rewrite, Step
 from krelay.nat.table import NatTable
 from krelay.offload import kernelmaps
 from krelay.offload.fastpath import Changes
@@ -49,16 +49,16 @@ class Host:
             servers=(IPv4Address(self.server),), relay_clients=(), room=ROOM,
         )  # fmt: skip
         Nft(with_xt=True).install(spec)
-        self.nat = NatTable(Limits(ROOM, ROOM), rng=Random(1))
+        self.nat = NatTable(FlowLimits(ROOM, ROOM), rng=Random(1))
         self.maps = KernelMaps(NAME)
 
-    def udp(self, port: int) -> Row:
+    def udp(self, port: int) -> Flow:
         """The row of a client's port."""
         client, service = Endpoint.of(self.client, port), Endpoint.of(self.relay, PORT)
         server = Endpoint.of(self.server, PORT)
         return self.nat.open_forwarded(Proto.UDP, client, service, server, Source.CLIENT, 0)
 
-    def tcp(self, port: int) -> Row:
+    def tcp(self, port: int) -> Flow:
         """The row of a connection that tcp-relay has accepted."""
         client, service = Endpoint.of(self.client, port), Endpoint.of(self.relay, 80)
         server = Endpoint.of(self.server, 80)

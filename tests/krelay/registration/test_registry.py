@@ -8,8 +8,8 @@ import pytest
 
 from knet.endpoint import Endpoint, Source
 from krelay.datapath.worker import Policy
-from krelay.nat.admission import Limits
-from krelay.nat.flow import CLOSED_LINGER, Row, Step
+from krelay.nat.admission import FlowLimits
+from krelay.nat.flow import CLOSED_LINGER, Flow, Step
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State
 from krelay.registration.inforce import InForce
@@ -51,7 +51,7 @@ class TcpRelay:
 class World:
     """A table and the tcp-relays connected to it, two of one user."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: FlowLimits | None = None) -> None:
         self.nat = NatTable(limits, rng=Random(1))
         self.policy: Policy | None = policy()
         self.kernel = OneUser(USER)
@@ -66,14 +66,14 @@ class World:
         self.relays.listens(tcp_relay, 16000)
         return tcp_relay
 
-    def client(self, client: Endpoint = C, service: Endpoint = K, now: float = 0) -> Row:
+    def client(self, client: Endpoint = C, service: Endpoint = K, now: float = 0) -> Flow:
         """A row whose client has completed its handshake."""
         server = Endpoint(S.addr, service.port)
         row = self.nat.open_tcp(client, service, server, Source.CLIENT, 16000, now)
         row.tracker.client_acked = True
         return row
 
-    def connected(self) -> Row:
+    def connected(self) -> Flow:
         row = self.client()
         assert self.relays.handle(OPEN, self.one, 0) == Opened(1, S, Source.CLIENT)
         row.tracker.resumed()
@@ -231,9 +231,9 @@ def test_after_only_the_socket_was_lost_the_row_stays_and_has_a_new_owner(world:
 
 @pytest.mark.parametrize(
     ("limits", "reason"),
-    [(Limits(flows=0), "table_full"), (Limits(flows_per_client=0), "client_full")],
+    [(FlowLimits(flows=0), "table_full"), (FlowLimits(flows_per_client=0), "client_full")],
 )
-def test_what_has_no_room_cannot_be_resumed(limits: Limits, reason: str) -> None:
+def test_what_has_no_room_cannot_be_resumed(limits: FlowLimits, reason: str) -> None:
     world = World(limits)
 
     answer = world.relays.handle(RESUME, world.one, 0)

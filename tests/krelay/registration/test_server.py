@@ -13,8 +13,8 @@ from knet import descriptors
 from knet.endpoint import Source
 from knet.loop import HOST_FAILS, Loop
 from knet.unixsock import Peer
-from krelay.nat.admission import Limits
-from krelay.nat.flow import Row
+from krelay.nat.admission import FlowLimits
+from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.registration.gatewayports import GatewayPorts
 from krelay.registration.messages import (
@@ -60,7 +60,7 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.path = directory / "relay.sock"
         self.loop = Loop()
-        self.nat = NatTable(Limits(flows_per_client=20_000), rng=Random(1))
+        self.nat = NatTable(FlowLimits(flows_per_client=20_000), rng=Random(1))
         self.relays = ToldRelays(self.nat)
         self.diag = SocketDiag()
         self.gateways = GatewayPorts(
@@ -97,7 +97,7 @@ class World:
             link.send(message if isinstance(message, bytes) else emit(message))
         self.turn()
 
-    def row(self, number: int) -> tuple[Row, Open]:
+    def row(self, number: int) -> tuple[Flow, Open]:
         """A client's row, and the question of the tcp-relay that has accepted it."""
         client, relay = at(f"C:{number}"), at(f"K:{number - RELAY_PORT}")
         row = self.nat.open_tcp(client, at("K:80"), at("S:80"), Source.CLIENT, 16000, self.loop.now)

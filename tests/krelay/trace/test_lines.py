@@ -10,7 +10,7 @@ from knet.endpoint import Proto, Source
 from knet.wire import ipv4
 from knet.wire.checksum import checksum
 from krelay.datapath.worker import Verdict
-from krelay.nat.flow import Hook, Row, Step
+from krelay.nat.flow import Flow, Hook, Step
 from krelay.nat.table import NatTable
 from krelay.trace.lines import Filter, Lines, Untouched, line, sight, untouched_line
 from tests.tools.packets import addr, at, policy, template
@@ -201,7 +201,7 @@ def test_lines_tell_what_was_lost_before_the_next_or_when_all_is_read() -> None:
         assert lines.rewritten(rewrite, SYN, SYN, 0) == first
 
 
-def rows() -> dict[str, Row]:
+def rows() -> dict[str, Flow]:
     nat = NatTable(rng=Random(1))
     tcp = nat.open_tcp(at("C:40000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 0)
     udp = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:53"), at("S:53"), Source.CLIENT, 0)

@@ -18,7 +18,7 @@ from itertools import count, cycle
 from pathlib import Path
 from random import Random
 
-from knet.endpoint import Endpoint, Flow, Proto
+from knet.endpoint import Endpoint, FiveTuple, Proto
 from knet.loop import Loop
 from krelay.daemon.daemon import Daemon
 from krelay.host.witness import Witness
@@ -140,7 +140,7 @@ class Stories:
 
     def _packet(self, proto: Proto, src: Endpoint, dst: Endpoint, flags: int, hook: Hook) -> None:
         worker = self._daemon._worker
-        packet = Template(Flow(proto, src, dst), b"data", flags).build()
+        packet = Template(FiveTuple(proto, src, dst), b"data", flags).build()
         if isinstance(worker.handle(packet, hook, self._loop.now), bytes):
             self.happened["rewritten"] += 1
         worker.answers.clear()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcp_relay.engine.channel import NOTHING, Half, Todo
+from tcp_relay.engine.channel import NOTHING, Channel, Todo
 
 steps = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(1, 12)), max_size=200)
 
@@ -24,7 +24,7 @@ class Ends:
         self.fins = 0
         self.resets = 0
 
-    def step(self, half: Half) -> bool:
+    def step(self, half: Channel) -> bool:
         """Does what the half says; False if it waits."""
         match half.todo():
             case Todo.READ:
@@ -49,7 +49,7 @@ class Ends:
                 return False
         return True
 
-    def _pass(self, half: Half, data: bytes) -> None:
+    def _pass(self, half: Channel, data: bytes) -> None:
         sent = self._take(data)
         half.got(len(data), self.limit, now=0.0)
         if sent:
@@ -68,7 +68,7 @@ class Ends:
 def test_any_schedule_passes_the_same_bytes_and_then_the_end(
     data: bytes, limit: int, script: list[tuple[bool, bool, int]], is_reset: bool
 ) -> None:
-    half, ends = Half(), Ends(data, limit)
+    half, ends = Channel(), Ends(data, limit)
     for arrives, drains, count in script:
         if arrives:
             ends.arrived += ends.coming[:count]
@@ -104,7 +104,7 @@ def test_any_schedule_passes_the_same_bytes_and_then_the_end(
 
 def in_words(case: object) -> str:
     """What is so in this half; the same in each process."""
-    if not isinstance(case, Half):
+    if not isinstance(case, Channel):
         return str(case)
     return " ".join(each.name for each in fields(case) if getattr(case, each.name)) or "nothing"
 
@@ -112,45 +112,45 @@ def in_words(case: object) -> str:
 @pytest.mark.parametrize(
     ("half", "todo"),
     [
-        (Half(), Todo.WAIT),
-        (Half(readable=True), Todo.WAIT),
-        (Half(writable=True), Todo.WAIT),
-        (Half(readable=True, writable=True), Todo.READ),
-        (Half(readable=True, writable=True, held=memoryview(b"x")), Todo.WRITE),
-        (Half(readable=True, held=memoryview(b"x")), Todo.WAIT),
-        (Half(got_eof=True), Todo.SHUT),
-        (Half(got_eof=True, held=memoryview(b"x")), Todo.WAIT),
-        (Half(got_eof=True, held=memoryview(b"x"), writable=True), Todo.WRITE),
-        (Half(got_eof=True, sent_eof=True, readable=True, writable=True), Todo.WAIT),
-        (Half(got_eof=True, got_reset=True), Todo.RESET),
-        (Half(got_eof=True, got_reset=True, held=memoryview(b"x")), Todo.WAIT),
-        (Half(got_eof=True, sent_eof=True, got_reset=True), Todo.RESET),
+        (Channel(), Todo.WAIT),
+        (Channel(readable=True), Todo.WAIT),
+        (Channel(writable=True), Todo.WAIT),
+        (Channel(readable=True, writable=True), Todo.READ),
+        (Channel(readable=True, writable=True, held=memoryview(b"x")), Todo.WRITE),
+        (Channel(readable=True, held=memoryview(b"x")), Todo.WAIT),
+        (Channel(got_eof=True), Todo.SHUT),
+        (Channel(got_eof=True, held=memoryview(b"x")), Todo.WAIT),
+        (Channel(got_eof=True, held=memoryview(b"x"), writable=True), Todo.WRITE),
+        (Channel(got_eof=True, sent_eof=True, readable=True, writable=True), Todo.WAIT),
+        (Channel(got_eof=True, got_reset=True), Todo.RESET),
+        (Channel(got_eof=True, got_reset=True, held=memoryview(b"x")), Todo.WAIT),
+        (Channel(got_eof=True, sent_eof=True, got_reset=True), Todo.RESET),
     ],
     ids=in_words,
 )
-def test_what_is_to_be_done_follows_from_the_facts(half: Half, todo: Todo) -> None:
+def test_what_is_to_be_done_follows_from_the_facts(half: Channel, todo: Todo) -> None:
     assert half.todo() is todo
 
 
 @pytest.mark.parametrize(
     ("half", "is_smooth"),
     [
-        (Half(), False),
-        (Half(writable=True), True),
-        (Half(writable=True, readable=True), True),
-        (Half(writable=True, held=memoryview(b"x")), False),
-        (Half(writable=True, got_eof=True), False),
-        (Half(writable=True, hinted=True), False),
+        (Channel(), False),
+        (Channel(writable=True), True),
+        (Channel(writable=True, readable=True), True),
+        (Channel(writable=True, held=memoryview(b"x")), False),
+        (Channel(writable=True, got_eof=True), False),
+        (Channel(writable=True, hinted=True), False),
     ],
     ids=in_words,
 )
-def test_it_is_smooth_while_whatever_comes_may_go_through(half: Half, is_smooth: bool) -> None:
+def test_it_is_smooth_while_whatever_comes_may_go_through(half: Channel, is_smooth: bool) -> None:
     assert half.is_smooth is is_smooth
 
 
 @pytest.mark.parametrize("hinted", [False, True])
 def test_a_short_read_empties_the_socket_unless_something_was_announced(hinted: bool) -> None:
-    half = Half(readable=True, hinted=hinted)
+    half = Channel(readable=True, hinted=hinted)
     half.got(1, asked=100, now=0.0)
     assert half.readable is hinted
     half.empty()
@@ -162,14 +162,14 @@ def test_a_short_read_empties_the_socket_unless_something_was_announced(hinted: 
 
 @pytest.mark.parametrize("ending", [False, True])
 def test_a_full_read_leaves_the_socket_readable(ending: bool) -> None:
-    half = Half(readable=True, hinted=ending, ending=ending)
+    half = Channel(readable=True, hinted=ending, ending=ending)
     half.got(100, asked=100, now=0.0)
     assert half.readable
     assert not half.got_eof
 
 
 def test_a_short_read_before_nothing_but_the_end_of_file_has_met_it() -> None:
-    half = Half(readable=True, writable=True, hinted=True, ending=True)
+    half = Channel(readable=True, writable=True, hinted=True, ending=True)
     half.got(1, asked=100, now=0.0)
     half.hold(b"x")
     assert half.got_eof
@@ -179,7 +179,7 @@ def test_a_short_read_before_nothing_but_the_end_of_file_has_met_it() -> None:
 
 
 def test_a_full_sink_is_written_to_when_it_says_so() -> None:
-    half = Half(readable=True, writable=True)
+    half = Channel(readable=True, writable=True)
     half.hold(b"abc")
     assert not half.writable
     half.writable = True
@@ -192,7 +192,7 @@ def test_a_full_sink_is_written_to_when_it_says_so() -> None:
 
 
 def test_an_idle_half_holds_no_buffer() -> None:
-    half = Half(readable=True, writable=True)
+    half = Channel(readable=True, writable=True)
     half.hold(b"abc")
     half.writable = True
     half.sent(3, now=0.0)
@@ -201,7 +201,7 @@ def test_an_idle_half_holds_no_buffer() -> None:
 
 
 def test_what_moves_is_noted_with_its_time() -> None:
-    half = Half(at=1.0)
+    half = Channel(at=1.0)
     half.got(1, asked=100, now=2.0)
     assert half.at == 2.0
     half.sent(1, now=3.0)
@@ -215,7 +215,7 @@ def test_what_moves_is_noted_with_its_time() -> None:
 
 
 def test_nothing_is_owed_to_a_sink_that_is_gone_but_its_source_is_read_on() -> None:
-    half = Half(readable=True, writable=True)
+    half = Channel(readable=True, writable=True)
     half.hold(b"abc")
     half.cut()
     assert half.held is NOTHING
@@ -229,7 +229,7 @@ def test_nothing_is_owed_to_a_sink_that_is_gone_but_its_source_is_read_on() -> N
 
 
 def test_an_urgent_byte_that_is_held_is_urgent_until_something_else_is() -> None:
-    half = Half(readable=True, writable=True)
+    half = Channel(readable=True, writable=True)
     half.hold(b"!", urgent=True)
     assert half.held_urgent
     half.writable = True

@@ -3,9 +3,9 @@
 import pytest
 
 from krelay.registration.messages import COUNTERS, MAX_COUNTS, Report, emit, parse_request
-from tcp_relay.engine.channel import Half
+from tcp_relay.engine.channel import Channel
 from tcp_relay.engine.counts import Counts, Row, state_of, table
-from tcp_relay.engine.session import End, Pair
+from tcp_relay.engine.session import End, Session
 
 ROW = Row("10.0.0.1:40000", "192.168.0.1:80", "open", 12.34, 0.04, 5, 70000, "0/512")
 
@@ -36,23 +36,23 @@ def test_bytes_are_counted_by_where_they_came_from() -> None:
     assert (counts.as_dict()["from_client"], counts.as_dict()["from_server"]) == (3, 4)
 
 
-def finished(up: bool, down: bool) -> Pair:
-    return Pair(Half(got_eof=up), Half(got_eof=down))
+def finished(up: bool, down: bool) -> Session:
+    return Session(Channel(got_eof=up), Channel(got_eof=down))
 
 
 @pytest.mark.parametrize(
     ("pair", "is_connected", "state"),
     [
-        (Pair(), False, "connecting"),
+        (Session(), False, "connecting"),
         (finished(True, False), False, "connecting"),
-        (Pair(), True, "open"),
+        (Session(), True, "open"),
         (finished(True, False), True, "client finished"),
         (finished(False, True), True, "server finished"),
         (finished(True, True), True, "closing"),
-        (Pair(Half(got_eof=True, got_reset=True), Half(got_eof=True)), True, "resetting"),
+        (Session(Channel(got_eof=True, got_reset=True), Channel(got_eof=True)), True, "resetting"),
     ],
 )
-def test_a_state_is_said_in_a_word_or_two(pair: Pair, is_connected: bool, state: str) -> None:
+def test_a_state_is_said_in_a_word_or_two(pair: Session, is_connected: bool, state: str) -> None:
     assert state_of(pair, is_connected) == state
 
 

@@ -3,8 +3,8 @@
 from knet.loop import Loop
 from tcp_relay.engine.counts import Row
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.limits import Limits
-from tcp_relay.engine.session import End, Pair
+from tcp_relay.engine.limits import SessionLimits
+from tcp_relay.engine.session import End, Session
 from tests.tcp_relay.helpers import run_for
 
 
@@ -12,7 +12,7 @@ class Connection:
     """Keeps what it is told, and tells the engine as a pump does."""
 
     def __init__(self, engine: Engine, name: str = "10.0.0.1:40000") -> None:
-        self.pair = Pair()
+        self.pair = Session()
         self.engine = engine
         self.name = name
         self.ends: list[tuple[End, str]] = []
@@ -39,7 +39,7 @@ class Connection:
 
 def test_the_report_tells_who_lives_and_what_was() -> None:
     with Loop() as loop:
-        engine = Engine(loop, Limits())
+        engine = Engine(loop, SessionLimits())
         one, two, three = (Connection(engine) for _ in range(3))
         assert len(engine) == 3
         one.end(End.CLOSED)
@@ -57,7 +57,7 @@ def test_each_that_ends_makes_room_and_says_so_afterwards() -> None:
         seen: list[tuple[int, int]] = []
         engine = Engine(
             loop,
-            Limits(),
+            SessionLimits(),
             lambda: seen.append((len(engine), engine.counts.ends[End.CLOSED])),
         )
         connections = [Connection(engine) for _ in range(3)]
@@ -68,7 +68,7 @@ def test_each_that_ends_makes_room_and_says_so_afterwards() -> None:
 
 def test_all_can_be_ended_at_once() -> None:
     with Loop() as loop:
-        engine = Engine(loop, Limits())
+        engine = Engine(loop, SessionLimits())
         connections = [Connection(engine) for _ in range(3)]
         engine.end_all(End.DRAINED, "too late")
         assert all(connection.ends == [(End.DRAINED, "too late")] for connection in connections)
@@ -78,7 +78,7 @@ def test_all_can_be_ended_at_once() -> None:
 
 def test_each_wait_has_its_own_limit() -> None:
     with Loop() as loop:
-        engine = Engine(loop, Limits(connect=0.02, stall=0.04, half_close=5.0))
+        engine = Engine(loop, SessionLimits(connect=0.02, stall=0.04, half_close=5.0))
         connecting, stalled, half_closed = (Connection(engine) for _ in range(3))
         engine.connecting.add(connecting)
         engine.stalled.add(stalled)
@@ -91,9 +91,9 @@ def test_each_wait_has_its_own_limit() -> None:
 
 def test_who_moves_is_checked_now_and_then() -> None:
     with Loop() as loop:
-        engine = Engine(loop, Limits(stall=10.0))
+        engine = Engine(loop, SessionLimits(stall=10.0))
         assert engine.watched.seconds == 2.5
-        engine = Engine(loop, Limits(stall=0.01))  # an acknowledgement may take longer
+        engine = Engine(loop, SessionLimits(stall=0.01))  # an acknowledgement may take longer
         assert engine.watched.seconds == 1.0
         moving = Connection(engine)
         engine.watched.add(moving)
@@ -103,7 +103,7 @@ def test_who_moves_is_checked_now_and_then() -> None:
 
 def test_the_table_has_all_in_the_order_they_came() -> None:
     with Loop() as loop:
-        engine = Engine(loop, Limits())
+        engine = Engine(loop, SessionLimits())
         for name in ("1.1.1.1:1", "3.3.3.3:3", "2.2.2.2:2"):
             Connection(engine, name)
         lines = engine.table().splitlines()
@@ -113,4 +113,4 @@ def test_the_table_has_all_in_the_order_they_came() -> None:
 
 def test_the_buffer_is_as_long_as_what_may_be_held() -> None:
     with Loop() as loop:
-        assert len(Engine(loop, Limits(hold=12345)).view) == 12345
+        assert len(Engine(loop, SessionLimits(hold=12345)).view) == 12345

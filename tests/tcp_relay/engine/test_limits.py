@@ -4,15 +4,15 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from tcp_relay.engine.limits import MAX_HOLD, Limits
+from tcp_relay.engine.limits import MAX_HOLD, SessionLimits
 
 
 def test_the_defaults_are_those_that_are_documented() -> None:
-    limits = Limits()
+    limits = SessionLimits()
     assert 1 <= limits.hold <= 1 << 20 <= MAX_HOLD
     assert (limits.stall, limits.half_close, limits.connect, limits.drain) == (10, 3600, 10, 30)
 
 
 def test_limits_dont_change() -> None:
     with pytest.raises(FrozenInstanceError):
-        Limits().stall = 1.0  # type: ignore[misc]
+        SessionLimits().stall = 1.0  # type: ignore[misc]

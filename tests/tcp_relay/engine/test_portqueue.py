@@ -6,7 +6,7 @@ import pytest
 
 from knet.loop import Loop
 from tcp_relay.engine import portqueue as module
-from tcp_relay.engine.portqueue import Line
+from tcp_relay.engine.portqueue import PortWaitQueue
 from tests.tcp_relay.helpers import run_for, run_until
 
 
@@ -14,7 +14,7 @@ class Rig:
     """`ports`: how many of those who try find one."""
 
     def __init__(self, loop: Loop) -> None:
-        self.line = Line(loop, "more ports")
+        self.line = PortWaitQueue(loop, "more ports")
         self.ports = 0
         self.tried: list[str] = []
         self.served: list[str] = []

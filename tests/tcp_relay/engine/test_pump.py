@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from knet.loop import Loop
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.limits import Limits
+from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.engine.pump import SHORT, STEPS, Pump
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import Heard, heard, server_socket, set_options, undelivered
@@ -41,7 +41,7 @@ from tests.tcp_relay.helpers import (
     was_reset,
 )
 
-LONG = Limits(hold=65536, stall=60.0, half_close=60.0, connect=60.0)
+LONG = SessionLimits(hold=65536, stall=60.0, half_close=60.0, connect=60.0)
 
 
 class Owner:
@@ -320,7 +320,7 @@ def test_the_short_cut_is_taken(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_turn_is_bounded(loop: Loop) -> None:
-    limits = Limits(hold=4096, stall=60.0)
+    limits = SessionLimits(hold=4096, stall=60.0)
     with Rig(Engine(loop, limits)).connected() as rig:
         assert fill(rig.client) > 20 * STEPS * limits.hold
         moved: list[int] = []
@@ -333,7 +333,7 @@ def test_a_turn_is_bounded(loop: Loop) -> None:
 
 
 def test_a_fast_connection_doesnt_starve_a_slow_one(loop: Loop) -> None:
-    engine = Engine(loop, Limits(hold=4096, stall=60.0))
+    engine = Engine(loop, SessionLimits(hold=4096, stall=60.0))
     with Rig(engine).connected() as fast, Rig(engine).connected() as slow:
         left = fill(fast.client)
         for number in range(5):
@@ -362,7 +362,7 @@ def test_a_server_that_is_not_there_is_told_and_another_may_be_tried(loop: Loop)
 
 
 def test_the_owner_hears_that_the_server_doesnt_answer_in_time(loop: Loop) -> None:
-    engine = Engine(loop, Limits(connect=0.2))
+    engine = Engine(loop, SessionLimits(connect=0.2))
     with full_server() as address, Rig(engine, connect=False) as rig:
         begun = loop.now
         rig.pump.use_server(server_socket())
@@ -377,7 +377,7 @@ def test_the_owner_hears_that_the_server_doesnt_answer_in_time(loop: Loop) -> No
 def test_a_connection_that_was_opened_in_time_isnt_ended_by_the_connect_limit(
     loop: Loop,
 ) -> None:
-    with Rig(Engine(loop, Limits(connect=0.05))).connected() as rig:
+    with Rig(Engine(loop, SessionLimits(connect=0.05))).connected() as rig:
         run_for(loop, 0.15)
         assert rig.pump.alive
 
@@ -495,7 +495,7 @@ def _meets_a_reset(sock: socket.socket) -> bool:
 
 
 def test_held_bytes_that_cant_be_written_for_so_long_reset_both_sides(loop: Loop, log: Log) -> None:
-    limits = Limits(hold=65536, stall=0.3)
+    limits = SessionLimits(hold=65536, stall=0.3)
     with Rig(Engine(loop, limits), small=True).connected() as rig:
         rig.flood(rig.client)
         half = rig.pump.pair.up
@@ -509,7 +509,7 @@ def test_held_bytes_that_cant_be_written_for_so_long_reset_both_sides(loop: Loop
 
 
 def test_a_sink_that_takes_something_now_and_then_isnt_stalled(loop: Loop) -> None:
-    limits = Limits(hold=65536, stall=0.5)
+    limits = SessionLimits(hold=65536, stall=0.5)
     with Rig(Engine(loop, limits)).connected() as rig:
         rig.flood(rig.client)
         rig.server.setblocking(False)
@@ -526,7 +526,7 @@ def test_a_sink_that_takes_something_now_and_then_isnt_stalled(loop: Loop) -> No
 
 def test_a_slow_sink_for_which_our_kernel_has_no_room_isnt_stalled(loop: Loop) -> None:
     """The next write may be minutes away: what it acknowledges is what counts."""
-    limits = Limits(hold=65536, stall=1.0)
+    limits = SessionLimits(hold=65536, stall=1.0)
     with Rig(Engine(loop, limits)).connected() as rig:
         rig.flood(rig.server)
         rig.client.setblocking(False)
@@ -603,7 +603,7 @@ def test_a_silence_in_which_this_process_stood_still_counts_for_nothing(
 
 @pytest.mark.parametrize("held_before", [False, True])
 def test_an_idle_connection_is_never_ended(loop: Loop, held_before: bool) -> None:
-    limits = Limits(hold=65536, stall=0.1, half_close=0.1, connect=0.1)
+    limits = SessionLimits(hold=65536, stall=0.1, half_close=0.1, connect=0.1)
     with Rig(Engine(loop, limits)).connected() as rig:
         if held_before:
             sent = rig.flood(rig.client)
@@ -625,7 +625,7 @@ def test_an_idle_connection_is_never_ended(loop: Loop, held_before: bool) -> Non
 def test_silence_in_the_direction_that_is_left_ends_it_after_the_half_close_limit(
     loop: Loop, log: Log, first: str
 ) -> None:
-    limits = Limits(half_close=0.3)
+    limits = SessionLimits(half_close=0.3)
     with Rig(Engine(loop, limits)).connected() as rig:
         done, other = (rig.client, rig.server) if first == "client" else (rig.server, rig.client)
         done.shutdown(socket.SHUT_WR)
@@ -704,7 +704,7 @@ def test_a_reset_after_the_end_of_file_is_passed_on(rig: Rig) -> None:
 
 
 def test_a_reset_isnt_kept_for_ever_by_a_sink_that_takes_nothing(loop: Loop) -> None:
-    limits = Limits(hold=65536, stall=0.3)
+    limits = SessionLimits(hold=65536, stall=0.3)
     with Rig(Engine(loop, limits), small=True).connected() as rig:
         rig.client.setblocking(False)
         server = rig.pump._server

@@ -4,23 +4,23 @@ from collections.abc import Callable
 
 import pytest
 
-from tcp_relay.engine.channel import Half, Todo
-from tcp_relay.engine.limits import Limits
-from tcp_relay.engine.session import End, Pair, Side
+from tcp_relay.engine.channel import Channel, Todo
+from tcp_relay.engine.limits import SessionLimits
+from tcp_relay.engine.session import End, Session, SessionSide
 
-LIMITS = Limits(stall=10.0, half_close=100.0)
+LIMITS = SessionLimits(stall=10.0, half_close=100.0)
 
 
-@pytest.mark.parametrize("side", list(Side))
-def test_a_side_feeds_one_half_and_drains_the_other(side: Side) -> None:
-    pair = Pair()
-    feeds, drains = (pair.down, pair.up) if side is Side.SERVER else (pair.up, pair.down)
+@pytest.mark.parametrize("side", list(SessionSide))
+def test_a_side_feeds_one_half_and_drains_the_other(side: SessionSide) -> None:
+    pair = Session()
+    feeds, drains = (pair.down, pair.up) if side is SessionSide.SERVER else (pair.up, pair.down)
     assert pair.fed_by(side) is feeds
     assert pair.drained_by(side) is drains
 
 
 def test_it_has_ended_when_both_ends_of_file_were_passed_on() -> None:
-    pair = Pair()
+    pair = Session()
     for half, ended in ((pair.down, False), (pair.up, True)):
         half.got(0, asked=1, now=1.0)
         assert not pair.ended
@@ -31,9 +31,9 @@ def test_it_has_ended_when_both_ends_of_file_were_passed_on() -> None:
     assert pair.at == 2.0
 
 
-@pytest.mark.parametrize("side", list(Side))
-def test_a_lost_side_still_has_what_it_said_delivered_and_then_its_reset(side: Side) -> None:
-    pair = Pair()
+@pytest.mark.parametrize("side", list(SessionSide))
+def test_a_lost_side_still_has_what_it_said_delivered_and_then_its_reset(side: SessionSide) -> None:
+    pair = Session()
     said, unheard = pair.fed_by(side), pair.drained_by(side)
     said.hold(b"last words")
     unheard.hold(b"for nobody")
@@ -50,9 +50,9 @@ def test_a_lost_side_still_has_what_it_said_delivered_and_then_its_reset(side: S
     assert not pair.ended
 
 
-@pytest.mark.parametrize("lost", list(Side))
-def test_a_reset_is_owed_also_after_both_ends_of_file(lost: Side) -> None:
-    pair = Pair()
+@pytest.mark.parametrize("lost", list(SessionSide))
+def test_a_reset_is_owed_also_after_both_ends_of_file(lost: SessionSide) -> None:
+    pair = Session()
     for half in (pair.up, pair.down):
         half.got(0, asked=1, now=1.0)
         half.shut(now=1.0)
@@ -61,52 +61,52 @@ def test_a_reset_is_owed_also_after_both_ends_of_file(lost: Side) -> None:
     assert pair.fed_by(lost).todo() is Todo.RESET
 
 
-def holding(half: Half, at: float) -> None:
+def holding(half: Channel, at: float) -> None:
     half.hold(b"x")
     half.at = at
 
 
-def finished(half: Half, at: float) -> None:
+def finished(half: Channel, at: float) -> None:
     half.got(0, asked=1, now=at)
     half.shut(now=at)
 
 
-def idle(pair: Pair) -> None:
+def idle(pair: Session) -> None:
     pair.up.at = pair.down.at = 1.0
 
 
-def stalled(pair: Pair) -> None:
+def stalled(pair: Session) -> None:
     holding(pair.down, at=5.0)
     pair.up.at = 14.0  # that the other direction moves doesn't help
 
 
-def stalled_twice(pair: Pair) -> None:
+def stalled_twice(pair: Session) -> None:
     holding(pair.up, at=7.0)
     holding(pair.down, at=6.0)
 
 
-def half_closed(pair: Pair) -> None:
+def half_closed(pair: Session) -> None:
     finished(pair.up, at=2.0)
     pair.down.at = 4.0  # it goes on
 
 
-def half_closed_and_stalled(pair: Pair) -> None:
+def half_closed_and_stalled(pair: Session) -> None:
     finished(pair.up, at=2.0)
     holding(pair.down, at=3.0)
 
 
-def both_finished(pair: Pair) -> None:
+def both_finished(pair: Session) -> None:
     finished(pair.up, at=2.0)
     finished(pair.down, at=2.0)
 
 
-def unheard_end(pair: Pair) -> None:
+def unheard_end(pair: Session) -> None:
     pair.up.got(0, asked=1, now=2.0)  # not passed on yet
 
 
-def resetting(pair: Pair) -> None:
+def resetting(pair: Session) -> None:
     holding(pair.up, at=2.0)
-    pair.lost(Side.CLIENT, now=8.0)
+    pair.lost(SessionSide.CLIENT, now=8.0)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,9 @@ def resetting(pair: Pair) -> None:
     ],
 )
 def test_what_waits_too_long_is_overdue_and_nothing_else(
-    facts: Callable[[Pair], None], due: float | None, end: End | None
+    facts: Callable[[Session], None], due: float | None, end: End | None
 ) -> None:
-    pair = Pair()
+    pair = Session()
     facts(pair)
     assert pair.deadline(LIMITS) == due
     if due is None:
@@ -138,21 +138,21 @@ def test_what_waits_too_long_is_overdue_and_nothing_else(
 def test_what_may_be_overdue_is_guarded() -> None:
     """The pump asks for these two, and sets no timer otherwise."""
     for facts in (idle, stalled, stalled_twice, half_closed, half_closed_and_stalled, resetting):
-        pair = Pair()
+        pair = Session()
         facts(pair)
         assert (pair.may_stall or pair.is_half_closed) is (pair.deadline(LIMITS) is not None)
 
 
 def test_a_half_closed_pair_with_held_bytes_is_stalled_only_after_the_stall_limit() -> None:
-    limits = Limits(stall=10.0, half_close=1.0)
-    pair = Pair()
+    limits = SessionLimits(stall=10.0, half_close=1.0)
+    pair = Session()
     half_closed_and_stalled(pair)
     assert pair.overdue(5.0, limits) is not End.STALLED
     assert pair.overdue(13.0, limits) is not None
 
 
 def test_a_pair_is_smooth_if_both_halves_are() -> None:
-    pair = Pair()
+    pair = Session()
     pair.up.writable = True
     assert not pair.is_smooth
     pair.down.writable = True

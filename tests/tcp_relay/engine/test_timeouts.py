@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knet.loop import Loop
-from tcp_relay.engine.timeouts import Waiting
+from tcp_relay.engine.timeouts import FixedTimeoutQueue
 
 SECONDS = 10.0
 
@@ -36,7 +36,7 @@ class Rig:
     def __init__(self) -> None:
         self.clock = Clock()
         self.late: list[int] = []
-        self.waiting = Waiting[int](cast(Loop, self.clock), SECONDS, self.late.append)
+        self.waiting = FixedTimeoutQueue[int](cast(Loop, self.clock), SECONDS, self.late.append)
 
 
 acts = st.lists(
@@ -101,7 +101,7 @@ def test_one_who_is_told_may_take_others_away_and_wait_again() -> None:
         if told == ["a"]:
             waiting.add("a")
 
-    waiting = Waiting[str](cast(Loop, clock), SECONDS, too_late)
+    waiting = FixedTimeoutQueue[str](cast(Loop, clock), SECONDS, too_late)
     waiting.add("a")
     waiting.add("b")
     clock.turn_to(10.0)
@@ -117,7 +117,7 @@ def test_when_the_timer_is_due_somebody_is_late_however_sums_are_rounded(
 ) -> None:
     """Or it would be set to the same instant again and again, and the loop never got on."""
     clock, late = Clock(), list[int]()
-    waiting = Waiting[int](cast(Loop, clock), seconds, late.append)
+    waiting = FixedTimeoutQueue[int](cast(Loop, clock), seconds, late.append)
     clock.now = began
     waiting.add(1)
     ((when, look),) = clock.timers
@@ -135,7 +135,7 @@ def test_a_call_that_fails_takes_nobody_elses_turn() -> None:
         if who == 1:
             raise OSError("failed")
 
-    waiting = Waiting[int](cast(Loop, clock), SECONDS, too_late)
+    waiting = FixedTimeoutQueue[int](cast(Loop, clock), SECONDS, too_late)
     for who in (1, 2, 3):
         waiting.add(who)
     with pytest.raises(OSError, match="failed"):

@@ -14,7 +14,7 @@ import pytest
 from knet.loop import Loop
 from tcp_relay.engine import portqueue
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.limits import Limits
+from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.engine.pump import Pump
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import accept, set_options
@@ -36,7 +36,7 @@ from tests.tcp_relay.helpers import (
 )
 from vm import Lab
 
-LIMITS = Limits(connect=60.0)
+LIMITS = SessionLimits(connect=60.0)
 
 
 class Names:
@@ -61,7 +61,7 @@ class Names:
 class Rig:
     """Clients of a proxy, and the lines that it logs as they end."""
 
-    def __init__(self, loop: Loop, stack: ExitStack, limits: Limits = LIMITS) -> None:
+    def __init__(self, loop: Loop, stack: ExitStack, limits: SessionLimits = LIMITS) -> None:
         self.loop = loop
         self.stack = stack
         self.names = Names()
@@ -149,7 +149,7 @@ def test_addresses_are_tried_in_turn_until_one_accepts(rig: Rig) -> None:
 def test_an_address_that_doesnt_answer_is_not_the_last_that_is_tried() -> None:
     """A destination with a dead address and a live one (IPv6 that is lost on the way, say)."""
     with Loop() as loop, ExitStack() as stack, full_server() as silent:
-        rig = Rig(loop, stack, Limits(connect=0.3))
+        rig = Rig(loop, stack, SessionLimits(connect=0.3))
         server = rig.serve()
         rig.names.answer = [Address(socket.AF_INET, silent), at(server)]
         client = rig.dial()
@@ -197,7 +197,7 @@ def test_a_name_that_is_found_later_serves_who_waited(rig: Rig) -> None:
 
 def test_a_name_that_is_not_found_in_time_resets_the_client() -> None:
     with Loop() as loop, ExitStack() as stack:
-        rig = Rig(loop, stack, Limits(connect=0.1))
+        rig = Rig(loop, stack, SessionLimits(connect=0.1))
         client = rig.dial()
         assert rig.run_until_ended()["detail"] == "no answer to the name within 0.1 s"
         assert was_reset(client)
@@ -262,7 +262,7 @@ def test_who_finds_no_local_port_waits_in_line_and_is_served_later(
 
 def test_who_waited_for_the_name_may_wait_in_line_too(ports: dict[str, int]) -> None:
     with Loop() as loop, ExitStack() as stack:
-        rig = Rig(loop, stack, Limits(connect=0.1))
+        rig = Rig(loop, stack, SessionLimits(connect=0.1))
         ports["taken"] = 10_000
         rig.dial()
         rig.names.tell([nobody()])

@@ -12,12 +12,12 @@ from knet.endpoint import Endpoint, Source
 from knet.loop import Loop
 from krelay.registration.messages import NO_ADDRESS, PORT_TAKEN, Opened, Refused
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.limits import Limits
-from tcp_relay.engine.portqueue import Line
+from tcp_relay.engine.limits import SessionLimits
+from tcp_relay.engine.portqueue import PortWaitQueue
 from tcp_relay.engine.pump import Pump
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import server_socket, set_options
-from tcp_relay.engine.timeouts import Waiting
+from tcp_relay.engine.timeouts import FixedTimeoutQueue
 from tcp_relay.relay.connection import PORT_TRIES, Connection
 from tests.tcp_relay.helpers import (
     BOUND,
@@ -30,7 +30,7 @@ from tests.tcp_relay.helpers import (
 )
 
 ASK_TIMEOUT = 0.1
-LIMITS = Limits(connect=0.1)
+LIMITS = SessionLimits(connect=0.1)
 
 
 class Desk:
@@ -39,10 +39,10 @@ class Desk:
     keeps_dscp = True
 
     def __init__(self, engine: Engine) -> None:
-        self.asked: Waiting[Pump] = Waiting(
+        self.asked: FixedTimeoutQueue[Pump] = FixedTimeoutQueue(
             engine.loop, ASK_TIMEOUT, lambda pump: pump.end(End.REFUSED, "no answer")
         )
-        self.line = Line(engine.loop, "more ports")
+        self.line = PortWaitQueue(engine.loop, "more ports")
         self.registered: list[Endpoint] = []
         self.given_up: list[tuple[Endpoint, bool]] = []
         self.ports: list[int] = []

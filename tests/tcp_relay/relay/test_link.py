@@ -17,7 +17,7 @@ from krelay.registration.messages import (
     emit,
     parse_request,
 )
-from tcp_relay.relay.link import Link
+from tcp_relay.relay.link import RelayLink
 from tests.tcp_relay.helpers import BOUND
 
 
@@ -74,7 +74,7 @@ def test_what_doesnt_fit_waits_and_arrives_in_order(
     loop: Loop, krelay: socket.socket, tmp_path: Path
 ) -> None:
     talk = Talk()
-    link = Link(loop, tmp_path / "relay.sock", talk)
+    link = RelayLink(loop, tmp_path / "relay.sock", talk)
     messages = [Close(Endpoint.of("10.0.0.1", port)) for port in range(1, 5001)]
 
     def tell_all() -> None:
@@ -104,7 +104,7 @@ def test_what_doesnt_fit_waits_and_arrives_in_order(
 
 def test_it_connects_again_and_says_so(loop: Loop, krelay: socket.socket, tmp_path: Path) -> None:
     talk = Talk()
-    link = Link(loop, tmp_path / "relay.sock", talk)
+    link = RelayLink(loop, tmp_path / "relay.sock", talk)
     for _ in range(3):
         run_until(loop, lambda: link.is_up)
         peer, _ = krelay.accept()
@@ -120,7 +120,7 @@ def test_nonsense_ends_the_connection(
     loop: Loop, krelay: socket.socket, tmp_path: Path, packet: bytes
 ) -> None:
     talk = Talk()
-    link = Link(loop, tmp_path / "relay.sock", talk)
+    link = RelayLink(loop, tmp_path / "relay.sock", talk)
     run_until(loop, lambda: link.is_up)
     peer, _ = krelay.accept()
     with peer:
@@ -134,7 +134,7 @@ def test_nonsense_ends_the_connection(
 
 def test_what_is_said_to_nobody_is_forgotten(loop: Loop, tmp_path: Path) -> None:
     talk = Talk()
-    link = Link(loop, tmp_path / "relay.sock", talk)
+    link = RelayLink(loop, tmp_path / "relay.sock", talk)
     link.send(Close(Endpoint.of("10.0.0.1", 1)))
     loop.call_at(loop.now + 0.01, loop.stop)
     loop.run()

@@ -12,7 +12,7 @@ from knet.endpoint import Endpoint, Source
 from knet.loop import Loop
 from krelay.registration.messages import Abort, Answer, Opened, Refused, Resumed
 from tcp_relay.engine.engine import Engine
-from tcp_relay.engine.limits import Limits
+from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.relay.connection import Connection
 from tcp_relay.relay.relay import Relay, _own_ports, _shuffled
 
@@ -20,7 +20,7 @@ from tcp_relay.relay.relay import Relay, _own_ports, _shuffled
 @pytest.fixture
 def relay(tmp_path: Path) -> Iterator[Relay]:
     with Loop() as loop:
-        relay = Relay(Engine(loop, Limits()), tmp_path / "relay.sock")
+        relay = Relay(Engine(loop, SessionLimits()), tmp_path / "relay.sock")
         yield relay
         relay.close()
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcp_relay.engine.limits import MAX_HOLD, Limits
+from tcp_relay.engine.limits import MAX_HOLD, SessionLimits
 from tcp_relay.service import options
 from tcp_relay.service.options import MAX_WORKERS, add_options, limits, seconds, size, workers
 
@@ -20,14 +20,14 @@ def parser() -> argparse.ArgumentParser:
 
 def test_without_options_the_limits_are_the_default_ones() -> None:
     asked = parser().parse_args([])
-    assert limits(asked) == Limits()
+    assert limits(asked) == SessionLimits()
     assert asked.workers == 1
 
 
 def test_each_option_sets_its_limit() -> None:
     words = "--buffer 64K --stall 1 --half-close 2 --connect-timeout 3 --drain 0 --workers 4"
     asked = parser().parse_args(words.split())
-    assert limits(asked) == Limits(hold=65536, stall=1, half_close=2, connect=3, drain=0)
+    assert limits(asked) == SessionLimits(hold=65536, stall=1, half_close=2, connect=3, drain=0)
     assert asked.workers == 4
 
 
