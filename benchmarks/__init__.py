@@ -5,7 +5,7 @@
     ground        what every measurement stands on: a krelay in a lab, a sender, counters, progress
     paths         the ways that UDP takes: forwarding, conntrack DNAT, krelay, scapy
     udp           packets/s on them, and what they cost
-    dns           questions and answers per second on them, from ports kept and from new ones
+    dns           queries and answers per second on them, from ports kept and from new ones
     flows         10 and 50,000 flows: set-up, memory, the cost of a packet
     proxies       TCP by way of a relay: bulk, connections, requests, and their cost
     idle          memory of an idle connection, and what thousands of them cost the others

@@ -1,12 +1,12 @@
-"""Asks a DNS server, each question from a port that has not asked before; then says what came.
+"""Asks a DNS server, each query from a port that has not asked before; then says what came.
 
     asker.py ADDRESS PORT CLIENT WARM_UP SECONDS
 
-So many questions are under way at a time; each answer lets the next question go.  A question that
+So many queries are under way at a time; each answer lets the next query go.  A query that
 isn't answered within the patience counts as lost, and the next one goes instead.  Prints, of
-SECONDS after WARM_UP: answers, lost questions, wrong answers, and the seconds it took.
+SECONDS after WARM_UP: answers, lost queries, wrong answers, and the seconds it took.
 
-Clients in earnest have a socket for each question.  Thousands of sockets a second would cost more
+Clients in earnest have a socket for each query.  Thousands of sockets a second would cost more
 than all that is to be measured, so here there is none: packets are made beforehand, as from ports
 of several addresses beside CLIENT, which this host must have; a raw socket sends them, and a packet
 socket sees the answers come in.  The host's own kernel must not answer these (the caller has it
@@ -43,14 +43,14 @@ _ENDPOINTS = 450_000
 """As many as sender.endpoint has ports for."""
 
 
-def question(number: int) -> bytes:
+def query(number: int) -> bytes:
     """A query for NAME's address, with the last 16 bits of the number as its id (RFC 1035)."""
     labels = b"".join(bytes((len(label),)) + label for label in NAME.encode().split(b"."))
     return struct.pack("!6H", number & 0xFFFF, 0x0100, 1, 0, 0, 0) + labels + b"\0\0\1\0\1"
 
 
 def is_answer(packet: bytes, number: int) -> bool:
-    """Whether this IP packet, a UDP datagram, answers that question with the ADDRESS."""
+    """Whether this IP packet, a UDP datagram, answers that query with the ADDRESS."""
     data = packet[sender.HEADERS :]
     if len(data) < _ANSWER.size:
         return False
@@ -60,16 +60,16 @@ def is_answer(packet: bytes, number: int) -> bool:
 
 
 def packets(client: str, to: tuple[str, int], count: int) -> list[bytes]:
-    """As many questions, each from an endpoint of its own."""
-    return [sender.datagram(sender.endpoint(client, n), to, question(n)) for n in range(count)]
+    """As many queries, each from an endpoint of its own."""
+    return [sender.datagram(sender.endpoint(client, n), to, query(n)) for n in range(count)]
 
 
 class Asking:
-    """Questions under way and what has become of those before."""
+    """Queries under way and what has become of those before."""
 
-    def __init__(self, questions: Iterator[tuple[int, bytes]]) -> None:
+    def __init__(self, queries: Iterator[tuple[int, bytes]]) -> None:
         self.answered = self.lost = self.wrong = 0
-        self._questions = questions
+        self._queries = queries
         self._waiting: dict[bytes, tuple[int, float]] = {}
         """By address and port that ask, in the order of time."""
 
@@ -77,12 +77,12 @@ class Asking:
         """A packet to send, None if enough are under way."""
         if len(self._waiting) >= UNDER_WAY:
             return None
-        number, packet = next(self._questions)
+        number, packet = next(self._queries)
         self._waiting[packet[12:16] + packet[20:22]] = (number, now)
         return packet
 
     def came(self, packet: bytes) -> None:
-        """What isn't for a question under way is passed over: it may have been given up."""
+        """What isn't for a query under way is passed over: it may have been given up."""
         asked = self._waiting.pop(packet[16:20] + packet[22:24], None)
         if asked is None:
             return

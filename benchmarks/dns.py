@@ -1,8 +1,8 @@
-"""DNS by way of the relay: questions and answers per second, and how many are lost.
+"""DNS by way of the relay: queries and answers per second, and how many are lost.
 
 The server is NSD, which answers from memory.  Asked twice: by dnsperf, whose sockets keep their
-ports (it has up to 256), and by asker.py, each question from a new port.  The first finds its rows
-made; the second needs a new row for each question, as resolvers do that choose a port each time.
+ports (it has up to 256), and by asker.py, each query from a new port.  The first finds its flows
+made; the second needs a new flow for each query, as resolvers do that choose a port each time.
 
 Each way has a lab of its own.  Nothing is pinned: client, relay and server share the cores.
 """
@@ -41,9 +41,9 @@ GOALS = (
 )
 PORTS = 256
 """dnsperf's most for one thread."""
-ROW_SECONDS = 1
-"""So that in a reading rows end as fast as new ones come, as they do where load lasts."""
-_WARM_UP = ROW_SECONDS + ground.WARM_UP
+FLOW_SECONDS = 1
+"""So that in a reading flows end as fast as new ones come, as they do where load lasts."""
+_WARM_UP = FLOW_SECONDS + ground.WARM_UP
 _ZONE = """\
 $ORIGIN {domain}.
 $TTL 60
@@ -86,12 +86,12 @@ _CODES = re.compile(r"^\s*Response codes:\s+NOERROR (\d+) \(100\.00%\)$", re.MUL
 
 
 class Load(NamedTuple):
-    """What a run of questions came to."""
+    """What a run of queries came to."""
 
     per_second: float
     """Answers."""
     lost: float
-    """Percent of the questions."""
+    """Percent of the queries."""
 
 
 def about() -> tuple[str, ...]:
@@ -102,7 +102,7 @@ def about() -> tuple[str, ...]:
         "over; so rows stay. *A new port each*: every question is the first packet of a new flow, "
         f"from ports of {ADDRESSES} addresses. dnsperf can't do that: a program of ours "
         "sends packets made beforehand, without sockets. It costs less than clients in earnest "
-        f"do, and hides less of what a relay costs. Rows live {ROW_SECONDS} s, the kernel's "
+        f"do, and hides less of what a relay costs. Rows live {FLOW_SECONDS} s, the kernel's "
         "connection tracking's too, and counting begins after that: as many end as begin. Lost: "
         "not answered within a second. All share the cores.",
     )
@@ -126,12 +126,12 @@ def measure(wish: Wish, progress: Progress) -> None:
                     progress.take(turn, wish.rounds, rate.format(name), UNIT, load.per_second)
                     progress.take(turn, wish.rounds, lost.format(name), LOST_UNIT, load.lost)
                     if name in DATAPATHS:
-                        ground.rows_ended(lab)
+                        ground.flows_ended(lab)
 
 
 def set_up(lab: Lab, way: str) -> str:
     """The way, seen to work, with a server behind it; the address that is asked."""
-    to = paths.prepare(lab, way, paths.DNS, timeout=ROW_SECONDS, settings=ground.NO_LIMITS)
+    to = paths.prepare(lab, way, paths.DNS, timeout=FLOW_SECONDS, settings=ground.NO_LIMITS)
     ground.check_udp(lab, to, paths.DNS)
     directory, server = lab.directory, lab.address("server")
     name, _, domain = asker.NAME.partition(".")
@@ -154,7 +154,7 @@ def set_up(lab: Lab, way: str) -> str:
 
 
 def dnsperf(lab: Lab, to: str, seconds: float) -> Load:
-    """dnsperf's own questions."""
+    """dnsperf's own queries."""
     data = str(lab.directory / "questions")
     whole = max(1, round(seconds))
     fixed = ("-c", str(PORTS), "-q", str(asker.UNDER_WAY), "-t", f"{asker.PATIENCE:g}")
@@ -176,7 +176,7 @@ def parse_dnsperf(text: str) -> Load:
 
 
 def new_ports(lab: Lab, to: str, seconds: float) -> Load:
-    """Questions from a new port each."""
+    """Queries from a new port each."""
     client = lab.address("client")
     what = (to, str(paths.DNS), client, str(_WARM_UP), str(seconds))
     command = (sys.executable, "-B", asker.__file__, *what)

@@ -123,7 +123,7 @@ def _round(wish: Wish, turn: int, way: str, progress: Progress, stack: ExitStack
         if way in DATAPATHS:
             take(VISITS.format(way, flows), "visits/packet", visits / came)
     for flows, lab, _ in labs if way in DATAPATHS else ():
-        if (live := ground.live_rows(ground.root_of(lab))) != flows:
+        if (live := ground.live_flows(ground.root_of(lab))) != flows:
             raise CannotMeasure(f"{way}: {live} rows live, not {flows}")
 
 

@@ -173,8 +173,8 @@ def start_krelay(lab: Lab, settings: Mapping[str, str], core: int = -1) -> Path:
     return root
 
 
-def live_rows(root: Path) -> int:
-    """How many rows that krelay has."""
+def live_flows(root: Path) -> int:
+    """How many flows that krelay has."""
     return int(client.ask_json(root, "show status json")[0]["flows"])
 
 
@@ -324,9 +324,9 @@ def offer_trains(lab: Lab) -> bool:
     ).status
 
 
-def rows_ended(lab: Lab) -> None:
-    """Waits until krelay has no row left, so that none ends while something else is measured."""
-    lab.wait(lambda: not live_rows(root_of(lab)), "an end of all rows", 30)
+def flows_ended(lab: Lab) -> None:
+    """Waits until krelay has no flow left, so that none ends while something else is measured."""
+    lab.wait(lambda: not live_flows(root_of(lab)), "an end of all rows", 30)
 
 
 @contextmanager

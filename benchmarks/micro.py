@@ -1,8 +1,8 @@
 """Worker.handle by itself: nanoseconds a packet, in this process, with no kernel about.
 
-And what a row costs besides: its first packet, what tcp-relay says about it, its end.
+And what a flow costs besides: its first packet, what tcp-relay says about it, its end.
 
-Packets are those of randomly chosen rows, so that large tables cost the misses of the cache that
+Packets are those of randomly chosen flows, so that large tables cost the misses of the cache that
 they cost in earnest.  The collector is off, as in the daemon.
 
 What it costs that packets could be traced, while nobody does, is shown by a twin of `handle` from
@@ -51,7 +51,7 @@ PRESENT = "tracing there, nobody traces"
 FIRST_UDP, FIRST_TCP = "UDP, first packet of a flow", "TCP, SYN of a connection"
 OPEN, CLOSE = "open, read and answered", "close, read"
 END_UDP, END_TCP = "UDP, row ended", "TCP, row ended"
-MESSAGE_UNIT, ROW_UNIT = "ns a message", "ns a row"
+MESSAGE_UNIT, FLOW_UNIT = "ns a message", "ns a row"
 
 
 def _traced(kind: str, how: str) -> str:
@@ -78,7 +78,7 @@ GOALS = (
     ),
 )
 _PACKETS = 4096
-_ROWS, _ROWS_A_TURN = 1_000, 50
+_FLOWS, _FLOWS_A_TURN = 1_000, 50
 _TURN = 256
 """Packets of a turn: done before another program has the processor."""
 _LEAST_SECONDS = 0.2
@@ -93,7 +93,7 @@ def about() -> tuple[str, ...]:
         "A miss is a UDP packet that no row and no service asks for: it takes the general path.",
         "Tracing cut out: `handle` without the few lines that ask whether somebody traces; both by "
         "turns, and of each the best turn. Lines and captures are made and thrown away.",
-        f"First packets, messages of tcp-relay and ends of rows: {_ROWS:,} of each, for as many "
+        f"First packets, messages of tcp-relay and ends of rows: {_FLOWS:,} of each, for as many "
         "clients, one kind after the other.",
     )
 
@@ -171,21 +171,21 @@ def _nanoseconds(
 
 
 def _lives() -> dict[tuple[str, str], float]:
-    """What rows cost besides their later packets, by name and unit."""
+    """What flows cost besides their later packets, by name and unit."""
     clock = time.perf_counter_ns
-    clients = [Endpoint(bytes((10, 0, 1, 1 + n % 100)), 1024 + n) for n in range(_ROWS)]
+    clients = [Endpoint(bytes((10, 0, 1, 1 + n % 100)), 1024 + n) for n in range(_FLOWS)]
     first = {
         proto: [_packet(proto, client, _RELAY, tcp.SYN) for client in clients] for proto in Proto
     }
-    ports = [Endpoint(_RELAY.addr, 30000 + n) for n in range(_ROWS)]
-    asked = [emit(Open(n, clients[n], _GPORT, ports[n])) for n in range(_ROWS)]
+    ports = [Endpoint(_RELAY.addr, 30000 + n) for n in range(_FLOWS)]
+    asked = [emit(Open(n, clients[n], _GPORT, ports[n])) for n in range(_FLOWS)]
     told = [emit(Close(port)) for port in ports]
     costs: dict[tuple[str, str], list[float]] = {}
 
     def each(name: str, unit: str, do: Callable[[T], R], things: Sequence[T]) -> list[R]:
         results: list[R] = []
-        for at in range(0, len(things), _ROWS_A_TURN):
-            some = things[at : at + _ROWS_A_TURN]
+        for at in range(0, len(things), _FLOWS_A_TURN):
+            some = things[at : at + _FLOWS_A_TURN]
             began = clock()
             results += [do(thing) for thing in some]
             costs.setdefault((name, unit), []).append((clock() - began) / len(some))
@@ -194,7 +194,7 @@ def _lives() -> dict[tuple[str, str], float]:
     kernel = SocketDiag()  # of what is measured nothing asks it
     until = clock() + _LEAST_SECONDS * 1e9 * 6
     while clock() < until:
-        worker = _worker(_ROWS)
+        worker = _worker(_FLOWS)
         nat = worker.nat
         relays = Relays(nat, partial(getattr, worker, "policy"), kernel)
         relays.joined(_unheard, uid=0)
@@ -208,16 +208,16 @@ def _lives() -> dict[tuple[str, str], float]:
             return emit(answer) if answer else b""
 
         assert all(isinstance(new, bytes) for new in each(FIRST_UDP, UNIT, come, first[Proto.UDP]))
-        each(END_UDP, ROW_UNIT, nat.end, list(nat))
+        each(END_UDP, FLOW_UNIT, nat.end, list(nat))
         assert all(isinstance(new, bytes) for new in each(FIRST_TCP, UNIT, come, first[Proto.TCP]))
-        for row in nat:
-            row.tracker.client_acked = True
+        for flow in nat:
+            flow.tracker.client_acked = True
         assert all(b"server" in answer for answer in each(OPEN, MESSAGE_UNIT, answered, asked))
-        for row in nat:
-            row.leg = 1  # the number of tcp-relay's SYN, which has come since
+        for flow in nat:
+            flow.leg = 1  # the number of tcp-relay's SYN, which has come since
         each(CLOSE, MESSAGE_UNIT, answered, told)
-        assert all(row.closed_at for row in nat)
-        each(END_TCP, ROW_UNIT, nat.end, list(nat))
+        assert all(flow.closed_at for flow in nat)
+        each(END_TCP, FLOW_UNIT, nat.end, list(nat))
     kernel.close()
     return {at: median(found) for at, found in costs.items()}
 
@@ -226,10 +226,10 @@ def _unheard(_: object) -> None:
     """Nobody listens."""
 
 
-def _worker(rows: int) -> Worker:
-    """A worker that relays, with room for so many rows."""
-    rng = Random(rows)
-    nat = NatTable(FlowLimits(flows=2 * rows, flows_per_client=2 * rows), rng=rng)
+def _worker(flows: int) -> Worker:
+    """A worker that relays, with room for so many flows."""
+    rng = Random(flows)
+    nat = NatTable(FlowLimits(flows=2 * flows, flows_per_client=2 * flows), rng=rng)
     worker = Worker(nat)
     ports = frozenset((_RELAY.port,))
     worker.policy = Policy(
@@ -245,16 +245,16 @@ def _worker(rows: int) -> Worker:
 
 
 def _prepared(kind: str, size: int, recorder: Recorder | None = None) -> tuple[Worker, list[bytes]]:
-    """A worker with that many rows, and packets for it; all that is rewritten is recorded."""
+    """A worker with that many flows, and packets for it; all that is rewritten is recorded."""
     worker, rng = _worker(size), Random(size)
     nat = worker.nat
     clients = [Endpoint(bytes((10, 0, 1 + n // 50000, 1 + n % 100)), 1024 + n) for n in range(size)]
     for client in clients:
         if kind == "TCP":
-            row = nat.open_tcp(client, _RELAY, _SERVER, Source.CLIENT, _GPORT, 0.0)
+            flow = nat.open_tcp(client, _RELAY, _SERVER, Source.CLIENT, _GPORT, 0.0)
             for side in (Side.CLIENT, Side.SERVER):
-                row.tracker.saw(side, tcp.ACK)
-            for rewrite in row.rewrites.values():
+                flow.tracker.saw(side, tcp.ACK)
+            for rewrite in flow.rewrites.values():
                 rewrite.watched = False
         else:
             nat.open_forwarded(Proto.UDP, client, _RELAY, _SERVER, Source.CLIENT, 0.0)

@@ -1,7 +1,7 @@
 """The ways that UDP takes from client to server, each prepared in a lab of its own.
 
-No relay, the kernel's own, krelay, and the worker that most people write first.  The rows of krelay
-and of the kernel's connection tracking live equally long.
+No relay, the kernel's own, krelay, and the worker that most people write first.  The flows of
+krelay and of the kernel's connection tracking live equally long.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ def prepare(
 ) -> str:
     """Sets the way up for this UDP port of the server; the address that the client sends to.
 
-    `core` is where a worker stays, krelay's or scapy's, and `timeout` the seconds that idle rows
+    `core` is where a worker stays, krelay's or scapy's, and `timeout` the seconds that idle flows
     live; `settings` are more of krelay's.
     """
     if way == FORWARD:

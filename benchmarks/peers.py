@@ -221,7 +221,7 @@ def _krelay(
     mode = "=forward" if forward else ""
     services = " ".join(f"tcp/{port}{mode}" for port in ports)
     settings = {"services": services, "gport": str(_GPORT), **ground.DATAPATHS[datapath]}
-    # Rows of forwarded connections that have ended stay for minutes (RFC 5382), up to the limit.
+    # Flows of forwarded connections that have ended stay for minutes (RFC 5382), up to the limit.
     root = ground.start_krelay(lab, settings | ground.NO_LIMITS)
     daemon = lab.programs[-1]
     if forward:

@@ -6,8 +6,8 @@ what becomes of a flow: that is nat.py.
 
     >>> Endpoint.parse("10.0.0.1:40000")
     Endpoint(addr=b'\\n\\x00\\x00\\x01', port=40000)
-    >>> flow = FiveTuple(Proto.TCP, Endpoint.parse("10.0.0.1:40000"), Endpoint.parse("192.168.0.2:80"))
-    >>> print(flow.reply())
+    >>> client, service = Endpoint.parse("10.0.0.1:40000"), Endpoint.parse("192.168.0.2:80")
+    >>> print(FiveTuple(Proto.TCP, client, service).reply())
     tcp 192.168.0.2:80 > 10.0.0.1:40000
 """
 

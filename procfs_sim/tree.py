@@ -12,7 +12,7 @@ canonical text, so that "the file shows the value in force" is a comparison.
     'udp/53 tcp/80'
     >>> parse("gport", "abc")
     Traceback (most recent call last):
-    procfs_sim.tree.Refused: 'abc' is not a port (1-65535)
+    procfs_sim.tree.SettingRefused: 'abc' is not a port (1-65535)
 """
 
 import re
@@ -253,7 +253,8 @@ _BROADCAST = IPv4Address("255.255.255.255")
 
 
 def services(text: str) -> tuple[Service, ...]:
-    """One service or more, in the order written; one written twice counts once.  Raises SettingRefused.
+    """One service or more, in the order written; one written twice counts once.  Raises
+    SettingRefused.
 
     Services that overlap without being the same are refused: the packet filter's sets refuse them
     too.
@@ -376,8 +377,8 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType({row.name: row for row in _TA
 def parse(name: str, text: str) -> Any:
     """The value that `text` stands for in the file `name`; blanks around it don't matter.
 
-    Raises SettingRefused, and nothing else, for a text that is not accepted; KeyError if there is no such
-    setting.
+    Raises SettingRefused, and nothing else, for a text that is not accepted; KeyError if there is
+    no such setting.
     """
     return SETTINGS[name].read(text.strip(BLANKS))
 

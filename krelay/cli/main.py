@@ -271,20 +271,20 @@ def _nat(args: argparse.Namespace) -> int:
     from krelay.cli import terminal
 
     console = terminal.console()
-    rows = [*map(json.loads, _ask(args.root, request))]
+    flows = [*map(json.loads, _ask(args.root, request))]
     if not args.watch:
-        terminal.show(console, terminal.nat_table(rows))
+        terminal.show(console, terminal.nat_table(flows))
         return 0
     rates = terminal.Rates()
 
     def table() -> Table:
-        rates.seen(rows, time.monotonic())
-        return terminal.watch_table(rows, rates, *terminal.size(console))
+        rates.seen(flows, time.monotonic())
+        return terminal.watch_table(flows, rates, *terminal.size(console))
 
     with Live(table(), console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
             time.sleep(1)
-            rows = [*map(json.loads, _ask(args.root, request))]
+            flows = [*map(json.loads, _ask(args.root, request))]
             live.update(table(), refresh=True)
 
 
@@ -489,7 +489,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
     _json_option(sub)
     sub = add("kill", _kill, "end one flow; TCP: reset both sides", "krelay kill 17")
-    sub.add_argument("id", metavar="ID", type=_row_id, help="as `krelay nat` lists it")
+    sub.add_argument("id", metavar="ID", type=_flow_id, help="as `krelay nat` lists it")
     add(
         "flush",
         _flush,
@@ -572,7 +572,7 @@ def _group_id(text: str) -> int:
     return int(text)
 
 
-def _row_id(text: str) -> int:
+def _flow_id(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not the id of a row, a number")
     return int(text)

@@ -1,7 +1,7 @@
 """The control socket's language: a line in, lines out.
 
 A request is a command and its words; an answer is lines, each `key=value` or JSON, then an empty
-line.  An error is one line that says what would be right.  Answers are made row by row while they
+line.  An error is one line that says what would be right.  Answers are made flow by flow while they
 are sent, so that a large table delays no packet.
 
     show nat [json] [proto=tcp|udp] [client=ADDR[:PORT]] [state=STATE] [service=tcp/80]
@@ -59,20 +59,20 @@ class RelayView(Protocol):
 
     nat: NatTable
 
-    def counted(self, rows: Iterable[Flow]) -> Iterator[Flow]: ...
+    def counted(self, flows: Iterable[Flow]) -> Iterator[Flow]: ...
     def traced(self, filters: Sequence[Filter]) -> None: ...
     def status(self) -> Values: ...
     def counters(self) -> Values: ...
     def config_in_force(self) -> Values: ...
-    def kill(self, row: Flow) -> None: ...
+    def kill(self, flow: Flow) -> None: ...
     def flush(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The answer to `trace`: from now on, a line for each packet of these rows.
+    """The answer to `trace`: from now on, a line for each packet of these flows.
 
-    Packets that no row claims are among them if they could be of such a row.  With `pcap` it is a
+    Packets that no flow claims are among them if they could be of such a flow.  With `pcap` it is a
     capture file instead of lines, which ends when the asker says that it has no more to ask.
     """
 
@@ -101,10 +101,10 @@ def answer(
             as_json = "json" in rest
             wanted = parse_filter([word for word in rest if word != "json"])
             likely = wanted.in_any_state
-            rows = relay.counted(row for row in relay.nat if likely.admits(row))
-            rows = (row for row in rows if wanted.admits(row))
+            flows = relay.counted(flow for flow in relay.nat if likely.admits(flow))
+            flows = (flow for flow in flows if wanted.admits(flow))
             timeouts = relay.nat.timeouts
-            return _lines((row_values(row, timeouts, now) for row in rows), as_json)
+            return _lines((flow_values(flow, timeouts, now) for flow in flows), as_json)
         case ["show", "status", *rest]:
             return _listing(relay.status(), rest)
         case ["show", "counters", *rest]:
@@ -114,11 +114,11 @@ def answer(
         case ["show", *_]:
             raise BadRequest("show what? one of nat, status, counters, config")
         case ["kill", number] if number.isascii() and number.isdigit():
-            row = relay.nat.get(int(number))
-            if row is None:
+            flow = relay.nat.get(int(number))
+            if flow is None:
                 raise BadRequest(f"no row {number}; `show nat` lists them")
-            relay.kill(row)
-            return iter([f"killed={row.id}"])
+            relay.kill(flow)
+            return iter([f"killed={flow.id}"])
         case ["kill", *_]:
             raise BadRequest("kill takes the id of one row, as `show nat` lists it")
         case ["flush"]:
@@ -133,7 +133,7 @@ def answer(
 
 
 def parse_filter(words: Iterable[str]) -> Filter:
-    """The rows that these words select.  Raises BadRequest."""
+    """The flows that these words select.  Raises BadRequest."""
     found: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
@@ -169,26 +169,26 @@ def parse_trace(words: Sequence[str]) -> Trace:
     return replace(default, verdicts=verdicts) if chosen else default
 
 
-def row_values(row: Flow, timeouts: Any, now: float) -> dict[str, Value]:
-    """A row in the columns of the contract.  Times are seconds, to a tenth."""
+def flow_values(flow: Flow, timeouts: Any, now: float) -> dict[str, Value]:
+    """A flow in the columns of the contract.  Times are seconds, to a tenth."""
     values: dict[str, Value] = {
-        "id": row.id,
-        "proto": str(row.proto),
-        "state": str(row.state),
-        "client": str(row.client),
-        "service": str(row.service),
+        "id": flow.id,
+        "proto": str(flow.proto),
+        "state": str(flow.state),
+        "client": str(flow.client),
+        "service": str(flow.service),
     }
-    if row.gport is not None:
-        values["gport"] = row.gport
-    if row.proto is Proto.TCP and row.relay is not None:
-        values["relay"] = str(row.relay)
-    sides = (row.by(Side.CLIENT), row.by(Side.SERVER))
+    if flow.gport is not None:
+        values["gport"] = flow.gport
+    if flow.proto is Proto.TCP and flow.relay is not None:
+        values["relay"] = str(flow.relay)
+    sides = (flow.by(Side.CLIENT), flow.by(Side.SERVER))
     return values | {
-        "server": str(row.server),
-        "source": str(row.source),
-        "age": round(max(0.0, now - row.created_at), 1),
-        "idle": round(max(0.0, now - row.seen_at), 1),
-        "expires": round(max(0.0, row.expires_at(timeouts) - now), 1),
+        "server": str(flow.server),
+        "source": str(flow.source),
+        "age": round(max(0.0, now - flow.created_at), 1),
+        "idle": round(max(0.0, now - flow.seen_at), 1),
+        "expires": round(max(0.0, flow.expires_at(timeouts) - now), 1),
         "packets": [side.packets if side else 0 for side in sides],
         "bytes": [side.bytes if side else 0 for side in sides],
     }

@@ -136,7 +136,7 @@ class ControlSocket:
             self._ending = self._loop.call_at(self._loop.now + END_AFTER, self._tell_relay)
 
     def _tell_relay(self) -> None:
-        """Only what visits the worker can be shown; a row may come into the wanted state yet."""
+        """Only what visits the worker can be shown; a flow may come into the wanted state yet."""
         filters = [each.tracing.filter for each in self._clients if each.tracing is not None]
         self._relay.traced([each.in_any_state for each in filters])
 
@@ -259,7 +259,7 @@ class _Client:
     def saw_rewritten(self, rewrite: Rewrite, before: bytes, after: bytes) -> None:
         """A packet came so, and goes on so."""
         trace = self.tracing
-        if trace is None or REWRITE not in trace.verdicts or not trace.filter.admits(rewrite.row):
+        if trace is None or REWRITE not in trace.verdicts or not trace.filter.admits(rewrite.flow):
             return
         if self._has_room(rewrite):
             self._out += self._recorder.rewritten(rewrite, before, after, time.time_ns())

@@ -48,9 +48,9 @@ TICK = 1.0
 NICENESS = -5
 """Of this process (sched(7)): where it competes for a core, it gets three quarters of it."""
 COUNTED_TOGETHER = 64
-"""Rows for which the kernel is asked at once before they are shown."""
+"""Flows for which the kernel is asked at once before they are shown."""
 BLOCKS_OF_A_ROW = 36
-"""Blocks of memory that a row may have, with its rewrites and its places in the tables."""
+"""Blocks of memory that a flow may have, with its rewrites and its places in the tables."""
 LOOK_EVERY = 0.01
 """Seconds between looks at links, addresses and routes while they change, at least."""
 LOOK_SHARE = 0.05
@@ -218,27 +218,27 @@ class Daemon:
             name: in_force(name, config) for name in SETTINGS
         }
 
-    def counted(self, rows: Iterable[Flow]) -> Iterator[Flow]:
-        """The same rows, with what the kernel has counted for them until now."""
-        every = iter(rows)
+    def counted(self, flows: Iterable[Flow]) -> Iterator[Flow]:
+        """The same flows, with what the kernel has counted for them until now."""
+        every = iter(flows)
         while some := list(islice(every, COUNTED_TOGETHER)):
             self._relaying.kernel.count(some)
             yield from some
 
     def traced(self, filters: Sequence[Filter]) -> None:
-        """Somebody traces the rows that one of these admits: the worker sees all their packets."""
+        """Somebody traces the flows that one of these admits: the worker sees all their packets."""
         self._relaying.trace(filters)
 
-    def kill(self, row: Flow) -> None:
-        """Ends a row: a TCP one by resetting both its legs."""
-        self._relaying.end(row)
+    def kill(self, flow: Flow) -> None:
+        """Ends a flow: a TCP one by resetting both its legs."""
+        self._relaying.end(flow)
 
     def flush(self) -> int:
-        """Ends the rows to any server but the one in force, like `kill`; how many those were."""
-        rows = self.nat.elsewhere(self._state.config.real_ip.packed)
-        for row in rows:
-            self._relaying.end(row)
-        return len(rows)
+        """Ends the flows to any server but the one in force, like `kill`; how many those were."""
+        flows = self.nat.elsewhere(self._state.config.real_ip.packed)
+        for flow in flows:
+            self._relaying.end(flow)
+        return len(flows)
 
     # The file tree
 

@@ -15,7 +15,7 @@ Clients of TCP are led to tcp-relay from when it has handed over its listening s
 (gatewayport.py) until its connection to the relay socket is lost.  Where another program has the
 gateway port when relaying begins, it fails, and begins by itself when the port is free.
 
-What is in force follows from the config, the rows that live and the links of this host; whichever
+What is in force follows from the config, the flows that live and the links of this host; whichever
 of them has changed, the same few functions derive the rules and the policy again, and nothing is
 done where the result is the same as before.
 """
@@ -300,28 +300,28 @@ class Relaying:
         self._worker.policy = replace(self._policy(), tcp=nothing, udp=nothing, forwarded=nothing)
         now = self._loop.now
         forwarded = []
-        for row in self.nat.workers:
-            if row.closed_at is not None:
+        for flow in self.nat.workers:
+            if flow.closed_at is not None:
                 continue
-            if row.gport is not None:
-                self.relays.abort(row, now)
-            elif row.is_forwarded:
-                forwarded.append(row)
-        for row in forwarded[-MOST_TOLD:]:
-            self.end(row)
+            if flow.gport is not None:
+                self.relays.abort(flow, now)
+            elif flow.is_forwarded:
+                forwarded.append(flow)
+        for flow in forwarded[-MOST_TOLD:]:
+            self.end(flow)
         self._wait_for_resets(now + STOP_WITHIN)
 
-    def end(self, row: Flow) -> None:
-        """Ends a row: TCP by resetting both its legs, or both ends of what is forwarded."""
-        if row.is_forwarded:
-            self.nat.kill(row, self._loop.now)
+    def end(self, flow: Flow) -> None:
+        """Ends a flow: TCP by resetting both its legs, or both ends of what is forwarded."""
+        if flow.is_forwarded:
+            self.nat.kill(flow, self._loop.now)
             self.kernel.take_back_now()  # before an end answers, past the worker
-            for packet in probes(row):
+            for packet in probes(flow):
                 self._sender.send(packet)
-        elif row.gport is None:
-            self.nat.end(row)
+        elif flow.gport is None:
+            self.nat.end(flow)
         else:
-            self.relays.abort(row, self._loop.now)
+            self.relays.abort(flow, self._loop.now)
 
     def step_counts(self) -> list[int]:
         """Packets rewritten by each Step, by the worker and by the kernel."""
@@ -330,7 +330,7 @@ class Relaying:
         return [seen[step] + by_kernel[step] for step in Step]
 
     def trace(self, filters: Sequence[Filter]) -> None:
-        """The rows that one of these admits are traced: the worker sees all their packets."""
+        """The flows that one of these admits are traced: the worker sees all their packets."""
         self.kernel.trace(filters)
         self._refresh_rules()
 
@@ -351,19 +351,19 @@ class Relaying:
             self._refresh_rules()
 
     def _end_stale(self, former: HostView, policy: Policy) -> None:
-        """Rows go that began with what isn't so any more, and can't be answered: the client's next
+        """Flows go that began with what isn't so any more, and can't be answered: the client's next
         packet makes them anew."""
         now = self._policy()
-        for row in self.nat.unanswered():
-            client = row.client.addr
+        for flow in self.nat.unanswered():
+            client = flow.client.addr
             if policy.source_for(client) != now.source_for(client):
-                self.nat.end(row)
+                self.nat.end(flow)
         if gone := former.own - self._view.own:
-            for row in self.nat.workers:
-                if row.relay is None or row.gport is not None or row.relay.addr not in gone:
+            for flow in self.nat.workers:
+                if flow.relay is None or flow.gport is not None or flow.relay.addr not in gone:
                     continue
-                if row.proto is Proto.UDP or row.is_unconfirmed:
-                    self.nat.end(row)
+                if flow.proto is Proto.UDP or flow.is_unconfirmed:
+                    self.nat.end(flow)
 
     def _may_be_asked(self, address: bytes) -> bool:
         """Whether clients may come to this address: it is this host's, for all that is known."""
@@ -494,13 +494,13 @@ class Relaying:
             _log.warning(finding.text, mend=finding.mend)
 
     def _adopt(self, changed: frozenset[str]) -> None:
-        """Takes over changed values while running: new flows get them, the rows keep theirs."""
+        """Takes over changed values while running: new flows get them, the flows keep theirs."""
         if "real_ip" in changed:
             self._take_view(self._look())
             self._warn_of_surroundings()
-            for row in self.nat.unanswered():
-                if row.server.addr != self._config.real_ip.packed:
-                    self.nat.end(row)  # the client's next packet makes it anew
+            for flow in self.nat.unanswered():
+                if flow.server.addr != self._config.real_ip.packed:
+                    self.nat.end(flow)  # the client's next packet makes it anew
         self._apply()
         self._refresh_rules()
 
@@ -544,9 +544,9 @@ class Relaying:
         else:
             self._apply()
             self._loop.call_soon(self._refresh_rules)
-        for row in self.nat.workers:
-            if row.gport is not None and row.gport not in served and not row.accepted:
-                self.nat.end(row)
+        for flow in self.nat.workers:
+            if flow.gport is not None and flow.gport not in served and not flow.accepted:
+                self.nat.end(flow)
         self._on_change()
 
     def _look_who_listens(self) -> None:
@@ -683,7 +683,7 @@ class Relaying:
             self._restore_rules()
 
     def _refresh_rules(self) -> None:
-        """Changes the rules if the config, the rows or the links need others."""
+        """Changes the rules if the config, the flows or the links need others."""
         if self.queue is None or self._backend is None or self._stopping:
             return
         depends_on = self._rules_depend_on()
@@ -767,28 +767,28 @@ class Relaying:
                 mend="to stop relaying, krelay stop",
             )
         doubtful = [
-            row
-            for row in self.nat.workers
-            if (row.is_forwarded or row.gport is not None) and row.is_confirmed
+            flow
+            for flow in self.nat.workers
+            if (flow.is_forwarded or flow.gport is not None) and flow.is_confirmed
         ]
         for wait in ASK_AFTER:
             self._loop.call_at(self._loop.now + wait, lambda: self._ask_ends(doubtful))
 
-    def _ask_ends(self, rows: list[Flow]) -> None:
+    def _ask_ends(self, flows: list[Flow]) -> None:
         """Has the ends of these TCP connections find out whether their peers are still there.
 
         What went on unrewritten while rules were gone was answered by a RST, mostly to one end
         alone; the other might wait for ever, also where tcp-relay has closed its own.  Who is just
-        opening a connection must not be asked: it would take the question for the other's opening.
+        opening a connection must not be asked: it would take the query for the other's opening.
         """
         if self.queue is None or self._stopping:
             return
-        for row in rows[:ASKED_AT_ONCE]:
-            if self.nat.of_id(row.id) is not row:
+        for flow in flows[:ASKED_AT_ONCE]:
+            if self.nat.of_id(flow.id) is not flow:
                 continue  # it has ended meanwhile: what answers would be taken for this host's own
-            for packet in asks(row):
+            for packet in asks(flow):
                 self._sender.send(packet)
-        if rest := rows[ASKED_AT_ONCE:]:
+        if rest := flows[ASKED_AT_ONCE:]:
             self._loop.call_at(self._loop.now + _SOON, lambda: self._ask_ends(rest))
 
     def _probe(self) -> Backend | None:
@@ -825,8 +825,8 @@ class Relaying:
 
     def _wait_for_resets(self, deadline: float) -> None:
         alive = any(
-            row.closed_at is None and (row.gport is not None or row.abort_asked)
-            for row in self.nat.workers
+            flow.closed_at is None and (flow.gport is not None or flow.abort_asked)
+            for flow in self.nat.workers
         )
         now = self._loop.now
         if alive and now < deadline:
@@ -852,7 +852,7 @@ class Relaying:
             then()
 
     def _abandon(self) -> None:
-        """Rules out, queue unbound, rows gone, whatever of these there is."""
+        """Rules out, queue unbound, flows gone, whatever of these there is."""
         self._worker.policy = None
         self._spec = self._look_at = self._again_at = None
         if self._registering is not None:

@@ -1,15 +1,15 @@
 """One packet in, one verdict out.
 
-Most packets belong to a row and have a plain header: for those `handle` is a dictionary look-up by
+Most packets belong to a flow and have a plain header: for those `handle` is a dictionary look-up by
 the twelve bytes of addresses and ports, two additions for the checksums, and one new string.
 Nothing is parsed that isn't needed.  Everything else (options, first packets of a flow, strangers,
 nonsense) takes the general path below it, which is as careful as it is slow.
 
-What is decided here for packets that no row claims, and why (K is any address of this host):
+What is decided here for packets that no flow claims, and why (K is any address of this host):
 
     to K, a reply to a packet of this host's own, or of a host that it masquerades (ownflows.py)
                               goes on untouched, also from S's own port
-    to K, a service           a row is made; or, TCP and not a SYN, it goes on untouched and the
+    to K, a service           a flow is made; or, TCP and not a SYN, it goes on untouched and the
                               host refuses it, unless it can be picked up, see below
     which can't be forwarded  its sender is told so by ICMP, as routers do
     to K, from S's own port   dropped: a server that answers whatever comes would answer itself for
@@ -21,15 +21,15 @@ What is decided here for packets that no row claims, and why (K is any address o
     from a client to S        the client's own connection, seen on its way through this router: its
                               port is noted, so that the relay never uses it (NatTable.saw_direct)
     from S                    an answer to such a connection, goes on untouched; or, UDP, one from
-                              another port than was asked: a row is made where the service allows
+                              another port than was asked: a flow is made where the service allows
                               it (NatTable.answered_elsewhere)
     from K's gateway port     never goes out unrewritten
     from K to S               the host's own connection, not tcp-relay's: goes on untouched
     from K's relayed port     likewise, and is remembered, so that its replies are known
 
-A SYN that comes from a row's port towards the server, and isn't the one by which tcp-relay began
-there, is somebody else's, who has got the port: the row's part there ends, and the SYN goes on as
-it is.  A client's SYN on a row that tcp-relay hasn't closed is no new connection before tcp-relay
+A SYN that comes from a flow's port towards the server, and isn't the one by which tcp-relay began
+there, is somebody else's, who has got the port: the flow's part there ends, and the SYN goes on as
+it is.  A client's SYN on a flow that tcp-relay hasn't closed is no new connection before tcp-relay
 says so: its host judges it, by its number.
 
 While a killed krelay's flows may still be taken up again (`recovering_until`), whatever could
@@ -37,7 +37,7 @@ belong to one is dropped instead of passed, since its ends would reset the conne
 again.
 
 A service may be forwarded though it is TCP: then its packets take the steps of UDP.  What such a
-client sends without a row and in the midst of a connection is picked up where its server sees the
+client sends without a flow and in the midst of a connection is picked up where its server sees the
 client itself, as connection tracking does (nf_conntrack_tcp_loose): the mapping is the only one
 there can be, and the server knows whether there is such a connection.  But not where a program of
 this host is known to have it.  While recovering, a server's packet is taken for a reason to ask the
@@ -45,7 +45,7 @@ client, at every address of this host, by a SYN: in a connection it is answered 
 section 3.10.7.4, "challenge ACK"), which is picked up, and elsewhere by a RST.  With source=relay
 nobody knows which port it was.
 
-A forwarded row that was killed takes nothing to its other end any more.  Each packet of an end is
+A forwarded flow that was killed takes nothing to its other end any more.  Each packet of an end is
 answered by a RST with the number that it acknowledges, which it accepts (section 3.10.7.4); and so
 that an end which has nothing to say says something, it is sent a SYN (`probes`).  So nothing need
 be noted of sequence numbers.
@@ -177,7 +177,7 @@ _ENDED = (State.CLOSING, State.CLOSED)
 _MOST_ANSWERS = 256
 ANSWERS = 1000
 """Answers of our own, of whatever kind, a second; to the rest nothing is said (RFC 1812, section
-4.3.2.8; the same figure as Linux's icmp_msgs_per_sec).  But ends of a killed row are all told."""
+4.3.2.8; the same figure as Linux's icmp_msgs_per_sec).  But ends of a killed flow are all told."""
 ANSWERS_AT_ONCE = 50
 TOLD_EACH = 6
 """ICMP errors of those to one address, a second and at once: where that is forged, its owner is not
@@ -214,7 +214,7 @@ class Worker:
         rules see it at this moment; None if that can't be known."""
         self.has_connection: Callable[[Endpoint, Endpoint], bool] = lambda own, peer: False
         """Whether a program of this host has a TCP connection between its own end and that peer's:
-        asked before a packet in the midst of a connection begins a row."""
+        asked before a packet in the midst of a connection begins a flow."""
         self._reason = ""
         """Why the last packet that wasn't rewritten goes on or doesn't; empty if it was, but goes
         elsewhere."""
@@ -266,7 +266,7 @@ class Worker:
                                     return self._told(
                                         packet, hook, self._general(packet, hook, now)
                                     )
-                            elif _was_killed(rewrite.row):
+                            elif _was_killed(rewrite.flow):
                                 return self._told(packet, hook, self._general(packet, hook, now))
                             self._track(rewrite, packet, ipv4.MIN_HEADER, flags, now)
                         else:
@@ -322,7 +322,7 @@ class Worker:
                 raise BadPacket("other_protocol")
         except BadPacket as bad:
             if bad.reason == "truncated" or bad.reason in icmperror.BROKEN:
-                return self._drop(bad.reason)  # whole, it might have been a row's
+                return self._drop(bad.reason)  # whole, it might have been a flow's
             return self._pass(bad.reason)
 
         tables = self._tcp if proto is _TCP else self._udp
@@ -343,7 +343,7 @@ class Worker:
                         if not isinstance(found, Rewrite):
                             return found
                         rewrite = found
-                elif _was_killed(rewrite.row):
+                elif _was_killed(rewrite.flow):
                     return self._tell_end(rewrite, packet, header, flags, now)
                 self._track(rewrite, packet, at, flags, now)
                 if packet[1] != rewrite.tos:
@@ -363,7 +363,7 @@ class Worker:
         return new
 
     def _icmp(self, packet: bytes, header: ipv4.Header, hook: int, now: float) -> bytes | Verdict:
-        """An ICMP error about a row's packet is translated.  Raises BadPacket."""
+        """An ICMP error about a flow's packet is translated.  Raises BadPacket."""
         own = self.policy.own if self.policy else frozenset()
         if hook != _PREROUTING and header.src not in own and self.asks_host(header.src, now):
             own |= {header.src}
@@ -383,14 +383,14 @@ class Worker:
         return Verdict.DROP
 
     def _adopt_quoted(self, packet: bytes, header: ipv4.Header, now: float) -> bool:
-        """Whether this error is about a packet of a flow that the kernel has learnt: a row now."""
+        """Whether this error is about a packet of a flow that the kernel has learnt: a flow now."""
         quote = icmp.quoted(packet, header)
         return quote.proto == udp.PROTO and self.nat.adopt(quote.answers, now) is not None
 
     def _stranger(
         self, packet: bytes, header: ipv4.Header, proto: Proto, hook: int, now: float
     ) -> Rewrite | Verdict:
-        """The rewrite for a packet that no row claims, if a row is made for it, or its verdict."""
+        """The rewrite for a packet of no flow, if a flow is made for it, or its verdict."""
         at = header.length
         src = Endpoint(header.src, int.from_bytes(packet[at : at + 2]))
         dst = Endpoint(header.dst, int.from_bytes(packet[at + 2 : at + 4]))
@@ -422,8 +422,8 @@ class Worker:
                     return self._open_tcp(src, dst, now).rewrites[_T1]
                 if self._ends_here(packet, header, policy.server, now):
                     return self._drop("not_forwarded")
-                row = self._open_forwarded(proto, src, dst, now)
-                return row.by(_CLIENT) or Verdict.PASS
+                flow = self._open_forwarded(proto, src, dst, now)
+                return flow.by(_CLIENT) or Verdict.PASS
             if is_tcp and self._is_gateway(dst.port):
                 return self._refuse_direct(packet, header, now)
             return self._stray(now) if is_tcp else self._elsewhere(src, dst, now)
@@ -449,7 +449,7 @@ class Worker:
                 return self._stray(now)
             return self._begins_itself(proto, src, dst, now, opens=opens)
         if self._is_forwarded_to(proto, dst) and self.nat.is_free(proto, key(src, dst)):
-            # Nobody has sent this: its row has ended between the two hooks.
+            # Nobody has sent this: its flow has ended between the two hooks.
             return self._drop("no_row")
         if is_tcp and now < self.recovering_until and not flags & tcp.RST:
             self._ask_client(src, dst, now)
@@ -489,7 +489,7 @@ class Worker:
         return self._pass("own")
 
     def _elsewhere(self, server: Endpoint, client: Endpoint, now: float) -> Rewrite | Verdict:
-        """What becomes of a datagram that no row claims, and which may be an answer from another
+        """What becomes of a datagram that no flow claims, and which may be an answer from another
         port than was asked.  Raises Refusal."""
         answered = self.nat.answered_elsewhere(server, client, now)
         if answered is not None:
@@ -531,24 +531,24 @@ class Worker:
             return
         for own in sorted(policy.own):
             if own[0] != 127 and self._answer_pace.admits(now):
-                question = _syn(key(client, Endpoint(own, server.port)))
-                self.answers.append(question)
-                self._remember(question)
+                query = _syn(key(client, Endpoint(own, server.port)))
+                self.answers.append(query)
+                self._remember(query)
 
     def _tell_end(
         self, rewrite: Rewrite, packet: bytes, header: ipv4.Header, flags: int, now: float
     ) -> Verdict:
-        """A packet of a row that was killed: its sender is reset, unless it has reset itself."""
-        row = rewrite.row
+        """A packet of a flow that was killed: its sender is reset, unless it has reset itself."""
+        flow = rewrite.flow
         side = SIDES.get(rewrite.step)
         if side is not None:
             answer = tcp.reset_for(packet, header)
             if answer is not None:
                 # Whatever the pace: it may be the only packet by which this end can be told.
                 self.answers.append(answer)
-            row.told |= {side}
-            if len(row.told) == 2:
-                self.nat.close(row, now)
+            flow.told |= {side}
+            if len(flow.told) == 2:
+                self.nat.close(flow, now)
         return self._drop("killed")
 
     def _ends_here(self, packet: bytes, header: ipv4.Header, server: bytes, now: float) -> bool:
@@ -577,7 +577,7 @@ class Worker:
         return True
 
     def _is_minded(self, proto: Proto, end: Endpoint) -> bool:
-        """Whether new flows or rows that live lead to this port of this server."""
+        """Whether new flows or flows that live lead to this port of this server."""
         assert self.policy is not None
         if end.addr == self.policy.server and self.policy.serves(proto, end.port):
             return True
@@ -603,7 +603,7 @@ class Worker:
         return proto is _TCP and src.port < FIRST_HIGH and self._is_minded(proto, dst)
 
     def _is_gateway(self, port: int) -> bool:
-        """Whether this is a gateway port, of new flows or of rows that live."""
+        """Whether this is a gateway port, of new flows or of flows that live."""
         assert self.policy is not None
         return port == self.policy.gport or any(f.gport == port for f in self.nat.footprints)
 
@@ -649,7 +649,7 @@ class Worker:
             del self._answered[next(iter(self._answered))]
 
     def _is_answer(self, packet: bytes, at: int) -> bool:
-        """Whether this is a packet that we have just sent ourselves, and not of a row between the
+        """Whether this is a packet that we have just sent ourselves, and not of a flow between the
         ports.
 
         A client may have a relayed connection, and from the same port talk to the gateway port.
@@ -667,7 +667,7 @@ class Worker:
             return self._drop(reason)
         if self.policy.answers and hook == Hook.PREROUTING and self._answer_pace.admits(now):
             if header.proto == Proto.UDP:
-                # About a client's own question to the server: the kernel fills in who says it.
+                # About a client's own query to the server: the kernel fills in who says it.
                 own = header.dst in self.policy.own or self.asks_host(header.dst, now)
                 sender = header.dst if own else bytes(ipv4.ADDRESS)
                 answer: bytes | None = icmp.prohibited(packet, header._replace(dst=sender))
@@ -678,86 +678,86 @@ class Worker:
         return self._drop(reason)
 
     def _opens(self, rewrite: Rewrite, packet: bytes, at: int) -> bool:
-        """Whether this SYN is the row's own: it begins the connection, or repeats what began it, or
-        is for an end to judge by its numbers.  `at`: where its TCP header begins.
+        """Whether this SYN is the flow's own: it begins the connection, or repeats what began it,
+        or is for an end to judge by its numbers.  `at`: where its TCP header begins.
 
         RFC 9293, section 3.6.1: a port may be used again; and 3.10.7.4: in a connection a SYN is
         answered by an ACK, whoever has sent it.
         """
-        row, step = rewrite.row, rewrite.step
-        if row.leg is None and step in (_T3, _T4):
+        flow, step = rewrite.flow, rewrite.step
+        if flow.leg is None and step in (_T3, _T4):
             self.nat.hear_ends()  # it may have begun past the worker
         if step is _T3:
             number = int.from_bytes(packet[at + tcp.SEQ : at + tcp.SEQ + 4])
-            if row.leg is None and row.closed_at is None:
-                row.leg = number
-            return row.leg == number and row.closed_at is None
+            if flow.leg is None and flow.closed_at is None:
+                flow.leg = number
+            return flow.leg == number and flow.closed_at is None
         if step is _T1:
-            if row.closed_at is not None or self._is_nobodys(row):
+            if flow.closed_at is not None or self._is_nobodys(flow):
                 return False
-            if not row.accepted:
-                return not row.tracker.reset
-            row.called_again = self._still_served(row)
-            return row.called_again
+            if not flow.accepted:
+                return not flow.tracker.reset
+            flow.called_again = self._still_served(flow)
+            return flow.called_again
         if step in _BEGINNINGS:
-            return row.tracker.state not in _ENDED
+            return flow.tracker.state not in _ENDED
         if step is _T4:
-            return row.closed_at is None and row.leg is not None and row.leg >= 0
+            return flow.closed_at is None and flow.leg is not None and flow.leg >= 0
         return step is not _T2
 
     def _opens_other(self, rewrite: Rewrite, now: float) -> Rewrite | Verdict:
-        """What becomes of a SYN that is none of the row's own.  Raises Refusal."""
-        row, step = rewrite.row, rewrite.step
+        """What becomes of a SYN that is none of the flow's own.  Raises Refusal."""
+        flow, step = rewrite.flow, rewrite.step
         if step in _BEGINNINGS:
             found = None
-            if row.closed_at is not None or not row.accepted or row.orphaned:
-                found = self._open_again(row, now)
+            if flow.closed_at is not None or not flow.accepted or flow.orphaned:
+                found = self._open_again(flow, now)
             return found or self._drop("not_relaying")
         if step is _T2:
             return self._drop("no_row")  # a listening port of this host, from which nobody connects
         # Its port is free, and somebody else's connection begins there, or leads to it.
-        relay = row.relay
-        self.nat.give_up(row, now)
+        relay = flow.relay
+        self.nat.give_up(flow, now)
         if step is not _T3 or relay is None:
             return self._pass("no_row")
-        return self._begins_itself(_TCP, relay, row.server, now, opens=True)
+        return self._begins_itself(_TCP, relay, flow.server, now, opens=True)
 
-    def _is_nobodys(self, row: Flow) -> bool:
+    def _is_nobodys(self, flow: Flow) -> bool:
         """Whether T1 would lead to a port that is no tcp-relay's any more, of whom none has the
-        row."""
+        flow."""
         policy = self.policy
-        is_free = row.orphaned or not row.accepted
-        return is_free and policy is not None and row.gport not in policy.served
+        is_free = flow.orphaned or not flow.accepted
+        return is_free and policy is not None and flow.gport not in policy.served
 
-    def _still_served(self, row: Flow) -> bool:
-        """Whether new connections to the service of this row are relayed."""
-        return self.policy is not None and self.policy.serves(_TCP, row.service.port)
+    def _still_served(self, flow: Flow) -> bool:
+        """Whether new connections to the service of this flow are relayed."""
+        return self.policy is not None and self.policy.serves(_TCP, flow.service.port)
 
-    def _open_again(self, row: Flow, now: float) -> Rewrite | None:
+    def _open_again(self, flow: Flow, now: float) -> Rewrite | None:
         """The rewrite for that packet; None if the service is none any more.  Raises Refusal."""
-        if row.gport is None and not row.is_forwarded:
-            row.tracker = Through()
-            return row.rewrites[Step.D1]
-        if self.policy is None or not self.policy.serves(Proto.TCP, row.service.port):
+        if flow.gport is None and not flow.is_forwarded:
+            flow.tracker = Through()
+            return flow.rewrites[Step.D1]
+        if self.policy is None or not self.policy.serves(Proto.TCP, flow.service.port):
             return None
-        terminated = row.service.port not in self.policy.forwarded
+        terminated = flow.service.port not in self.policy.forwarded
         if terminated and self.policy.gport not in self.policy.served:
             raise Refusal(_NO_RELAY)
-        self.nat.on_displaced(row)  # what the kernel has seen of it is told with that
-        if row.is_forwarded or not row.accepted:
+        self.nat.on_displaced(flow)  # what the kernel has seen of it is told with that
+        if flow.is_forwarded or not flow.accepted:
             # The port it had towards the server is wanted again; or that towards tcp-relay, which
             # never heard of it: this host has reset what it can't place, and now it tries again.
-            self.nat.end(row)
-        if row.service.port in self.policy.forwarded:
-            return self._open_forwarded(Proto.TCP, row.client, row.service, now).by(Side.CLIENT)
-        return self._open_tcp(row.client, row.service, now).rewrites[Step.T1]
+            self.nat.end(flow)
+        if flow.service.port in self.policy.forwarded:
+            return self._open_forwarded(Proto.TCP, flow.client, flow.service, now).by(Side.CLIENT)
+        return self._open_tcp(flow.client, flow.service, now).rewrites[Step.T1]
 
     def _track(self, rewrite: Rewrite, packet: bytes, at: int, flags: int, now: float) -> None:
         """Takes note of a packet's TCP flags."""
-        row = rewrite.row
-        tracker = row.tracker
+        flow = rewrite.flow
+        tracker = flow.tracker
         before, reset = tracker.state, tracker.reset
-        if not flags & tcp.RST:  # RFC 7857: a RST doesn't keep a row alive
+        if not flags & tcp.RST:  # RFC 7857: a RST doesn't keep a flow alive
             rewrite.seen_at = now
         sender = SENDERS.get(rewrite.step)
         if sender is None:
@@ -767,9 +767,9 @@ class Worker:
         else:
             tracker.saw(sender, flags)
         if tracker.reset and not reset:
-            row.reset_at = now
+            flow.reset_at = now
         if tracker.state is not before or tracker.reset is not reset:
-            self.nat.changed(row)
+            self.nat.changed(flow)
 
     def _marked(self, rewrite: Rewrite, tos: int, flags: int, now: float) -> None:
         """This packet has another DSCP, or another ECN field, than the one before it."""
@@ -795,22 +795,22 @@ class Worker:
         return Verdict.DROP
 
 
-def probes(row: Flow) -> list[bytes]:
-    """What makes both ends of a forwarded row that was killed say something: a SYN to each."""
-    ends = (row.by(side) for side in (Side.CLIENT, Side.SERVER))
+def probes(flow: Flow) -> list[bytes]:
+    """What makes both ends of a forwarded flow that was killed say something: a SYN to each."""
+    ends = (flow.by(side) for side in (Side.CLIENT, Side.SERVER))
     return [_syn(rewrite.old) for rewrite in ends if rewrite is not None]
 
 
-def asks(row: Flow) -> list[bytes]:
-    """What makes every end of a TCP row say something to its peer: a SYN to each.
+def asks(flow: Flow) -> list[bytes]:
+    """What makes every end of a TCP flow say something to its peer: a SYN to each.
 
     An end that lives answers by an ACK, which a peer that lives ignores and one that has forgotten
     the connection answers by a RST: so nobody waits for who is gone.  Of what tcp-relay terminates
     there are four ends, the two in the middle on this host.
     """
-    if row.is_forwarded:
-        return probes(row)
-    return [_syn(rewrite.old) for rewrite in row.rewrites.values()]
+    if flow.is_forwarded:
+        return probes(flow)
+    return [_syn(rewrite.old) for rewrite in flow.rewrites.values()]
 
 
 def _syn(coming: bytes) -> bytes:
@@ -827,8 +827,8 @@ def _segment(packet: bytes, at: int, flags: int) -> TcpSegment:
     return TcpSegment(flags, seq, ack, size + bool(flags & tcp.SYN) + bool(flags & tcp.FIN))
 
 
-def _was_killed(row: Flow) -> bool:
-    return row.abort_asked and row.is_forwarded
+def _was_killed(flow: Flow) -> bool:
+    return flow.abort_asked and flow.is_forwarded
 
 
 def _told_by(packet: bytes, at: int) -> bytes:

@@ -67,9 +67,9 @@ class Seen(NamedTuple):
     def __str__(self) -> str:
         return f"{self.src} > {self.dst}"
 
-    def of(self, flow: FiveTuple) -> bool:
+    def of(self, five_tuple: FiveTuple) -> bool:
         """Whether it belongs to the flow."""
-        return (self.proto, self.src, self.dst) == flow
+        return (self.proto, self.src, self.dst) == five_tuple
 
 
 class Traced(NamedTuple):
@@ -163,29 +163,29 @@ def traced(line: str) -> Traced | None:
     )
 
 
-def row_of(rows: Iterable[Mapping[str, Any]], proto: str) -> Mapping[str, Any] | None:
-    """The row of that protocol, if there is exactly one."""
-    found = [row for row in rows if row["proto"] == proto]
+def flow_of(flows: Iterable[Mapping[str, Any]], proto: str) -> Mapping[str, Any] | None:
+    """The flow of that protocol, if there is exactly one."""
+    found = [flow for flow in flows if flow["proto"] == proto]
     return found[0] if len(found) == 1 else None
 
 
 def steps(
-    cast: Cast, tcp_row: Mapping[str, Any], udp_row: Mapping[str, Any]
+    cast: Cast, tcp_flow: Mapping[str, Any], udp_flow: Mapping[str, Any]
 ) -> tuple[ShownStep, ...]:
-    """The six rewritings that these two rows stand for.
+    """The six rewritings that these two flows stand for.
 
-    Only the ephemeral ports are the rows'; all else is as the cast says it must be.
+    Only the ephemeral ports are the flows'; all else is as the cast says it must be.
     """
 
-    def flow(proto: Proto, src: tuple[str, int], dst: tuple[str, int]) -> FiveTuple:
+    def five_tuple(proto: Proto, src: tuple[str, int], dst: tuple[str, int]) -> FiveTuple:
         return FiveTuple(proto, Endpoint.of(*src), Endpoint.of(*dst))
 
     c, k, s, http, dns = cast.client, cast.relay, cast.server, cast.http, cast.dns
-    x, y = port(tcp_row["client"]), port(tcp_row["relay"])
-    u = port(udp_row["client"])
-    t1 = flow(Proto.TCP, (c, x), (k, http)), flow(Proto.TCP, (c, x), (k, cast.gport))
-    t3 = flow(Proto.TCP, (k, y), (s, http)), flow(Proto.TCP, (c, y), (s, http))
-    u1 = flow(Proto.UDP, (c, u), (k, dns)), flow(Proto.UDP, (c, u), (s, dns))
+    x, y = port(tcp_flow["client"]), port(tcp_flow["relay"])
+    u = port(udp_flow["client"])
+    t1 = five_tuple(Proto.TCP, (c, x), (k, http)), five_tuple(Proto.TCP, (c, x), (k, cast.gport))
+    t3 = five_tuple(Proto.TCP, (k, y), (s, http)), five_tuple(Proto.TCP, (c, y), (s, http))
+    u1 = five_tuple(Proto.UDP, (c, u), (k, dns)), five_tuple(Proto.UDP, (c, u), (s, dns))
     return (
         ShownStep("T1", "client to relay", *t1, "client", None),
         ShownStep("T2", "relay to client", t1[1].reply(), t1[0].reply(), None, "client"),
@@ -201,9 +201,9 @@ def port(endpoint: str) -> int:
     return Endpoint.parse(endpoint).port
 
 
-def on_wire(wire: Sequence[Seen], flow: FiveTuple) -> list[Seen]:
+def on_wire(wire: Sequence[Seen], five_tuple: FiveTuple) -> list[Seen]:
     """The packets of this flow."""
-    return [packet for packet in wire if packet.of(flow)]
+    return [packet for packet in wire if packet.of(five_tuple)]
 
 
 # The checks
@@ -224,20 +224,19 @@ def rewritten(step: ShownStep, trace: Sequence[Traced], wires: Wires) -> Check:
     for line in ours:
         if line[1:] != wanted:
             return Check(claim, False, f"{line} instead of {_arrow(step)}")
-    for flow, where in ((step.before, step.before_on), (step.after, step.after_on)):
+    for five_tuple, where in ((step.before, step.before_on), (step.after, step.after_on)):
         for name, wire in wires.items():
-            count = len(on_wire(wire, flow))
+            count = len(on_wire(wire, five_tuple))
             if count != (len(ours) if name == where else 0):
-                found = (
-                    f"{flow.src} > {flow.dst}: {len(ours)} rewritten, {count} on the {name}'s wire"
-                )
+                seen_as = f"{five_tuple.src} > {five_tuple.dst}"
+                found = f"{seen_as}: {len(ours)} rewritten, {count} on the {name}'s wire"
                 return Check(claim, False, found)
     return Check(claim, True)
 
 
 def _arrow(step: ShownStep) -> str:
-    flows = (step.before, step.after)
-    return " => ".join(f"{flow.src} > {flow.dst}" for flow in flows)
+    five_tuples = (step.before, step.after)
+    return " => ".join(f"{five_tuple.src} > {five_tuple.dst}" for five_tuple in five_tuples)
 
 
 def settled(plan: Iterable[ShownStep], trace: Sequence[Traced], wires: Wires) -> bool:
@@ -277,11 +276,11 @@ def logged(claim: str, line: str, address: str) -> Check:
     return Check(claim, address in line.split(), f"the log says {line!r}")
 
 
-def tabled(claim: str, row: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> Check:
-    """There is this row in the NAT table, and it has these values."""
-    if row is None:
+def tabled(claim: str, flow: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> Check:
+    """There is this flow in the NAT table, and it has these values."""
+    if flow is None:
         return Check(claim, False, "there is not exactly one such row")
-    wrong = [f"{name}={row.get(name)}" for name in wanted if row.get(name) != wanted[name]]
+    wrong = [f"{name}={flow.get(name)}" for name in wanted if flow.get(name) != wanted[name]]
     return Check(claim, not wrong, " ".join(wrong))
 
 

@@ -119,12 +119,14 @@ def step_table(steps: Sequence[ShownStep], wires: evidence.Wires, *, wide: bool)
         table.add_column(f"{name}'s wire", no_wrap=True)
     for step in steps:
         label = Text(step.label, "bold cyan")
-        for head, arrow, flow, style in (
+        for head, arrow, five_tuple, style in (
             (label, "   ", step.before, ""),
             (Text(step.title if wide else "", "dim"), "=> ", step.after, "green"),
         ):
-            packet = Text(arrow).append(f"{flow.src} > {flow.dst}", style)
-            cells = (_on_wire(evidence.on_wire(wire, flow), wide=wide) for wire in wires.values())
+            packet = Text(arrow).append(f"{five_tuple.src} > {five_tuple.dst}", style)
+            cells = (
+                _on_wire(evidence.on_wire(wire, five_tuple), wide=wide) for wire in wires.values()
+            )
             table.add_row(head, packet, *cells)
     return table
 

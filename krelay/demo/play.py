@@ -172,18 +172,18 @@ class Play:
     def show_the_way(self) -> None:
         """What became of the packets, by all witnesses."""
         page, cast = self._page, self._cast
-        rows = self._rows()
-        tcp_row, udp_row = (evidence.row_of(rows, proto) for proto in ("tcp", "udp"))
+        flows = self._flows()
+        tcp_flow, udp_flow = (evidence.flow_of(flows, proto) for proto in ("tcp", "udp"))
         relayed = {"server": f"{cast.server}:{cast.http}", "source": "client", "gport": cast.gport}
         tabled = [
             evidence.tabled(
                 "the NAT table has the HTTP connection, both its legs ended in order",
-                tcp_row,
+                tcp_flow,
                 {"service": f"{cast.relay}:{cast.http}", "state": "closed", **relayed},
             ),
             evidence.tabled(
                 "the NAT table has the DNS query, answered",
-                udp_row,
+                udp_flow,
                 {
                     "service": f"{cast.relay}:{cast.dns}",
                     "server": f"{cast.server}:{cast.dns}",
@@ -191,14 +191,14 @@ class Play:
                 },
             ),
         ]
-        if tcp_row and udp_row:
-            self._show_steps(evidence.steps(cast, tcp_row, udp_row))
+        if tcp_flow and udp_flow:
+            self._show_steps(evidence.steps(cast, tcp_flow, udp_flow))
         page.title("NAT table (as `krelay nat` shows it)")
-        page.table(nat_table(rows))
+        page.table(nat_table(flows))
         for check in tabled:
             page.check(check)
-        if tcp_row and udp_row:
-            self._show_logs(evidence.port(tcp_row["relay"]), evidence.port(udp_row["client"]))
+        if tcp_flow and udp_flow:
+            self._show_logs(evidence.port(tcp_flow["relay"]), evidence.port(udp_flow["client"]))
 
     def _show_steps(self, steps: Sequence[ShownStep]) -> None:
         page, cast, wires, trace = self._page, self._cast, self._wires, self._trace()
@@ -403,7 +403,7 @@ class Play:
         lines = map(evidence.traced, self._tracer.output.splitlines())
         return [line for line in lines if line is not None]
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def _flows(self) -> list[dict[str, Any]]:
         return self._ask("show nat json")
 
     def _ask(self, request: str) -> list[dict[str, Any]]:
@@ -414,13 +414,13 @@ class Play:
 
     def _is_settled(self) -> bool:
         """Whether both conversations are over and everything about them has been seen."""
-        rows = self._rows()
-        tcp_row, udp_row = (evidence.row_of(rows, proto) for proto in ("tcp", "udp"))
-        if tcp_row is None or udp_row is None or "relay" not in tcp_row:
+        flows = self._flows()
+        tcp_flow, udp_flow = (evidence.flow_of(flows, proto) for proto in ("tcp", "udp"))
+        if tcp_flow is None or udp_flow is None or "relay" not in tcp_flow:
             return False
         self._drain()
-        steps = evidence.steps(self._cast, tcp_row, udp_row)
-        over = tcp_row["state"] == "closed" and all(self._logs())
+        steps = evidence.steps(self._cast, tcp_flow, udp_flow)
+        over = tcp_flow["state"] == "closed" and all(self._logs())
         return over and evidence.settled(steps, self._trace(), self._wires)
 
     def _logs(self) -> tuple[str, str]:

@@ -32,8 +32,8 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from knet.endpoint import Endpoint, Proto
+from krelay.nat.dnsflows import DnsFlows
 from krelay.nat.flow import Flow
-from krelay.nat.learnt import LearntFlows
 from krelay.nat.limits import LOOKS, PerClientLimiter, Spare
 
 RESERVED = 4
@@ -50,7 +50,7 @@ TRIMMED = 1024
 
 
 class Refusal(Exception):
-    """No row for this flow.  `reason` is a word for counters."""
+    """No flow for this flow.  `reason` is a word for counters."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -58,13 +58,13 @@ class Refusal(Exception):
 
 
 class FlowLimits(NamedTuple):
-    """How many rows there may be."""
+    """How many flows there may be."""
 
     flows: int = 65536
     flows_per_client: int = 4096
     """TCP that tcp-relay terminates, and as many of all else."""
     new_flows_per_client: int = 0
-    """Rows that a client may begin a second, and at once; 0: as many as it likes."""
+    """Flows that a client may begin a second, and at once; 0: as many as it likes."""
 
 
 class Eviction(NamedTuple):
@@ -82,29 +82,29 @@ class Admission:
     def __init__(
         self,
         limits: FlowLimits,
-        rows: Mapping[int, Flow],
+        flows: Mapping[int, Flow],
         of_others: Counter[bytes],
-        learnt: LearntFlows,
+        dns_flows: DnsFlows,
         end: Callable[[Flow], None],
         on_late: Callable[[Flow], bool],
     ) -> None:
-        """`rows` are all that live, `learnt` the flows beside them; `of_others` is kept here: how
-        many rows each client has but for those of tcp-relay.
+        """`flows` are all that live, `learnt` the flows beside them; `of_others` is kept here: how
+        many flows each client has but for those of tcp-relay.
 
-        `end` takes a row out (and calls `ended`).  `on_late` is called before a row is evicted, as
-        it may have been heard of elsewhere; it tells whether it may.
+        `end` takes a flow out (and calls `ended`).  `on_late` is called before a flow is evicted,
+        as it may have been heard of elsewhere; it tells whether it may.
         """
         self.limits = limits
         self._evicted = 0
-        self._rows = rows
-        self._learnt = learnt
+        self._flows = flows
+        self._dns_flows = dns_flows
         self._end = end
         self._on_late = on_late
         # Both without those in _closed.
         self._of_others = of_others
         self._of_relayed = Counter[bytes]()
         self._udp = 0
-        """UDP among the rows."""
+        """UDP among the flows."""
         self._closed: dict[
             int, Flow
         ] = {}  # lingering, the oldest first: no reason to refuse anyone
@@ -123,7 +123,7 @@ class Admission:
 
     @property
     def limits(self) -> FlowLimits:
-        """In force for new rows."""
+        """In force for new flows."""
         return self._limits
 
     @limits.setter
@@ -134,15 +134,15 @@ class Admission:
     @property
     def evicted(self) -> int:
         """Flows ended to make room for others."""
-        return self._evicted + self._learnt.displaced
+        return self._evicted + self._dns_flows.displaced
 
     @property
     def unconfirmed(self) -> int:
         """Flows that would be evicted first; some may have become confirmed."""
         spares = self._datagrams, self._relayed, self._forwarded
-        return len(self._learnt) + sum(map(len, spares))
+        return len(self._dns_flows) + sum(map(len, spares))
 
-    # Beginning rows
+    # Beginning flows
 
     def make_room(
         self,
@@ -154,12 +154,13 @@ class Admission:
         is_learnt: bool = False,
         is_new: bool = True,
     ) -> None:
-        """Sees to it that one more row of this client is within the limits.
+        """Sees to it that one more flow of this client is within the limits.
 
         `is_relayed`: it is of TCP that tcp-relay terminates; `is_learnt`: a query that the kernel
         has learnt.  Raises Refusal: `client_rate` where
-        the client has begun too many lately (a row that isn't new doesn't count as begun now),
-        `client_full`, or `table_full`.  No other client's row goes for one who has too many itself.
+        the client has begun too many lately (a flow that isn't new doesn't count as begun now),
+        `client_full`, or `table_full`.  No other client's flow goes for one who has too many
+        itself.
         """
         limits, addr = self._limits, client.addr
         rate = limits.new_flows_per_client if is_new else 0
@@ -168,7 +169,7 @@ class Admission:
         if is_relayed:
             surplus = self._of_relayed.get(addr, 0) - limits.flows_per_client
         else:
-            learnt = self._learnt.of_client(addr)
+            learnt = self._dns_flows.of_client(addr)
             surplus = self._of_others.get(addr, 0) + learnt - limits.flows_per_client
         if surplus >= 0:
             which = self._only_relayed if is_relayed else self._not_relayed
@@ -180,7 +181,7 @@ class Admission:
                 raise Refusal("client_full")
         else:
             is_exchange = False
-        if len(self._rows) + len(self._learnt) >= self._udp_most:
+        if len(self._flows) + len(self._dns_flows) >= self._udp_most:
             self._make_room_in_table(proto, now, is_exchange=is_exchange)
         if rate:
             self._new_flows.began(addr, rate, now)
@@ -201,7 +202,7 @@ class Admission:
         enough."""
         if self._limits.new_flows_per_client or self._closed:
             return False
-        udp = self._udp + len(self._learnt)
+        udp = self._udp + len(self._dns_flows)
         return self._live() <= self._limits.flows and udp <= self._udp_most
 
     def trim(self, now: float) -> None:
@@ -211,62 +212,62 @@ class Admission:
                 break
 
     def forget(self, now: float) -> None:
-        """Lets go of what needn't be known any more of who began rows; call it now and then."""
+        """Lets go of what needn't be known any more of who began flows; call it now and then."""
         self._new_flows.forget(now)
 
     def clear(self) -> None:
-        """Every row has ended; that they were begun is forgotten with them."""
+        """Every flow has ended; that they were begun is forgotten with them."""
         self._new_flows = PerClientLimiter()
 
-    # What becomes of rows
+    # What becomes of flows
 
-    def began(self, row: Flow) -> None:
-        """The row is in the table."""
-        counts, spare, addr = self._of_others, self._forwarded, row.client.addr
-        if row.gport is not None:
+    def began(self, flow: Flow) -> None:
+        """The flow is in the table."""
+        counts, spare, addr = self._of_others, self._forwarded, flow.client.addr
+        if flow.gport is not None:
             counts, spare = self._of_relayed, self._relayed
-        elif row.proto is _UDP:
+        elif flow.proto is _UDP:
             spare = self._datagrams
             self._udp += 1
         counts[addr] = counts.get(addr, 0) + 1
-        spare.add(row, row.created_at)
+        spare.add(flow, flow.created_at)
 
-    def confirmed(self, row: Flow) -> None:
+    def confirmed(self, flow: Flow) -> None:
         """It is confirmed, or is about to be.  Need not be told of each at once."""
-        if row.gport is not None:
-            self._relayed.discard(row)
-        elif row.proto is not _UDP:
-            self._forwarded.discard(row)
+        if flow.gport is not None:
+            self._relayed.discard(flow)
+        elif flow.proto is not _UDP:
+            self._forwarded.discard(flow)
         else:
-            self._datagrams.discard(row)
-            self._one_sided.discard(row)
-            if row.is_one_sided:
-                self._one_sided.add(row, row.seen_at)
+            self._datagrams.discard(flow)
+            self._one_sided.discard(flow)
+            if flow.is_one_sided:
+                self._one_sided.add(flow, flow.seen_at)
 
-    def changed(self, row: Flow) -> None:
+    def changed(self, flow: Flow) -> None:
         """The state of a TCP connection without tcp-relay has changed."""
-        self._over.discard(row)
-        if row.is_over and row.closed_at is None:
-            self._over.add(row, row.quiet_since)
+        self._over.discard(flow)
+        if flow.is_over and flow.closed_at is None:
+            self._over.add(flow, flow.quiet_since)
 
-    def closed(self, row: Flow) -> None:
+    def closed(self, flow: Flow) -> None:
         """Both its legs are closed: it only lingers."""
-        self._closed[row.id] = row
-        self._uncount(row)
-        self._forget_row(row)
+        self._closed[flow.id] = flow
+        self._uncount(flow)
+        self._forget_flow(flow)
 
-    def ended(self, row: Flow) -> None:
-        """The row is in the table no more."""
-        if row.proto is _UDP:
+    def ended(self, flow: Flow) -> None:
+        """The flow is in the table no more."""
+        if flow.proto is _UDP:
             self._udp -= 1
-        if row.closed_at is None or self._closed.pop(row.id, None) is None:
-            self._uncount(row)
-            self._forget_row(row)
+        if flow.closed_at is None or self._closed.pop(flow.id, None) is None:
+            self._uncount(flow)
+            self._forget_flow(flow)
 
     # Inside
 
     def _count(self) -> int:
-        return len(self._rows) + len(self._learnt)
+        return len(self._flows) + len(self._dns_flows)
 
     def _live(self) -> int:
         return self._count() - len(self._closed)
@@ -277,7 +278,7 @@ class Admission:
         live, which = self._live(), self._any
         surplus = live - most + 1
         if proto is _UDP:
-            udp = self._udp + len(self._learnt)
+            udp = self._udp + len(self._dns_flows)
             if live - udp <= most - self._udp_most or udp >= self._udp_most:
                 which = self._of_udp  # TCP has no more than its part
             if live >= self._udp_most and not is_exchange:
@@ -285,10 +286,10 @@ class Admission:
             surplus = max(surplus, udp - self._udp_most + 1)
         if not self._evict(surplus, now, which):
             raise Refusal("table_full")
-        for row in list(islice(self._closed.values(), AT_ONCE)):
+        for flow in list(islice(self._closed.values(), AT_ONCE)):
             if self._count() < most:
                 break
-            self._end(row)
+            self._end(flow)
 
     def _evict(
         self, surplus: int, now: float, which: Eviction, client: bytes | None = None
@@ -300,15 +301,15 @@ class Admission:
         return all(self._evict_one(now, which, client) for _ in range(min(surplus, AT_ONCE)))
 
     def _evict_one(self, now: float, which: Eviction, client: bytes | None = None) -> bool:
-        if which.learnt and self._learnt.remove_oldest(client):
+        if which.learnt and self._dns_flows.remove_oldest(client):
             return True
         for spares in (which.unconfirmed, which.over):
             for _ in range(LOOKS):
                 oldest = None
                 for spare in spares:
-                    row = spare.oldest(now, client)
-                    if row is not None and (oldest is None or row.id < oldest.id):
-                        oldest, its = row, spare
+                    flow = spare.oldest(now, client)
+                    if flow is not None and (oldest is None or flow.id < oldest.id):
+                        oldest, its = flow, spare
                 if oldest is None:
                     break
                 if self._on_late(oldest) and its.oldest(now, client) is not oldest:
@@ -318,20 +319,20 @@ class Admission:
                 return True
         return False
 
-    def _forget_row(self, row: Flow) -> None:
+    def _forget_flow(self, flow: Flow) -> None:
         """It is not to be evicted any more."""
-        if row.gport is not None:
-            self._relayed.discard(row)
-        elif row.proto is not _UDP:
-            self._forwarded.discard(row)
-            self._over.discard(row)
+        if flow.gport is not None:
+            self._relayed.discard(flow)
+        elif flow.proto is not _UDP:
+            self._forwarded.discard(flow)
+            self._over.discard(flow)
         else:
-            self._datagrams.discard(row)
-            if row.answered_at is not None:
-                self._one_sided.discard(row)
+            self._datagrams.discard(flow)
+            if flow.answered_at is not None:
+                self._one_sided.discard(flow)
 
-    def _uncount(self, row: Flow) -> None:
-        counts, addr = self._of_others if row.gport is None else self._of_relayed, row.client.addr
+    def _uncount(self, flow: Flow) -> None:
+        counts, addr = self._of_others if flow.gport is None else self._of_relayed, flow.client.addr
         if number := counts[addr] - 1:
             counts[addr] = number
         else:
@@ -345,5 +346,5 @@ _UDP = Proto.UDP
 # By this name: looking it up in its class takes ten times as long.
 
 
-def _goes_on(row: Flow) -> bool:
-    return not row.is_over
+def _goes_on(flow: Flow) -> bool:
+    return not flow.is_over

@@ -1,7 +1,7 @@
-"""One row of the NAT table: a relayed conversation, and what its packets become.
+"""One flow of the NAT table: a relayed conversation, and what its packets become.
 
-Rows are plain values: all that is needed to make one again is in its public fields.  What the
-packet path needs of a row are its Rewrites; which packets are whose, how long rows live and which
+Flows are plain values: all that is needed to make one again is in its public fields.  What the
+packet path needs of a flow are its Rewrites; which packets are whose, how long flows live and which
 ports are free is the table's matter (nat.py).
 """
 
@@ -16,7 +16,7 @@ from knet.wire.checksum import ONES
 from krelay.nat.tcpstate import Side, State, Tracker
 
 CLOSED_LINGER = 10.0
-"""Seconds a row stays after tcp-relay closed both legs: lost FINs and ACKs are still repeated."""
+"""Seconds a flow stays after tcp-relay closed both legs: lost FINs and ACKs are still repeated."""
 
 DNS_PORT = 53
 
@@ -74,11 +74,11 @@ SIDES = {
 SENDERS = SIDES | {Step.T2: Side.TO_CLIENT, Step.T3: Side.TO_SERVER}
 """The same with tcp-relay's own; those not listed see a packet a second time."""
 NO_LEG, PAST_LEG = -1, -2
-"""Row.leg where no number is known."""
+"""Flow.leg where no number is known."""
 
 
 class Timeouts(NamedTuple):
-    """Seconds of idleness after which a row goes (defaults: RFC 4787 REQ-5, RFC 5382 REQ-5)."""
+    """Seconds of idleness after which a flow goes (defaults: RFC 4787 REQ-5, RFC 5382 REQ-5)."""
 
     udp: float = 300
     udp_dns: float = 20
@@ -87,7 +87,7 @@ class Timeouts(NamedTuple):
 
 
 class Footprint(NamedTuple):
-    """What the netfilter rules must catch on behalf of a row."""
+    """What the netfilter rules must catch on behalf of a flow."""
 
     proto: Proto
     port: int
@@ -124,12 +124,12 @@ class Rewrite:
 
     __slots__ = (
         "bytes",
+        "flow",
         "ip_delta",
         "l4_delta",
         "new",
         "old",
         "packets",
-        "row",
         "seen_at",
         "step",
         "table",
@@ -140,7 +140,7 @@ class Rewrite:
 
     def __init__(
         self,
-        row: "Flow",
+        flow: "Flow",
         step: Step,
         table: Table,
         old: bytes,
@@ -148,7 +148,7 @@ class Rewrite:
         deltas: tuple[int, int],
         now: float,
     ) -> None:
-        self.row = row
+        self.flow = flow
         self.step = step
         self.table = table
         """Where it is found by `old`."""
@@ -159,7 +159,7 @@ class Rewrite:
         self.packets = 0
         self.bytes = 0
         self.seen_at = now
-        self.watched = row.proto is _TCP
+        self.watched = flow.proto is _TCP
         """Whether each packet's flags matter: the connection is opening, or was perhaps reset."""
         self.tos = 0
         """DSCP and ECN of the last packet of TCP, as they stand in one byte (RFC 2474; RFC 3168);
@@ -200,7 +200,7 @@ class Flow:
     proto: Proto
     client: Endpoint
     service: Endpoint
-    """The address and port the client talks to.  Equal to `server` in a direct row (nat.py)."""
+    """The address and port the client talks to.  Equal to `server` in a direct flow (nat.py)."""
     server: Endpoint
     source: Source
     created_at: float
@@ -231,13 +231,13 @@ class Flow:
     abort_asked: bool = False
     """Ended from outside (kill, stop): both ends are to be reset, by tcp-relay if it is its."""
     told: frozenset[Side] = frozenset()
-    """The ends of a forwarded row that know that it was ended."""
+    """The ends of a forwarded flow that know that it was ended."""
     rewrites: dict[Step, Rewrite] = field(default_factory=dict)
     reserved: tuple[bytes, ...] = ()
-    """What its packets to the server read there, which no other row's may."""
+    """What its packets to the server read there, which no other flow's may."""
     footprint: Footprint | None = None
     due: int = -1
-    """The second in which the table looks at this row next."""
+    """The second in which the table looks at this flow next."""
 
     @property
     def is_forwarded(self) -> bool:
@@ -325,7 +325,7 @@ class Flow:
         """Whether this isn't confirmed, nor about to be.
 
         A TCP client that has acknowledged waits for tcp-relay to accept it, unless that was a guess
-        and the relay's host has reset it (RFC 9293, section 3.10.7.4).  A forwarded row that was
+        and the relay's host has reset it (RFC 9293, section 3.10.7.4).  A forwarded flow that was
         killed has its ends still to tell: without it they would go on.  One that was reset after
         its handshake may have been so by a forger; it goes as one that is over.
         """
@@ -343,7 +343,7 @@ class Flow:
         return self.gport is None and self.state is State.CLOSING and not self.abort_asked
 
     def expires_at(self, timeouts: Timeouts) -> float:
-        """When the row goes unless a packet comes."""
+        """When the flow goes unless a packet comes."""
         if self.closed_at is not None:
             return self.closed_at + CLOSED_LINGER
         if self.proto is not _TCP:

@@ -5,7 +5,7 @@ was made, and goes where the packet came from.  So it is translated by the rule 
 go its way, the answers: the rewriting that an answer to the quoted packet would get at this hook,
 read backwards, says what the quoted packet was before.
 
-    U3,U4 of a row         192.168.0.1:53 > 10.0.0.1:4000  =>  192.168.0.2:53 > 10.0.0.1:4000
+    U3,U4 of a flow         192.168.0.1:53 > 10.0.0.1:4000  =>  192.168.0.2:53 > 10.0.0.1:4000
     an error about         10.0.0.1:4000 > 192.168.0.1:53
     becomes one about      10.0.0.1:4000 > 192.168.0.2:53
 
@@ -26,7 +26,7 @@ out, in POSTROUTING, and are of two kinds:
         though it was forwarded.  An answer would be met in PREROUTING.  The error is translated as
         if it had come in and gone through, and sent anew to where that leads.
 
-No error makes a row, ends one or keeps one alive (RFC 4787 REQ-12, RFC 5382 REQ-10).
+No error makes a flow, ends one or keeps one alive (RFC 4787 REQ-12, RFC 5382 REQ-10).
 """
 
 from collections.abc import Callable, Mapping
@@ -56,7 +56,7 @@ class Translation(NamedTuple):
 def translate(
     packet: bytes, header: ipv4.Header, hook: int, tables: Tables, own: frozenset[bytes]
 ) -> Translation | None:
-    """The error as it goes on; None if it is about no packet of a row.
+    """The error as it goes on; None if it is about no packet of a flow.
 
     `packet` is an ICMP packet, `header` its own, `own` the addresses of this host.  Raises
     BadPacket: `icmp_other` if it is no error that is translated, `icmp_quote` if it quotes no TCP
@@ -104,7 +104,7 @@ def _reversed(
     All checksums are updated, none is made anew.
     """
     src, dst = rewrite.new[4:8], rewrite.new[:4]
-    hidden = rewrite.row.source is Source.RELAY and dst != quote.dst and not is_own
+    hidden = rewrite.flow.source is Source.RELAY and dst != quote.dst and not is_own
     sender = dst if header.src == quote.dst or hidden else header.src
     changed = bytearray(packet)
 

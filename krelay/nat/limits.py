@@ -4,7 +4,7 @@ Four small things, each bounded itself, whatever clients there are or are said t
 a flood is mostly forged, and differs from packet to packet):
 
     RateLimiter      how often something may happen: our own answers to what is refused
-    PerClientLimiter  the same for each client: how many rows it may begin a second
+    PerClientLimiter  the same for each client: how many flows it may begin a second
     TopRefusedClients   who was refused most, and why
     Spare     flows that may be evicted at a limit, the oldest first
 
@@ -44,7 +44,7 @@ class RateLimiter:
 
 
 class PerClientLimiter:
-    """How many rows each client may begin: `rate` at once, and `rate` a second from then on."""
+    """How many flows each client may begin: `rate` at once, and `rate` a second from then on."""
 
     def __init__(self) -> None:
         self._paid_until: dict[bytes, float] = {}  # only of those who began one lately
@@ -58,7 +58,7 @@ class PerClientLimiter:
         self._paid_until[client] = max(self._paid_until.pop(client, now), now) + 1 / rate
 
     def forget(self, now: float) -> None:
-        """Lets go of the clients who may begin `rate` rows again."""
+        """Lets go of the clients who may begin `rate` flows again."""
         paid = self._paid_until
         while paid and paid[client := next(iter(paid))] <= now:
             del paid[client]
@@ -109,7 +109,7 @@ class Spare:
         may_go: Callable[[Flow], bool],
         is_settled: Callable[[Flow], bool],
         quiet: float = 0.0,
-        on_settled: Callable[[Flow], None] = lambda row: None,
+        on_settled: Callable[[Flow], None] = lambda flow: None,
     ) -> None:
         """`on_settled` is called with each flow that leaves because it is settled."""
         self.may_go = may_go
@@ -123,27 +123,27 @@ class Spare:
     def __len__(self) -> int:
         return len(self._all.since)
 
-    def add(self, row: Flow, now: float) -> None:
+    def add(self, flow: Flow, now: float) -> None:
         """A flow that isn't in yet."""
-        self._all.since[row] = now
-        of, client = self._of, row.client.addr
+        self._all.since[flow] = now
+        of, client = self._of, flow.client.addr
         of_client = of.get(client)
         if of_client is None:
-            of[client] = row
+            of[client] = flow
         elif isinstance(of_client, _Line):
-            of_client.since[row] = now
+            of_client.since[flow] = now
         else:
             line = of[client] = _Line()
-            line.since[of_client] = line.since[row] = now
+            line.since[of_client] = line.since[flow] = now
 
-    def discard(self, row: Flow) -> None:
+    def discard(self, flow: Flow) -> None:
         """It has ended, or is not to be evicted any more.  Harmless if it isn't in."""
-        if self._all.since.pop(row, None) is None:
+        if self._all.since.pop(flow, None) is None:
             return
-        client = row.client.addr
+        client = flow.client.addr
         of_client = self._of[client]
         if isinstance(of_client, _Line):
-            del of_client.since[row]
+            del of_client.since[flow]
             if of_client.since:
                 return
         del self._of[client]
@@ -155,19 +155,19 @@ class Spare:
         """
         since, before = self._all.since, now - self._quiet
         for _ in range(LOOKS):
-            row = self._first(client)
-            if row is None or since[row] > before:
+            flow = self._first(client)
+            if flow is None or since[flow] > before:
                 return None
-            if self._is_settled(row):
-                self.discard(row)
-                self._on_settled(row)
-            elif self.may_go(row) and (not self._quiet or row.quiet_since <= before):
-                return row
+            if self._is_settled(flow):
+                self.discard(flow)
+                self._on_settled(flow)
+            elif self.may_go(flow) and (not self._quiet or flow.quiet_since <= before):
+                return flow
             else:
-                self._all.to_the_end(row, now)
-                of_client = self._of[row.client.addr]
+                self._all.to_the_end(flow, now)
+                of_client = self._of[flow.client.addr]
                 if isinstance(of_client, _Line):
-                    of_client.to_the_end(row, now)
+                    of_client.to_the_end(flow, now)
         return None
 
     def _first(self, client: bytes | None) -> Flow | None:
@@ -196,16 +196,16 @@ class _Line:
             self._ahead = None
             return None
         while ahead:
-            row, entered = ahead[0]
-            if since.get(row) is entered:
-                return row
+            flow, entered = ahead[0]
+            if since.get(flow) is entered:
+                return flow
             ahead.popleft()
         self._ahead = ahead = deque(islice(since.items(), _FETCHED))
         return ahead[0][0]
 
-    def to_the_end(self, row: Flow, now: float) -> None:
+    def to_the_end(self, flow: Flow, now: float) -> None:
         """It becomes the last."""
-        del self.since[row]
-        self.since[row] = now
-        if self._ahead and self._ahead[0][0] is row:
+        del self.since[flow]
+        self.since[flow] = now
+        if self._ahead and self._ahead[0][0] is flow:
             self._ahead.popleft()

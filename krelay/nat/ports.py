@@ -1,9 +1,9 @@
-"""The relay's own UDP ports, of which rows with source=relay have one each.
+"""The relay's own UDP ports, of which flows with source=relay have one each.
 
-No port is ever two rows', whatever servers they lead to (RFC 4787, REQ-3).  A row gets the port its
-client has if that is free; otherwise one at random of the same range, below 1024 or not (REQ-3a),
-and parity (REQ-4), then of the other parity.  Who comes from below 1024 is served from above rather
-than not at all; the reverse would give away ports that mean privilege.
+No port is ever two flows', whatever servers they lead to (RFC 4787, REQ-3).  A flow gets the port
+its client has if that is free; otherwise one at random of the same range, below 1024 or not
+(REQ-3a), and parity (REQ-4), then of the other parity.  Who comes from below 1024 is served from
+above rather than not at all; the reverse would give away ports that mean privilege.
 
 The free ports of each kind stand in an array without gaps, so that the last free port is found as
 fast as the first, and that there is none is known at once.
@@ -102,21 +102,21 @@ class FreePorts:
 
 
 class RelayPorts:
-    """The ports of each of the relay's addresses that rows have: none is made before it is used."""
+    """The ports that flows have, by the relay's address: none is made before it is used."""
 
     def __init__(self, rng: Random) -> None:
         self._free: dict[bytes, FreePorts] = {}
         self._shared = Counter[tuple[bytes, int]]()
-        """Those that have more than one row: how many more."""
+        """Those that have more than one flow: how many more."""
         self._rng = rng
         self._taken = 0
 
     def __len__(self) -> int:
-        """Ports that rows have."""
+        """Ports that flows have."""
         return self._taken
 
     def take(self, addr: bytes, wanted: int, fits: Callable[[int], bool]) -> int | None:
-        """The wanted port of this address, or one like it, for a row; None if there is none."""
+        """The wanted port of this address, or one like it, for a flow; None if there is none."""
         free = self._free.get(addr)
         if free is None:
             free = self._free[addr] = FreePorts()
@@ -129,11 +129,11 @@ class RelayPorts:
         return port
 
     def share(self, addr: bytes, port: int) -> None:
-        """One row more has this port, which a row has: both are of one client's exchange."""
+        """One flow more has this port, which a flow has: both are of one client's exchange."""
         self._shared[addr, port] += 1
 
     def give_back(self, addr: bytes, port: int) -> None:
-        """The row has ended, or one of those that share the port."""
+        """The flow has ended, or one of those that share the port."""
         if others := self._shared.pop((addr, port), 0):
             if others > 1:
                 self._shared[addr, port] = others - 1

@@ -1,9 +1,9 @@
 """The NAT table: which packet becomes which, for how long, and on whose account.
 
-A row is one relayed conversation.  What the packet path needs of it are its Rewrites: one for each
+A flow is one relayed conversation.  What the packet path needs of it are its Rewrites: one for each
 direction at each netfilter hook, found by the twelve bytes of addresses and ports that a packet
 carries there, and holding the twelve bytes it leaves with and by how much its checksums change.
-Look-ups never scan, so the cost of a packet doesn't depend on how many rows live.
+Look-ups never scan, so the cost of a packet doesn't depend on how many flows live.
 
              PREROUTING                                        POSTROUTING
     T1   C:x > K:80  =>  C:x > K:A                  T2   K:A > C:x    =>  K:80 > C:x
@@ -19,14 +19,14 @@ that it can't be mistaken for anyone else's:
     U3   S:53 > K:y  =>  S:53 > C:y                 U4   S:53 > C:y   =>  K:53 > C:x
 
 A server may answer from another port than it was asked at, as TFTP's does (RFC 1350, section 4),
-where the service allows it (`+any-port`).  Such an answer begins a row of its own, S:p > C:x =>
-K:p > C:x, beside that of the question, with the port that the server knows the client by.
+where the service allows it (`+any-port`).  Such an answer begins a flow of its own, S:p > C:x =>
+K:p > C:x, beside that of the query, with the port that the server knows the client by.
 
 Three kinds of port are therefore chosen here, always the wanted one if it is free:
 
     inside   the client's port as tcp-relay sees it: two connections from C:x to K:80 and to
              K:443 would meet as C:x > K:A
-    outside  the port the server sees: must differ from every other row's and from the client's own
+    outside  the port the server sees: must differ from every other flow's and from the client's own
              direct connections to that server.  Of TCP that tcp-relay terminates it is tcp-relay's
              own, y; but a client below 1024 is seen below 1024, since a server may ask for that
              (RFC 4787, REQ-3a; NFS's `secure`)
@@ -47,6 +47,7 @@ from knet.timerwheel import Wheel
 from knet.wire.checksum import ONES
 from knet.wire.tcp import ACK, FIN
 from krelay.nat.admission import Admission, FlowLimits, Refusal
+from krelay.nat.dnsflows import Beginning, DnsFlow, DnsFlows
 from krelay.nat.flow import (
     BUSY,
     DNS_PORT,
@@ -65,13 +66,12 @@ from krelay.nat.flow import (
     deltas,
     key,
 )
-from krelay.nat.learnt import Beginning, LearntFlow, LearntFlows
 from krelay.nat.ownflows import OwnFlows
 from krelay.nat.ports import FIRST_HIGH, RelayPorts
 from krelay.nat.tcpstate import Side, State, Through
 
 HORIZON = 64
-"""Seconds after which each row is looked at, at the latest."""
+"""Seconds after which each flow is looked at, at the latest."""
 _SPREAD = HORIZON // 2
 
 TRIES = 512
@@ -100,8 +100,8 @@ class DirectFlows:
         if len(seen) > self._most:
             del seen[next(iter(seen))]
 
-    def __contains__(self, flow: tuple[Proto, bytes]) -> bool:
-        return flow[1] in self._seen[flow[0]]
+    def __contains__(self, dns_flow: tuple[Proto, bytes]) -> bool:
+        return dns_flow[1] in self._seen[dns_flow[0]]
 
     def expire(self, proto: Proto, before: float) -> None:
         """Forgets those not seen since `before`."""
@@ -111,7 +111,7 @@ class DirectFlows:
 
 
 class NatTable:
-    """All rows, and the look-up tables of the packet path.
+    """All flows, and the look-up tables of the packet path.
 
     `tables[hook, proto]` maps the twelve bytes of a packet to its Rewrite.  They are dictionaries
     for the worker to read; only this class writes them.
@@ -126,26 +126,26 @@ class NatTable:
         self.direct = DirectFlows()
         self.own_flows = OwnFlows()
         self.footprints: Counter[Footprint] = Counter()
-        """What the live rows need of the rules."""
+        """What the live flows need of the rules."""
         self.footprint_changes = 0
         """How often one has come or gone."""
         self.on_footprint: Callable[[], None] = lambda: None
-        """Called when a row needs something of the rules that no row needed before."""
-        self.on_changed: Callable[[Flow], None] = lambda row: None
-        """Called when a row's state has changed, or its port towards the server, or it is busy."""
-        self.on_closed: Callable[[Flow, float], None] = lambda row, now: None
-        """Called when both legs of a row have been closed."""
-        self.on_ended: Callable[[Flow], None] = lambda row: None
-        """Called before a row goes, or gives up its port towards the server."""
-        self.on_displaced: Callable[[Flow], None] = lambda row: None
-        """Called before another row's packets come to read as those of this row do.  Nobody but the
-        worker may rewrite such packets when this returns."""
+        """Called when a flow needs something of the rules that no flow needed before."""
+        self.on_changed: Callable[[Flow], None] = lambda flow: None
+        """Called when a flow's state has changed, or its port towards the server, or it is busy."""
+        self.on_closed: Callable[[Flow, float], None] = lambda flow, now: None
+        """Called when both legs of a flow have been closed."""
+        self.on_ended: Callable[[Flow], None] = lambda flow: None
+        """Called before a flow goes, or gives up its port towards the server."""
+        self.on_displaced: Callable[[Flow], None] = lambda flow: None
+        """Called before another flow's packets come to read as those of this flow do.  Nobody but
+        the worker may rewrite such packets when this returns."""
         self.on_mark: Callable[[Rewrite], None] = lambda rewrite: None
         """Called before an end's packets have another DSCP than before."""
-        self.on_marked: Callable[[Flow], None] = lambda row: None
+        self.on_marked: Callable[[Flow], None] = lambda flow: None
         """Called when an end of terminated TCP sends with another DSCP (`Flow.dscps`)."""
-        self.on_late: Callable[[list[Flow]], None] = lambda rows: None
-        """Called before rows go for their silence: some may have been heard of elsewhere
+        self.on_late: Callable[[list[Flow]], None] = lambda flows: None
+        """Called before flows go for their silence: some may have been heard of elsewhere
         (`heard`)."""
         self.ask_kernel: Callable[[bytes, bytes], bytes | None] = lambda client, port: None
         """Called when it matters whether the kernel has learnt a flow of this client's address and
@@ -154,46 +154,46 @@ class NatTable:
         """Called when it matters how far tcp-relay's connections have come (`begun`, `ended`)."""
         self._timeouts = timeouts or Timeouts()
         self._rng = rng
-        self._rows: dict[int, Flow] = {}
+        self._flows: dict[int, Flow] = {}
         self._ids = itertools.count(1)
         per_client = Counter[bytes]()
         asked = self.tables[_PRE, Proto.UDP]
-        self.learnt = LearntFlows(self._ids, asked, per_client, BUSY, self._adopt)
+        self.dns_flows = DnsFlows(self._ids, asked, per_client, BUSY, self._adopt)
         """Those that the kernel relays by itself; the worker has no part in them."""
         self._admission = Admission(
             limits or FlowLimits(),
-            self._rows,
+            self._flows,
             per_client,
-            self.learnt,
+            self.dns_flows,
             self.end,
             self._may_be_late,
         )
         self._relay_ports = {proto: RelayPorts(rng) for proto in Proto}
         self.reserved: frozenset[int] = frozenset()
-        """Ports of this host that no row gets."""
+        """Ports of this host that no flow gets."""
         self._outside: dict[Proto, dict[bytes, Flow]] = {proto: {} for proto in Proto}
         self._asked_by: dict[bytes, Flow] = {}
-        """UDP whose server may answer from any port: the latest row by the server's address, and
+        """UDP whose server may answer from any port: the latest flow by the server's address, and
         the address and port by which it knows the client."""
         self._inside: dict[tuple[Endpoint, int], Flow] = {}
         self._by_relay: dict[Endpoint, Flow] = {}
-        # Ids by the second in which to look at the row next: one that was heard of meanwhile is
+        # Ids by the second in which to look at the flow next: one that was heard of meanwhile is
         # moved on when its second comes, so that a packet never touches this.  Never further than
-        # HORIZON, so that entries of rows that have ended don't pile up.
+        # HORIZON, so that entries of flows that have ended don't pile up.
         self._due = Wheel[int]()
 
     def __len__(self) -> int:
-        return len(self._rows) + len(self.learnt)
+        return len(self._flows) + len(self.dns_flows)
 
     def __iter__(self) -> Iterator[Flow]:
-        yield from list(self._rows.values())
-        for question, flow in self.learnt:
-            yield self._row_of(question, flow)
+        yield from list(self._flows.values())
+        for query, dns_flow in self.dns_flows:
+            yield self._flow_of(query, dns_flow)
 
     @property
     def limits(self) -> FlowLimits:
-        """In force for new rows.  Where they are lowered, what is beyond goes by and by (`expire`),
-        but for what is confirmed."""
+        """In force for new flows.  Where they are lowered, what is beyond goes by and by
+        (`expire`), but for what is confirmed."""
         return self._admission.limits
 
     @limits.setter
@@ -212,40 +212,40 @@ class NatTable:
 
     @property
     def workers(self) -> list[Flow]:
-        """The rows whose packets the worker knows: without those that the kernel has learnt."""
-        return list(self._rows.values())
+        """The flows whose packets the worker knows: without those that the kernel has learnt."""
+        return list(self._flows.values())
 
     def count(self, proto: Proto) -> int:
-        """Rows of this protocol."""
-        learnt = len(self.learnt) if proto is Proto.UDP else 0
-        return learnt + sum(1 for row in self._rows.values() if row.proto is proto)
+        """Flows of this protocol."""
+        learnt = len(self.dns_flows) if proto is Proto.UDP else 0
+        return learnt + sum(1 for flow in self._flows.values() if flow.proto is proto)
 
-    def get(self, row_id: int) -> Flow | None:
-        """The row with this number."""
-        row = self._rows.get(row_id)
-        if row is None:
-            learnt = (self._row_of(*each) for each in self.learnt if each[1].id == row_id)
-            row = next(learnt, None)
-        return row
+    def get(self, flow_id: int) -> Flow | None:
+        """The flow with this number."""
+        flow = self._flows.get(flow_id)
+        if flow is None:
+            learnt = (self._flow_of(*each) for each in self.dns_flows if each[1].id == flow_id)
+            flow = next(learnt, None)
+        return flow
 
-    def of_id(self, row_id: int) -> Flow | None:
-        """The row with this number, if it is one whose packets the worker knows."""
-        return self._rows.get(row_id)
+    def of_id(self, flow_id: int) -> Flow | None:
+        """The flow with this number, if it is one whose packets the worker knows."""
+        return self._flows.get(flow_id)
 
     @property
     def timeouts(self) -> Timeouts:
-        """In force for all rows, also those that live."""
+        """In force for all flows, also those that live."""
         return self._timeouts
 
     def set_timeouts(self, timeouts: Timeouts) -> None:
-        """Puts other timeouts in force, also for rows that live."""
+        """Puts other timeouts in force, also for flows that live."""
         self._timeouts = timeouts
         self._due.clear()
-        for row in self._rows.values():
-            row.due = -1
-            self.schedule(row)
+        for flow in self._flows.values():
+            flow.due = -1
+            self.schedule(flow)
 
-    # Making rows
+    # Making flows
 
     def open_tcp(
         self,
@@ -273,71 +273,73 @@ class NatTable:
                     lambda p: self._inside_is_free(Endpoint(client.addr, p), gport, service),
                 )
                 inside = Endpoint(client.addr, port)
-        row = self._row(_TCP, client, service, server, source, now, through=False)
-        row.gport = gport
-        row.inside = inside
-        row.footprint = Footprint(_TCP, service.port, gport, server.addr, False)
-        self._inside[inside, gport] = row
+        flow = self._flow(_TCP, client, service, server, source, now, through=False)
+        flow.gport = gport
+        flow.inside = inside
+        flow.footprint = Footprint(_TCP, service.port, gport, server.addr, False)
+        self._inside[inside, gport] = flow
         to_gateway = key(inside, Endpoint(service.addr, gport))
-        self._add(row, _T1T2, _PRE_POST, key(client, service), to_gateway, now)
-        self._enter(row)
-        self.on_changed(row)
-        return row
+        self._add(flow, _T1T2, _PRE_POST, key(client, service), to_gateway, now)
+        self._enter(flow)
+        self.on_changed(flow)
+        return flow
 
-    def succeed(self, row: Flow, now: float) -> Flow:
-        """The row of another connection between the same ports of a client and tcp-relay.
+    def succeed(self, flow: Flow, now: float) -> Flow:
+        """The flow of another connection between the same ports of a client and tcp-relay.
 
         The former keeps its leg to the server until that is closed.  Raises Refusal.
         """
-        assert row.gport is not None
-        client, service, server = row.client, row.service, row.server
-        tos = row.rewrites[Step.T1].tos  # its SYN came through that one, which may go now
-        new = self.open_tcp(client, service, server, row.source, row.gport, now, inside=row.inside)
+        assert flow.gport is not None
+        client, service, server = flow.client, flow.service, flow.server
+        tos = flow.rewrites[Step.T1].tos  # its SYN came through that one, which may go now
+        new = self.open_tcp(
+            client, service, server, flow.source, flow.gport, now, inside=flow.inside
+        )
         new.tracker.client_acked = True
         new.rewrites[Step.T1].tos = tos
-        row.called_again = False
+        flow.called_again = False
         return new
 
     def attach(
         self,
-        row: Flow,
+        flow: Flow,
         relay: Endpoint,
         now: float,
         *,
         seen: int | None = None,
         services: Collection[int] = (),
     ) -> None:
-        """tcp-relay will connect to the row's server from `relay`: steps T3 and T4.
+        """tcp-relay will connect to the flow's server from `relay`: steps T3 and T4.
 
         `seen` is the port that the server knows already; None: it is chosen here, and with
         source=relay it is none of `services`, as in open_forwarded.  Takes the place
         of a port that it had before, from which it couldn't connect.
-        Raises Refusal (`port_taken`) when another row has the port on this side, or the server may
-        know it already: the client's own connection, another row's, or the client's port itself.
+        Raises Refusal (`port_taken`) when another flow has the port on this side, or the server may
+        know it already: the client's own connection, another flow's, or the client's port itself.
         """
-        row_source = row.client.addr if row.source is Source.CLIENT else relay.addr
+        row_source = flow.client.addr if flow.source is Source.CLIENT else relay.addr
         outside = Endpoint(row_source, relay.port if seen is None else seen)
-        if seen is None and row.client.port < FIRST_HIGH <= relay.port:
-            outside = self._seen_low(row, outside, services)
+        if seen is None and flow.client.port < FIRST_HIGH <= relay.port:
+            outside = self._seen_low(flow, outside, services)
         is_low = outside.port != relay.port
-        at = key(outside, row.server)
+        at = key(outside, flow.server)
         holder = self._outside[Proto.TCP].get(at)
         if holder is not None and holder.closed_at is not None:
             self.end(holder)  # its port was free to be bound again, so both its legs are gone
             holder = None
-        taken = holder is not None and holder is not row
+        taken = holder is not None and holder is not flow
         beside = self._by_relay.get(relay)
-        if beside is not None and beside is not row and beside.closed_at is None:
+        if beside is not None and beside is not flow and beside.closed_at is None:
             taken = True
-        if taken or (_TCP, at) in self.direct or (outside == row.client and not is_low):
+        if taken or (_TCP, at) in self.direct or (outside == flow.client and not is_low):
             raise Refusal("port_taken")
-        self.detach(row)
-        self._admission.confirmed(row)
-        row.relay, row.leg = relay, None
-        self._by_relay[relay] = row
-        self._reserve(row, at)
-        self._add(row, _T3T4, _POST_PRE, key(relay, row.server), at, now)
-        self.on_changed(row)
+        self.detach(flow)
+        self._admission.confirmed(flow)
+        flow.relay, flow.leg = relay, None
+        self._by_relay[relay] = flow
+        self._reserve(flow, at)
+        self._add(flow, _T3T4, _POST_PRE, key(relay, flow.server), at, now)
+        self.on_changed(flow)
 
     def open_forwarded(
         self,
@@ -357,18 +359,18 @@ class NatTable:
 
         With source=relay, `relay_addr` is the relay's own address towards the server, and
         `any_client` tells that this isn't so for clients beside the server only; no port of
-        `services` is taken there, else an answer that comes when the row has gone would be taken
-        for a question of the server's.  `any_port`: the server may answer from any port
+        `services` is taken there, else an answer that comes when the flow has gone would be taken
+        for a query of the server's.  `any_port`: the server may answer from any port
         (`answered_elsewhere`).  Raises Refusal (`table_full`, `client_full`, `client_rate`,
         `no_port`).
         """
         if proto is _UDP and (known := self.adopt(key(client, service), now)) is not None:
             return known
         self._admission.make_room(proto, client, now)
-        row = self._row(proto, client, service, server, source, now)
+        flow = self._flow(proto, client, service, server, source, now)
         if source is _CLIENT:
             outside = self._seen_as(proto, client, server)
-            self._lead(row, outside, now)
+            self._lead(flow, outside, now)
         else:
             hidden = relay_addr or service.addr
 
@@ -390,18 +392,18 @@ class NatTable:
                 if tries < 0 or not self._admission.evict_one(proto, now):
                     raise Refusal("no_port")
                 port = take()
-            row.relay = Endpoint(hidden, port)
-            outside = key(row.relay, server)
-            self._lead(row, outside, now)
-        row.footprint = Footprint(
+            flow.relay = Endpoint(hidden, port)
+            outside = key(flow.relay, server)
+            self._lead(flow, outside, now)
+        flow.footprint = Footprint(
             proto, service.port, None, server.addr, any_client, proto is _TCP, any_port
         )
         if any_port:
-            self._asked_by[_known_by(outside)] = row
-        return self._enter(row)
+            self._asked_by[_known_by(outside)] = flow
+        return self._enter(flow)
 
     def answered_elsewhere(self, server: Endpoint, client: Endpoint, now: float) -> Flow | None:
-        """The row of a datagram from `server`, which was asked at another port, to `client` as it
+        """The flow of a datagram from `server`, which was asked at another port, to `client` as it
         knows it: made anew, if the service that was asked allows it (`any_port`).
 
         Raises Refusal (as `open_forwarded`).
@@ -410,18 +412,18 @@ class NatTable:
         if asked is None or server.port == 0:
             return None
         service, outside = Endpoint(asked.service.addr, server.port), key(client, server)
-        if not self.is_free(_UDP, outside) or self._of_question(key(asked.client, service)):
-            return None  # another row's, or the client's own
+        if not self.is_free(_UDP, outside) or self._of_query(key(asked.client, service)):
+            return None  # another flow's, or the client's own
         self._admission.make_room(_UDP, asked.client, now)
-        if asked.id not in self._rows:
+        if asked.id not in self._flows:
             return None  # it was the one to go
-        row = self._row(_UDP, asked.client, service, server, asked.source, now)
+        flow = self._flow(_UDP, asked.client, service, server, asked.source, now)
         if asked.relay is not None:
             self._relay_ports[_UDP].share(*asked.relay)
-            row.relay = asked.relay
-        self._lead(row, outside, now)
-        row.footprint = asked.footprint
-        return self._enter(row)
+            flow.relay = asked.relay
+        self._lead(flow, outside, now)
+        flow.footprint = asked.footprint
+        return self._enter(flow)
 
     def asked_elsewhere(self, server: Endpoint, client: Endpoint) -> Endpoint | None:
         """What a client has asked of this server, at another port and without an answer from there.
@@ -433,9 +435,9 @@ class NatTable:
             back = key(server._replace(port=port), client)
             for hook in Hook:
                 rewrite = self.tables[hook, _UDP].get(back)
-                if rewrite is not None and rewrite.row.server.port != server.port:
-                    row = rewrite.row
-                    return row.service if row.state is State.UNREPLIED else None
+                if rewrite is not None and rewrite.flow.server.port != server.port:
+                    flow = rewrite.flow
+                    return flow.service if flow.state is State.UNREPLIED else None
         return None
 
     def saw_direct(
@@ -464,16 +466,16 @@ class NatTable:
             return None
         self._admission.make_room(proto, client, now)
         moved = self._seen_as(proto, client, server)
-        row = self._row(proto, client, server, server, Source.CLIENT, now)
-        self._reserve(row, moved)
+        flow = self._flow(proto, client, server, server, Source.CLIENT, now)
+        self._reserve(flow, moved)
         # The answers are caught where the holder's are caught (T4, U3, U3,4).
         forwarded = holder.footprint is not None and holder.footprint.forwarded
         late = (proto is Proto.UDP or forwarded) and hook is Hook.PREROUTING
         back = Hook.POSTROUTING if late else Hook.PREROUTING
-        self._add(row, (Step.D1, Step.D2), (hook, back), at, moved, now)
-        row.footprint = Footprint(proto, server.port, None, server.addr, False, forwarded)
-        self._enter(row)
-        return row.rewrites[Step.D1]
+        self._add(flow, (Step.D1, Step.D2), (hook, back), at, moved, now)
+        flow.footprint = Footprint(proto, server.port, None, server.addr, False, forwarded)
+        self._enter(flow)
+        return flow.rewrites[Step.D1]
 
     def saw_own(self, proto: Proto, own: Endpoint, peer: Endpoint, now: float) -> None:
         """This host has sent a packet of its own from a relayed port; of TCP, a SYN.
@@ -484,59 +486,65 @@ class NatTable:
         """
         reply = key(peer, own)
         known = self.tables[_PRE, proto].get(reply)
-        row = known.row if known is not None else None
-        if row is None and proto is _UDP:
-            row = self.adopt(reply, now)
-        if row is not None:
-            if proto is _TCP or row.client != peer:
+        flow = known.flow if known is not None else None
+        if flow is None and proto is _UDP:
+            flow = self.adopt(reply, now)
+        if flow is not None:
+            if proto is _TCP or flow.client != peer:
                 return
-            self.on_late([row])
-            if row.state is not State.UNREPLIED:
+            self.on_late([flow])
+            if flow.state is not State.UNREPLIED:
                 return
-            self.end(row)
+            self.end(flow)
         self.own_flows.sent(proto, key(own, peer), now)
 
     def is_own_reply(self, proto: Proto, own: Endpoint, peer: Endpoint, now: float) -> bool:
         """Whether a packet from `peer` to `own` replies to one that this host has sent."""
         return self.own_flows.replied(proto, key(own, peer), now)
 
-    # Finding rows
+    # Finding flows
 
     def accepted(self, inside: Endpoint, gport: int) -> Flow | None:
-        """The row of a connection as tcp-relay sees it."""
+        """The flow of a connection as tcp-relay sees it."""
         return self._inside.get((inside, gport))
 
     def of_relay_port(self, relay: Endpoint) -> Flow | None:
-        """The TCP row whose server leg begins at this port."""
+        """The TCP flow whose server leg begins at this port."""
         return self._by_relay.get(relay)
 
     def is_free(self, proto: Proto, outside: bytes) -> bool:
-        """Whether no row's, and no client's own, packets to the server read so there."""
+        """Whether no flow's, and no client's own, packets to the server read so there."""
         return (
             outside not in self._outside[proto]
             and (proto, outside) not in self.direct
-            and not (proto is _UDP and self.learnt.asked_as(outside) is not None)
+            and not (proto is _UDP and self.dns_flows.asked_as(outside) is not None)
         )
 
     def was_killed(self, proto: Proto, outside: Endpoint, server: Endpoint) -> bool:
-        """Whether this is what the server sees of a forwarded row that was killed."""
-        row = self._outside[proto].get(key(outside, server))
-        return row is not None and row.abort_asked and row.is_forwarded
+        """Whether this is what the server sees of a forwarded flow that was killed."""
+        flow = self._outside[proto].get(key(outside, server))
+        return flow is not None and flow.abort_asked and flow.is_forwarded
 
     def unanswered(self) -> list[Flow]:
-        """The rows without tcp-relay whose server has never answered."""
+        """The flows without tcp-relay whose server has never answered."""
         return [
-            row
-            for row in self._relayed()
-            if row.state is State.UNREPLIED
-            or (row.is_forwarded and not row.tracker.server_answered and not row.abort_asked)
-        ] + [self._row_of(question, flow) for question, flow in self.learnt if not flow.answered]
+            flow
+            for flow in self._relayed()
+            if flow.state is State.UNREPLIED
+            or (flow.is_forwarded and not flow.tracker.server_answered and not flow.abort_asked)
+        ] + [
+            self._flow_of(query, dns_flow)
+            for query, dns_flow in self.dns_flows
+            if not dns_flow.answered
+        ]
 
     def elsewhere(self, server: bytes) -> list[Flow]:
-        """The rows that live and lead to any other server."""
-        rows = self._relayed()
-        return [row for row in rows if row.server.addr != server and row.closed_at is None] + [
-            self._row_of(question, flow) for question, flow in self.learnt if flow.server != server
+        """The flows that live and lead to any other server."""
+        flows = self._relayed()
+        return [flow for flow in flows if flow.server.addr != server and flow.closed_at is None] + [
+            self._flow_of(query, dns_flow)
+            for query, dns_flow in self.dns_flows
+            if dns_flow.server != server
         ]
 
     # What the kernel has learnt by itself
@@ -544,29 +552,29 @@ class NatTable:
     def learn(self, copies: Iterable[tuple[int, bytes]], now: float) -> None:
         """The kernel has relayed these packets: the hook of each, and its first 28 bytes.
 
-        Questions are copied as they came (PREROUTING), answers as they went on (POSTROUTING).
+        Queries are copied as they came (PREROUTING), answers as they went on (POSTROUTING).
         """
         coming = iter(copies)
         while True:
             room, displaces = self._admission.unasked(), self._admission.learnt_make_room()
             together = self._beginning(now, room, displaces=displaces)
-            copy = self.learnt.hear(coming, now, together)
+            copy = self.dns_flows.hear(coming, now, together)
             if copy is None:
                 return
             hook, head = copy
-            is_question = hook == _PRE
-            question = head[12:24] if is_question else answering(head[12:24])
-            there = self._of_question(question)
+            is_query = hook == _PRE
+            query = head[12:24] if is_query else answering(head[12:24])
+            there = self._of_query(query)
             if there is not None:
-                rewrite = there if is_question else there.row.by(Side.SERVER)
+                rewrite = there if is_query else there.flow.by(Side.SERVER)
                 if rewrite is not None:
                     self.heard(rewrite, 1, head[2] << 8 | head[3], now)
             elif (
-                not is_question
-                or self.learnt.get(question) is not None
-                or self._has_made_room(question, now)
+                not is_query
+                or self.dns_flows.get(query) is not None
+                or self._has_made_room(query, now)
             ):
-                self.learnt.hear(iter((copy,)), now, self._beginning(now, 1))
+                self.dns_flows.hear(iter((copy,)), now, self._beginning(now, 1))
 
     def ended(self, copies: Iterable[tuple[int, bytes]]) -> None:
         """The kernel has rewritten these FINs of tcp-relay's, by which it passes an end on.
@@ -579,11 +587,11 @@ class NatTable:
             step = _FACING.get(back.step) if back is not None else None
             if back is None or step is None:
                 continue
-            row, tracker = back.row, back.row.tracker
+            flow, tracker = back.flow, back.flow.tracker
             before = tracker.state
             tracker.saw(SENDERS[step], FIN | ACK)
             if tracker.state is not before:
-                self.changed(row)
+                self.changed(flow)
 
     def begun(self, copies: Iterable[tuple[int, bytes]]) -> None:
         """The kernel has rewritten these SYNs, with which tcp-relay begins its connections to the
@@ -591,77 +599,77 @@ class NatTable:
         facing = self.tables[_PRE, _TCP]
         for _, head in copies:
             back = facing.get(answering(head[12:24]))
-            if back is not None and back.step is Step.T4 and back.row.leg is None:
-                back.row.leg = int.from_bytes(head[24:28])
+            if back is not None and back.step is Step.T4 and back.flow.leg is None:
+                back.flow.leg = int.from_bytes(head[24:28])
 
     def adopt(self, at: bytes, now: float) -> Flow | None:
-        """The row of what was learnt, if a packet with these twelve bytes is a question or an
+        """The flow of what was learnt, if a packet with these twelve bytes is a query or an
         answer of it; from then on it is the worker's."""
-        if not self.learnt.addresses:
+        if not self.dns_flows.addresses:
             return None
-        if at[4:8] in self.learnt.addresses:
+        if at[4:8] in self.dns_flows.addresses:
             self._catch_up(at, now)
             return self._adopt(at)
-        question = answering(at)  # but for the address that was asked
-        self._catch_up(question, now)
-        found = self.learnt.asked_as(question)
-        flow = self.learnt.get(found) if found is not None else None
-        if found is None or flow is None or flow.server != at[:4]:
+        query = answering(at)  # but for the address that was asked
+        self._catch_up(query, now)
+        found = self.dns_flows.asked_as(query)
+        dns_flow = self.dns_flows.get(found) if found is not None else None
+        if found is None or dns_flow is None or dns_flow.server != at[:4]:
             return None
         return self._adopt(found)
 
-    # Ending rows
+    # Ending flows
 
-    def close(self, row: Flow, now: float) -> None:
-        """Both legs are closed: the row goes soon, but not before the last packets are through."""
-        if row.closed_at is None and row.id in self._rows:
-            if row.leg is None and row.relay is not None and row.gport is not None:
+    def close(self, flow: Flow, now: float) -> None:
+        """Both legs are closed: the flow goes soon, but not before the last packets are through."""
+        if flow.closed_at is None and flow.id in self._flows:
+            if flow.leg is None and flow.relay is not None and flow.gport is not None:
                 self.hear_ends()
-                self._leave(row)
-            row.closed_at = now
-            row.tracker.closed = True
-            self._admission.closed(row)
-            self.schedule(row)
-            self.on_closed(row, now)
+                self._leave(flow)
+            flow.closed_at = now
+            flow.tracker.closed = True
+            self._admission.closed(flow)
+            self.schedule(flow)
+            self.on_closed(flow, now)
 
-    def orphaned(self, row: Flow) -> None:
+    def orphaned(self, flow: Flow) -> None:
         """Whose tcp-relay is gone, its port towards the server is anybody's: no connection may
-        begin from there in this row's name, unless tcp-relay is back and asks again (`attach`)."""
-        row.orphaned = True
-        self._leave(row)
+        begin from there in this flow's name, unless tcp-relay is back and asks again (`attach`)."""
+        flow.orphaned = True
+        self._leave(flow)
 
-    def _leave(self, row: Flow) -> None:
-        if row.leg is None:
-            self.on_displaced(row)  # one SYN might go past the worker
-            row.leg = NO_LEG
+    def _leave(self, flow: Flow) -> None:
+        if flow.leg is None:
+            self.on_displaced(flow)  # one SYN might go past the worker
+            flow.leg = NO_LEG
         else:
-            row.leg = PAST_LEG
+            flow.leg = PAST_LEG
 
-    def give_up(self, row: Flow, now: float) -> None:
+    def give_up(self, flow: Flow, now: float) -> None:
         """Another than its tcp-relay uses its port towards the server: both its legs are gone."""
-        self.on_displaced(row)
-        self.detach(row)
-        self.close(row, now)
+        self.on_displaced(flow)
+        self.detach(flow)
+        self.close(flow, now)
 
-    def kill(self, row: Flow, now: float) -> None:
-        """Ends a forwarded row: no packet of it goes on, each end is told instead (worker.py).
+    def kill(self, flow: Flow, now: float) -> None:
+        """Ends a forwarded flow: no packet of it goes on, each end is told instead (worker.py).
 
-        The row goes soon after both were told, at the latest when its time as `closing` is over.
+        The flow goes soon after both were told, at the latest when its time as `closing` is over.
         """
-        if row.closed_at is None and row.id in self._rows:
-            row.abort_asked = row.tracker.reset = True
-            row.reset_at = now
-            self.changed(row)
+        if flow.closed_at is None and flow.id in self._flows:
+            flow.abort_asked = flow.tracker.reset = True
+            flow.reset_at = now
+            self.changed(flow)
 
-    def changed(self, row: Flow) -> None:
+    def changed(self, flow: Flow) -> None:
         """What is known of a TCP connection has changed, and with it perhaps its state."""
-        watched = row.tracker.is_watched
-        for rewrite in row.rewrites.values():
+        watched = flow.tracker.is_watched
+        for rewrite in flow.rewrites.values():
             rewrite.watched = watched
-        if row.gport is None:
-            self._admission.changed(row)
-        self.schedule(row)
-        self.on_changed(row)
+        if flow.gport is None:
+            self._admission.changed(flow)
+        self.schedule(flow)
+        self.on_changed(flow)
 
     def heard(self, rewrite: Rewrite, packets: int, size: int, now: float) -> None:
         """So many packets, and bytes in all, were rewritten elsewhere, the last just now.
@@ -671,18 +679,18 @@ class NatTable:
         rewrite.packets += packets
         rewrite.bytes += size
         rewrite.seen_at = max(rewrite.seen_at, now)
-        row = rewrite.row
-        tracker = row.tracker
-        if row.proto is _UDP:
+        flow = rewrite.flow
+        tracker = flow.tracker
+        if flow.proto is _UDP:
             self._heard_datagrams(rewrite, now)
             return
-        if row.id not in self._rows or isinstance(tracker, Through):
+        if flow.id not in self._flows or isinstance(tracker, Through):
             return
         before, reset = tracker.state, tracker.reset
         tracker.saw(SIDES[rewrite.step], ACK)
         tracker.reset = reset  # they came before the RST, which wasn't theirs
         if tracker.state is not before:
-            self.changed(row)
+            self.changed(flow)
 
     def mark(self, rewrite: Rewrite, tos: int, now: float) -> None:
         """An end of terminated TCP has sent a packet with this DSCP, and not with the former.
@@ -690,131 +698,131 @@ class NatTable:
         Nobody is told of more than MARKS changes at once, and one each MARK_EVERY: each costs as
         much as a new connection, and may be a forger's.  The next packet then tells again.
         """
-        row = rewrite.row
-        paid = max(row.marked_at, now - MARKS * MARK_EVERY) + MARK_EVERY
+        flow = rewrite.flow
+        paid = max(flow.marked_at, now - MARKS * MARK_EVERY) + MARK_EVERY
         if paid > now:
             return
-        row.marked_at = paid
+        flow.marked_at = paid
         self.on_mark(rewrite)
         rewrite.tos = tos
-        self.on_changed(row)
-        self.on_marked(row)
+        self.on_changed(flow)
+        self.on_marked(flow)
 
-    def shook_hands(self, row: Flow) -> None:
+    def shook_hands(self, flow: Flow) -> None:
         """The kernel has the client's connection, which tcp-relay has accepted."""
-        before = row.tracker.state
-        row.tracker.client_acked = True
-        if row.tracker.state is not before:
-            self.changed(row)
+        before = flow.tracker.state
+        flow.tracker.client_acked = True
+        if flow.tracker.state is not before:
+            self.changed(flow)
 
     def counted(self, rewrite: Rewrite, now: float) -> None:
         """The worker has rewritten as many packets as this is to be told of (`tell_at`)."""
         rewrite.told()
-        row = rewrite.row
-        if row.proto is _UDP and not row.spoke_again:
+        flow = rewrite.flow
+        if flow.proto is _UDP and not flow.spoke_again:
             self._heard_datagrams(rewrite, now)
         if rewrite.packets >= BUSY:
-            self.on_changed(row)
+            self.on_changed(flow)
 
     def _heard_datagrams(self, rewrite: Rewrite, now: float) -> None:
         """A flow of UDP is confirmed when its client speaks again after an answer."""
-        row = rewrite.row
-        if row.spoke_again or row.service.port == DNS_PORT:
+        flow = rewrite.flow
+        if flow.spoke_again or flow.service.port == DNS_PORT:
             return
         side = SIDES.get(rewrite.step)
-        if side is _SERVER and row.answered_at is None:
-            there = row.by(Side.CLIENT)
+        if side is _SERVER and flow.answered_at is None:
+            there = flow.by(Side.CLIENT)
             if there is not None and there.packets >= BUSY:
-                self.on_late([row])  # what the kernel has seen of it was before
-            row.answered_at = now
+                self.on_late([flow])  # what the kernel has seen of it was before
+            flow.answered_at = now
             if there is not None:
                 there.tell_at = there.packets + 1
-        elif side is _CLIENT_SIDE and row.answered_at is not None:
-            row.spoke_again = True
-            if row.id in self._rows:
-                self._admission.confirmed(row)
+        elif side is _CLIENT_SIDE and flow.answered_at is not None:
+            flow.spoke_again = True
+            if flow.id in self._flows:
+                self._admission.confirmed(flow)
 
-    def schedule(self, row: Flow) -> None:
-        """The row is looked at when its time is over; call this when its state has changed."""
-        self._look_at(row, row.expires_at(self._timeouts))
+    def schedule(self, flow: Flow) -> None:
+        """The flow is looked at when its time is over; call this when its state has changed."""
+        self._look_at(flow, flow.expires_at(self._timeouts))
 
-    def _look_at(self, row: Flow, when: float) -> None:
-        # Rows that began together are looked at apart, or each look would be a pause for packets.
-        at = self._due.next + HORIZON - row.id % _SPREAD
+    def _look_at(self, flow: Flow, when: float) -> None:
+        # Flows that began together are looked at apart, or each look would be a pause for packets.
+        at = self._due.next + HORIZON - flow.id % _SPREAD
         if when < at - 1:
             at = self._due.second(when)
-        if row.due != at:
-            row.due = at
-            self._due.put(at, row.id)
+        if flow.due != at:
+            flow.due = at
+            self._due.put(at, flow.id)
 
-    def end(self, row: Flow) -> None:
-        """Takes the row out at once.  Harmless if it is out already."""
-        if self._rows.pop(row.id, None) is None:
-            self._end_shown(row)
+    def end(self, flow: Flow) -> None:
+        """Takes the flow out at once.  Harmless if it is out already."""
+        if self._flows.pop(flow.id, None) is None:
+            self._end_shown(flow)
             return
-        self.on_ended(row)
-        for rewrite in row.rewrites.values():
+        self.on_ended(flow)
+        for rewrite in flow.rewrites.values():
             if rewrite.table.get(rewrite.old) is rewrite:
                 del rewrite.table[rewrite.old]
-        outside = self._outside[row.proto]
-        for at in row.reserved:
-            if outside.get(at) is row:
+        outside = self._outside[flow.proto]
+        for at in flow.reserved:
+            if outside.get(at) is flow:
                 del outside[at]
-            if row.is_any_port and self._asked_by.get(_known_by(at)) is row:
+            if flow.is_any_port and self._asked_by.get(_known_by(at)) is flow:
                 del self._asked_by[_known_by(at)]
-        if row.inside and row.gport and self._inside.get((row.inside, row.gport)) is row:
-            del self._inside[row.inside, row.gport]
-        if row.relay and row.gport is None:
-            self._relay_ports[row.proto].give_back(*row.relay)
-        elif row.relay and self._by_relay.get(row.relay) is row:
-            del self._by_relay[row.relay]
-        self._admission.ended(row)
-        # A row and its rewrites point at each other; let go here, so that no collector is needed.
-        row.rewrites.clear()
-        if row.footprint:
-            others = self.footprints[row.footprint] - 1
+        if flow.inside and flow.gport and self._inside.get((flow.inside, flow.gport)) is flow:
+            del self._inside[flow.inside, flow.gport]
+        if flow.relay and flow.gport is None:
+            self._relay_ports[flow.proto].give_back(*flow.relay)
+        elif flow.relay and self._by_relay.get(flow.relay) is flow:
+            del self._by_relay[flow.relay]
+        self._admission.ended(flow)
+        # A flow and its rewrites point at each other; let go here, so that no collector is needed.
+        flow.rewrites.clear()
+        if flow.footprint:
+            others = self.footprints[flow.footprint] - 1
             if others:
-                self.footprints[row.footprint] = others
+                self.footprints[flow.footprint] = others
             else:
-                del self.footprints[row.footprint]
+                del self.footprints[flow.footprint]
                 self.footprint_changes += 1
 
     def clear(self) -> list[Flow]:
-        """Ends every row, and returns them."""
-        ended = list(self._rows.values())
-        for row in ended:
-            self.end(row)
+        """Ends every flow, and returns them."""
+        ended = list(self._flows.values())
+        for flow in ended:
+            self.end(flow)
         self._due.clear()
         self.direct = DirectFlows()
         self.own_flows.clear()
-        self.learnt.clear()
+        self.dns_flows.clear()
         self._admission.clear()
         return ended
 
     def expire(self, now: float) -> list[Flow]:
-        """Ends the rows whose time is over, and returns them.  Cheap: looks only at rows due."""
+        """Ends the flows whose time is over, and returns them.  Cheap: looks only at flows due."""
         ended: list[Flow] = []
         late: list[Flow] = []
         for second, ids in self._due.due(now):
-            for row_id in ids:
-                row = self._rows.get(row_id)
-                if row is None or row.due != second:
+            for flow_id in ids:
+                flow = self._flows.get(flow_id)
+                if flow is None or flow.due != second:
                     continue  # ended, or there is a newer entry
-                when = row.expires_at(self._timeouts)
+                when = flow.expires_at(self._timeouts)
                 if when <= now:
-                    late.append(row)
+                    late.append(flow)
                 else:
-                    self._look_again(row, when)
+                    self._look_again(flow, when)
         if late:
             self.on_late(late)
-        for row in late:
-            when = row.expires_at(self._timeouts)
+        for flow in late:
+            when = flow.expires_at(self._timeouts)
             if when <= now:
-                self.end(row)
-                ended.append(row)
+                self.end(flow)
+                ended.append(flow)
             else:
-                self._look_again(row, when)
-        self.learnt.expire(now, self._timeouts.udp_dns)
+                self._look_again(flow, when)
+        self.dns_flows.expire(now, self._timeouts.udp_dns)
         self._admission.forget(now)
         self._admission.trim(now)
         self.direct.expire(Proto.TCP, now - self._timeouts.tcp_established)
@@ -829,81 +837,83 @@ class NatTable:
         per_client = self.limits.flows_per_client
         return Beginning(until, room, per_client, displaces)
 
-    def _has_made_room(self, question: bytes, now: float) -> bool:
+    def _has_made_room(self, query: bytes, now: float) -> bool:
         """Whether there is room for this flow, and be it that of another."""
         try:
-            self._admission.make_room(Proto.UDP, Endpoint(question[:4], 0), now, is_learnt=True)
+            self._admission.make_room(Proto.UDP, Endpoint(query[:4], 0), now, is_learnt=True)
         except Refusal:
             return False
         return True
 
-    def _of_question(self, question: bytes) -> Rewrite | None:
-        return self.tables[Hook.PREROUTING, Proto.UDP].get(question)
+    def _of_query(self, query: bytes) -> Rewrite | None:
+        return self.tables[Hook.PREROUTING, Proto.UDP].get(query)
 
     def _catch_up(self, at: bytes, now: float) -> None:
         """Asks the kernel where the first of these two ends may have been learnt, but isn't known.
 
         Copies take some milliseconds; who must decide meanwhile asks.
         """
-        if int.from_bytes(at[10:]) != DNS_PORT or self.learnt.asked_as(at) is not None:
+        if int.from_bytes(at[10:]) != DNS_PORT or self.dns_flows.asked_as(at) is not None:
             return
         asked = self.ask_kernel(at[:4], at[8:10])
         if asked is not None:
-            question = at[:4] + asked + at[8:]
-            if self._of_question(question) is None and self._has_made_room(question, now):
-                self.learnt.begin(question, now, self._beginning(now, 1))  # its copy counts later
+            query = at[:4] + asked + at[8:]
+            if self._of_query(query) is None and self._has_made_room(query, now):
+                self.dns_flows.begin(query, now, self._beginning(now, 1))  # its copy counts later
 
-    def _row_of(self, question: bytes, flow: LearntFlow, *, enter: bool = False) -> Flow:
-        """The row that tells of a learnt flow; only if it enters the table are its packets its."""
-        sport, dport = int.from_bytes(question[8:10]), int.from_bytes(question[10:])
-        client, service = Endpoint(question[:4], sport), Endpoint(question[4:8], dport)
-        server = Endpoint(flow.server, dport)
-        row = Flow(flow.id, Proto.UDP, client, service, server, Source.CLIENT, flow.began_at)
+    def _flow_of(self, query: bytes, dns_flow: DnsFlow, *, enter: bool = False) -> Flow:
+        """The flow that tells of a learnt flow; only if it enters the table are its packets its."""
+        sport, dport = int.from_bytes(query[8:10]), int.from_bytes(query[10:])
+        client, service = Endpoint(query[:4], sport), Endpoint(query[4:8], dport)
+        server = Endpoint(dns_flow.server, dport)
+        flow = Flow(
+            dns_flow.id, Proto.UDP, client, service, server, Source.CLIENT, dns_flow.began_at
+        )
         outside = key(client, server)
         tables = self.tables if enter else _nowhere()
-        self._add(row, _U12U34, _PRE_POST, question, outside, flow.began_at, tables)
-        there, back = row.rewrites[Step.U12], row.rewrites[Step.U34]
-        there.packets, there.bytes = flow.asked, flow.asked_bytes
-        back.packets, back.bytes = flow.answered, flow.answered_bytes
-        there.seen_at = flow.heard_at
+        self._add(flow, _U12U34, _PRE_POST, query, outside, dns_flow.began_at, tables)
+        there, back = flow.rewrites[Step.U12], flow.rewrites[Step.U34]
+        there.packets, there.bytes = dns_flow.asked, dns_flow.asked_bytes
+        back.packets, back.bytes = dns_flow.answered, dns_flow.answered_bytes
+        there.seen_at = dns_flow.heard_at
         if enter:
-            self._reserve(row, outside)
-            row.footprint = Footprint(Proto.UDP, dport, None, flow.server, False, False)
-            self._enter(row)
-            self.on_changed(row)
+            self._reserve(flow, outside)
+            flow.footprint = Footprint(Proto.UDP, dport, None, dns_flow.server, False, False)
+            self._enter(flow)
+            self.on_changed(flow)
         else:  # no circles, which nobody would cut
-            there.row = back.row = _SHOWN
+            there.flow = back.flow = _SHOWN
             there.table = back.table = {}
-        return row
+        return flow
 
-    def _adopt(self, question: bytes) -> Flow | None:
-        flow = self.learnt.remove(question)
-        return None if flow is None else self._row_of(question, flow, enter=True)
+    def _adopt(self, query: bytes) -> Flow | None:
+        dns_flow = self.dns_flows.remove(query)
+        return None if dns_flow is None else self._flow_of(query, dns_flow, enter=True)
 
-    def _end_shown(self, row: Flow) -> None:
-        """Takes out what was learnt, of which this row was made to be shown."""
-        question = key(row.client, row.service)
-        flow = self.learnt.get(question)
-        if flow is not None and flow.id == row.id:
-            self.learnt.remove(question)
+    def _end_shown(self, flow: Flow) -> None:
+        """Takes out what was learnt, of which this flow was made to be shown."""
+        query = key(flow.client, flow.service)
+        dns_flow = self.dns_flows.get(query)
+        if dns_flow is not None and dns_flow.id == flow.id:
+            self.dns_flows.remove(query)
 
-    def _look_again(self, row: Flow, when: float) -> None:
-        self._look_at(row, when)
-        if row.is_confirmed:
-            self._admission.confirmed(row)
+    def _look_again(self, flow: Flow, when: float) -> None:
+        self._look_at(flow, when)
+        if flow.is_confirmed:
+            self._admission.confirmed(flow)
 
-    def _may_be_late(self, row: Flow) -> bool:
-        """Hears what the kernel has counted for a row, if it may have any of it."""
-        if row.proto is _UDP and all(each.packets < BUSY for each in row.rewrites.values()):
+    def _may_be_late(self, flow: Flow) -> bool:
+        """Hears what the kernel has counted for a flow, if it may have any of it."""
+        if flow.proto is _UDP and all(each.packets < BUSY for each in flow.rewrites.values()):
             return False
-        self.on_late([row])
+        self.on_late([flow])
         return True
 
     def _relayed(self) -> Iterator[Flow]:
-        """The worker's rows, but those of clients' own conversations."""
-        return (row for row in self._rows.values() if row.service != row.server)
+        """The worker's flows, but those of clients' own conversations."""
+        return (flow for flow in self._flows.values() if flow.service != flow.server)
 
-    def _row(
+    def _flow(
         self,
         proto: Proto,
         client: Endpoint,
@@ -914,26 +924,26 @@ class NatTable:
         *,
         through: bool = True,
     ) -> Flow:
-        row = Flow(next(self._ids), proto, client, service, server, source, now)
+        flow = Flow(next(self._ids), proto, client, service, server, source, now)
         if through and proto is _TCP:
-            row.tracker = Through()
-        return row
+            flow.tracker = Through()
+        return flow
 
-    def _enter(self, row: Flow) -> Flow:
-        self._rows[row.id] = row
-        self._admission.began(row)
-        self.schedule(row)
-        if row.footprint:
-            others = self.footprints.get(row.footprint, 0)
-            self.footprints[row.footprint] = others + 1
+    def _enter(self, flow: Flow) -> Flow:
+        self._flows[flow.id] = flow
+        self._admission.began(flow)
+        self.schedule(flow)
+        if flow.footprint:
+            others = self.footprints.get(flow.footprint, 0)
+            self.footprints[flow.footprint] = others + 1
             self.footprint_changes += not others
             if not others:
                 self.on_footprint()
-        return row
+        return flow
 
     def _add(
         self,
-        row: Flow,
+        flow: Flow,
         steps: tuple[Step, Step],
         hooks: tuple[Hook, Hook],
         old: bytes,
@@ -945,56 +955,56 @@ class NatTable:
 
         What answers these is changed back: the second step, at the second hook.
         """
-        tables, proto, rewrites = tables or self.tables, row.proto, row.rewrites
+        tables, proto, rewrites = tables or self.tables, flow.proto, flow.rewrites
         ip_delta, l4_delta = forth = deltas(old, new)
         table, step = tables[hooks[0], proto], steps[0]
         if old in table:
-            self.on_displaced(table[old].row)
-        table[old] = rewrites[step] = Rewrite(row, step, table, old, new, forth, now)
+            self.on_displaced(table[old].flow)
+        table[old] = rewrites[step] = Rewrite(flow, step, table, old, new, forth, now)
 
         old, new = answering(new), answering(old)
         back = -ip_delta % ONES, -l4_delta % ONES
         table, step = tables[hooks[1], proto], steps[1]
         if old in table:
-            self.on_displaced(table[old].row)
-        table[old] = rewrites[step] = answers = Rewrite(row, step, table, old, new, back, now)
-        if proto is _UDP and row.service.port != DNS_PORT:
+            self.on_displaced(table[old].flow)
+        table[old] = rewrites[step] = answers = Rewrite(flow, step, table, old, new, back, now)
+        if proto is _UDP and flow.service.port != DNS_PORT:
             answers.tell_at = 1  # the first answer matters (_heard_datagrams)
 
-    def _lead(self, row: Flow, outside: bytes, now: float) -> None:
-        """Packets of this row's client leave with the twelve bytes `outside`: U1 to U4."""
-        asked = key(row.client, row.service)
-        if row.relay is None:
-            self._reserve(row, outside)
-            self._add(row, _U12U34, _PRE_POST, asked, outside, now)
+    def _lead(self, flow: Flow, outside: bytes, now: float) -> None:
+        """Packets of this flow's client leave with the twelve bytes `outside`: U1 to U4."""
+        asked = key(flow.client, flow.service)
+        if flow.relay is None:
+            self._reserve(flow, outside)
+            self._add(flow, _U12U34, _PRE_POST, asked, outside, now)
             return
-        between = key(Endpoint(row.client.addr, row.relay.port), row.server)
-        self._reserve(row, between)
+        between = key(Endpoint(flow.client.addr, flow.relay.port), flow.server)
+        self._reserve(flow, between)
         if outside != between:
-            self._reserve(row, outside)
-        self._add(row, _U1U4, _PRE_POST, asked, between, now)
-        self._add(row, _U2U3, _POST_PRE, between, outside, now)
+            self._reserve(flow, outside)
+        self._add(flow, _U1U4, _PRE_POST, asked, between, now)
+        self._add(flow, _U2U3, _POST_PRE, between, outside, now)
 
-    def _reserve(self, row: Flow, outside: bytes) -> None:
-        self._outside[row.proto][outside] = row
-        row.reserved += (outside,)
+    def _reserve(self, flow: Flow, outside: bytes) -> None:
+        self._outside[flow.proto][outside] = flow
+        flow.reserved += (outside,)
 
-    def detach(self, row: Flow) -> None:
+    def detach(self, flow: Flow) -> None:
         """tcp-relay won't use its port towards the server, if it has one."""
-        if row.relay is None:
+        if flow.relay is None:
             return
-        self.on_ended(row)
-        if self._by_relay.get(row.relay) is row:
-            del self._by_relay[row.relay]
+        self.on_ended(flow)
+        if self._by_relay.get(flow.relay) is flow:
+            del self._by_relay[flow.relay]
         for step in (Step.T3, Step.T4):
-            rewrite = row.rewrites.pop(step)
+            rewrite = flow.rewrites.pop(step)
             if rewrite.table.get(rewrite.old) is rewrite:
                 del rewrite.table[rewrite.old]
-        for at in row.reserved:
-            if self._outside[row.proto].get(at) is row:
-                del self._outside[row.proto][at]
-        row.reserved = ()
-        row.relay = None
+        for at in flow.reserved:
+            if self._outside[flow.proto].get(at) is flow:
+                del self._outside[flow.proto][at]
+        flow.reserved = ()
+        flow.relay = None
 
     def _seen_as(self, proto: Proto, client: Endpoint, server: Endpoint) -> bytes:
         """What packets to the server are to read there, if it sees the client's address.
@@ -1010,21 +1020,21 @@ class NatTable:
             at = key(Endpoint(client.addr, port), server)
         return at
 
-    def _seen_low(self, row: Flow, outside: Endpoint, services: Collection[int]) -> Endpoint:
+    def _seen_low(self, flow: Flow, outside: Endpoint, services: Collection[int]) -> Endpoint:
         """As whom the server sees a client below 1024: from its own port where that is free.
 
         As `outside`, from above, where no port below is free.
         """
-        of_relay = row.source is Source.RELAY
+        of_relay = flow.source is Source.RELAY
 
         def is_free(port: int) -> bool:
-            at = key(outside._replace(port=port), row.server)
-            mine = self._outside[_TCP].get(at) is row and (_TCP, at) not in self.direct
+            at = key(outside._replace(port=port), flow.server)
+            mine = self._outside[_TCP].get(at) is flow and (_TCP, at) not in self.direct
             if of_relay and (port in self.reserved or port in services):
                 return False
             return mine or self.is_free(_TCP, at)
 
-        port = row.client.port
+        port = flow.client.port
         if not is_free(port):
             try:
                 port = self._other_port(port, is_free)
@@ -1038,8 +1048,8 @@ class NatTable:
         While it remembers a closed one between the same ports (TIME_WAIT), it does if the client's
         numbers go on where they ended, which is so only towards the same service (RFC 6528).
         """
-        row = self._inside.get((inside, gport))
-        return row is None or (row.closed_at is not None and row.service == service)
+        flow = self._inside.get((inside, gport))
+        return flow is None or (flow.closed_at is not None and flow.service == service)
 
     def _other_port(self, wanted: int, is_free: Callable[[int], bool]) -> int:
         """Another than the wanted port, of its class (below 1024 or not), if possible its parity.

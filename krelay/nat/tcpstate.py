@@ -8,7 +8,7 @@ own, and derives the four states that a timeout is chosen by:
     established  from then on, also while one side has ended and the other still sends: such a
                  half-closed connection may live for hours (RFC 6146, section 3.5.2.2, likewise
                  keeps the long timeout until both sides have sent a FIN)
-    closing      both sides have sent a FIN, or anyone a RST.  The row stays, since a RST may
+    closing      both sides have sent a FIN, or anyone a RST.  The flow stays, since a RST may
                  be forged or lost (RFC 7857, section 2.2); a packet of either end that comes
                  after it shows that, and the RST is forgotten (RFC 6146, section 3.5.2.2)
     closed       tcp-relay has closed both legs
@@ -20,7 +20,7 @@ host sends itself counts, a FIN by which tcp-relay passes an end on, or a RST.
 What goes through this host has no such judge.  There a connection is established when each end has
 acknowledged the other's SYN, by its number, and refused by a RST that has the number of what it
 refuses.  Later its packets go past the worker, and nobody here knows its numbers: flags decide, but
-never what becomes of a packet, only when the row goes.
+never what becomes of a packet, only when the flow goes.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from knet.wire.tcp import ACK, FIN, RST, SYN
 
 
 class State(StrEnum):
-    """The states of a row: four of TCP, two of UDP."""
+    """The states of a flow: four of TCP, two of UDP."""
 
     OPENING = "opening"
     ESTABLISHED = "established"

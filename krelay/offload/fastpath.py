@@ -4,7 +4,7 @@ The worker makes every decision; what it decides for a flow's packets is a Rewri
 can be handed over: from then on the kernel does the same by itself, from a map (ruleset.py), and
 these packets don't visit the queue any more.  The NAT table stays the one truth.  The kernel's maps
 are a cache of it: whatever isn't in them goes to the worker, who knows the flow.  So nothing need
-be handed over in time; but what was handed over must be taken back when its row ends.
+be handed over in time; but what was handed over must be taken back when its flow ends.
 
 A rewrite is handed over when it will pay, since that costs as much as some visits to the queue:
 
@@ -13,7 +13,7 @@ A rewrite is handed over when it will pay, since that costs as much as some visi
            HALF_OPEN connections that tcp-relay hasn't accepted yet, all four only when it has: then
            they are no SYNs from forged addresses.  Forwarded: when it is established
     UDP    each direction after BUSY packets: who has asked and been answered that often has more
-           to say, while a question to a name server is over after two
+           to say, while a query to a name server is over after two
 
 What begins only then goes at once.  All else goes not before HAND_AFTER, and then in the next pause
 of the flow, until HAND_WITHIN, for what the kernel takes would overtake what still waits in the
@@ -23,7 +23,7 @@ Packets of an end of terminated TCP are the kernel's only while they have the DS
 with another one they visit the worker, who sees to it that it goes on (NatTable.mark).
 
 It is taken back, so that the worker sees every packet, when an end was reset and may live on, when
-the row was killed, and while somebody traces it; and RETIRE seconds after tcp-relay has closed the
+the flow was killed, and while somebody traces it; and RETIRE seconds after tcp-relay has closed the
 connection, when its last packets are through.  Of packets that change how a connection stands, the
 SYN and RST of its ends visit the worker all the time.  So do FINs of what is forwarded.  Where
 tcp-relay ends it, the FINs of its host count, and of these the kernel makes copies
@@ -33,10 +33,10 @@ Three kinds stay with the worker for good: the steps D1 and D2; those that must 
 beside the field that their step always changes, which is the case where a port was taken; and UDP
 whose server may answer from any port, for which the rules have to see each packet (ruleset.py).
 
-What the kernel counts for a rewrite is read and added to the rewrite's own count: before a row
-expires or is shown, when a rewrite is taken back, and by turns, so that each row is looked at once
+What the kernel counts for a rewrite is read and added to the rewrite's own count: before a flow
+expires or is shown, when a rewrite is taken back, and by turns, so that each flow is looked at once
 a second while there are 1,500 of them at most, and less often where there are more.  The kernel
-doesn't tell when a packet came, so a row counts as heard of at the time of the look, never before
+doesn't tell when a packet came, so a flow counts as heard of at the time of the look, never before
 it was.  It goes late by that, but never early.
 """
 
@@ -64,7 +64,7 @@ a flood of SYNs from forged addresses is the worker's alone."""
 RETIRE = 0.5
 """Seconds from the end of a connection until it is taken back."""
 LOOKS = 1700
-"""Rows that are looked at a second, about a hundredth of a core."""
+"""Flows that are looked at a second, about a hundredth of a core."""
 _NOTHING = Count(0, 0)
 _FIELDS = {
     "saddr": slice(0, 4),
@@ -83,7 +83,7 @@ class Changes(NamedTuple):
 
 
 class FastPath:
-    """What of the rows in `nat` the kernel has."""
+    """What of the flows in `nat` the kernel has."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class FastPath:
         self._nat = nat
         self._on_pending = on_pending
         self._at_once = at_once
-        self._traced: Callable[[Flow], bool] = lambda row: False
+        self._traced: Callable[[Flow], bool] = lambda flow: False
         self._handed: dict[Rewrite, Count] = {}  # with what the kernel had counted when last read
         self._over: dict[Rewrite, float | None] = {}  # since when; None: not yet looked at
         self._first: dict[Rewrite, None] = {}  # to be handed over at once
@@ -132,8 +132,8 @@ class FastPath:
         return bool(self._back or self._first)
 
     @property
-    def rows(self) -> int:
-        """Rows of which the kernel has any, or had lately."""
+    def flows(self) -> int:
+        """Flows of which the kernel has any, or had lately."""
         return len(self._in_ring)
 
     def begin(self, room: int) -> None:
@@ -151,32 +151,32 @@ class FastPath:
         self._forget()
         self.room = 0
 
-    def consider(self, row: Flow) -> None:
-        """Hands over what of this row is fit for it now, and takes back what isn't."""
+    def consider(self, flow: Flow) -> None:
+        """Hands over what of this flow is fit for it now, and takes back what isn't."""
         if not self.room:
             return
-        if self._traced(row) or not self._is_fit(row):
-            self.take_back(row)
-        elif row.proto is Proto.UDP:
-            for rewrite in row.rewrites.values():
+        if self._traced(flow) or not self._is_fit(flow):
+            self.take_back(flow)
+        elif flow.proto is Proto.UDP:
+            for rewrite in flow.rewrites.values():
                 if rewrite.packets >= BUSY:
                     self._hand(rewrite)
-        elif (before := self._whole.get(row, 0)) != len(row.rewrites):
-            if row.relay is not None:
-                self._half_open.pop(row, None)
-            handed = [self._hand(each) for each in islice(row.rewrites.values(), before, None)]
+        elif (before := self._whole.get(flow, 0)) != len(flow.rewrites):
+            if flow.relay is not None:
+                self._half_open.pop(flow, None)
+            handed = [self._hand(each) for each in islice(flow.rewrites.values(), before, None)]
             if all(handed):
-                self._whole[row] = before + len(handed)
+                self._whole[flow] = before + len(handed)
 
-    def take_back(self, row: Flow) -> None:
-        """Nothing of this row is the kernel's any more."""
-        self._half_open.pop(row, None)
-        self._whole.pop(row, None)
-        for rewrite in row.rewrites.values():
+    def take_back(self, flow: Flow) -> None:
+        """Nothing of this flow is the kernel's any more."""
+        self._half_open.pop(flow, None)
+        self._whole.pop(flow, None)
+        for rewrite in flow.rewrites.values():
             self._take(rewrite)
 
     def traced(self, is_traced: Callable[[Flow], bool]) -> None:
-        """From now on these rows are traced, and no others."""
+        """From now on these flows are traced, and no others."""
         self._traced = is_traced
         self._consider_all()
 
@@ -220,7 +220,7 @@ class FastPath:
         """The kernel has taken these changes; what it had counted for those it gave back."""
         before = {rewrite: self._back.pop(rewrite) for rewrite in changes.back}
         for rewrite in before:
-            self._filled[rewrite.row.proto, rewrite.step] -= 1
+            self._filled[rewrite.flow.proto, rewrite.step] -= 1
         for rewrite, count in final:
             self._heard(rewrite, before[rewrite], count, now)
         if self._back or self._first or self._over:
@@ -234,54 +234,54 @@ class FastPath:
                 self._handed[rewrite] = count
                 self._heard(rewrite, before, count, now)
 
-    def handed(self, rows: Iterable[Flow]) -> list[Rewrite]:
-        """The rewrites of these rows that the kernel has and whose counts a row shows."""
+    def handed(self, flows: Iterable[Flow]) -> list[Rewrite]:
+        """The rewrites of these flows that the kernel has and whose counts a flow shows."""
         return [
             rewrite
-            for row in rows
-            for rewrite in row.rewrites.values()
+            for flow in flows
+            for rewrite in flow.rewrites.values()
             if rewrite in self._handed and rewrite.step in SIDES
         ]
 
     def due(self, now: float, seconds: float) -> list[Flow]:
-        """The rows whose turn it is to be looked at, when so much time has passed since before.
+        """The flows whose turn it is to be looked at, when so much time has passed since before.
 
         Also takes back those that have retired; until then they aren't looked at, since what was
         counted for them is told with that.
         """
         while self._retiring and self._retiring[0][0] <= now:
             self.take_back(self._retiring.popleft()[1])
-        rows: list[Flow] = []
+        flows: list[Flow] = []
         most = max(1, int(LOOKS * seconds))
         for _ in range(len(self._ring)):
-            if len(rows) == most:
+            if len(flows) == most:
                 break
-            row = self._ring.popleft()
-            if any(self._is_its(each) for each in row.rewrites.values()):
-                rows.append(row)
+            flow = self._ring.popleft()
+            if any(self._is_its(each) for each in flow.rewrites.values()):
+                flows.append(flow)
             else:
-                self._in_ring.discard(row)
-        self._ring.extend(rows)
-        return [row for row in rows if row.closed_at is None]
+                self._in_ring.discard(flow)
+        self._ring.extend(flows)
+        return [flow for flow in flows if flow.closed_at is None]
 
-    def _is_fit(self, row: Flow) -> bool:
-        """Whether the worker has nothing to learn from this row's packets but their number."""
-        if row.proto is Proto.UDP:
-            return not row.is_any_port
-        if row.closed_at is not None or row.tracker.reset or row.service == row.server:
+    def _is_fit(self, flow: Flow) -> bool:
+        """Whether the worker has nothing to learn from this flow's packets but their number."""
+        if flow.proto is Proto.UDP:
+            return not flow.is_any_port
+        if flow.closed_at is not None or flow.tracker.reset or flow.service == flow.server:
             return False
-        if row.is_forwarded:
-            return not row.abort_asked and row.is_confirmed and not row.is_over
-        return row.relay is not None or row in self._half_open or self._admits(row)
+        if flow.is_forwarded:
+            return not flow.abort_asked and flow.is_confirmed and not flow.is_over
+        return flow.relay is not None or flow in self._half_open or self._admits(flow)
 
-    def _admits(self, row: Flow) -> bool:
+    def _admits(self, flow: Flow) -> bool:
         """Whether a connection is handed over that its client has only begun."""
         before = self._half_open
-        while before and (first := next(iter(before))).created_at < row.created_at - HALF_OPEN_FOR:
+        while before and (first := next(iter(before))).created_at < flow.created_at - HALF_OPEN_FOR:
             del before[first]
-        if len(before) == HALF_OPEN or row.rewrites[Step.T1].packets:
+        if len(before) == HALF_OPEN or flow.rewrites[Step.T1].packets:
             return False
-        before[row] = None
+        before[flow] = None
         return True
 
     def _hand(self, rewrite: Rewrite) -> bool:
@@ -289,11 +289,11 @@ class FastPath:
         if self._is_its(rewrite):
             return True
         if rewrite.table.get(rewrite.old) is not rewrite:
-            return False  # its packets are another row's now
+            return False  # its packets are another flow's now
         if (before := self._back.pop(rewrite, None)) is not None:
             self._handed[rewrite] = before
         else:
-            at = rewrite.row.proto, rewrite.step
+            at = rewrite.flow.proto, rewrite.step
             has_map = self._made is None or at in self._made
             if not has_map or self._filled[at] >= self.room or not is_simple(rewrite):
                 return False
@@ -303,9 +303,9 @@ class FastPath:
             else:
                 self._over[rewrite] = None
             self._on_pending()
-        if rewrite.row not in self._in_ring:
-            self._in_ring.add(rewrite.row)
-            self._ring.append(rewrite.row)
+        if rewrite.flow not in self._in_ring:
+            self._in_ring.add(rewrite.flow)
+            self._ring.append(rewrite.flow)
         return True
 
     def _ripe(self, most: int, now: float) -> list[Rewrite]:
@@ -340,28 +340,28 @@ class FastPath:
             del self._over[rewrite]
         else:
             return False
-        self._filled[rewrite.row.proto, rewrite.step] -= 1
+        self._filled[rewrite.flow.proto, rewrite.step] -= 1
         return True
 
     def _is_its(self, rewrite: Rewrite) -> bool:
         """Whether the kernel has it, or will have."""
         return rewrite in self._handed or rewrite in self._over or rewrite in self._first
 
-    def _closed(self, row: Flow, now: float) -> None:
-        for rewrite in row.rewrites.values():
+    def _closed(self, flow: Flow, now: float) -> None:
+        for rewrite in flow.rewrites.values():
             self._withdraw(rewrite)
-        if row in self._in_ring:
-            self._retiring.append((now + RETIRE, row))
+        if flow in self._in_ring:
+            self._retiring.append((now + RETIRE, flow))
 
-    def _displaced(self, row: Flow) -> None:
-        self.take_back(row)
-        if any(rewrite in self._back for rewrite in row.rewrites.values()):
+    def _displaced(self, flow: Flow) -> None:
+        self.take_back(flow)
+        if any(rewrite in self._back for rewrite in flow.rewrites.values()):
             self._at_once()
 
     def _marked(self, rewrite: Rewrite) -> None:
         """The key by which the kernel has this is about to change."""
         if rewrite in self._handed or rewrite in self._back:
-            self._displaced(rewrite.row)
+            self._displaced(rewrite.flow)
 
     def _heard(self, rewrite: Rewrite, before: Count, count: Count, now: float) -> None:
         packets = count.packets - before.packets
@@ -369,8 +369,8 @@ class FastPath:
             self._nat.heard(rewrite, packets, count.bytes - before.bytes, now)
 
     def _consider_all(self) -> None:
-        for row in self._nat.workers:
-            self.consider(row)
+        for flow in self._nat.workers:
+            self.consider(flow)
 
     def _forget(self) -> None:
         for each in (self._handed, self._over, self._first, self._back, self._filled, self._ring):
@@ -389,18 +389,18 @@ def new_value(rewrite: Rewrite) -> bytes:
 def begins(rewrite: Rewrite) -> bool:
     """Whether this is of the packets of tcp-relay's with which it is about to begin a connection to
     the server: one SYN of these may go past the worker."""
-    row = rewrite.row
-    return rewrite.step is Step.T3 and row.leg is None and not row.tracker.server_answered
+    flow = rewrite.flow
+    return rewrite.step is Step.T3 and flow.leg is None and not flow.tracker.server_answered
 
 
 def _begins(rewrite: Rewrite) -> bool:
     """Whether no data of this direction can have come yet: of a connection that has just been
     begun; but for what its client sends, also when tcp-relay has a port towards the server, until
     that is used."""
-    row = rewrite.row
-    if row.gport is None:
+    flow = rewrite.flow
+    if flow.gport is None:
         return False
-    towards = row.rewrites.get(Step.T3)
+    towards = flow.rewrites.get(Step.T3)
     if towards is None:
         return True
     return not towards.packets and rewrite.step is not Step.T1

@@ -159,7 +159,7 @@ class KernelMaps:
         return found
 
     def learnt(self, names: Sequence[str], client: bytes, port: bytes) -> str | None:
-        """The set of these that has a question from there.  Raises MapsLost."""
+        """The set of these that has a query from there.  Raises MapsLost."""
         requests = (
             nftables.get_learnt(self._table, name, client, port, at)
             for at, name in enumerate(names, 1)
@@ -200,12 +200,12 @@ class KernelMaps:
 
     def _keys(self, rewrites: Sequence[Rewrite]) -> list[bytes]:
         """Of rewrites of one step: what their packets read, in some steps with the DSCP."""
-        if rewrites[0].row.proto is Proto.TCP and rewrites[0].step in self._marked:
+        if rewrites[0].flow.proto is Proto.TCP and rewrites[0].step in self._marked:
             return [each.old + _DSCPS[each.tos] for each in rewrites]
         return [each.old for each in rewrites]
 
     def _map(self, rewrite: Rewrite) -> Elements:
-        return self._elements[rewrite.row.proto, rewrite.step]
+        return self._elements[rewrite.flow.proto, rewrite.step]
 
     def _transaction(self, requests: list[bytes]) -> list[netlink.Message]:
         """Carries these out; what the kernel tells of it."""

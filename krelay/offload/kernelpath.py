@@ -1,7 +1,7 @@
 """What the kernel relays by itself, as far as krelay has a part in it.
 
 Two things go from here to the kernel and back: flows that are handed over and what it has counted
-for them (fastpath.py decides, kernelmaps.py speaks), and copies of the questions that it learns
+for them (fastpath.py decides, kernelmaps.py speaks), and copies of the queries that it learns
 (nflog.py, learnt.py).  The rules that look into the maps are put in with all others (relaying.py);
 whoever does that says so: `leave` before the maps go, `enter` when they are there.
 """
@@ -50,7 +50,7 @@ ENDS_TOGETHER = 256
 HAND_EVERY = 0.01
 """Seconds between looks at what is ripe to be handed over."""
 COUNT_EVERY = 0.1
-"""Seconds between looks at what the kernel has counted, of a part of the rows each (fastpath)."""
+"""Seconds between looks at what the kernel has counted, of a part of the flows each (fastpath)."""
 TOLD_TOGETHER = 512
 """Flows handed over, or taken back, before packets have their turn: some milliseconds."""
 MOST_LOSSES, LOSSES_WITHIN = 5, 60.0
@@ -66,7 +66,7 @@ _log = Log("kernel")
 
 
 class KernelPath:
-    """The kernel's part for the rows of `nat`, by the nft table and the log group of these names.
+    """The kernel's part for the flows of `nat`, by the nft table and the log group of these names.
 
     `on_lost` is called when the maps aren't as they were left: the rules are to be made afresh.
     `saw_stray` is told of a copy of what a server sends past the relaying (Worker.saw_elsewhere).
@@ -96,7 +96,7 @@ class KernelPath:
         self._stray_warning = Throttle()
         self._learning: Learning | None = None
         self._traced_clients: frozenset[bytes] | None = frozenset()
-        """Whose questions are traced; None: everybody's."""
+        """Whose queries are traced; None: everybody's."""
         self._refused = ""
         """Why the kernel lets us have no maps, for good."""
         self._lost_at: deque[float] = deque(maxlen=MOST_LOSSES)
@@ -144,7 +144,7 @@ class KernelPath:
         return min(max(LEAST_ROOM, config.limits_flows), MOST_ROOM), ""
 
     def learning(self, config: Config, policy: Policy) -> Learning | None:
-        """The questions that the kernel may relay without asking the worker first.
+        """The queries that the kernel may relay without asking the worker first.
 
         None where the worker has more to decide than the kernel can: a source to be changed, a
         rate to be kept, a trace to be shown, a table full of confirmed flows.
@@ -206,7 +206,7 @@ class KernelPath:
         if spec.learning is not None:
             self._read_copies()
             addresses = frozenset(each.packed for each in spec.learning.addresses)
-            self._nat.learnt.learns(addresses, spec.learning.server.packed)
+            self._nat.dns_flows.learns(addresses, spec.learning.server.packed)
         if not afresh or not spec.room:
             return None
         self._read_ends()  # who has begun may not begin again
@@ -228,8 +228,8 @@ class KernelPath:
         _log.warning("every packet visits krelay", reason=self._refused)
         return True
 
-    def leave(self, *, rows: bool = True) -> None:
-        """The maps are about to go: what they have counted is kept, also of `rows` if these stay.
+    def leave(self, *, flows: bool = True) -> None:
+        """The maps are about to go: what they have counted is kept, also of `flows` if these stay.
 
         All flows are taken back first, so that nothing is counted after it was read.
         """
@@ -237,7 +237,7 @@ class KernelPath:
             self._counting.cancel()
             self._counting = None
         if self._maps is not None:
-            if rows:
+            if flows:
                 changes = self.fast.leave()
                 self.fast.told(changes, self._maps.leave(changes.back), self._loop.now)
             with suppress(MapsLost):
@@ -252,7 +252,7 @@ class KernelPath:
     def close(self) -> None:
         """Relaying ends."""
         try:
-            self.leave(rows=False)
+            self.leave(flows=False)
         finally:
             if self._copies is not None:
                 self._read_copies()
@@ -266,10 +266,10 @@ class KernelPath:
 
     # Flows
 
-    def count(self, rows: Iterable[Flow]) -> None:
-        """Adds to these rows what the kernel has counted for them, and to all what ended."""
+    def count(self, flows: Iterable[Flow]) -> None:
+        """Adds to these flows what the kernel has counted for them, and to all what ended."""
         self._read_ends()
-        if self._maps is None or not (handed := self.fast.handed(rows)):
+        if self._maps is None or not (handed := self.fast.handed(flows)):
             return
         try:
             self.fast.read(self._maps.read(handed), self._loop.now)
@@ -287,14 +287,14 @@ class KernelPath:
         return counted
 
     def trace(self, filters: Sequence[Filter]) -> None:
-        """The rows that one of these admits are traced: the worker sees all their packets.
+        """The flows that one of these admits are traced: the worker sees all their packets.
 
         The rules may have to be changed (`learning`).
         """
-        questions = [each for each in filters if each.may_admit(Proto.UDP, DNS_PORT)]
-        clients = [each.client_addr for each in questions if each.client_addr is not None]
-        self._traced_clients = frozenset(clients) if len(clients) == len(questions) else None
-        self.fast.traced(lambda row: any(each.admits(row) for each in filters))
+        queries = [each for each in filters if each.may_admit(Proto.UDP, DNS_PORT)]
+        clients = [each.client_addr for each in queries if each.client_addr is not None]
+        self._traced_clients = frozenset(clients) if len(clients) == len(queries) else None
+        self.fast.traced(lambda flow: any(each.admits(flow) for each in filters))
         self._tell()  # before the rules: until they are changed, packets would be missed
 
     def hurry(self) -> None:
@@ -340,7 +340,7 @@ class KernelPath:
 
     def _count_by_turns(self) -> None:
         self._counting = None
-        if self._maps is None or not self.fast.rows:
+        if self._maps is None or not self.fast.flows:
             self._read_ends()
             return
         self.count(self.fast.due(self._loop.now, COUNT_EVERY))
@@ -371,10 +371,10 @@ class KernelPath:
             )
         self._on_lost()
 
-    # Questions
+    # Queries
 
     def _read_copies(self, _: int = 0) -> None:
-        """What the kernel tells of questions and answers that it has relayed."""
+        """What the kernel tells of queries and answers that it has relayed."""
         if copies := self._read(self._copies, COPIES_TOGETHER):
             self._nat.learn(copies, self._loop.now)
 
@@ -413,7 +413,7 @@ class KernelPath:
             return []
 
     def _learnt_address(self, client: bytes, port: bytes) -> bytes | None:
-        """The address of this host that was asked, if the kernel has learnt such a question."""
+        """The address of this host that was asked, if the kernel has learnt such a query."""
         if self._maps is None or self._learning is None:
             return None
         addresses = dict(zip(LEARNT, self._learning.addresses, strict=False))

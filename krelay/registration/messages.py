@@ -2,7 +2,7 @@
 
 One JSON object a message, one message a packet.  tcp-relay asks `open` (a new connection: which
 server?), `resume` (after a reconnect: this one still lives) and tells `close`; krelay answers by
-`id`, and tells `abort` when a row was ended and its two connections must be reset.  Both ends use
+`id`, and tells `abort` when a flow was ended and its two connections must be reset.  Both ends use
 this module alone: what one emits the other parses.
 
 By `listening` tcp-relay says at which gateway port it listens, and hands over the descriptor of the
@@ -165,7 +165,7 @@ class Opened:
 
 @dataclass(slots=True, unsafe_hash=True)
 class Resumed:
-    """Answer to Resume: the row is there again."""
+    """Answer to Resume: the flow is there again."""
 
     id: int
     dscp: Dscps = (0, 0)
@@ -173,7 +173,7 @@ class Resumed:
 
 @dataclass(slots=True, unsafe_hash=True)
 class Marked:
-    """From krelay: an end of the row with this relay port sends with another DSCP than before."""
+    """From krelay: an end of the flow with this relay port sends with another DSCP than before."""
 
     relay: Endpoint
     dscp: Dscps
@@ -189,7 +189,7 @@ class Refused:
 
 @dataclass(slots=True, unsafe_hash=True)
 class Abort:
-    """From krelay: the row with this relay port was ended; reset both its legs."""
+    """From krelay: the flow with this relay port was ended; reset both its legs."""
 
     relay: Endpoint
 

@@ -4,17 +4,17 @@ A tcp-relay is believed as little as will do: it may be another program by now. 
 bounded by what krelay knows itself:
 
     open     a client whose handshake was seen, at a gateway port where this tcp-relay listens, and
-             whom no other tcp-relay has; from an address of this host, and a port of no other row
-    resume   a row whose own tcp-relay was lost a moment ago, by one of the same user; or, for some
+             whom no other tcp-relay has; from an address of this host, and a port of no other flow
+    resume   a flow whose own tcp-relay was lost a moment ago, by one of the same user; or, for some
              seconds after krelay was started over a killed one, a connection that this host's
              kernel says a process of this user has, with values that were in force together
              (inforce.py), in place of no other
-    close    rows of its own
+    close    flows of its own
 
-A row belongs to the connection of the relay socket on which it was opened or resumed; when that
+A flow belongs to the connection of the relay socket on which it was opened or resumed; when that
 connection is lost, tcp-relay has died (then the kernel resets the legs of its connections, and
-these resets still pass through the rows) or it will be back and resume them.  After ORPHAN_GRACE,
-rows that nobody has resumed are closed.
+these resets still pass through the flows) or it will be back and resume them.  After ORPHAN_GRACE,
+flows that nobody has resumed are closed.
 
 What tcp-relays report is summed up over all that there have been: who is gone has still counted, so
 that totals never go backwards, but has nothing open.  A worker that comes back repeats what it has
@@ -58,7 +58,7 @@ ORPHAN_GRACE = 5.0
 """Seconds."""
 
 ABORT_WITHIN = 5.0
-"""Seconds that a tcp-relay may take to reset a connection that was ended; then its row is closed,
+"""Seconds that a tcp-relay may take to reset a connection that was ended; then its flow is closed,
 whatever it does."""
 
 GPORTS_KEPT = 64
@@ -94,7 +94,7 @@ class _Link:
 
 
 class Relays:
-    """The tcp-relays that are connected, and which row is whose.
+    """The tcp-relays that are connected, and which flow is whose.
 
     `policy` is what new flows get now, None while nothing is relayed.
     """
@@ -119,7 +119,7 @@ class Relays:
         self._links: dict[Send, _Link] = {}
         self._owner: dict[int, Send] = {}
         self._orphans: list[tuple[float, int, frozenset[int]]] = []
-        """Until when, of which user, which rows."""
+        """Until when, of which user, which flows."""
         self._aborted: list[tuple[float, int]] = []
         self._reports = Reports()
 
@@ -150,18 +150,18 @@ class Relays:
     def expect(self, requests: Iterable[object], send: Send) -> None:
         """These will be handled next, from there: whether their clients have completed their
         handshakes the kernel is asked once for all."""
-        rows, ends = [], []
+        flows, ends = [], []
         for each in requests:
             if isinstance(each, Open):
-                row = self._nat.accepted(each.client, each.gport)
-                if row is not None and not row.tracker.client_acked:
-                    rows.append(row)
-                    ends.append((Endpoint(row.service.addr, each.gport), each.client))
-        if not rows or (link := self._links.get(send)) is None:
+                flow = self._nat.accepted(each.client, each.gport)
+                if flow is not None and not flow.tracker.client_acked:
+                    flows.append(flow)
+                    ends.append((Endpoint(flow.service.addr, each.gport), each.client))
+        if not flows or (link := self._links.get(send)) is None:
             return
-        for row, uid in zip(rows, self._kernel.carriers(ends), strict=True):
+        for flow, uid in zip(flows, self._kernel.carriers(ends), strict=True):
             if uid == link.uid:
-                self._nat.shook_hands(row)
+                self._nat.shook_hands(flow)
 
     def handle(self, request: Request, send: Send, now: float) -> Answer | None:
         """The answer to a request that came from there, but for those that come with sockets."""
@@ -182,89 +182,89 @@ class Relays:
         """That connection is gone."""
         self._reports.lost(send)
         link = self._links.pop(send, None)
-        rows = [row_id for row_id, owner in self._owner.items() if owner is send]
+        flows = [flow_id for flow_id, owner in self._owner.items() if owner is send]
         self._nat.hear_ends()
-        for row_id in rows:
-            del self._owner[row_id]
-            if (row := self._nat.of_id(row_id)) is not None:
-                self._nat.orphaned(row)
-        if rows and link is not None:
-            self._orphans.append((now + ORPHAN_GRACE, link.uid, frozenset(rows)))
+        for flow_id in flows:
+            del self._owner[flow_id]
+            if (flow := self._nat.of_id(flow_id)) is not None:
+                self._nat.orphaned(flow)
+        if flows and link is not None:
+            self._orphans.append((now + ORPHAN_GRACE, link.uid, frozenset(flows)))
 
-    def abort(self, row: Flow, now: float) -> None:
-        """Has both legs of a connection reset; its row ends when that is done.
+    def abort(self, flow: Flow, now: float) -> None:
+        """Has both legs of a connection reset; its flow ends when that is done.
 
-        A row whose client hasn't completed its handshake has no legs, and ends at once.
+        A flow whose client hasn't completed its handshake has no legs, and ends at once.
         """
-        self._nat.on_late([row])
-        row.abort_asked = True
-        owner = self._owner.get(row.id)
-        if owner is not None and row.relay is not None:
-            self._aborted.append((now + ABORT_WITHIN, row.id))
-            owner(Abort(row.relay))
-        elif row.relay is not None:
-            self._nat.close(row, now)
-        elif not row.tracker.client_acked:
-            self._nat.end(row)  # tcp-relay doesn't know of it yet, and never will
+        self._nat.on_late([flow])
+        flow.abort_asked = True
+        owner = self._owner.get(flow.id)
+        if owner is not None and flow.relay is not None:
+            self._aborted.append((now + ABORT_WITHIN, flow.id))
+            owner(Abort(flow.relay))
+        elif flow.relay is not None:
+            self._nat.close(flow, now)
+        elif not flow.tracker.client_acked:
+            self._nat.end(flow)  # tcp-relay doesn't know of it yet, and never will
         # Without a relay port tcp-relay hasn't asked yet: `open` will be refused, which resets
-        # the client through this row.
+        # the client through this flow.
 
-    def marked(self, row: Flow) -> None:
-        """An end of this row sends with another DSCP: its tcp-relay sets that on the other leg."""
-        owner = self._owner.get(row.id)
-        if owner is not None and row.relay is not None:
-            owner(Marked(row.relay, row.dscps))
+    def marked(self, flow: Flow) -> None:
+        """An end of this flow sends with another DSCP: its tcp-relay sets that on the other leg."""
+        owner = self._owner.get(flow.id)
+        if owner is not None and flow.relay is not None:
+            owner(Marked(flow.relay, flow.dscps))
 
     def on_time(self, now: float) -> None:
-        """Closes what nobody has come back for, and forgets rows that are no more."""
+        """Closes what nobody has come back for, and forgets flows that are no more."""
         while self._orphans and self._orphans[0][0] <= now:
-            for row_id in self._orphans.pop(0)[2]:
-                row = self._nat.of_id(row_id)
-                if row is not None and row_id not in self._owner:
-                    self._nat.close(row, now)
+            for flow_id in self._orphans.pop(0)[2]:
+                flow = self._nat.of_id(flow_id)
+                if flow is not None and flow_id not in self._owner:
+                    self._nat.close(flow, now)
         while self._aborted and self._aborted[0][0] <= now:
-            if (row := self._nat.of_id(self._aborted.pop(0)[1])) is not None:
-                self._nat.close(row, now)
+            if (flow := self._nat.of_id(self._aborted.pop(0)[1])) is not None:
+                self._nat.close(flow, now)
         if len(self._owner) > len(self._nat):  # some have ended; not looked for every second
-            for row_id in [i for i in self._owner if self._nat.of_id(i) is None]:
-                del self._owner[row_id]
+            for flow_id in [i for i in self._owner if self._nat.of_id(i) is None]:
+                del self._owner[flow_id]
 
     def _open(self, request: Open, send: Send, now: float) -> Answer:
         link, policy = self._links.get(send), self._policy()
-        row = self._nat.accepted(request.client, request.gport)
-        if row is not None and not row.tracker.client_acked:
-            self._nat.on_late([row])  # what the kernel rewrote by itself may be news
-        if row is None or not row.tracker.client_acked:
+        flow = self._nat.accepted(request.client, request.gport)
+        if flow is not None and not flow.tracker.client_acked:
+            self._nat.on_late([flow])  # what the kernel rewrote by itself may be news
+        if flow is None or not flow.tracker.client_acked:
             return Refused(request.id, "no row for this client")
         if link is None or request.gport not in link.gports:
             return Refused(request.id, "the listening socket was not handed over")
-        is_anothers = self._owner.get(row.id, send) is not send
-        if is_anothers or (row.orphaned and not self._may_have(row, send)):
+        is_anothers = self._owner.get(flow.id, send) is not send
+        if is_anothers or (flow.orphaned and not self._may_have(flow, send)):
             return Refused(request.id, "another tcp-relay has this client")
         if policy is None or not self._is_own(request.relay.addr, policy, now):
             return Refused(request.id, NO_ADDRESS)
-        if row.called_again:
+        if flow.called_again:
             # It has had its server: this is another connection between the same ports, whose SYN
             # came before krelay knew that the former was over.
             try:
-                row = self._nat.succeed(row, now)
+                flow = self._nat.succeed(flow, now)
             except Refusal as refusal:
                 return Refused(request.id, refusal.reason)
-        row.accepted = True
-        if row.abort_asked or row.closed_at is not None:
-            self._nat.close(row, now)
+        flow.accepted = True
+        if flow.abort_asked or flow.closed_at is not None:
+            self._nat.close(flow, now)
             return Refused(request.id, "the row was ended")
         try:
-            self._nat.attach(row, request.relay, now, services=policy.tcp)
+            self._nat.attach(flow, request.relay, now, services=policy.tcp)
         except Refusal:
-            self._nat.detach(row)  # it may have had another port before
+            self._nat.detach(flow)  # it may have had another port before
             return Refused(request.id, PORT_TAKEN)
-        self._has(row, send)
-        origin = row.client if row.client != request.client else None
-        seen = row.seen
+        self._has(flow, send)
+        origin = flow.client if flow.client != request.client else None
+        seen = flow.seen
         if seen is not None and seen.port == request.relay.port:
             seen = None
-        return Opened(request.id, row.server, row.source, origin, seen, row.dscps)
+        return Opened(request.id, flow.server, flow.source, origin, seen, flow.dscps)
 
     def _resume(self, request: Resume, send: Send, now: float) -> Answer:
         known = self._nat.of_relay_port(request.relay)
@@ -285,9 +285,9 @@ class Relays:
         wrong = self._never_was(request, service, origin, source, policy, send, now)
         if wrong is not None:
             return Refused(request.id, f"can't be resumed: {wrong}")
-        row: Flow | None = None
+        flow: Flow | None = None
         try:
-            row = self._nat.open_tcp(
+            flow = self._nat.open_tcp(
                 origin,
                 service,
                 request.server,
@@ -297,18 +297,18 @@ class Relays:
                 inside=request.client,
             )
             seen = request.seen or request.relay
-            self._nat.attach(row, request.relay, now, seen=seen.port)
+            self._nat.attach(flow, request.relay, now, seen=seen.port)
         except Refusal as refusal:
-            if row is not None:
-                self._nat.end(row)
+            if flow is not None:
+                self._nat.end(flow)
             return Refused(request.id, f"can't be resumed: {refusal.reason}")
-        row.accepted = True
-        row.tracker.resumed()
-        row.leg = PAST_LEG
+        flow.accepted = True
+        flow.tracker.resumed()
+        flow.leg = PAST_LEG
         for step in (Step.T1, Step.T2, Step.T3, Step.T4):
-            row.rewrites[step].watched = False
-        self._nat.schedule(row)
-        self._has(row, send)
+            flow.rewrites[step].watched = False
+        self._nat.schedule(flow)
+        self._has(flow, send)
         return Resumed(request.id)
 
     def _is_own(self, address: bytes, policy: Policy, now: float) -> bool:
@@ -342,7 +342,7 @@ class Relays:
         ):
             return "this was never in force"
         taken = self._nat.tables[Hook.PREROUTING, Proto.TCP].get(key(origin, service))
-        if taken is not None and taken.row.closed_at is None:
+        if taken is not None and taken.flow.closed_at is None:
             return "another row has this client"
         link = self._links.get(send)
         try:
@@ -357,25 +357,25 @@ class Relays:
         return None
 
     def _close(self, relay: Endpoint, send: Send, now: float) -> Answer | None:
-        row = self._nat.of_relay_port(relay)
-        if row is None:
+        flow = self._nat.of_relay_port(relay)
+        if flow is None:
             return None
-        if self._owner.get(row.id) is not send:
+        if self._owner.get(flow.id) is not send:
             return Refused(None, "that row is not this tcp-relay's")
-        del self._owner[row.id]
-        self._nat.close(row, now)
+        del self._owner[flow.id]
+        self._nat.close(flow, now)
         return None
 
-    def _may_have(self, row: Flow, send: Send) -> bool:
-        """Whether a row is this tcp-relay's, or that of one of its user that was lost just now."""
-        owner, link = self._owner.get(row.id), self._links.get(send)
+    def _may_have(self, flow: Flow, send: Send) -> bool:
+        """Whether a flow is this tcp-relay's, or that of one of its user that was lost just now."""
+        owner, link = self._owner.get(flow.id), self._links.get(send)
         if owner is not None or link is None:
             return owner is send
-        return any(uid == link.uid and row.id in rows for _, uid, rows in self._orphans)
+        return any(uid == link.uid and flow.id in flows for _, uid, flows in self._orphans)
 
-    def _has(self, row: Flow, send: Send) -> None:
-        self._owner[row.id] = send
-        row.orphaned = False
+    def _has(self, flow: Flow, send: Send) -> None:
+        self._owner[flow.id] = send
+        flow.orphaned = False
 
 
 class Reports:
@@ -424,10 +424,10 @@ class Reports:
                     self._forgotten[name] += number
 
 
-def _is_same(row: Flow, request: Resume) -> bool:
-    """Whether this is the connection of that row, which lives."""
-    same = (row.inside, row.gport, row.server) == (request.client, request.gport, request.server)
-    return same and row.closed_at is None
+def _is_same(flow: Flow, request: Resume) -> bool:
+    """Whether this is the connection of that flow, which lives."""
+    same = (flow.inside, flow.gport, flow.server) == (request.client, request.gport, request.server)
+    return same and flow.closed_at is None
 
 
 def _is_ipv4(request: Open | Resume) -> bool:

@@ -141,7 +141,7 @@ class _Link:
         self._relays = relays
         self._gateways = gateways
         self._links = links
-        self._send = self.send  # one object: rows are recognised by it
+        self._send = self.send  # one object: flows are recognised by it
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         loop.add(connection.fileno(), select.EPOLLIN, self._ready)
         relays.joined(self._send, peer.uid)
@@ -152,7 +152,7 @@ class _Link:
         try:
             self._said(emit(answer))
         except OSError:
-            # Full or gone; not closed here, where a caller may be in the middle of its rows.
+            # Full or gone; not closed here, where a caller may be in the middle of its flows.
             self._loop.call_soon(self.close)
 
     def _said(self, message: bytes) -> None:

@@ -59,7 +59,7 @@ Packets that tell how a connection stands go to the worker all the same: SYN and
 of this host, FIN of what is forwarded.  But a FIN by which tcp-relay passes an end on need not wait
 for the worker: of it a copy is enough (`ends`).  Nor need the SYN by which tcp-relay begins (T3):
 one for each connection, which is known beforehand (the set tcp-begins), and copied (`begun`).  So
-nobody else begins a connection past the worker from a port that a row had.  A flow that isn't in a
+nobody else begins a connection past the worker from a port that a flow had.  A flow that isn't in a
 map goes to the worker, so with empty maps these rules change nothing.
 
 What a datagram costs the kernel is mostly how many rules it meets, so those that most of them need
@@ -111,15 +111,15 @@ Ports = tuple[tuple[int, int], ...]
 class Learning(NamedTuple):
     """What the kernel relays by itself without asking first, and tells of by copies (learnt.py).
 
-    Questions to a name server: flows of one packet each way.
+    Queries to a name server: flows of one packet each way.
     """
 
     server: IPv4Address
-    """Where questions go."""
+    """Where queries go."""
     addresses: tuple[IPv4Address, ...]
     """Of this host, to which they come; LEARNING_MOST at most."""
     strangers: tuple[IPv4Network, ...]
-    """Sources about whose questions the worker decides; none may be in another."""
+    """Sources about whose queries the worker decides; none may be in another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class RuleSpec:
     room: int = 0
     """Flows that the kernel may be handed; 0: every packet visits the worker."""
     answered_within: int = 20
-    """Seconds that the kernel waits for the answer to a question that it has learnt."""
+    """Seconds that the kernel waits for the answer to a query that it has learnt."""
     learning: Learning | None = None
     tells_ends: bool = False
     """Whether of FINs of terminated TCP copies are made for krelay, where no visit is needed."""
@@ -255,7 +255,7 @@ def wanted(
     asked_within: int = 0,
     tells_strays: bool = False,
 ) -> RuleSpec:
-    """What new flows need, and what the rows that live still need.  No `gport`: none is needed."""
+    """What new flows need, and what the flows that live still need.  No `gport`: none is needed."""
     live = list(footprints)
 
     def of(proto: Proto, *, through: bool = False) -> list[tuple[int, int]]:
@@ -288,13 +288,13 @@ def wanted(
 LEARNING_MOST = 4
 """Addresses of this host at which the kernel learns."""
 LEARNT = tuple(f"learnt-{at}" for at in range(LEARNING_MOST))
-"""Chains that learn, one an address of this host, and the sets of questions without an answer."""
+"""Chains that learn, one an address of this host, and the sets of queries without an answer."""
 ANSWERED = 1
-"""Seconds that a question is known in the kernel after its answer."""
+"""Seconds that a query is known in the kernel after its answer."""
 MINDED_WITHIN = int(UNREPLIED)
-"""Seconds that this host's own question may wait for its answer, here and in the worker."""
+"""Seconds that this host's own query may wait for its answer, here and in the worker."""
 LEARNT_LENGTH = 576
-"""Bytes of a question: longer ones might not fit the link to the server, so the worker looks."""
+"""Bytes of a query: longer ones might not fit the link to the server, so the worker looks."""
 BEGINS = "tcp-begins"
 """The set of the connections to the server that tcp-relay may begin past the worker: once each."""
 ASKERS = "askers"
@@ -440,10 +440,10 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
         pre_udp.append(f"ip saddr {servers} fib daddr type local {told}")
         post_udp.append(f"ip saddr {servers} {told}")
     if udp:
-        post_udp += _nft_own_questions(spec)
+        post_udp += _nft_own_queries(spec)
         post_udp.append(f"udp sport {udp} fib saddr type local {queue}")
-    questions, answers, chains = _nft_learning(spec, spec.learning)
-    pre_udp[1:1] = questions
+    queries, answers, chains = _nft_learning(spec, spec.learning)
+    pre_udp[1:1] = queries
     fast: dict[str, list[str]] = {}
     for proto, step in steps_handed(spec):
         fast.setdefault(_chain_of(proto, step), []).append(_nft_handed(spec, proto, step))
@@ -466,9 +466,9 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
 def _nft_learning(
     spec: RuleSpec, learning: Learning | None
 ) -> tuple[list[str], list[str], dict[str, list[str]]]:
-    """The rules for questions, those for answers, and the chains that learn: one an address.
+    """The rules for queries, those for answers, and the chains that learn: one an address.
 
-    A question is learnt where there is only one way to relay it: its client's address and port are
+    A query is learnt where there is only one way to relay it: its client's address and port are
     free towards the server, and the packet is as plain as they come.  After its answer it is known
     for as long as it takes until the copies have told of it, and a second answer has come.
     """
@@ -478,7 +478,7 @@ def _nft_learning(
     copied = f"log group {spec.queue} snaplen {HEAD}"
     names = dict(zip(LEARNT, learning.addresses, strict=False))
     ways = ", ".join(f"{address} : goto {name}" for name, address in names.items())
-    questions = [
+    queries = [
         # A client's own conversation with the server: its port is not free.
         f"ip daddr {learning.server} udp dport {DNS_PORT} update @minded {{ {flow} }}",
         f"udp dport {DNS_PORT} ip daddr vmap {{ {ways} }}",
@@ -505,7 +505,7 @@ def _nft_learning(
         f"ip saddr set {address} {copied} counter name udp-u34 accept"
         for name, address in names.items()
     ]
-    return questions, answers, chains
+    return queries, answers, chains
 
 
 def _nft_any_port(
@@ -541,8 +541,8 @@ def _nft_any_port(
     return (asking, between), coming, going
 
 
-def _nft_own_questions(spec: RuleSpec) -> list[str]:
-    """What is said from here to another host's port, that host's answer isn't learnt as a question.
+def _nft_own_queries(spec: RuleSpec) -> list[str]:
+    """What is said from here to another host's port, that host's answer isn't learnt as a query.
 
     The worker knows of it (ownflows.py), and `minded` sends the answer there.
     """

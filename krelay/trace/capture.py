@@ -94,10 +94,10 @@ class Capture:
             known = self._options_of(rewrite)
         self._packets += 1
         if before[9:10] == _ICMP and self._is_own(before[12:16]):
-            comment = f"{rewrite.step.label} before flow {rewrite.row.id}"
+            comment = f"{rewrite.step.label} before flow {rewrite.flow.id}"
             came, known = INSIDE, (pcapng.options(None, comment), known[1])
         if before == after:
-            comment = f"{rewrite.step.label} unchanged flow {rewrite.row.id}"
+            comment = f"{rewrite.step.label} unchanged flow {rewrite.flow.id}"
             place, outbound = (came, False) if went == INSIDE else (went, True)  # on a wire
             return named + self._frame(place, after, at, pcapng.options(outbound, comment))
         return (
@@ -158,22 +158,22 @@ class Capture:
         """Of its packets before and after: made once, as they are the same for each packet."""
         if len(self._options) >= _REMEMBERED:
             self._options.clear()
-        label, row = rewrite.step.label, rewrite.row.id
+        label, flow = rewrite.step.label, rewrite.flow.id
         came, went = WHERE[rewrite.step]
         found = (
-            pcapng.options(None if came == INSIDE else False, f"{label} before flow {row}"),
-            pcapng.options(None if went == INSIDE else True, f"{label} after flow {row}"),
+            pcapng.options(None if came == INSIDE else False, f"{label} before flow {flow}"),
+            pcapng.options(None if went == INSIDE else True, f"{label} after flow {flow}"),
         )
         self._options[rewrite] = found
         return found
 
     def _new_names(self, rewrite: Rewrite) -> bytes:
-        """The block that names what is new of this row: `client`, the next one `client-2`."""
-        row = rewrite.row
-        relays: list[Endpoint] = [] if row.service == row.server else [row.service]
-        relays += [row.relay] if row.relay else []
+        """The block that names what is new of this flow: `client`, the next one `client-2`."""
+        flow = rewrite.flow
+        relays: list[Endpoint] = [] if flow.service == flow.server else [flow.service]
+        relays += [flow.relay] if flow.relay else []
         new: dict[bytes, str] = {}
-        for role, ends in (("relay", relays), ("server", [row.server]), ("client", [row.client])):
+        for role, ends in (("relay", relays), ("server", [flow.server]), ("client", [flow.client])):
             for end in ends:
                 if end.addr in self._names or len(self._names) >= MOST_NAMES:
                     continue

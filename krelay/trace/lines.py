@@ -56,7 +56,7 @@ class Untouched(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which rows somebody wants to see; None means any."""
+    """Which flows somebody wants to see; None means any."""
 
     proto: Proto | None = None
     client_addr: bytes | None = None
@@ -65,26 +65,26 @@ class Filter:
     service: tuple[Proto, int] | None = None
 
     def may_admit(self, proto: Proto, port: int) -> bool:
-        """Whether rows of this service may be among them."""
+        """Whether flows of this service may be among them."""
         return self.proto in (None, proto) and self.service in (None, (proto, port))
 
     @property
     def in_any_state(self) -> "Filter":
-        """The same, whatever state a row is in."""
+        """The same, whatever state a flow is in."""
         return replace(self, state=None)
 
-    def admits(self, row: Flow) -> bool:
-        """Whether the row is among them."""
+    def admits(self, flow: Flow) -> bool:
+        """Whether the flow is among them."""
         return (
-            (self.proto is None or row.proto is self.proto)
-            and (self.client_addr is None or row.client.addr == self.client_addr)
-            and (self.client_port is None or row.client.port == self.client_port)
-            and (self.service is None or (row.proto, row.service.port) == self.service)
-            and (self.state is None or row.state == self.state)
+            (self.proto is None or flow.proto is self.proto)
+            and (self.client_addr is None or flow.client.addr == self.client_addr)
+            and (self.client_port is None or flow.client.port == self.client_port)
+            and (self.service is None or (flow.proto, flow.service.port) == self.service)
+            and (self.state is None or flow.state == self.state)
         )
 
     def admits_stranger(self, packet: bytes) -> bool:
-        """Whether a packet that no row claims could be of such a row, from or to its client."""
+        """Whether a packet that no flow claims could be of such a flow, from or to its client."""
         if self == _ANY:
             return True
         seen = sight(packet)
@@ -165,7 +165,7 @@ def line(rewrite: Rewrite, before: bytes, after: bytes) -> str:
     """The line for a packet that came so, and was rewritten so."""
     seen, new = sight(before), sight(after)
     if seen is None or new is None:
-        return f"{rewrite.step.label} {len(before)} bytes flow {rewrite.row.id}"
+        return f"{rewrite.step.label} {len(before)} bytes flow {rewrite.flow.id}"
     (src, dst), (new_src, new_dst) = seen.ends, new.ends
     match (new_src != src, new_dst != dst):
         case (True, True):
@@ -180,7 +180,7 @@ def line(rewrite: Rewrite, before: bytes, after: bytes) -> str:
         became += new.about
     return (
         f"{rewrite.step.label} {src} > {dst}{seen.detail}{seen.about} =>{became} "
-        f"flow {rewrite.row.id}"
+        f"flow {rewrite.flow.id}"
     )
 
 

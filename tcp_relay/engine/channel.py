@@ -1,19 +1,19 @@
 """One direction of a relayed connection: bytes from source to sink, then the end of file.
 
-A half knows facts and nothing else: the bytes that are held, whether the source may have some more,
-whether the sink may take some, whether the end was read, whether it was passed on.  What is to be
-done next (`todo`) follows from the facts, so there is no state to fall out of step with them, and
-no mask to toggle: sockets are registered edge-triggered once, an event sets `readable` or
+A channel knows facts and nothing else: the bytes that are held, whether the source may have some
+more, whether the sink may take some, whether the end was read, whether it was passed on.  What is
+to be done next (`todo`) follows from the facts, so there is no state to fall out of step with them,
+and no mask to toggle: sockets are registered edge-triggered once, an event sets `readable` or
 `writable`, and only a call that came back short or empty-handed unsets it.
 
 Bytes go from a read straight into a write.  Only what the sink doesn't take is held, and until it
 is gone nothing more is read: so what is held is never more than one read, a slow sink closes the
-window of its source as it would without a relay, and a half that keeps up holds nothing at all.
+window of its source as it would without a relay, and a channel that keeps up holds nothing at all.
 
-    >>> half = Channel(readable=True, writable=True)
-    >>> half.todo(), half.got(5, 65536, now=1.0), half.sent(5, now=1.0)
+    >>> channel = Channel(readable=True, writable=True)
+    >>> channel.todo(), channel.got(5, 65536, now=1.0), channel.sent(5, now=1.0)
     (<Todo.READ: 1>, None, None)
-    >>> half.todo()  # five bytes of 65536: the socket was emptied
+    >>> channel.todo()  # five bytes of 65536: the socket was emptied
     <Todo.WAIT: 0>
 """
 
@@ -24,7 +24,7 @@ NOTHING = memoryview(b"")
 
 
 class Todo(IntEnum):
-    """What moves a half on."""
+    """What moves a channel on."""
 
     WAIT = 0  # for an event
     READ = 1  # from the source, and write it to the sink
@@ -41,7 +41,7 @@ WAIT, READ, WRITE, SHUT, RESET = Todo
 class Channel:
     """Bytes leave in the order they came; the end of file, or the reset, after them, once."""
 
-    held: memoryview = NOTHING  # an idle half holds no buffer
+    held: memoryview = NOTHING  # an idle channel holds no buffer
     readable: bool = False  # the source may have bytes, or its end
     hinted: bool = False  # the source's next read may be short without being the last: see `got`
     ending: bool = False  # the end of file is there, maybe behind some bytes, none of them urgent

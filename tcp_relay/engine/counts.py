@@ -52,17 +52,17 @@ class Row(NamedTuple):
     held: str  # from client / from server
 
 
-def state_of(pair: Session, is_connected: bool) -> str:
+def state_of(session: Session, is_connected: bool) -> str:
     """In a word or two."""
     if not is_connected:
         return "connecting"
-    if pair.is_resetting:
+    if session.is_resetting:
         return "resetting"
-    if pair.up.got_eof and pair.down.got_eof:
+    if session.up.got_eof and session.down.got_eof:
         return "closing"
-    if pair.up.got_eof:
+    if session.up.got_eof:
         return "client finished"
-    return "server finished" if pair.down.got_eof else "open"
+    return "server finished" if session.down.got_eof else "open"
 
 
 def table(rows: Iterable[Row], counts: Counts) -> str:

@@ -1,10 +1,11 @@
-"""What all pairs of a process share: the loop, the limits, one buffer, the counters; and who lives.
+"""What all sessions of a process share: the loop, the limits, one buffer, the counters; and who
+lives.
 
 One buffer serves every read.  The loop is one thread, and what a read brought has left the buffer
-before the next one: into the other socket, or, as far as that is full, into the pair's own memory.
-So ten thousand idle connections hold no buffer, and no memory is allocated for what goes straight
-through.  It is also why there are no pipes here (splice): one buffer of half a megabyte moves bulk
-as fast as they do, and pipes are scarce (pipe(7), pipe-user-pages-soft).
+before the next one: into the other socket, or, as far as that is full, into the session's own
+memory. So ten thousand idle connections hold no buffer, and no memory is allocated for what goes
+straight through.  It is also why there are no pipes here (splice): one buffer of half a megabyte
+moves bulk as fast as they do, and pipes are scarce (pipe(7), pipe-user-pages-soft).
 """
 
 import math
@@ -26,7 +27,7 @@ log = Log("engine")
 class Live(Protocol):
     """A connection that has not ended."""
 
-    pair: Session
+    session: Session
 
     def end(self, end: End, detail: str = "") -> None:
         """Resets both sides, unless `end` is CLOSED."""
@@ -117,7 +118,7 @@ class Engine:
 
     def report(self) -> dict[str, int]:
         """The counters, how many connections are open, and the bytes held."""
-        held = sum(connection.pair.held for connection in self._live)
+        held = sum(connection.session.held for connection in self._live)
         return {"open": len(self), "held": held, **self.counts.as_dict()}
 
     def table(self) -> str:

@@ -1,13 +1,13 @@
 """What a relayed connection may take: bytes, and seconds.
 
 Slow isn't dead.  A peer's kernel acknowledges every probe, whether its program reads or not, so
-silence means a peer that is lost, and half a minute of it is enough.  A peer that answers and takes
-nothing may have its reasons (a pause button, a disk that is full for a moment, a window that stays
-closed until a sixteenth of a large buffer is free); it costs what is held for it, and is given up
-after `stall`.
+silence means a peer that is lost, and half a minute of it is enough.  A peer that answers and
+takes nothing may have its reasons (a pause button, a disk that is full for a moment, a window that
+stays closed until a sixteenth of a large buffer is free); it costs what is held for it, and is
+given up after `stall`.
 
->>> SessionLimits(stall=300.0).silence, SessionLimits(stall=10.0).silence, SessionLimits(stall=1.0).silence
-(25.0, 10.0, 4.0)
+>>> [SessionLimits(stall=stall).silence for stall in (300.0, 10.0, 1.0)]
+[25.0, 10.0, 4.0]
 """
 
 from dataclasses import dataclass

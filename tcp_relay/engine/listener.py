@@ -3,8 +3,8 @@
 A connection needs two descriptors, the client's and the server's.  So no more are accepted than
 there is room for, two descriptors each and some for all else (Engine.room), and the second is got
 first: with a spare socket in hand, an accept that succeeds can always be carried on, and one that
-fails leaves the client in the kernel's queue instead of half served. The spare stays for the next
-client.  A client that is accepted, but can't be waited for (epoll_ctl: no memory, or
+fails leaves the client in the kernel's queue instead of half served. The spare stays for the
+next client.  A client that is accepted, but can't be waited for (epoll_ctl: no memory, or
 fs.epoll.max_user_watches), is kept and handed over later.
 
 Out of room, descriptors or kernel memory, a level-triggered listener would be reported ready for

@@ -1,16 +1,18 @@
-"""The two sockets of one pair, and the bytes between them.
+"""The two sockets of one session, and the bytes between them.
 
 Each socket is registered once, edge-triggered, for everything, and never touched again: what an
-event says goes into the pair as a fact, and what is to be done follows from the facts (half.py).  A
-turn moves a bounded number of bytes; what is left to do then waits for the next turn of the loop,
-behind everybody else, so that one fast connection can't starve a thousand slow ones.
+event says goes into the session as a fact, and what is to be done follows from the facts
+(channel.py).  A turn moves a bounded number of bytes; what is left to do then waits for the next
+turn of the loop, behind everybody else, so that one fast connection can't starve a thousand slow
+ones.
 
-Most events say "there are bytes" about a pair that holds none, and mean a few hundred.  For these
-there is a short cut: one read, one write, two numbers; it leaves the facts as the long way would.
+Most events say "there are bytes" about a session that holds none, and mean a few hundred.  For
+these there is a short cut: one read, one write, two numbers; it leaves the facts as the long way
+would.
 
-How a pair ends.  When both ends of file were passed on, in order: the kernel delivers what it still
-has.  When a write fails, at once, both sides reset.  When a read fails (reset, timed out), the
-source is gone but not what it said before: the sink gets that, and then the reset, as it would
+How a session ends.  When both ends of file were passed on, in order: the kernel delivers what it
+still has.  When a write fails, at once, both sides reset.  When a read fails (reset, timed out),
+the source is gone but not what it said before: the sink gets that, and then the reset, as it would
 without a relay.  A reset throws away what the sender's kernel still has to send; so before it, that
 is waited for, by asking, because no event tells it.  An error never hides bytes that came before
 it: tcp_recvmsg gives those first.  An error that no peer can cause, but a host that is out of
@@ -124,12 +126,12 @@ class Pump:
         "_why",
         "alive",
         "is_connected",
-        "pair",
+        "session",
         "since",
     )
 
     def __init__(self, engine: Engine, owner: SessionOwner, client: Socket) -> None:
-        self.pair = Session()
+        self.session = Session()
         self.alive = True
         self.is_connected = False
         self._engine = engine
@@ -144,7 +146,7 @@ class Pump:
         self._why = ""  # one side was lost
         self._is_registered = False  # the server's socket, in the loop
         self._is_queued = self._is_retrying = False
-        self._is_smooth = False  # connected, and the pair is: the short cut may be taken
+        self._is_smooth = False  # connected, and the session is: the short cut may be taken
         self._is_watched = self._is_probed = False
         engine.loop.add(client.fileno(), _MASK, self._on_client)
         engine.born(self)
@@ -201,7 +203,7 @@ class Pump:
         names = self._owner.names() if log.enabled(INFO) else None  # while the sockets can be asked
         engine.loop.closing(self._client.fileno())
         if end is _CLOSED:
-            self._leave_to_the_kernel(self.pair.down, self._client)
+            self._leave_to_the_kernel(self.session.down, self._client)
         else:
             close(self._client)
         self._close_server(in_order=end is _CLOSED)
@@ -212,8 +214,8 @@ class Pump:
                 reason=end,
                 detail=detail or None,
                 seconds=round(engine.loop.now - self.since, 3),
-                from_client=self.pair.up.moved,
-                from_server=self.pair.down.moved,
+                from_client=self.session.up.moved,
+                from_server=self.session.down.moved,
             )
         self._owner.ended()
         del self._owner  # which refers to this pump: without a collector a circle is for ever
@@ -243,18 +245,18 @@ class Pump:
     def look(self) -> None:
         """Nothing may have moved for long: ends it if that is too long, or looks again later."""
         self._waiting = self._timer = None
-        pair, engine = self.pair, self._engine
+        session, engine = self.session, self._engine
         self._ask_the_sinks()
         if not self.alive:
             return
         now = engine.loop.now
-        end = pair.overdue(now, engine.limits)
+        end = session.overdue(now, engine.limits)
         if end is not None:
             self.end(end, self._overdue_in_words(end))
-        elif pair.is_resetting:
+        elif session.is_resetting:
             self._turn(CLIENT)
-        elif (due := pair.deadline(engine.limits)) is not None:
-            if pair.may_stall and due > now + engine.stalled.seconds:
+        elif (due := session.deadline(engine.limits)) is not None:
+            if session.may_stall and due > now + engine.stalled.seconds:
                 self.wait(engine.stalled)
             else:
                 self._look_at(due)
@@ -262,25 +264,25 @@ class Pump:
     def _ask_the_sinks(self) -> None:
         """Whether those who are owed something take it, slowly, or are gone."""
         engine = self._engine
-        for half, side, sink in (
-            (self.pair.up, SERVER, self._server),
-            (self.pair.down, CLIENT, self._client),
+        for channel, side, sink in (
+            (self.session.up, SERVER, self._server),
+            (self.session.down, CLIENT, self._client),
         ):
-            if sink is None or half.sink_gone or not (half.held or half.got_reset):
+            if sink is None or channel.sink_gone or not (channel.held or channel.got_reset):
                 continue
             try:
-                if not half.is_hastened:
+                if not channel.is_hastened:
                     hasten(sink)
-                    half.is_hastened = True
+                    channel.is_hastened = True
                 peer = heard(sink)
             except OSError as error:
                 engine.host_failed(error)
                 continue
-            half.taken(peer.acked, engine.loop.now)
+            channel.taken(peer.acked, engine.loop.now)
             limit = engine.limits.silence
             if peer.is_silent(limit, engine.awake):
                 why = _nothing_acked(side, limit)
-                if self.pair.is_resetting:
+                if self.session.is_resetting:
                     self.end(End.RESET, f"{self._why}; {why}")
                 else:
                     self.end(End.STALLED, why)
@@ -307,7 +309,7 @@ class Pump:
                 if peer.is_silent(limit, engine.awake):
                     self.end(End.STALLED, _nothing_acked(side, limit))
                     return
-            if engine.loop.now - max(self.since, self.pair.at) >= limit:
+            if engine.loop.now - max(self.since, self.session.at) >= limit:
                 client, server_ = peers
                 answers = server_.ago <= limit / 2  # a probe, if nothing else
                 if answers and not client.in_flight and not server_.in_flight:
@@ -318,23 +320,23 @@ class Pump:
 
     def row(self) -> Row:
         """As people see it."""
-        pair, now = self.pair, self._engine.loop.now
+        session, now = self.session, self._engine.loop.now
         names = self._owner.names()
         return Row(
             client=str(names["client"]),
             server=str(names["server"] or "-"),
-            state=state_of(pair, self.is_connected),
+            state=state_of(session, self.is_connected),
             age=now - self.since,
-            idle=now - max(self.since, pair.at),
-            from_client=pair.up.moved,
-            from_server=pair.down.moved,
-            held=f"{len(pair.up.held)}/{len(pair.down.held)}",
+            idle=now - max(self.since, session.at),
+            from_client=session.up.moved,
+            from_server=session.down.moved,
+            held=f"{len(session.up.held)}/{len(session.down.held)}",
         )
 
     def _on_client(self, events: int) -> None:
         if events == _IN_OUT and self._is_smooth:
             assert self._server is not None
-            self._short_cut(self.pair.up, CLIENT, self._client, self._server)
+            self._short_cut(self.session.up, CLIENT, self._client, self._server)
             return
         self._note(CLIENT, events)
         if self.is_connected:
@@ -347,7 +349,7 @@ class Pump:
     def _on_server(self, events: int) -> None:
         if events == _IN_OUT and self._is_smooth:
             assert self._server is not None
-            self._short_cut(self.pair.down, SERVER, self._server, self._client)
+            self._short_cut(self.session.down, SERVER, self._server, self._client)
             return
         if self.is_connected or self._has_connected(events):
             self._note(SERVER, events)
@@ -388,20 +390,20 @@ class Pump:
     def _note(self, side: SessionSide, events: int) -> None:
         """What an event says, as facts."""
         if events & _READ:
-            half = self.pair.fed_by(side)
-            half.readable = True
+            channel = self.session.fed_by(side)
+            channel.readable = True
             if events & _HINT:
-                half.hinted = True
-                half.urgent |= bool(events & select.EPOLLPRI)
-                half.ending = events & _HINT == _HANGUP
+                channel.hinted = True
+                channel.urgent |= bool(events & select.EPOLLPRI)
+                channel.ending = events & _HINT == _HANGUP
         if events & _WRITE:
-            self.pair.drained_by(side).writable = True
+            self.session.drained_by(side).writable = True
 
-    def _short_cut(self, half: Channel, side: SessionSide, source: Socket, sink: Socket) -> None:
+    def _short_cut(self, channel: Channel, side: SessionSide, source: Socket, sink: Socket) -> None:
         try:
             data = source.recv(SHORT)
         except OSError as error:
-            self._not_read(half, side, error)
+            self._not_read(channel, side, error)
             self._turn(side)
             return
         try:
@@ -411,33 +413,33 @@ class Pump:
         if 0 < sent == len(data) < SHORT:
             engine = self._engine
             engine.counts.moved[side] += sent
-            half.moved += sent
-            half.at = engine.loop.now
+            channel.moved += sent
+            channel.at = engine.loop.now
             if not self._is_watched:
                 self._is_watched = True
                 engine.watched.add(self)
         elif self.alive:
-            half.readable = True
-            self._passed(half, side, data, sent, SHORT)
+            channel.readable = True
+            self._passed(channel, side, data, sent, SHORT)
             self._turn(side)
 
     def _turn(self, first: SessionSide) -> None:
         """Moves what can be moved, beginning with what comes from `first`."""
         if self._is_queued or not self.alive:
             return
-        pair = self.pair
+        session = self.session
         more = False
         for side in (first, _OTHER[first]):
-            half = pair.fed_by(side)
-            step = half.todo()
+            channel = session.fed_by(side)
+            step = channel.todo()
             if step is not WAIT:
-                more |= self._move(half, side, step)
+                more |= self._move(channel, side, step)
                 if not self.alive:
                     return
-        if pair.ended:
+        if session.ended:
             self.end(_CLOSED)
             return
-        self._is_smooth = pair.is_smooth
+        self._is_smooth = session.is_smooth
         if not self._is_watched:
             self._is_watched = True
             self._engine.watched.add(self)
@@ -451,7 +453,7 @@ class Pump:
         self._is_queued = False
         self._turn(CLIENT)
 
-    def _move(self, half: Channel, side: SessionSide, step: Todo) -> bool:
+    def _move(self, channel: Channel, side: SessionSide, step: Todo) -> bool:
         """Takes that step and the next ones; whether there is more to do than one turn may."""
         assert self._server is not None
         source, sink = self._client, self._server
@@ -459,65 +461,67 @@ class Pump:
             source, sink = sink, source
         for _ in range(STEPS):
             if step is READ:
-                self._pass(half, side, source, sink)
+                self._pass(channel, side, source, sink)
             elif step is WRITE:
-                self._write(half, side, sink)
+                self._write(channel, side, sink)
             elif step is SHUT:
-                self._shut(half, side, sink)
+                self._shut(channel, side, sink)
             elif step is RESET:
-                self._reset(half, sink)
+                self._reset(channel, sink)
                 return False
             if not self.alive:
                 return False
-            step = half.todo()
+            step = channel.todo()
             if step is WAIT:
                 return False
         return True
 
-    def _pass(self, half: Channel, side: SessionSide, source: Socket, sink: Socket) -> None:
+    def _pass(self, channel: Channel, side: SessionSide, source: Socket, sink: Socket) -> None:
         """From one socket into the other; what that doesn't take is held."""
-        if half.urgent and not half.sink_gone and at_mark(source):
-            self._pass_urgent(half, side, source, sink)
+        if channel.urgent and not channel.sink_gone and at_mark(source):
+            self._pass_urgent(channel, side, source, sink)
             return
         view = self._engine.view
         try:
             count = source.recv_into(view)
         except OSError as error:
-            self._not_read(half, side, error)
+            self._not_read(channel, side, error)
             return
-        if half.sink_gone:
-            half.got(count, len(view), self._engine.loop.now)
+        if channel.sink_gone:
+            channel.got(count, len(view), self._engine.loop.now)
             return
         sent = 0
         if count:
             # Before an end of file the kernel is told to wait for it: one segment instead of two.
-            flags = socket.MSG_MORE if half.ending and count < len(view) else 0
+            flags = socket.MSG_MORE if channel.ending and count < len(view) else 0
             try:
                 sent = sink.send(view[:count], flags)
             except OSError as error:
                 sent = self._not_sent(side, error)
         if self.alive:
-            self._passed(half, side, view[:count], sent, len(view))
+            self._passed(channel, side, view[:count], sent, len(view))
 
-    def _pass_urgent(self, half: Channel, side: SessionSide, source: Socket, sink: Socket) -> None:
+    def _pass_urgent(
+        self, channel: Channel, side: SessionSide, source: Socket, sink: Socket
+    ) -> None:
         """The one byte at the mark, which is marked again; a read of those before it ends there."""
         try:
             data = source.recv(1)
         except OSError as error:
-            self._not_read(half, side, error)
+            self._not_read(channel, side, error)
             return
-        half.urgent = False
+        channel.urgent = False
         sent = 0
         try:
             sent = sink.send(data, socket.MSG_OOB)
         except OSError as error:
             sent = self._not_sent(side, error)
         if self.alive:
-            self._passed(half, side, data, sent, 1, urgent=True)
+            self._passed(channel, side, data, sent, 1, urgent=True)
 
     def _passed(
         self,
-        half: Channel,
+        channel: Channel,
         side: SessionSide,
         data: bytes | memoryview,
         sent: int,
@@ -526,26 +530,26 @@ class Pump:
         urgent: bool = False,
     ) -> None:
         now = self._engine.loop.now
-        half.got(len(data), asked, now)
+        channel.got(len(data), asked, now)
         if sent:
-            half.sent(sent, now)
+            channel.sent(sent, now)
             self._engine.counts.moved[side] += sent
         if sent < len(data):
-            half.hold(bytes(data[sent:]), urgent)
+            channel.hold(bytes(data[sent:]), urgent)
 
-    def _write(self, half: Channel, side: SessionSide, sink: Socket) -> None:
+    def _write(self, channel: Channel, side: SessionSide, sink: Socket) -> None:
         try:
-            sent = sink.send(half.held, socket.MSG_OOB if half.held_urgent else 0)
+            sent = sink.send(channel.held, socket.MSG_OOB if channel.held_urgent else 0)
         except OSError as error:
             if not self._not_sent(side, error):
-                half.full()
+                channel.full()
             return
-        half.sent(sent, self._engine.loop.now)
+        channel.sent(sent, self._engine.loop.now)
         self._engine.counts.moved[side] += sent
 
-    def _shut(self, half: Channel, side: SessionSide, sink: Socket) -> None:
+    def _shut(self, channel: Channel, side: SessionSide, sink: Socket) -> None:
         # The second end of file needs no call of its own: closing sends it.
-        if not self.pair.fed_by(_OTHER[side]).sent_eof:
+        if not self.session.fed_by(_OTHER[side]).sent_eof:
             try:
                 sink.shutdown(socket.SHUT_WR)
             except OSError as error:
@@ -554,9 +558,9 @@ class Pump:
                 else:
                     self._not_sent(side, error)
                 return
-        half.shut(self._engine.loop.now)
+        channel.shut(self._engine.loop.now)
 
-    def _reset(self, half: Channel, sink: Socket) -> None:
+    def _reset(self, channel: Channel, sink: Socket) -> None:
         """Passes a reset on, as soon as nothing would be lost by it."""
         try:
             waiting = undelivered(sink)
@@ -566,31 +570,31 @@ class Pump:
             self.end(End.RESET, self._why)
         else:
             now = self._engine.loop.now
-            self._look_at(now + min(max(now - half.at, FLUSH), FLUSH_MAX))
+            self._look_at(now + min(max(now - channel.at, FLUSH), FLUSH_MAX))
 
-    def _not_read(self, half: Channel, side: SessionSide, error: OSError) -> None:
+    def _not_read(self, channel: Channel, side: SessionSide, error: OSError) -> None:
         if isinstance(error, BlockingIOError):
-            half.empty()
+            channel.empty()
         elif error.errno in HOST_FAILS:
-            half.readable = False
+            channel.readable = False
             self._again(error)
         else:
             self._lost(side, error.errno or 0)
 
     def _failed(self, side: SessionSide, sock: Socket) -> None:
         """A socket has an error that no read will meet: its end of file was read before."""
-        half = self.pair.fed_by(side)
-        if self.alive and half.got_eof and not half.got_reset and (error := _error_of(sock)):
+        channel = self.session.fed_by(side)
+        if self.alive and channel.got_eof and not channel.got_reset and (error := _error_of(sock)):
             self._lost(side, error)
             self._turn(side)
 
     def _lost(self, side: SessionSide, error: int) -> None:
-        if self.pair.is_resetting:  # the other side was lost before
+        if self.session.is_resetting:  # the other side was lost before
             self.end(End.RESET, self._why)
             return
         self._why = _words(side, error)
         self._is_smooth = False
-        self.pair.lost(side, self._engine.loop.now)
+        self.session.lost(side, self._engine.loop.now)
 
     def _not_sent(self, side: SessionSide, error: OSError) -> int:
         """0: the sink is full; else it is gone, and with it this pump."""
@@ -618,11 +622,11 @@ class Pump:
             self._turn(CLIENT)
 
     def _guard(self) -> None:
-        """Sees to it that somebody looks when the pair may be overdue."""
+        """Sees to it that somebody looks when the session may be overdue."""
         engine = self._engine
-        if self.pair.may_stall:
+        if self.session.may_stall:
             waiting = engine.stalled
-        elif self.pair.is_half_closed:
+        elif self.session.is_channel_closed:
             waiting = engine.half_closed
         else:
             return
@@ -637,12 +641,12 @@ class Pump:
         self._timer = self._engine.loop.call_at(when, self.look)
 
     def _overdue_in_words(self, end: End) -> str:
-        limits, pair = self._engine.limits, self.pair
+        limits, session = self._engine.limits, self.session
         if end is End.STALLED:
-            half, sink = (pair.up, SERVER) if pair.up.held else (pair.down, CLIENT)
-            return f"the {sink} took none of {len(half.held)} bytes for {limits.stall:g} s"
+            channel, sink = (session.up, SERVER) if session.up.held else (session.down, CLIENT)
+            return f"the {sink} took none of {len(channel.held)} bytes for {limits.stall:g} s"
         if end is End.FORGOTTEN:
-            side = CLIENT if pair.up.sent_eof else SERVER
+            side = CLIENT if session.up.sent_eof else SERVER
             return f"the {side} has finished, and nothing came for {limits.half_close:g} s"
         return self._why
 
@@ -654,8 +658,8 @@ class Pump:
             self._timer.cancel()
             self._timer = None
 
-    def _leave_to_the_kernel(self, half: Channel, sink: Socket) -> None:
-        if half.is_hastened:
+    def _leave_to_the_kernel(self, channel: Channel, sink: Socket) -> None:
+        if channel.is_hastened:
             with suppress(OSError):
                 take_time(sink)
         close_in_order(sink)
@@ -668,7 +672,7 @@ class Pump:
             self._engine.loop.closing(server.fileno())
             self._is_registered = False
         if in_order:
-            self._leave_to_the_kernel(self.pair.up, server)
+            self._leave_to_the_kernel(self.session.up, server)
         else:
             close(server)
 

@@ -1,17 +1,18 @@
-"""Two halves make a relayed connection: `up` from the client to the server, `down` the other way.
+"""Two channels make a relayed connection: `up` from the client to the server, `down` the other way.
 
-The halves share nothing.  Each ends by itself, so a side that has finished sending can go on
-receiving for as long as the other likes (half-close, RFC 9293 section 3.6); the pair has ended when
-both have.  What an event at a socket, or its loss, means for them is said here: what is read there
-feeds one half, what is written there drains the other.
+The channels share nothing.  Each ends by itself, so a side that has finished sending can go on
+receiving for as long as the other likes (half-close, RFC 9293 section 3.6); the session has
+ended when both have.  What an event at a socket, or its loss, means for them is said here: what is
+read there feeds one channel, what is written there drains the other.
 
-So is time.  A pair that moves, or has nothing to move, may live for ever.  What may not: bytes that
-wait for a sink that takes none (it would hold memory, and its peer, as long as it likes), and one
-direction left open by somebody who has forgotten it.
+So is time.  A session that moves, or has nothing to move, may live for ever.  What may not: bytes
+that wait for a sink that takes none (it would hold memory, and its peer, as long as it likes), and
+one direction left open by somebody who has forgotten it.
 
-    >>> pair = Session()
-    >>> pair.down.hold(b"for a client that doesn't read")
-    >>> pair.deadline(SessionLimits(stall=10.0)), pair.overdue(10.0, SessionLimits(stall=10.0))
+    >>> session = Session()
+    >>> session.down.hold(b"for a client that doesn't read")
+    >>> limits = SessionLimits(stall=10.0)
+    >>> session.deadline(limits), session.overdue(10.0, limits)
     (10.0, <End.STALLED: 'stalled'>)
 """
 
@@ -56,11 +57,11 @@ class Session:
     down: Channel = field(default_factory=Channel)
 
     def fed_by(self, side: SessionSide) -> Channel:
-        """The half whose source is that side."""
+        """The channel whose source is that side."""
         return self.down if side else self.up
 
     def drained_by(self, side: SessionSide) -> Channel:
-        """The half whose sink is that side."""
+        """The channel whose sink is that side."""
         return self.up if side else self.down
 
     def lost(self, side: SessionSide, now: float) -> None:
@@ -68,14 +69,14 @@ class Session:
 
         What came from there before is still delivered, then the reset.
         """
-        half = self.fed_by(side)
-        half.got_eof = half.got_reset = True
-        half.at = now
+        channel = self.fed_by(side)
+        channel.got_eof = channel.got_reset = True
+        channel.at = now
         self.drained_by(side).cut()
 
     @property
     def is_smooth(self) -> bool:
-        """Both halves are."""
+        """Both channels are."""
         return self.up.is_smooth and self.down.is_smooth
 
     @property
@@ -104,7 +105,7 @@ class Session:
         return bool(self.up.held or self.down.held) or self.is_resetting
 
     @property
-    def is_half_closed(self) -> bool:
+    def is_channel_closed(self) -> bool:
         """One side has finished, and the other one not."""
         return self.up.sent_eof is not self.down.sent_eof
 
@@ -121,8 +122,10 @@ class Session:
         return End.FORGOTTEN if forgotten is not None and now >= forgotten else None
 
     def _stalled_at(self, limits: SessionLimits) -> float | None:
-        waiting = [half.at for half in (self.up, self.down) if half.held or half.got_reset]
+        waiting = [
+            channel.at for channel in (self.up, self.down) if channel.held or channel.got_reset
+        ]
         return min(waiting) + limits.stall if waiting else None
 
     def _forgotten_at(self, limits: SessionLimits) -> float | None:
-        return self.at + limits.half_close if self.is_half_closed else None
+        return self.at + limits.half_close if self.is_channel_closed else None

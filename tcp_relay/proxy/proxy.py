@@ -1,6 +1,6 @@
 """Where a plain proxy's connections go: one destination, by name, at each of its addresses in turn.
 
-No port is bound: the kernel chooses one when it connects, which is when it knows the whole pair.
+No port is bound: the kernel chooses one when it connects, which is when it knows the whole session.
 """
 
 import errno

@@ -87,8 +87,8 @@ def test_each_question_is_from_a_port_of_its_own() -> None:
     need(*dns.NEEDS)
     with Lab() as lab:
         to = dns.set_up(lab, ground.QUEUE)
-        rows = ground.live_rows(ground.root_of(lab))
+        rows = ground.live_flows(ground.root_of(lab))
         load = dns.new_ports(lab, to, 0.5)
-        made = ground.live_rows(ground.root_of(lab)) - rows
+        made = ground.live_flows(ground.root_of(lab)) - rows
         assert made > load.per_second * 0.1
-        ground.rows_ended(lab)
+        ground.flows_ended(lab)

@@ -70,4 +70,4 @@ def test_as_many_flows_are_set_up_as_are_wanted() -> None:
         ground.check_udp(lab, to)
         ground.discard_at_server(lab)
         assert flows.fill(lab, to, 250) > 0
-        assert ground.live_rows(ground.root_of(lab)) == 250
+        assert ground.live_flows(ground.root_of(lab)) == 250

@@ -1,6 +1,6 @@
 """Any bytes at all: a verdict within a bound of time, and checksums as scapy reckons them.
 
-Packets are made from nothing, or from real ones of the rows that live, of which hypothesis damages
+Packets are made from nothing, or from real ones of the flows that live, of which hypothesis damages
 what it likes.  A bound on time is a bound on the work: nothing in the packet path may take longer
 because of what a packet says.  The bound is far above what any packet takes on a busy machine.
 """
@@ -32,7 +32,7 @@ PROTOS = (1, 2, 6, 17, 47, 255)
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A packet of a row or a stranger, some of its bytes replaced, cut or gone on with."""
+    """A packet of a flow or a stranger, some of its bytes replaced, cut or gone on with."""
     packet = bytearray(draw(st.sampled_from(SOUND)))
     for _ in range(draw(st.integers(0, 4))):
         place = draw(st.integers(0, len(packet) - 1))

@@ -18,11 +18,11 @@ class Asked(Host):
 
     def __init__(self, **changes: object) -> None:
         super().__init__(policy(**changes))
-        self.questions: list[bytes] = []
+        self.queries: list[bytes] = []
         self.worker.asks_host = self.relays.asks_host = self._asked
 
     def _asked(self, address: bytes, now: float) -> bool | None:
-        self.questions.append(address)
+        self.queries.append(address)
         return {addr(V): True, addr(U): None}.get(address, False)
 
     def does(self, hook: str, text: str) -> str:
@@ -75,16 +75,16 @@ def test_own_flows_of_an_arriving_address_are_known(host: Asked) -> None:
 )
 def test_what_does_not_matter_is_not_asked(host: Asked, hook: str, text: str) -> None:
     host.does(hook, text)
-    assert host.questions == []
+    assert host.queries == []
 
 
 def test_known_flows_ask_nothing(host: Asked) -> None:
     host.does("pre", f"C:4000 > {V}:7")
-    asked = len(host.questions)
+    asked = len(host.queries)
     for _ in range(5):
         host.does("pre", f"C:4000 > {V}:7")
         host.does("post", "S:7 > C:4000")
-    assert len(host.questions) == asked == 1
+    assert len(host.queries) == asked == 1
 
 
 @pytest.mark.parametrize("source", Source)
@@ -123,12 +123,12 @@ def test_errors_of_this_host_from_an_arriving_address_are_its_own(host: Asked) -
     assert answer[28:][12:20] == addr("K") + addr("S")
 
 
-def test_what_is_between_the_hooks_of_a_row_that_ends_goes_nowhere() -> None:
+def test_what_is_between_the_hooks_of_a_flow_that_ends_goes_nowhere() -> None:
     """It would leave with the client's address, though the server is to see the relay's."""
     host = Asked(source=Source.RELAY, udp=frozenset({7}))
     assert host.does("pre", "C:4000 > K:7") == "C:4000 > S:7"
-    for row in host.nat.unanswered():
-        host.nat.end(row)
+    for flow in host.nat.unanswered():
+        host.nat.end(flow)
     assert host.does("post", "C:4000 > S:7") == "drop no_row"
     assert host.does("pre", "C:4001 > S:7") == "pass direct"
     assert host.does("post", "C:4001 > S:7") == "pass no_row"

@@ -2,12 +2,13 @@
 
 Hundreds of clients talk, fall silent, come back, break off and use their ports again, while a
 tcp-relay opens and closes, settings change, and the clock goes on by a second at a time.  The model
-knows the rules of design.md and of the RFCs as sentences, keeps rows in a list, and looks through
+knows the rules of design.md and of the RFCs as sentences, keeps flows in a list, and looks through
 all of it for each packet.  It foretells each verdict, and holds the table, its timers and its
 counters to its own.  What the relay may choose, a port, the model reads off and checks.
 
 The day goes by once as if every packet visited the worker, and once with a kernel before it that is
-handed flows.  The model knows nothing of that: nobody can tell, but for rows that go a little late.
+handed flows.  The model knows nothing of that: nobody can tell, but for flows that go a little
+late.
 
     KRELAY_SEED=123 pytest tests/krelay/test_day.py            that day
     KRELAY_SEED=5000-5100 pytest tests/krelay/test_day.py      others
@@ -47,7 +48,7 @@ def seeds() -> range:
 
 @dataclass(eq=False)
 class Known:
-    """What the model knows of a row."""
+    """What the model knows of a flow."""
 
     proto: Proto
     client: Endpoint
@@ -155,7 +156,7 @@ class Day:
         self.late = 1.0 if room else 0.0
         """Seconds between a packet and the look at it, at most."""
         self.timeouts = Timeouts()
-        self.rows: list[Known] = []
+        self.flows: list[Known] = []
         self.lost: set[tuple[int, str]] = set()  # (id of a Known, step): another took its place
         self.steps: Counter[str] = Counter()
         self.passed: Counter[str] = Counter()
@@ -231,56 +232,56 @@ class Day:
                 return Verdict.DROP
             self.passed["no_row"] += 1
             return Verdict.PASS
-        row, step, to, who = found
+        flow, step, to, who = found
         self.steps[step] += 1
-        row.counted[step] += 1
-        row.counted[who] += 1
+        flow.counted[step] += 1
+        flow.counted[who] += 1
         if proto is Proto.TCP:
-            self.track(row, step, who, flags)
+            self.track(flow, step, who, flags)
         elif who != "daemon":
-            row.heard = self.now
-            row.answered |= who == "server"
-            row.spoke_again |= row.answered and who == "client"
+            flow.heard = self.now
+            flow.answered |= who == "server"
+            flow.spoke_again |= flow.answered and who == "client"
         return to
 
     def find(
         self, hook: Hook, src: Endpoint, dst: Endpoint, proto: Proto
     ) -> tuple[Known, str, tuple[Endpoint, Endpoint], str] | None:
-        for row in self.rows:
-            if row.proto is proto:
-                for step, where, a, b, to_a, to_b, who in row.steps():
-                    if (where, a, b) == (hook, src, dst) and (row.id, step) not in self.lost:
-                        return row, step, (to_a, to_b), who
+        for flow in self.flows:
+            if flow.proto is proto:
+                for step, where, a, b, to_a, to_b, who in flow.steps():
+                    if (where, a, b) == (hook, src, dst) and (flow.id, step) not in self.lost:
+                        return flow, step, (to_a, to_b), who
         return None
 
-    def track(self, row: Known, step: str, who: str, flags: int) -> None:
+    def track(self, flow: Known, step: str, who: str, flags: int) -> None:
         if who == "daemon":  # whose host has judged by numbers what the ends have said
             if flags & R:
-                if row.reset_at is None:
-                    row.reset_at = row.ever_reset_at = self.now
+                if flow.reset_at is None:
+                    flow.reset_at = flow.ever_reset_at = self.now
             elif flags & FIN:
-                row.fins.add("server" if step == "T2" else "client")
+                flow.fins.add("server" if step == "T2" else "client")
             return
         if flags & R:
             return
-        row.heard = self.now
-        row.reset_at = None
+        flow.heard = self.now
+        flow.reset_at = None
         if who == "client":
-            row.client_acked |= bool(flags & A)
+            flow.client_acked |= bool(flags & A)
         else:
-            row.server_answered |= bool(flags & (A | S))
+            flow.server_answered |= bool(flags & (A | S))
 
     def refusal(self, client: Endpoint, proto: Proto) -> str:
-        """Why no row may begin, or nothing; what was evicted for it is taken out."""
+        """Why no flow may begin, or nothing; what was evicted for it is taken out."""
         evicted = self.evict(now_closed=True)
-        live = [row for row in self.rows if row.closed_at is None]
-        # The row that has just begun is in the table and not yet in the model.
-        begun = len(self.nat) > len(self.rows)
-        limits, udp = self.nat.limits, [row for row in live if row.proto is Proto.UDP]
+        live = [flow for flow in self.flows if flow.closed_at is None]
+        # The flow that has just begun is in the table and not yet in the model.
+        begun = len(self.nat) > len(self.flows)
+        limits, udp = self.nat.limits, [flow for flow in live if flow.proto is Proto.UDP]
         udp_most = limits.flows - limits.flows // 4
         own = [
-            row for row in live
-            if row.client.addr == client.addr and (row.proto is Proto.TCP) == (proto is Proto.TCP)
+            flow for flow in live
+            if flow.client.addr == client.addr and (flow.proto is Proto.TCP) == (proto is Proto.TCP)
         ]  # fmt: skip
         if begun:
             assert len(own) < limits.flows_per_client
@@ -294,8 +295,8 @@ class Day:
         if not itself:
             assert len(live) >= (udp_most if proto is Proto.UDP else limits.flows)
         only_udp = proto is Proto.UDP and len(udp) >= udp_most
-        for row in own if itself else udp if only_udp else live:
-            assert not row.unconfirmed(), "it should have made room"
+        for flow in own if itself else udp if only_udp else live:
+            assert not flow.unconfirmed(), "it should have made room"
         return "client_full" if itself else "table_full"
 
     def evict(self, *, now_closed: bool = False) -> int:
@@ -303,22 +304,22 @@ class Day:
 
         These go only where one has just begun (`now_closed`), and there was no other place.
         """
-        still = {row.id for row in self.nat}
-        gone = [row for row in self.rows if row.id not in still]
-        gone = [row for row in gone if now_closed or row.expires(self.timeouts) > self.now]
-        for row in gone:
-            if row.closed_at is None:
-                assert row.unconfirmed()
+        still = {flow.id for flow in self.nat}
+        gone = [flow for flow in self.flows if flow.id not in still]
+        gone = [flow for flow in gone if now_closed or flow.expires(self.timeouts) > self.now]
+        for flow in gone:
+            if flow.closed_at is None:
+                assert flow.unconfirmed()
                 self.evicted += 1
             else:
                 assert now_closed
-                oldest = min(r.closed_at for r in self.rows if r.closed_at is not None)
-                assert row.closed_at == oldest
-            self.rows.remove(row)
-        return sum(row.closed_at is None for row in gone)
+                oldest = min(r.closed_at for r in self.flows if r.closed_at is not None)
+                assert flow.closed_at == oldest
+            self.flows.remove(flow)
+        return sum(flow.closed_at is None for flow in gone)
 
     def begin(self, client: Endpoint, service: Endpoint, proto: Proto, got: bytes) -> None:
-        row: Flow = max(self.nat, key=lambda row: row.id)
+        flow: Flow = max(self.nat, key=lambda flow: flow.id)
         became = Endpoint(got[12:16], int.from_bytes(got[20:22]))
         known = Known(
             proto,
@@ -327,10 +328,10 @@ class Day:
             Endpoint(self.policy.server, service.port),
             self.policy.source_for(client.addr),
             self.now,
-            id=row.id,
+            id=flow.id,
             heard=self.now,
         )
-        others = [other for other in self.rows if other.proto is proto]
+        others = [other for other in self.flows if other.proto is proto]
         if proto is Proto.TCP:
             known.gport, known.inside = self.policy.gport, became
             taken = {
@@ -363,85 +364,85 @@ class Day:
                     if (where, x, y) == (hook, a, b):
                         assert name == step, (known, other)
                         self.lost.add((other.id, name))
-        self.rows.append(known)
+        self.flows.append(known)
 
-    def attach(self, row: Known) -> bool:
+    def attach(self, flow: Known) -> bool:
         """tcp-relay has accepted, and asks for the server."""
         port = self.rng.randrange(32768, 60000)
         relay = Endpoint(addr("K"), port)
-        if any(o.relay == relay for o in self.rows):
+        if any(o.relay == relay for o in self.flows):
             return False
-        assert row.inside is not None
+        assert flow.inside is not None
         answer = self.relays.handle(
-            Open(1, row.inside, row.gport, relay), self.path.tcp_relay, self.now
+            Open(1, flow.inside, flow.gport, relay), self.path.tcp_relay, self.now
         )
         self.path.turn()
-        alive = row in self.rows and (row.id, "T1") not in self.lost
-        if not alive or row.closed_at is not None:
+        alive = flow in self.flows and (flow.id, "T1") not in self.lost
+        if not alive or flow.closed_at is not None:
             assert isinstance(answer, Refused), answer
             return False
-        row.accepted = True
-        seen = row.client.addr if row.source is Source.CLIENT else relay.addr
+        flow.accepted = True
+        seen = flow.client.addr if flow.source is Source.CLIENT else relay.addr
         between = Endpoint(seen, port)
-        if row.client.port < 1024 and isinstance(answer, Opened):
+        if flow.client.port < 1024 and isinstance(answer, Opened):
             assert answer.seen is not None
-            others = [o for o in self.rows if o.server == row.server and o is not row]
+            others = [o for o in self.flows if o.server == flow.server and o is not flow]
             taken = {o.between for o in others if o.proto is Proto.TCP}
             assert answer.seen.addr == seen
             assert answer.seen not in taken
-            assert answer.seen.port % 2 == row.client.port % 2
+            assert answer.seen.port % 2 == flow.client.port % 2
             assert answer.seen.port < 1024, "and kept where it is free"
-            kept = between._replace(port=row.client.port)
+            kept = between._replace(port=flow.client.port)
             assert answer.seen == kept or kept in taken
             between = answer.seen
-        if between == row.client and between.port == port:
+        if between == flow.client and between.port == port:
             assert isinstance(answer, Refused)
             return False
         assert isinstance(answer, Opened), answer
-        assert (answer.server, answer.source) == (row.server, row.source)
-        row.relay, row.between = relay, between
-        row.heard = self.now  # the server's leg begins its time
+        assert (answer.server, answer.source) == (flow.server, flow.source)
+        flow.relay, flow.between = relay, between
+        flow.heard = self.now  # the server's leg begins its time
         return True
 
-    def close(self, row: Known) -> None:
+    def close(self, flow: Known) -> None:
         """tcp-relay has closed both legs."""
-        if row.relay is None or any(o.relay == row.relay for o in self.rows if o is not row):
-            return  # its row has gone, and its port is another's
-        self.relays.handle(Close(row.relay), self.path.tcp_relay, self.now)
+        if flow.relay is None or any(o.relay == flow.relay for o in self.flows if o is not flow):
+            return  # its flow has gone, and its port is another's
+        self.relays.handle(Close(flow.relay), self.path.tcp_relay, self.now)
         self.path.turn()
-        if row in self.rows and row.closed_at is None:
-            row.closed_at = self.now
+        if flow in self.flows and flow.closed_at is None:
+            flow.closed_at = self.now
 
     def tick(self) -> None:
         """A second is over."""
         self.now += 1
         self.path.count(self.path.fast.due(self.now, 1))
-        ended = {row.id for row in self.nat.expire(self.now)}
+        ended = {flow.id for flow in self.nat.expire(self.now)}
         self.relays.on_time(self.now)
         self.path.turn()
         self.evict()
-        gone = [row for row in self.rows if row.id in ended]
+        gone = [flow for flow in self.flows if flow.id in ended]
         assert len(gone) == len(ended)
-        for row in gone:
-            assert row.expires(self.timeouts) <= self.now
-            self.rows.remove(row)
+        for flow in gone:
+            assert flow.expires(self.timeouts) <= self.now
+            self.flows.remove(flow)
         if int(self.now) % 300 == 0:
             self.compare()
 
     def compare(self) -> None:
         """Table, timers and counters say what the model says."""
         self.path.count(self.nat)
-        real = {row.id: row for row in self.nat}
-        assert set(real) == {row.id for row in self.rows}
-        for known in self.rows:
-            row = real[known.id]
-            assert row.state == known.state, (row, known)
+        real = {flow.id: flow for flow in self.nat}
+        assert set(real) == {flow.id for flow in self.flows}
+        for known in self.flows:
+            flow = real[known.id]
+            assert flow.state == known.state, (flow, known)
             retiring = 2 * self.late if known.state == "closed" else 0  # it isn't looked at
-            assert 0 <= row.seen_at - known.heard <= self.late + retiring
+            assert 0 <= flow.seen_at - known.heard <= self.late + retiring
             expires = known.expires(self.timeouts)
-            assert 0 <= row.expires_at(self.timeouts) - expires <= self.late
+            assert 0 <= flow.expires_at(self.timeouts) - expires <= self.late
             assert self.now < expires + self.late + 2, "it should have gone"
-            for step, rewrite in row.rewrites.items():
+            for step, rewrite in flow.rewrites.items():
                 counted = known.counted[step.name]
                 assert rewrite.packets == counted or step.name in ("T3", "T4") or (
                     self.path.room and step not in SIDES and rewrite.packets < counted
@@ -451,10 +452,10 @@ class Day:
         assert counts.passed == self.passed
         assert counts.dropped == self.dropped
         assert self.nat.evicted == self.evicted
-        per_client = Counter(row.client.addr for row in self.rows if row.closed_at is None)
+        per_client = Counter(flow.client.addr for flow in self.flows if flow.closed_at is None)
         admission = self.nat._admission
         assert admission._of_relayed + admission._of_others == per_client
-        footprints = Counter(row.footprint for row in self.nat)
+        footprints = Counter(flow.footprint for flow in self.nat)
         assert self.nat.footprints == footprints
 
     # Who talks
@@ -495,29 +496,29 @@ class Day:
         service = Endpoint(self.rng.choice((addr("K"), addr("G"))), port)
         for _ in range(self.rng.choice((1, 1, 1, 2, 5))):
             self.packet(PRE, client, service, proto=Proto.UDP)
-            row = next((r for r in self.rows if (r.client, r.service) == (client, service)), None)
-            if row is None:
+            flow = next((r for r in self.flows if (r.client, r.service) == (client, service)), None)
+            if flow is None:
                 self.events["datagram refused"] += 1
                 return
-            if row.source is Source.RELAY:
-                assert row.between
-                self.packet(POST, row.between, row.server, proto=Proto.UDP)
+            if flow.source is Source.RELAY:
+                assert flow.between
+                self.packet(POST, flow.between, flow.server, proto=Proto.UDP)
             if self.rng.random() < 0.8:
                 yield self.pause(0.01, 0.05, 4, 25 if port == 53 else 290)
-                self.answer(row)
+                self.answer(flow)
             yield self.pause(0.1, 3, 15, 200, 400)
 
-    def answer(self, row: Known) -> None:
-        """The server's datagram, whether the row lives or not."""
-        self.events["late answer" if row not in self.rows else "answer"] += 1
-        assert row.between
-        if row.source is Source.CLIENT:
-            self.packet(POST, row.server, row.between, proto=Proto.UDP)
+    def answer(self, flow: Known) -> None:
+        """The server's datagram, whether the flow lives or not."""
+        self.events["late answer" if flow not in self.flows else "answer"] += 1
+        assert flow.between
+        if flow.source is Source.CLIENT:
+            self.packet(POST, flow.server, flow.between, proto=Proto.UDP)
         else:
-            assert row.relay
-            got = self.packet(PRE, row.server, row.relay, proto=Proto.UDP)
+            assert flow.relay
+            got = self.packet(PRE, flow.server, flow.relay, proto=Proto.UDP)
             if isinstance(got, bytes):
-                self.packet(POST, row.server, row.between, proto=Proto.UDP)
+                self.packet(POST, flow.server, flow.between, proto=Proto.UDP)
 
     def connection(self) -> Iterator[float]:
         """A connection, from its SYN to wherever it comes."""
@@ -525,29 +526,29 @@ class Day:
         if not isinstance(self.packet(PRE, client, service, S), bytes):
             self.events["connection refused"] += 1
             return
-        row = next(r for r in self.rows if (r.client, r.service) == (client, service))
-        if row.closed_at is not None or row.accepted:
+        flow = next(r for r in self.flows if (r.client, r.service) == (client, service))
+        if flow.closed_at is not None or flow.accepted:
             return  # a SYN within a connection that is open
-        assert row.inside
-        gate = Endpoint(service.addr, row.gport)
-        self.packet(POST, gate, row.inside, SA)
+        assert flow.inside
+        gate = Endpoint(service.addr, flow.gport)
+        self.packet(POST, gate, flow.inside, SA)
         if rng.random() < 0.15:
             self.events["half-open"] += 1
             return
         yield self.pause(0.01, 0.3)
         self.packet(PRE, client, service, A)
         yield self.pause(0.001, 0.01, 3)
-        if not self.attach(row):
+        if not self.attach(flow):
             self.events["not attached"] += 1
             return
-        relay, between, server = row.relay, row.between, row.server
+        relay, between, server = flow.relay, flow.between, flow.server
         assert relay
         assert between
         self.packet(POST, relay, server, S)
         if rng.random() < 0.05:
             self.events["server silent"] += 1
             yield self.pause(5, 250)
-            self.close(row)
+            self.close(flow)
             return
         yield self.pause(0.01, 0.1)
         self.packet(PRE, server, between, SA)
@@ -556,7 +557,7 @@ class Day:
             yield self.pause(0.1, 1, 60, 1000, 7300, 8000)
             for hook, a, b, flags in rng.sample(
                 ((PRE, client, service, P), (POST, relay, server, P), (PRE, server, between, P),
-                 (POST, gate, row.inside, P), (PRE, server, between, A)), 3
+                 (POST, gate, flow.inside, P), (PRE, server, between, A)), 3
             ):  # fmt: skip
                 self.packet(hook, a, b, flags)
         kind = rng.choice(
@@ -567,7 +568,7 @@ class Day:
             case "fins":
                 for hook, a, b in (
                     (PRE, client, service), (POST, relay, server), (PRE, server, between),
-                    (POST, gate, row.inside),
+                    (POST, gate, flow.inside),
                 ):  # fmt: skip
                     self.packet(hook, a, b, F)
                     yield self.pause(0.01, 0.1, 100)
@@ -576,7 +577,7 @@ class Day:
                 self.packet(POST, relay, server, R)
             case "server reset":
                 self.packet(PRE, server, between, R)
-                self.packet(POST, gate, row.inside, R)
+                self.packet(POST, gate, flow.inside, R)
             case "forged":
                 self.packet(PRE, server, between, R)
                 yield self.pause(1, 200, 250)
@@ -587,7 +588,7 @@ class Day:
                 return
         if rng.random() < 0.9:
             yield self.pause(0.01, 1)
-            self.close(row)
+            self.close(flow)
             yield self.pause(0.1, 5, 15)
             self.packet(PRE, server, between, A)
 
@@ -615,12 +616,12 @@ class Day:
                     self.policy = replace(self.policy, source=source, towards=addr("K"))
                 case 1:
                     self.policy = replace(self.policy, server=self.rng.choice((OLD, NEW)))
-                    for row in self.nat.unanswered():
-                        if row.server.addr != self.policy.server:
-                            self.nat.end(row)
-                    self.rows = [
-                        row for row in self.rows
-                        if row.state != "unreplied" or row.server.addr == self.policy.server
+                    for flow in self.nat.unanswered():
+                        if flow.server.addr != self.policy.server:
+                            self.nat.end(flow)
+                    self.flows = [
+                        flow for flow in self.flows
+                        if flow.state != "unreplied" or flow.server.addr == self.policy.server
                     ]  # fmt: skip
                 case 2:
                     self.timeouts = Timeouts(*(t * self.rng.choice((0.5, 1)) for t in Timeouts()))
@@ -628,8 +629,8 @@ class Day:
                 case 3:
                     self.nat.limits = FlowLimits(self.rng.choice((100, 150, 300)), 40)
                 case 4:
-                    if self.rows:
-                        killed = self.rows.pop(self.rng.randrange(len(self.rows)))
+                    if self.flows:
+                        killed = self.flows.pop(self.rng.randrange(len(self.flows)))
                         ended = self.nat.get(killed.id)
                         assert ended
                         self.nat.end(ended)
@@ -646,11 +647,11 @@ class Day:
     def tracer(self) -> Iterator[float]:
         """Somebody looks at some clients' packets for a while."""
         while True:
-            self.path.fast.traced(lambda row: False)
+            self.path.fast.traced(lambda flow: False)
             self.path.turn()
             yield self.pause(600, 5000)
             client = self.someone().addr
-            self.path.fast.traced(lambda row, traced=client: row.client.addr == traced)  # type: ignore[misc]
+            self.path.fast.traced(lambda flow, traced=client: flow.client.addr == traced)  # type: ignore[misc]
             self.path.turn()
             yield self.pause(10, 900)
 

@@ -1,4 +1,4 @@
-"""TCP that is forwarded: each packet of it through the worker, as traces; its rows, and its end."""
+"""TCP that is forwarded: each packet of it through the worker, as traces; its flows, its end."""
 
 from dataclasses import replace
 
@@ -33,14 +33,14 @@ OPENED_HIDDEN = """
 
 
 def states(host: Host) -> list[str]:
-    return [row.state for row in host.nat]
+    return [flow.state for flow in host.nat]
 
 
 def killed(script: str, on: object = THROUGH) -> Host:
-    """After this script its one row is killed."""
+    """After this script its one flow is killed."""
     host = play(script, on=on)  # type: ignore[arg-type]
-    [row] = host.nat
-    host.nat.kill(row, 1)
+    [flow] = host.nat
+    host.nat.kill(flow, 1)
     return host
 
 
@@ -62,17 +62,17 @@ def test_its_packets_take_the_steps_of_udp() -> None:
         on=THROUGH,
     )
 
-    [row] = host.nat
+    [flow] = host.nat
     assert host.steps == {"U1,U2": 3, "U3,U4": 2}
-    assert (row.gport, row.relay, row.state) == (None, None, State.ESTABLISHED)
+    assert (flow.gport, flow.relay, flow.state) == (None, None, State.ESTABLISHED)
 
 
 def test_with_source_relay_each_step_is_taken_by_itself_and_has_a_relay_port() -> None:
     host = play(OPENED_HIDDEN, on=HIDDEN)
 
-    [row] = host.nat
+    [flow] = host.nat
     assert host.steps == {"U1": 2, "U2": 2, "U3": 1, "U4": 1}
-    assert (row.relay, row.state) == (at("K:40000"), State.ESTABLISHED)
+    assert (flow.relay, flow.state) == (at("K:40000"), State.ESTABLISHED)
 
 
 def test_two_clients_with_the_same_port_have_each_a_relay_port() -> None:
@@ -118,10 +118,10 @@ def test_services_of_both_kinds_stand_side_by_side(port: int, terms: str) -> Non
 
 def test_its_timeouts_are_those_of_tcp() -> None:
     times = Timeouts(tcp_transitory=10, tcp_established=60)
-    [row] = play("0 pre C:40000 > K:443 [S] => C:40000 > S:443", on=THROUGH).nat
-    assert row.expires_at(times) == 10
-    [row] = play(OPENED, on=THROUGH).nat
-    assert row.expires_at(times) == 60
+    [flow] = play("0 pre C:40000 > K:443 [S] => C:40000 > S:443", on=THROUGH).nat
+    assert flow.expires_at(times) == 10
+    [flow] = play(OPENED, on=THROUGH).nat
+    assert flow.expires_at(times) == 60
 
 
 # Ports
@@ -147,7 +147,7 @@ def test_a_closed_connections_port_opens_a_new_one_to_the_server_of_then(
         on=THROUGH,
     )
 
-    assert [row.id for row in host.nat] == [2]
+    assert [flow.id for flow in host.nat] == [2]
 
 
 def test_a_service_that_is_forwarded_no_more_keeps_its_flows_and_opens_others_by_tcp_relay() -> (
@@ -259,13 +259,13 @@ def test_while_recovering_a_servers_packet_has_its_client_asked() -> None:
     ],
 )
 def test_both_ends_of_what_is_killed_are_asked(script: str, on: object, asked: list[str]) -> None:
-    [row] = killed(script, on).nat
+    [flow] = killed(script, on).nat
 
-    assert [describe(packet) for packet in probes(row)] == asked
-    assert row.state is State.CLOSING
+    assert [describe(packet) for packet in probes(flow)] == asked
+    assert flow.state is State.CLOSING
 
 
-def test_each_packet_of_a_killed_row_is_answered_by_a_rst_until_both_ends_know() -> None:
+def test_each_packet_of_a_killed_flow_is_answered_by_a_rst_until_both_ends_know() -> None:
     host = killed(OPENED)
     assert (
         run(host, "1 pre C:40000 > K:443 [.]", "1 pre C:40000 > K:443 [P.]")
@@ -302,14 +302,14 @@ def test_with_source_relay_the_rst_to_the_server_passes_the_queue_as_it_is() -> 
         "1 post K:40000 > S:443 [S]",
         "1 pre S:443 > K:40000 [.]",
         "1 post K:40000 > S:443 [R]",
-        "1 post C:40000 > S:443 [.]",  # on its way when the row was killed
+        "1 post C:40000 > S:443 [.]",  # on its way when the flow was killed
     ) == ["pass own", "drop killed + K:40000 > S:443 [R]", "pass own", "drop killed"]
 
 
 def test_a_client_may_open_anew_from_the_port_of_a_killed_connection() -> None:
     host = killed(OPENED)
     assert run(host, "1 pre C:40000 > K:443 [S]") == ["C:40000 > S:443"]
-    assert [(row.id, row.state) for row in host.nat] == [(2, State.OPENING)]
+    assert [(flow.id, flow.state) for flow in host.nat] == [(2, State.OPENING)]
 
 
 @given(seq=st.integers(0, 2**32 - 1), ack=st.integers(0, 2**32 - 1), size=st.integers(0, 50))
@@ -348,9 +348,9 @@ def test_a_forged_client_whose_server_answers_makes_room() -> None:
     assert run(host, "9 pre D:1 > K:443 [S]") == ["D:1 > S:443"]
 
 
-def test_rows_whose_server_never_answered_are_pointed_elsewhere() -> None:
+def test_flows_whose_server_never_answered_are_pointed_elsewhere() -> None:
     host = play(OPENED + "1 pre D:1 > K:443 [S] => D:1 > S:443", on=THROUGH)
-    assert [row.client for row in host.nat.unanswered()] == [at("D:1")]
+    assert [flow.client for flow in host.nat.unanswered()] == [at("D:1")]
     [established, _] = host.nat
     host.nat.kill(established, 1)
     assert {each.told for each in host.nat} == {frozenset()}
@@ -375,13 +375,13 @@ def test_whatever_happens_nothing_is_left_behind(script: list[tuple[str, str]], 
             case ["post", ends]:
                 run(host, f"{second} post S:443 > {ends[2]}:40000 [{flags}]")
             case ["kill"]:
-                for row in host.nat:
-                    if row.is_forwarded:
-                        host.nat.kill(row, second)
+                for flow in host.nat:
+                    if flow.is_forwarded:
+                        host.nat.kill(flow, second)
             case ["end"]:
-                for row in host.nat:
-                    host.nat.end(row)
-        sides = [row.by(Side.CLIENT) for row in host.nat]
+                for flow in host.nat:
+                    host.nat.end(flow)
+        sides = [flow.by(Side.CLIENT) for flow in host.nat]
         assert all(side is not None for side in sides)
     host.nat.expire(100_000)
     assert not list(host.nat)
@@ -401,7 +401,7 @@ RESET = """
 
 
 def client_begins(host: Host, port: int, when: float) -> str:
-    """What becomes of its SYN, where a client may have one row."""
+    """What becomes of its SYN, where a client may have one flow."""
     host.nat.limits = host.nat.limits._replace(flows_per_client=1)
     return host.run(when, "pre", f"C:{port} > K:443 [S]").partition(" + ")[0]
 
@@ -415,7 +415,7 @@ def test_one_that_is_over_makes_room_at_a_limit_when_its_last_packets_are_throug
     assert states(host) == ["closing"]
     assert client_begins(host, 40001, 2.9) == "drop client_full"
     assert client_begins(host, 40001, 3) == "C:40001 > S:443"
-    assert [row.client.port for row in host.nat] == [40001]
+    assert [flow.client.port for flow in host.nat] == [40001]
     assert host.nat.evicted == 1
 
 
@@ -470,8 +470,8 @@ def begun(*lines: str) -> Host:
 def test_no_connection_is_established_by_guesses(guessed: list[str]) -> None:
     host = begun("0 pre C:40000 > K:443 [S]", *guessed)
 
-    [row] = host.nat
-    assert (row.state, row.is_confirmed) == (State.OPENING, False)
+    [flow] = host.nat
+    assert (flow.state, flow.is_confirmed) == (State.OPENING, False)
 
 
 def test_forged_packets_amid_a_handshake_do_not_hinder_it() -> None:
@@ -485,8 +485,8 @@ def test_forged_packets_amid_a_handshake_do_not_hinder_it() -> None:
         "0 pre C:40000 > K:443 [R]",
         "0 pre C:40000 > K:443 [.]",
     )
-    [row] = host.nat
-    assert row.state is State.ESTABLISHED
+    [flow] = host.nat
+    assert flow.state is State.ESTABLISHED
 
 
 def test_a_forged_syn_first_leaves_the_clients_own_its_way() -> None:
@@ -496,8 +496,8 @@ def test_a_forged_syn_first_leaves_the_clients_own_its_way() -> None:
         "0 post S:443 > C:40000 [S.]",
         "0 pre C:40000 > K:443 [.]",
     )
-    [row] = host.nat
-    assert row.state is State.ESTABLISHED
+    [flow] = host.nat
+    assert flow.state is State.ESTABLISHED
 
 
 def test_a_refusal_is_one_if_it_has_the_number_of_what_it_refuses() -> None:

@@ -1,9 +1,9 @@
-"""A tcp-relay that was taken over: it speaks the language, knows all rows, and means harm.
+"""A tcp-relay that was taken over: it speaks the language, knows all flows, and means harm.
 
 It has connections of its own beside those of a tcp-relay of another user that behaves.  Clients
 come and go, forged ones among them; krelay is killed and started again.  What the hostile one says
 is mostly near to what would be right: a message of its own, or the other's, with a field changed.
-Nothing that it says may change a row of the other's, make a row of what never was, lead packets
+Nothing that it says may change a flow of the other's, make a flow of what never was, lead packets
 elsewhere, or raise; after each message the tables are compared with those before.
 
 KRELAY_LONG=1 is 100,000 messages.
@@ -52,7 +52,7 @@ GOOD, BAD = 990, 65534
 """Their users."""
 FLOWS = 60
 ADDRESSES = "KGSCDN"
-ROWS_OWN = ("relay", "closed_at", "abort_asked", "orphaned", "accepted")
+FLOWS_OWN = ("relay", "closed_at", "abort_asked", "orphaned", "accepted")
 
 
 class Field:
@@ -120,13 +120,13 @@ class Field:
                 self.serve(self.good, GOOD)
             case n if n < 28:
                 self.serve(rng.choice(self.bad), BAD)
-            case n if n < 34 and (row := self.row()) is not None:
-                self.packet(row.client, row.service, rng.choice((ACK, RST, SYN)))
-            case n if n < 37 and (row := self.row(self.good)) is not None and row.relay:
-                self.relays.handle(Close(row.relay), self.good, self.now)
-            case 37 if (row := self.row()) is not None:
+            case n if n < 34 and (flow := self.flow()) is not None:
+                self.packet(flow.client, flow.service, rng.choice((ACK, RST, SYN)))
+            case n if n < 37 and (flow := self.flow(self.good)) is not None and flow.relay:
+                self.relays.handle(Close(flow.relay), self.good, self.now)
+            case 37 if (flow := self.flow()) is not None:
                 if rng.random() < 0.5:
-                    self.relays.abort(row, self.now)
+                    self.relays.abort(flow, self.now)
                 else:
                     self.relays.lost(self.good, self.now)
                     self.good = self.join(GOOD)
@@ -157,31 +157,38 @@ class Field:
 
     def serve(self, send: Send, uid: int) -> None:
         """A tcp-relay does what it is for."""
-        row = self.row(None)
-        if row is None or row.inside is None or row.gport is None:
+        flow = self.flow(None)
+        if flow is None or flow.inside is None or flow.gport is None:
             return
         relay = Endpoint(addr("K"), self.rng.randrange(50000, 50100))
-        request = Open(1, row.inside, row.gport, relay)
-        acked = row.tracker.client_acked
+        request = Open(1, flow.inside, flow.gport, relay)
+        acked = flow.tracker.client_acked
         answer = self.relays.handle(request, send, self.now)
         if isinstance(answer, Opened):
             assert acked
-            self.kernel[Endpoint(row.service.addr, row.gport), row.inside] = uid
-            self.kernel[relay, row.server] = uid
+            self.kernel[Endpoint(flow.service.addr, flow.gport), flow.inside] = uid
+            self.kernel[relay, flow.server] = uid
             if len(self.kernel) > 400:
                 del self.kernel[next(iter(self.kernel))]
             resume = Resume(
-                1, row.inside, row.gport, relay, row.server, row.service, row.source, row.client
+                1,
+                flow.inside,
+                flow.gport,
+                relay,
+                flow.server,
+                flow.service,
+                flow.source,
+                flow.client,
             )
             self.known += [json.loads(emit(each)) for each in (request, resume, Close(relay))]
             del self.known[:-90]
 
-    def row(self, owner: Send | None = None) -> Flow | None:
-        """One of the TCP rows, or of those that this one has."""
-        rows = [row for row in self.nat.workers if row.gport is not None]
+    def flow(self, owner: Send | None = None) -> Flow | None:
+        """One of the TCP flows, or of those that this one has."""
+        flows = [flow for flow in self.nat.workers if flow.gport is not None]
         if owner is not None:
-            rows = [row for row in rows if self.relays._owner.get(row.id) is owner]
-        return self.rng.choice(rows) if rows else None
+            flows = [flow for flow in flows if self.relays._owner.get(flow.id) is owner]
+        return self.rng.choice(flows) if flows else None
 
     # What the hostile one says
 
@@ -193,28 +200,28 @@ class Field:
             for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
                 self.change(fields)
             return json.dumps(fields, separators=(",", ":")).encode()
-        if kind < 80 and (row := self.row()) is not None:
-            return self.about(row)
+        if kind < 80 and (flow := self.flow()) is not None:
+            return self.about(flow)
         if kind < 90:
             return self.report()
         if kind < 93:
             return emit(rng.choice((Listening(16000, 3), NotListening(16000))))
-        packet = bytearray(self.about(self.row()) if self.nat else b"{}")
+        packet = bytearray(self.about(self.flow()) if self.nat else b"{}")
         for _ in range(rng.randrange(8)):
             packet[rng.randrange(len(packet))] = rng.randrange(256)
         return bytes(packet[: rng.randrange(len(packet) + 1)]) or b"{"
 
-    def about(self, row: Flow | None) -> bytes:
-        """A message about this row, whosever it is."""
-        if row is None:
+    def about(self, flow: Flow | None) -> bytes:
+        """A message about this flow, whosever it is."""
+        if flow is None:
             return emit(Close(self.end()))
-        inside, relay = row.inside or row.client, row.relay or self.end()
-        gport = row.gport or self.policy.gport
+        inside, relay = flow.inside or flow.client, flow.relay or self.end()
+        gport = flow.gport or self.policy.gport
         requests: list[Request] = [
             Open(2, inside, gport, relay),
             Close(relay),
-            Resume(2, inside, gport, relay, row.server, row.service, row.source, row.client),
-            Resume(2, inside, gport, relay, self.end(), row.service),
+            Resume(2, inside, gport, relay, flow.server, flow.service, flow.source, flow.client),
+            Resume(2, inside, gport, relay, self.end(), flow.service),
         ]
         return emit(self.rng.choice(requests))
 
@@ -229,8 +236,8 @@ class Field:
             case "op":
                 fields[name] = self.rng.choice(("open", "resume", "close"))
             case _:
-                row = self.row()
-                known = (row.client, row.inside, row.relay, row.server) if row else ()
+                flow = self.flow()
+                known = (flow.client, flow.inside, flow.relay, flow.server) if flow else ()
                 end = self.rng.choice([*filter(None, known), self.end()])
                 host, port = str(end).rsplit(":", 1)
                 before = fields.get(name)
@@ -267,39 +274,40 @@ class Field:
         }
 
     def seen(self) -> dict[int, tuple[Any, ...]]:
-        """Everything of the rows that the hostile one hasn't got."""
+        """Everything of the flows that the hostile one hasn't got."""
         bad = set(map(id, self.bad))
         owners = self.relays._owner
         return {
-            row.id: (
-                row,
-                id(owners.get(row.id)),
-                row.tracker.state,
-                dict(row.rewrites),
-                *(getattr(row, name) for name in ROWS_OWN),
+            flow.id: (
+                flow,
+                id(owners.get(flow.id)),
+                flow.tracker.state,
+                dict(flow.rewrites),
+                *(getattr(flow, name) for name in FLOWS_OWN),
             )
-            for row in self.nat.workers
-            if id(owners.get(row.id)) not in bad and not self.may_be_bads(row)
+            for flow in self.nat.workers
+            if id(owners.get(flow.id)) not in bad and not self.may_be_bads(flow)
         }
 
-    def may_be_bads(self, row: Flow) -> bool:
-        """Whether the hostile one may have this row: nobody's, that it can have accepted or had."""
-        if row.id in self.relays._owner or row.gport is None:
+    def may_be_bads(self, flow: Flow) -> bool:
+        """Whether the hostile one may have this flow: it can have accepted it, or had it."""
+        if flow.id in self.relays._owner or flow.gport is None:
             return False
-        of_bad = any(row.id in rows for _, uid, rows in self.relays._orphans if uid == BAD)
-        return of_bad or (row.tracker.client_acked and not row.orphaned)
+        of_bad = any(flow.id in flows for _, uid, flows in self.relays._orphans if uid == BAD)
+        return of_bad or (flow.tracker.client_acked and not flow.orphaned)
 
     def attack(self) -> bool:
         """One message; whether it was understood."""
         before, tables = self.seen(), self.tables()
-        ids = {row.id for row in self.nat.workers}
+        ids = {flow.id for flow in self.nat.workers}
         full = len(ids) >= FLOWS
         called = {
-            (row.inside, row.gport): row.client for row in self.nat.workers if row.called_again
+            (flow.inside, flow.gport): flow.client for flow in self.nat.workers if flow.called_again
         }
-        may_go = {  # a closed row's port is used again; others make room (admission.py)
-            row.id: row.closed_at is not None or (full and (not row.is_confirmed or row.is_over))
-            for row in self.nat.workers
+        may_go = {  # a closed flow's port is used again; others make room (admission.py)
+            flow.id: flow.closed_at is not None
+            or (full and (not flow.is_confirmed or flow.is_over))
+            for flow in self.nat.workers
         }
         packet, send = self.message(), self.rng.choice(self.bad)
         try:
@@ -316,22 +324,22 @@ class Field:
             text = emit(answer)
             assert len(text) < MAX_MESSAGE
             assert text.decode().isprintable()
-        now = {row.id: row for row in self.nat.workers}
+        now = {flow.id: flow for flow in self.nat.workers}
         after = self.seen()
-        for row_id, was in before.items():
-            if row_id not in now and may_go[row_id]:
+        for flow_id, was in before.items():
+            if flow_id not in now and may_go[flow_id]:
                 continue
-            assert after.get(row_id) == was, (packet, was, after.get(row_id), answer)
+            assert after.get(flow_id) == was, (packet, was, after.get(flow_id), answer)
         for (hook, old), rewrite in tables.items():
-            row = rewrite.row
-            if row.id in before and not may_go[row.id]:
+            flow = rewrite.flow
+            if flow.id in before and not may_go[flow.id]:
                 assert self.nat.tables[hook, Proto.TCP].get(old) is rewrite, packet
-        for row_id in now.keys() - ids:
-            row = now[row_id]
+        for flow_id in now.keys() - ids:
+            flow = now[flow_id]
             if isinstance(request, Open):  # the client's SYN was seen again (NatTable.succeed)
-                assert called[row.inside, row.gport] == row.client, packet
+                assert called[flow.inside, flow.gport] == flow.client, packet
             else:
-                self.check_resumed(row, request, answer)
+                self.check_resumed(flow, request, answer)
         for at_, rewrite in self.tables().items():
             if tables.get(at_) is not rewrite:
                 self.check_rewrite(rewrite, packet)
@@ -344,38 +352,38 @@ class Field:
             assert answer.server == opened.server
         return True
 
-    def check_resumed(self, row: Flow, request: Request, answer: object) -> None:
-        """A row that a message made."""
+    def check_resumed(self, flow: Flow, request: Request, answer: object) -> None:
+        """A flow that a message made."""
         assert isinstance(request, Resume), request
         assert isinstance(answer, Resumed), answer
         assert self.now < self.relays.resumable_until
-        assert row.gport is not None
-        assert row.inside is not None
-        assert row.relay is not None
-        assert any(each.allows(row.gport, row.server, row.source) for each in self.history)
-        assert self.kernel[Endpoint(row.service.addr, row.gport), row.inside] == BAD
-        assert self.kernel[row.relay, row.server] == BAD
-        assert row.client.addr == row.inside.addr
-        assert row.service.port == row.server.port
+        assert flow.gport is not None
+        assert flow.inside is not None
+        assert flow.relay is not None
+        assert any(each.allows(flow.gport, flow.server, flow.source) for each in self.history)
+        assert self.kernel[Endpoint(flow.service.addr, flow.gport), flow.inside] == BAD
+        assert self.kernel[flow.relay, flow.server] == BAD
+        assert flow.client.addr == flow.inside.addr
+        assert flow.service.port == flow.server.port
 
     def check_rewrite(self, rewrite: Rewrite, packet: bytes) -> None:
         """What came into the tables by a message leads between whom it must."""
-        row, own = rewrite.row, self.policy.own
+        flow, own = rewrite.flow, self.policy.own
         match rewrite.step:
             case Step.T1:
-                assert rewrite.dst == Endpoint(row.service.addr, row.gport or 0), packet
+                assert rewrite.dst == Endpoint(flow.service.addr, flow.gport or 0), packet
                 assert rewrite.old[4:8] in own
                 assert int.from_bytes(rewrite.old[10:]) in (80, 443)
             case Step.T2:
                 assert rewrite.old[:4] in own
-                assert rewrite.dst == row.client
+                assert rewrite.dst == flow.client
             case Step.T3:
                 assert rewrite.old[:4] in own, packet
-                assert rewrite.dst == row.server
-                assert rewrite.src.addr in (row.client.addr, rewrite.old[:4])
+                assert rewrite.dst == flow.server
+                assert rewrite.src.addr in (flow.client.addr, rewrite.old[:4])
             case Step.T4:
-                assert rewrite.old[:4] == row.server.addr
-                assert rewrite.dst == row.relay
+                assert rewrite.old[:4] == flow.server.addr
+                assert rewrite.dst == flow.relay
             case step:
                 raise AssertionError(f"{step} by {packet!r}")
 
@@ -387,9 +395,9 @@ def test_what_a_hostile_tcp_relay_says_changes_nothing_but_its_own(seed: int) ->
     for number in range(MESSAGES // SEEDS):
         if number % 3 == 0:
             field.live()
-        rows = len(field.nat)
+        flows = len(field.nat)
         understood += field.attack()
-        resumed += len(field.nat) > rows
+        resumed += len(field.nat) > flows
         if number % 500 == 0:
             bad = field.rng.randrange(3)
             field.relays.lost(field.bad[bad], field.now)

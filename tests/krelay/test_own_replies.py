@@ -147,13 +147,13 @@ def test_what_krelay_asks_clients_is_no_flow_of_the_hosts() -> None:
     host.worker.recovering_until = 5.0
     packet = template("S:443 > C:40000 [P.]").build()
     assert host.worker.handle(packet, Hook.POSTROUTING, 0.0) is Verdict.DROP
-    questions = host.worker.answers.copy()
+    queries = host.worker.answers.copy()
     host.worker.answers.clear()
-    assert [describe(each) for each in questions] == [
+    assert [describe(each) for each in queries] == [
         "G:443 > C:40000 [S]",
         "K:443 > C:40000 [S]",
     ]
-    for each in questions * 2:  # as when two packets of the server's came
+    for each in queries * 2:  # as when two packets of the server's came
         assert host.worker.handle(each, Hook.POSTROUTING, 0.0) is Verdict.PASS
     assert len(host.nat.own_flows) == 0
     assert host.run(0.0, "pre", "C:40000 > K:443 [.]") == "C:40000 > S:443"

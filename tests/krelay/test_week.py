@@ -30,7 +30,7 @@ class Figures(NamedTuple):
 
     objects: int
     blocks: int
-    rows: int
+    flows: int
 
 
 def figures(path: Datapath) -> Figures:
@@ -114,6 +114,6 @@ def test_a_week_of_ticks_leaves_as_much_as_two_days(room: int) -> None:
     assert week.rewritten > 5000
     assert len(after) == DAYS
     second, last = after[1], after[-1]
-    assert last.rows <= second.rows + 2
+    assert last.flows <= second.flows + 2
     assert last.objects <= second.objects + 100
     assert last.blocks <= second.blocks + 500

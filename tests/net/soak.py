@@ -3,7 +3,7 @@
     python -m tests.net.soak MINUTES [queue|auto]      as root; a line a minute, then the quarters
 
 All timeouts are a quarter of what they are by default, so that whatever is to go has often gone.
-There are pages, bulk in both directions, forwarded TCP, questions, datagrams, requests and traces
+There are pages, bulk in both directions, forwarded TCP, queries, datagrams, requests and traces
 at the control socket, and settings that change.  In the first and in the third quarter tcp-relay is
 killed, or ended and started again, every now and then.  So in the second and the fourth it grows
 equally old, and whatever grows from the one to the other grows for ever.
@@ -80,7 +80,7 @@ class Sample(NamedTuple):
     tcp_relay_kb: float
     krelay_files: float
     tcp_relay_files: float
-    rows: float
+    flows: float
     elements: float
     """Of the kernel's maps."""
 
@@ -158,7 +158,7 @@ class _Run:
             ("held", self.held, 0.5),
             ("forwarded", self.forwarded, 0.1),
             ("forwarded bulk", self.forwarded_bulk, 0.5),
-            *[("question", self.question, 0.02)] * 2,
+            *[("question", self.query, 0.02)] * 2,
             ("datagrams", self.datagrams, 0.1),
             ("control", self.control, 1.0),
             ("trace", self.trace, 20.0),
@@ -258,8 +258,8 @@ class _Run:
         with self._connected("client2", 443) as sock:
             _both(sock, rng.randrange(1000), MB)
 
-    def question(self, rng: Random) -> None:
-        """A question, from a port of its own, asked up to three times."""
+    def query(self, rng: Random) -> None:
+        """A query, from a port of its own, asked up to three times."""
         with self._socket("client", socket.SOCK_DGRAM) as sock:
             self._exchange(sock, rng.randbytes(12), 53)
 
@@ -283,7 +283,7 @@ class _Run:
         raise TimeoutError(f"no answer from port {port}")
 
     def control(self, rng: Random) -> None:
-        """A question to krelay."""
+        """A query to krelay."""
         answer = self.world.ask(rng.choice(REQUESTS))
         assert not any(line.startswith("error:") for line in answer), answer
 

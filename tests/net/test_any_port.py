@@ -13,10 +13,10 @@ both_sources = pytest.mark.parametrize("source", ["client", "relay"])
 def asked(
     world: World, sock: socket.socket, server: socket.socket, port: int = 69
 ) -> tuple[str, int]:
-    """The client's question has arrived; as whom the server knows the client."""
+    """The client's query has arrived; as whom the server knows the client."""
     sock.sendto(b"read", (world.relay, port))
-    question, (host, number) = server.recvfrom(100)
-    assert question == b"read"
+    query, (host, number) = server.recvfrom(100)
+    assert query == b"read"
     return host, number
 
 
@@ -68,12 +68,12 @@ def test_answer_from_another_port_begins_a_flow_of_its_own(world: World, source:
     converses(world, sock, other, client)
 
     mine = f"{world.client}:{sock.getsockname()[1]}"
-    rows = {row["service"]: row for row in world.rows("proto=udp")}
-    assert set(rows) == {f"{world.relay}:69", f"{world.relay}:4321"}
-    assert {row["client"] for row in rows.values()} == {mine}
-    assert rows[f"{world.relay}:4321"]["server"] == f"{world.server}:4321"
-    assert rows[f"{world.relay}:4321"]["packets"] == [8, 8]
-    assert rows[f"{world.relay}:69"]["state"] == "unreplied"
+    flows = {flow["service"]: flow for flow in world.flows("proto=udp")}
+    assert set(flows) == {f"{world.relay}:69", f"{world.relay}:4321"}
+    assert {flow["client"] for flow in flows.values()} == {mine}
+    assert flows[f"{world.relay}:4321"]["server"] == f"{world.server}:4321"
+    assert flows[f"{world.relay}:4321"]["packets"] == [8, 8]
+    assert flows[f"{world.relay}:69"]["state"] == "unreplied"
     assert client[0] == (world.client if source == "client" else world.relay)
 
 
@@ -139,8 +139,8 @@ def test_nobody_elses_port_is_answered(world: World, source: str) -> None:
     other.settimeout(0.5)
     with pytest.raises(TimeoutError):
         other.recv(100)
-    (row,) = world.rows("proto=udp")
-    assert row["service"] == f"{world.relay}:69"
+    (flow,) = world.flows("proto=udp")
+    assert flow["service"] == f"{world.relay}:69"
 
 
 def test_client_beside_the_server_is_answered(world: World) -> None:
@@ -175,7 +175,7 @@ def test_silent_client_is_forgotten(world: World) -> None:
     server, other = listening(world), listening(world, 4321)
     sock = world.open("client", socket.SOCK_DGRAM)
     client = asked(world, sock, server)
-    world.until(lambda: not world.rows(), "the flow to expire")
+    world.until(lambda: not world.flows(), "the flow to expire")
 
     def goes_on_untouched() -> bool:
         other.sendto(b"late", client)

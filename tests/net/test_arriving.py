@@ -80,7 +80,7 @@ def test_networks_that_are_local_by_a_route_are_relayed(world: World) -> None:
         world.kill(world.krelay_process)
         world.start_krelay()
         world.until_state("running")
-        world.until(lambda: world.rows("state=established"), "resumed")
+        world.until(lambda: world.flows("state=established"), "resumed")
         echo(sock, b"and it goes on")
 
 
@@ -137,7 +137,7 @@ def test_connections_begin_from_the_new_address_at_once(
 
 
 @pytest.mark.parametrize("to", [7, 443])
-def test_rows_of_an_address_that_is_gone_begin_again(world: World, to: int) -> None:
+def test_flows_of_an_address_that_is_gone_begin_again(world: World, to: int) -> None:
     """With source=relay the server would answer an address that nobody has."""
     serve(world, "relay")
     towards_clients = world.lab.address("relay", towards="client")
@@ -178,7 +178,7 @@ def test_clients_that_turn_out_to_be_beside_the_server_are_answered(world: World
     sock.send(b"who")
     with pytest.raises(TimeoutError):
         sock.recv(100)
-    world.until(lambda: [row["source"] for row in world.rows()] == ["client"], "a row")
+    world.until(lambda: [flow["source"] for flow in world.flows()] == ["client"], "a row")
     ip(world, "addr", "add", world.relay.rsplit(".", 1)[0] + ".100/24", "dev", "eth1")
 
     def answered() -> bytes | None:
@@ -189,7 +189,7 @@ def test_clients_that_turn_out_to_be_beside_the_server_are_answered(world: World
             return None
 
     assert world.until(answered, "an answer", 3).startswith(b"10.77.3.")
-    assert [row["source"] for row in world.rows()] == ["relay"]
+    assert [flow["source"] for flow in world.flows()] == ["relay"]
 
 
 @pytest.mark.one_datapath("a port is chosen by the worker")

@@ -23,13 +23,13 @@ def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
-def row_of(world: World, sock: socket.socket) -> dict[str, str]:
-    """The row of a client's TCP connection through the relay."""
+def flow_of(world: World, sock: socket.socket) -> dict[str, str]:
+    """The flow of a client's TCP connection through the relay."""
     host, port = sock.getsockname()
     peer = "{}:{}".format(*sock.getpeername())
-    rows = world.rows(f"proto=tcp client={host}:{port}")
-    (row,) = (row for row in rows if row["service"] == peer)
-    return row
+    flows = world.flows(f"proto=tcp client={host}:{port}")
+    (flow,) = (flow for flow in flows if flow["service"] == peer)
+    return flow
 
 
 def reusable(world: World, host: str, port: int) -> socket.socket:
@@ -78,7 +78,7 @@ def test_the_relay_hosts_own_connections_are_its_own(relaying: World) -> None:
 def test_what_the_relay_host_sends_to_the_server_is_seen_whichever_address_it_has(
     world: World,
 ) -> None:
-    """Of its own packets the worker must know, lest a row gets their port; how is by POSTROUTING's
+    """Of its own packets the worker must know, lest a flow gets their port; how is by POSTROUTING's
     telling that they have come in by no interface."""
     world.serve("server", "tcp/443", "udp/7")
     world.begin(services="tcp/443=forward udp/7")
@@ -129,7 +129,7 @@ def test_a_relayed_connection_bears_a_direct_one_from_its_port_to_the_gateway_po
         direct.connect((world.relay, GPORT))
 
     echo(served, b"undisturbed")
-    assert row_of(world, served)["state"] == "established"
+    assert flow_of(world, served)["state"] == "established"
     assert failed.type is ConnectionRefusedError
 
 
@@ -139,7 +139,7 @@ def test_who_is_beside_the_server_is_seen_as_the_relay(relaying: World, host: st
     assert host_of(relaying.who_udp(host, 7)) == relaying.relay
     with relaying.connect(host, 443) as sock:
         greet(sock)
-        assert row_of(relaying, sock)["source"] == "relay"
+        assert flow_of(relaying, sock)["source"] == "relay"
         echo(sock, bytes(range(256)) * 1000)
 
 
@@ -153,7 +153,7 @@ def test_a_client_may_ask_the_server_directly(relaying: World) -> None:
 def test_a_direct_connection_from_the_relay_port_disturbs_nobody(relaying: World) -> None:
     relayed = relaying.connect("client", 80)
     seen = greet(relayed)
-    y = port_of(row_of(relaying, relayed)["relay"])
+    y = port_of(flow_of(relaying, relayed)["relay"])
     assert seen == f"{relaying.client}:{y}"
     direct = relaying.connect("client", 80, to=relaying.server, bind=y)
 
@@ -206,8 +206,8 @@ def test_one_client_port_can_talk_to_two_services_at_once(relaying: World) -> No
     assert {host_of(greet(sock)) for sock in (one, other)} == {relaying.client}
     echo(one, b"1" * 100_000)
     echo(other, b"2" * 100_000)
-    rows = relaying.rows(f"client={relaying.client}:42000 state=established")
-    assert {row["service"] for row in rows} == {f"{relaying.relay}:80", f"{relaying.relay}:443"}
+    flows = relaying.flows(f"client={relaying.client}:42000 state=established")
+    assert {flow["service"] for flow in flows} == {f"{relaying.relay}:80", f"{relaying.relay}:443"}
     one.close()
     echo(other, b"left alone")
 
@@ -288,7 +288,7 @@ def test_flows_keep_gateway_port_server_source_and_service_they_began_with(
     tcp = world.connect("client", 80)
     udp = world.open("client", socket.SOCK_DGRAM)
     seen, seen_udp = greet(tcp), world.exchange(udp, b"who", (world.relay, 7))
-    before = row_of(world, tcp)
+    before = flow_of(world, tcp)
     kept = ("id", "gport", "relay", "server", "source", "service")
 
     for change in (
@@ -300,7 +300,7 @@ def test_flows_keep_gateway_port_server_source_and_service_they_began_with(
         world.put(**change)
         echo(tcp, b"goes on" * 1000)
         assert world.exchange(udp, b"who", (world.relay, 7)) == seen_udp
-    after = row_of(world, tcp)
+    after = flow_of(world, tcp)
     assert [after[name] for name in kept] == [before[name] for name in kept]
     assert host_of(seen) == world.client
     assert host_of(world.who("client", 8080)) == world.relay
@@ -325,18 +325,18 @@ def test_a_change_is_in_force_within_a_tenth_of_a_second(world: World) -> None:
             world.until(partial(world.applies, name, value), f"{name}={value}", timeout=2)
             took.append(time.monotonic() - began)
         assert host_of(world.who("client", 80)) == world.client
-    assert {row["gport"] for row in world.rows("proto=tcp")} == set(range(19000, 19005))
+    assert {flow["gport"] for flow in world.flows("proto=tcp")} == set(range(19000, 19005))
     assert median(took) < 0.1, took  # not each: the machine may be busy with others
 
 
-def test_kill_ends_a_row_and_resets_both_its_connections(world: World) -> None:
+def test_kill_ends_a_flow_and_resets_both_its_connections(world: World) -> None:
     world.serve("server", "tcp/80", "udp/7")
     world.begin()
     with ExitStack() as stack:
         victim, other = (stack.enter_context(world.connect("client", 80)) for _ in range(2))
         server_leg = greet(victim)
         greet(other)
-        number = row_of(world, victim)["id"]
+        number = flow_of(world, victim)["id"]
         assert world.ask(f"kill {number}") == [f"killed={number}"]
 
         with pytest.raises(ConnectionResetError):
@@ -345,6 +345,6 @@ def test_kill_ends_a_row_and_resets_both_its_connections(world: World) -> None:
         world.until(lambda: not world.lab.run("server", *ss).stdout, "the server's end reset")
         echo(other, b"left alone")
     world.who_udp("client", 7, bind=43001)
-    (row,) = world.rows(f"client={world.client}:43001")
-    world.ask(f"kill {row['id']}")
-    assert not world.rows(f"client={world.client}:43001")
+    (flow,) = world.flows(f"client={world.client}:43001")
+    world.ask(f"kill {flow['id']}")
+    assert not world.flows(f"client={world.client}:43001")

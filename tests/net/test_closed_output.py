@@ -74,8 +74,8 @@ def killed(world: World) -> socket.socket:
     """A forwarded connection at rest, that was killed."""
     sock = world.connect("client", 443)
     greet(sock)
-    row = next(r for r in world.rows("service=tcp/443") if r["state"] == "established")
-    world.ask(f"kill {row['id']}")
+    flow = next(r for r in world.flows("service=tcp/443") if r["state"] == "established")
+    world.ask(f"kill {flow['id']}")
     return sock
 
 

@@ -174,7 +174,7 @@ def test_wrong_usage_is_2_and_no_daemon_is_1(world: World) -> None:
         )
 
 
-def test_nat_lists_rows_with_the_columns_of_the_contract(world: World) -> None:
+def test_nat_lists_flows_with_the_columns_of_the_contract(world: World) -> None:
     world.serve("server", "tcp/80", "udp/7")
     world.begin()
     sock = world.connect("client", 80, bind=40001)
@@ -194,16 +194,16 @@ def test_nat_lists_rows_with_the_columns_of_the_contract(world: World) -> None:
     )
 
     def counted() -> dict[str, Any] | None:
-        (row,) = map(json.loads, world.krelay("nat", "proto=udp", "--json").stdout.splitlines())
-        return row if row["packets"] == [1, 1] else None
+        (flow,) = map(json.loads, world.krelay("nat", "proto=udp", "--json").stdout.splitlines())
+        return flow if flow["packets"] == [1, 1] else None
 
-    row = world.soon(counted, "a datagram each way")
-    assert row["bytes"] == [20 + 8 + 3, 20 + 8 + len(f"{world.client}:40002\n")]
+    flow = world.soon(counted, "a datagram each way")
+    assert flow["bytes"] == [20 + 8 + 3, 20 + 8 + len(f"{world.client}:40002\n")]
     shown = world.krelay("nat", f"client={world.client}:40001").stdout
     assert "established" in shown
     assert "40002" not in shown
-    assert world.rows("state=closed") == []
-    assert len(world.rows("service=tcp/80")) == 1
+    assert world.flows("state=closed") == []
+    assert len(world.flows("service=tcp/80")) == 1
     bad = world.krelay("nat", "proto=icmp", check=False)
     assert bad.status == 2
     assert bad.stderr.endswith("krelay nat: error: proto is tcp or udp, not 'icmp'\n")
@@ -216,10 +216,10 @@ def test_kill_ends_the_flow_that_it_names_and_no_other(world: World) -> None:
     seen = [greet(sock) for sock in (killed, other)]
     udp = world.open("client", socket.SOCK_DGRAM)
     world.exchange(udp, b"hello", (world.relay, 7))
-    (row,) = world.rows(f"client={world.client}:40001")
-    (datagrams,) = world.rows("proto=udp")
+    (flow,) = world.flows(f"client={world.client}:40001")
+    (datagrams,) = world.flows("proto=udp")
 
-    assert world.krelay("kill", str(row["id"])).stdout == f"killed={row['id']}\n"
+    assert world.krelay("kill", str(flow["id"])).stdout == f"killed={flow['id']}\n"
     with pytest.raises(ConnectionResetError):
         killed.recv(1)
     at_server = seen[0].rpartition(":")[2]
@@ -228,7 +228,7 @@ def test_kill_ends_the_flow_that_it_names_and_no_other(world: World) -> None:
         "the server's end gone",
     )
     assert world.krelay("kill", str(datagrams["id"])).stdout == f"killed={datagrams['id']}\n"
-    assert world.rows("proto=udp") == []
+    assert world.flows("proto=udp") == []
     world.exchange(udp, b"a new row", (world.relay, 7))
     other.sendall(b"undisturbed")
     assert other.recv(100) == b"undisturbed"
@@ -255,16 +255,16 @@ def test_set_real_ip_with_flush_ends_the_flows_to_the_old_server(world: World) -
     assert before.recv(100) == b"undisturbed"
     after = world.connect("client", 80)
     greet(after)
-    (row,) = world.rows("proto=udp")
-    assert row["server"] == f"{world.server}:7"
+    (flow,) = world.flows("proto=udp")
+    assert flow["server"] == f"{world.server}:7"
     world.exchange(udp, b"still the first", (world.relay, 7))
 
     assert world.krelay("set", "real_ip", second, "--flush").stdout == "flushed=2\n"
     with pytest.raises(ConnectionResetError):
         before.recv(1)
     world.exchange(udp, b"second", (world.relay, 7))
-    (row,) = world.rows("proto=udp")
-    assert row["server"] == f"{second}:7"
+    (flow,) = world.flows("proto=udp")
+    assert flow["server"] == f"{second}:7"
     after.sendall(b"undisturbed")
     assert after.recv(100) == b"undisturbed"
     assert world.krelay("set", "real_ip", second, "--flush").stdout == "flushed=0\n"

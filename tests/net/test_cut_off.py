@@ -35,13 +35,13 @@ def told_within(world: World, download: Download) -> OSError | None:
     began = time.monotonic()
     error = download.join(STALL + SLACK)
     assert time.monotonic() - began > STALL / 4  # not because of the cable itself
-    world.until(lambda: not open_rows(world), "the rows to end")
+    world.until(lambda: not open_flows(world), "the rows to end")
     return error
 
 
-def open_rows(world: World) -> list[str]:
-    """The states of rows that have not ended."""
-    states = [str(row["state"]) for row in world.rows("proto=tcp")]
+def open_flows(world: World) -> list[str]:
+    """The states of flows that have not ended."""
+    states = [str(flow["state"]) for flow in world.flows("proto=tcp")]
     return [state for state in states if state != "closed"]
 
 
@@ -81,7 +81,7 @@ def test_an_upload_is_reset_within_the_stall_limit(relay: World) -> None:
     relay.lab.link_down("server")
     with pytest.raises((ConnectionResetError, BrokenPipeError)):
         sock.sendall(bytes(256 * MB))
-    relay.until(lambda: not open_rows(relay), "the rows to end")
+    relay.until(lambda: not open_flows(relay), "the rows to end")
     assert "reason=stalled" in reason(relay.tcp_relay_process)
 
 

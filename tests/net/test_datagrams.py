@@ -48,8 +48,8 @@ def test_large_datagrams_keep_the_clients_address(relaying: World) -> None:
     assert relaying.exchange(sock, b"who", to) == f"{relaying.client}:{port}\n".encode()
 
     def both_counted() -> bool:
-        (row,) = relaying.rows(f"proto=udp client={relaying.client}:{port}")
-        return bool(row["packets"] == [2, 2])
+        (flow,) = relaying.flows(f"proto=udp client={relaying.client}:{port}")
+        return bool(flow["packets"] == [2, 2])
 
     relaying.soon(both_counted, "two datagrams each way")
 
@@ -132,7 +132,7 @@ def test_ip_options_pass_in_udp_and_tcp(relaying: World, options: bytes) -> None
     echo(tcp, bytes(range(256)) * 200)
 
 
-def test_many_small_datagrams_in_a_row_all_come_back_in_order(relaying: World) -> None:
+def test_many_small_datagrams_in_a_flow_all_come_back_in_order(relaying: World) -> None:
     sock = relaying.open("client", socket.SOCK_DGRAM)
     sock.connect((relaying.relay, 7))
     for burst in range(50):

@@ -1,4 +1,4 @@
-"""One truth, whichever way packets take: rows, counters, expiry and traces tell what has passed."""
+"""One truth on both data paths: flows, counters, expiry and traces tell what has passed."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.net.test_cases import row_of
+from tests.net.test_cases import flow_of
 from tests.net.world import World, control_socket, echo, greet, upload
 
 pytestmark = pytest.mark.net
@@ -33,10 +33,10 @@ def busy(world: World) -> World:
     return world
 
 
-def udp_row(world: World, sock: socket.socket) -> dict[str, Any] | None:
-    """The row of a client's datagrams, if there is one."""
-    rows = world.rows(f"proto=udp client={world.client}:{sock.getsockname()[1]}")
-    return rows[0] if rows else None
+def udp_flow(world: World, sock: socket.socket) -> dict[str, Any] | None:
+    """The flow of a client's datagrams, if there is one."""
+    flows = world.flows(f"proto=udp client={world.client}:{sock.getsockname()[1]}")
+    return flows[0] if flows else None
 
 
 def visits(world: World) -> int:
@@ -60,12 +60,12 @@ def test_datagrams_are_counted_to_the_byte(busy: World) -> None:
             assert busy.exchange(sock, data, (busy.relay, 7)) == data
 
         def counted() -> bool:
-            row, after = udp_row(busy, sock), busy.values("counters")
-            assert row is not None
-            assert max(row["packets"]) <= MANY
+            flow, after = udp_flow(busy, sock), busy.values("counters")
+            assert flow is not None
+            assert max(flow["packets"]) <= MANY
             return (
-                row["packets"] == [MANY, MANY]
-                and row["bytes"] == [MANY * (20 + 8 + PAYLOAD)] * 2
+                flow["packets"] == [MANY, MANY]
+                and flow["bytes"] == [MANY * (20 + 8 + PAYLOAD)] * 2
                 and {after[step] - before[step] for step in ("U1", "U2", "U3", "U4")} == {MANY}
             )
 
@@ -73,10 +73,10 @@ def test_datagrams_are_counted_to_the_byte(busy: World) -> None:
 
 
 @pytest.mark.parametrize("port", [80, 443], ids=["terminated", "forwarded"])
-def test_a_connections_bytes_are_those_of_its_row(busy: World, port: int) -> None:
+def test_a_connections_bytes_are_those_of_its_flow(busy: World, port: int) -> None:
     """Headers are counted once a packet, and who segments may be anybody on the way."""
     begun = busy.connect("client", port), busy.connect("client", port)
-    numbers = [row_of(busy, sock)["id"] for sock in begun]
+    numbers = [flow_of(busy, sock)["id"] for sock in begun]
     upload(begun[0], 1, SIZE)
     begun[1].sendall(f"download 2 {SIZE} 0\n".encode())
     with begun[1].makefile("rb") as content:
@@ -86,14 +86,14 @@ def test_a_connections_bytes_are_those_of_its_row(busy: World, port: int) -> Non
     most = SIZE + 120 * (SIZE // MSS + 50)  # headers, and some segments that were sent again
 
     def counted() -> bool:
-        rows = {row["id"]: row for row in busy.rows("proto=tcp")}
-        sent, got = (rows[number]["bytes"] for number in numbers)
+        flows = {flow["id"]: flow for flow in busy.flows("proto=tcp")}
+        sent, got = (flows[number]["bytes"] for number in numbers)
         return bool(SIZE < sent[0] < most and SIZE < got[1] < most)
 
     busy.soon(counted, "all bytes counted")
 
 
-def test_what_the_kernel_was_handed_is_taken_back_when_its_row_ends(busy: World) -> None:
+def test_what_the_kernel_was_handed_is_taken_back_when_its_flow_ends(busy: World) -> None:
     with (
         busy.connect("client", 80) as terminated,
         busy.connect("client", 443) as forwarded,
@@ -105,8 +105,8 @@ def test_what_the_kernel_was_handed_is_taken_back_when_its_row_ends(busy: World)
         for _ in range(5):
             busy.exchange(udp, b"replied", (busy.relay, 7))
         busy.soon(lambda: bool(busy.handed()) == busy.in_kernel, "flows in the kernel or none")
-        for row in busy.rows():
-            busy.ask(f"kill {row['id']}")
+        for flow in busy.flows():
+            busy.ask(f"kill {flow['id']}")
         busy.soon(lambda: not busy.handed(), "none any more")
         for sock in (terminated, forwarded):
             with pytest.raises(ConnectionResetError):
@@ -121,18 +121,18 @@ def test_a_conversation_lives_while_it_talks_and_its_timeout_longer(busy: World)
     busy.put(timeouts__udp=2)
     with busy.open("client", socket.SOCK_DGRAM) as sock:
         busy.exchange(sock, b"first", (busy.relay, 7))
-        row = udp_row(busy, sock)
-        assert row is not None
+        flow = udp_flow(busy, sock)
+        assert flow is not None
         for _ in range(10):
             time.sleep(0.5)  # as people do; five seconds in all
             assert busy.exchange(sock, b"next", (busy.relay, 7)) == b"next"
-            now = udp_row(busy, sock)
+            now = udp_flow(busy, sock)
             assert now is not None
-            assert now["id"] == row["id"]
-        busy.until(lambda: udp_row(busy, sock) is None, "its end", 5)
+            assert now["id"] == flow["id"]
+        busy.until(lambda: udp_flow(busy, sock) is None, "its end", 5)
         assert busy.exchange(sock, b"anew", (busy.relay, 7)) == b"anew"
-        again = busy.until(lambda: udp_row(busy, sock), "a new row")
-        assert again["id"] != row["id"]
+        again = busy.until(lambda: udp_flow(busy, sock), "a new row")
+        assert again["id"] != flow["id"]
 
 
 @pytest.mark.parametrize("port", [80, 443], ids=["terminated", "forwarded"])

@@ -181,7 +181,7 @@ def test_dscp_outlives_a_killed_krelay(world: World) -> None:
     world.kill(world.krelay_process)
     world.start_krelay()
     world.until_state("running")
-    world.until(lambda: world.rows("proto=tcp"), "it to be resumed")
+    world.until(lambda: world.flows("proto=tcp"), "it to be resumed")
 
     world.until(lambda: marks_of(world, client, there) == ({EF}, {AF21}), "the marks")
     world.until(lambda: handed(world), "the kernel to have it")

@@ -92,8 +92,8 @@ def a_tcp_relay_comes(world: World, turn: int) -> None:
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
         link.settimeout(2)
         link.connect(str(world.root / "relay.sock"))
-        question = {"op": "open", "id": 1, "client": ["172.20.5.1", 1], "gport": GPORT}
-        link.send(json.dumps({**question, "relay": ["10.77.3.2", 45678]}).encode())
+        query = {"op": "open", "id": 1, "client": ["172.20.5.1", 1], "gport": GPORT}
+        link.send(json.dumps({**query, "relay": ["10.77.3.2", 45678]}).encode())
         link.recv(4096)
         link.send(b"nonsense")
         link.recv(4096)

@@ -15,8 +15,8 @@ import pytest
 from krelay.offload.kernelpath import MOST_LOSSES
 from krelay.rules.ruleset import instance_name
 from procfs_sim.tree import DEFAULT_ROOT
-from tests.net.test_cases import row_of
-from tests.net.test_datapaths import udp_row, visits
+from tests.net.test_cases import flow_of
+from tests.net.test_datapaths import udp_flow, visits
 from tests.net.test_faults import nothing_unrewritten, revive
 from tests.net.world import AGREES_WITHIN, GPORT, World, echo, greet
 
@@ -60,29 +60,29 @@ def elements(world: World) -> set[Element]:
     return found
 
 
-def wanted(row: dict[str, Any]) -> set[Element]:
-    """The elements that the kernel may have for a row of which no port was changed."""
-    client, service, server = row["client"], row["service"], row["server"]
-    proto = row["proto"]
-    if row.get("gport") is None:
+def wanted(flow: dict[str, Any]) -> set[Element]:
+    """The elements that the kernel may have for a flow of which no port was changed."""
+    client, service, server = flow["client"], flow["service"], flow["server"]
+    proto = flow["proto"]
+    if flow.get("gport") is None:
         return {(f"{proto}-u12", client, service), (f"{proto}-u34", server, client)}
     host, gate = client.partition(":")[0], service.partition(":")[0]
     found = {
         ("tcp-t1", client, service),
-        ("tcp-t2", f"{gate}:{row['gport']}", client),
+        ("tcp-t2", f"{gate}:{flow['gport']}", client),
     }
-    if "relay" in row:
-        port = row["relay"].partition(":")[2]
-        found |= {("tcp-t3", row["relay"], server), ("tcp-t4", server, f"{host}:{port}")}
+    if "relay" in flow:
+        port = flow["relay"].partition(":")[2]
+        found |= {("tcp-t3", flow["relay"], server), ("tcp-t4", server, f"{host}:{port}")}
     return found
 
 
-def needed(row: dict[str, Any]) -> set[Element]:
+def needed(flow: dict[str, Any]) -> set[Element]:
     """Those of them that it must have."""
-    if row["proto"] == "tcp":
-        return wanted(row) if row["state"] == "established" else set()
-    u12, u34 = sorted(wanted(row))
-    return {each for each, n in zip((u12, u34), row["packets"], strict=True) if n > BUSY}
+    if flow["proto"] == "tcp":
+        return wanted(flow) if flow["state"] == "established" else set()
+    u12, u34 = sorted(wanted(flow))
+    return {each for each, n in zip((u12, u34), flow["packets"], strict=True) if n > BUSY}
 
 
 def fast_udp(world: World, host: str = "client") -> socket.socket:
@@ -113,8 +113,8 @@ def until_fast(world: World, act: Callable[[], object]) -> None:
     world.until(is_fast, "the kernel's path", AGREES_WITHIN)
 
 
-def row(world: World, sock: socket.socket) -> dict[str, Any]:
-    found = udp_row(world, sock) if sock.type == socket.SOCK_DGRAM else row_of(world, sock)
+def flow(world: World, sock: socket.socket) -> dict[str, Any]:
+    found = udp_flow(world, sock) if sock.type == socket.SOCK_DGRAM else flow_of(world, sock)
     assert found is not None
     return found
 
@@ -122,7 +122,7 @@ def row(world: World, sock: socket.socket) -> dict[str, Any]:
 # Beginnings
 
 
-def test_a_connection_costs_one_visit_to_the_queue_and_its_row_tells_all(busy: World) -> None:
+def test_a_connection_costs_one_visit_to_the_queue_and_its_flow_tells_all(busy: World) -> None:
     before = visits(busy)
     with busy.connect("client", 80) as sock:
         assert greet(sock).startswith(busy.client)
@@ -133,12 +133,12 @@ def test_a_connection_costs_one_visit_to_the_queue_and_its_row_tells_all(busy: W
 
     def ended() -> dict[str, Any] | None:
         return next(
-            (row for row in busy.rows(f"client={client}") if row["state"] == "closed"), None
+            (flow for flow in busy.flows(f"client={client}") if flow["state"] == "closed"), None
         )
 
-    row = busy.until(ended, "its end")
-    assert row["packets"][0] >= 6  # SYN, ACK, two questions, FIN, ACK
-    assert row["packets"][1] >= 4
+    flow = busy.until(ended, "its end")
+    assert flow["packets"][0] >= 6  # SYN, ACK, two queries, FIN, ACK
+    assert flow["packets"][1] >= 4
     assert visits(busy) - before == 1
 
 
@@ -146,23 +146,23 @@ def test_a_connection_costs_one_visit_to_the_queue_and_its_row_tells_all(busy: W
 
 
 def is_over(world: World, number: int) -> bool:
-    """Whether no row of this number lives."""
-    rows = [row for row in world.rows() if row["id"] == number]
-    return all(row["state"] in ("closing", "closed") for row in rows)
+    """Whether no flow of this number lives."""
+    flows = [flow for flow in world.flows() if flow["id"] == number]
+    return all(flow["state"] in ("closing", "closed") for flow in flows)
 
 
 def test_a_flow_that_is_killed_ends_at_once(busy: World) -> None:
     udp, terminated, forwarded = fast_udp(busy), fast_tcp(busy, 80), fast_tcp(busy, 443)
     for sock in (terminated, forwarded):
-        number = row(busy, sock)["id"]
+        number = flow(busy, sock)["id"]
         busy.ask(f"kill {number}")
         with pytest.raises(ConnectionResetError):
             sock.recv(1)
         busy.until(partial(is_over, busy, number), "its end")
-    number = row(busy, udp)["id"]
+    number = flow(busy, udp)["id"]
     busy.ask(f"kill {number}")
     assert busy.exchange(udp, b"anew", (busy.relay, 7)) == b"anew"
-    again = row(busy, udp)
+    again = flow(busy, udp)
     assert again["id"] != number
     assert again["packets"] == [1, 1]
     busy.until(lambda: not elements(busy), "nothing in the kernel", AGREES_WITHIN)
@@ -182,13 +182,13 @@ def test_a_flow_that_falls_silent_expires_neither_early_nor_late(busy: World) ->
     while len(gone) < len(socks):
         assert time.monotonic() < before + 5 * timeout
         asked = time.monotonic()
-        ports = {int(each["client"].partition(":")[2]) for each in busy.rows("proto=udp")}
+        ports = {int(each["client"].partition(":")[2]) for each in busy.flows("proto=udp")}
         for port in last.keys() - gone.keys() - ports:
             gone[port] = asked, time.monotonic()
         time.sleep(0.02)
     for port, (earliest, latest) in gone.items():
         assert latest - last[port] >= timeout, "early"
-        # The table looks once a second; and a row may have been heard of at the time of a look.
+        # The table looks once a second; and a flow may have been heard of at the time of a look.
         assert earliest - last[port] <= timeout + 1 + AGREES_WITHIN, "late"
     assert not elements(busy)
 
@@ -224,7 +224,7 @@ def test_what_somebody_takes_out_of_the_maps_is_put_back_and_told_once(
     udp, terminated, forwarded = fast_udp(busy), fast_tcp(busy, 80), fast_tcp(busy, 443)
     usual = elements(busy)
     client = f"{busy.client} . {udp.getsockname()[1]} . {busy.relay} . 7"
-    said = {sock: row(busy, sock)["packets"][0] for sock in (*others, udp)}
+    said = {sock: flow(busy, sock)["packets"][0] for sock in (*others, udp)}
     totals = busy.complete(lambda: busy.values("counters"))
 
     for _ in range(3):
@@ -252,7 +252,7 @@ def test_what_somebody_takes_out_of_the_maps_is_put_back_and_told_once(
     assert all(after[step] >= totals[step] for step in ("T1", "T4", "U1", "U4"))
     assert after["errors"] == 0
     if commands is not HANDS["the ruleset"] and commands is not HANDS["a map"]:
-        counted = {sock: row(busy, sock)["packets"][0] for sock in others}
+        counted = {sock: flow(busy, sock)["packets"][0] for sock in others}
         assert counted == {sock: said[sock] for sock in others}, "what nobody took was counted"
 
 
@@ -333,7 +333,7 @@ def test_the_data_path_is_switched_under_running_flows_and_nothing_is_lost(busy:
     talk.end()
 
     assert talk.answered == talk.asked
-    found = row(busy, talk.udp)
+    found = flow(busy, talk.udp)
     assert found["packets"] == [talk.asked, talk.asked]
     assert found["bytes"] == [talk.asked * (28 + len(DATAGRAM))] * 2
     counters = busy.values("counters")
@@ -390,7 +390,7 @@ def greeting(sock: socket.socket) -> bytes:
 
 
 class Watch:
-    """Compares the kernel's elements with the rows, again and again."""
+    """Compares the kernel's elements with the flows, again and again."""
 
     def __init__(self, world: World) -> None:
         self.looks = 0
@@ -414,10 +414,10 @@ class Watch:
     def look(self) -> None:
         """What differs now, and didn't an instant ago, began to differ after that."""
         began = time.monotonic()
-        before, there, after = self._world.rows(), elements(self._world), self._world.rows()
-        may = {each for rows in (before, after) for row in rows for each in wanted(row)}
-        must = {each for row in before for each in needed(row)}
-        must &= {each for row in after for each in needed(row)}
+        before, there, after = self._world.flows(), elements(self._world), self._world.flows()
+        may = {each for flows in (before, after) for flow in flows for each in wanted(flow)}
+        must = {each for flow in before for each in needed(flow)}
+        must &= {each for flow in after for each in needed(flow)}
         now = {("stale", each) for each in there - may} | {("missing", e) for e in must - there}
         self._since = {each: self._since.get(each, began) for each in now}
         for each, since in self._since.items():
@@ -464,9 +464,9 @@ def test_the_table_and_the_kernel_never_disagree_for_long_while_flows_come_and_g
                     sock.send(b"again")
                     sock.recv(100)
             if round_ == 1:
-                for each in busy.rows("proto=udp")[:50]:
+                for each in busy.flows("proto=udp")[:50]:
                     busy.ask(f"kill {each['id']}")
-        busy.until(lambda: not busy.rows("proto=udp"), "the end of all", 30)
+        busy.until(lambda: not busy.flows("proto=udp"), "the end of all", 30)
     assert watch.looks > 10
     assert watch.most > 500
     assert watch.longest <= 1.0, watch.wrong
@@ -486,7 +486,7 @@ def short_connection(world: World, port: int, kind: int) -> None:
 
 
 def test_the_gateway_port_is_nobodys_but_tcp_relays(busy: World) -> None:
-    """Its packets pass by elements of the rows alone, whoever else has a connection there."""
+    """Its packets pass by elements of the flows alone, whoever else has a connection there."""
     fast_tcp(busy, 80)
     with pytest.raises(ConnectionRefusedError):
         busy.connect("client", GPORT)

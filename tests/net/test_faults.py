@@ -119,12 +119,12 @@ def test_tcp_goes_on_when_krelay_was_killed_and_nothing_passes_unrewritten(
 
     for sock in idle:
         echo(sock, b"still here")
-    rows = {row["client"]: row for row in world.rows("proto=tcp state=established")}
+    flows = {flow["client"]: flow for flow in world.flows("proto=tcp state=established")}
     for sock, address in zip(idle, seen, strict=True):
-        row = rows["{}:{}".format(*sock.getsockname())]
-        host = row["client"] if source == "client" else row["relay"]
-        assert address == f"{host.split(':')[0]}:{row['relay'].split(':')[1]}"
-        assert row["source"] == source
+        flow = flows["{}:{}".format(*sock.getsockname())]
+        host = flow["client"] if source == "client" else flow["relay"]
+        assert address == f"{host.split(':')[0]}:{flow['relay'].split(':')[1]}"
+        assert flow["source"] == source
     got = b"".join(iter(lambda: half_closed.recv(MB), b""))
     assert len(got) == 3_000_000
     datagrams.settimeout(10)
@@ -204,7 +204,7 @@ def test_killing_tcp_relay_resets_both_ends_and_leaves_udp_alone(world: World) -
     for _ in range(3):
         with pytest.raises(ConnectionRefusedError):
             world.connect("client", 80)
-    world.until(lambda: not world.rows("proto=tcp state=established"), "the rows end", timeout=15)
+    world.until(lambda: not world.flows("proto=tcp state=established"), "the rows end", timeout=15)
 
     world.start_tcp_relay()
     assert world.who("client", 80).startswith(f"{world.client}:")

@@ -1,8 +1,8 @@
 """Floods from forged addresses: what they cost, and that running flows don't notice.
 
-A download and 50 questions a second, each from a new port, go on while a flood comes from another
+A download and 50 queries a second, each from a new port, go on while a flood comes from another
 host of the clients' network.  Nothing of theirs may fail: the download arrives as it was sent, each
-question is answered; one that is lost is asked again after a second, as resolvers do, and that is
+query is answered; one that is lost is asked again after a second, as resolvers do, and that is
 counted.  Small here; KRELAY_LONG=1 is as large as it is meant to hold.
 """
 
@@ -80,7 +80,7 @@ class Questions:
                 try:
                     sock.send(text)
                     while sock.recv(100) != text:
-                        pass  # late, to a question from this port before
+                        pass  # late, to a query from this port before
                 except OSError as problem:
                     error = str(problem)
                     self.asked_again += 1
@@ -110,14 +110,14 @@ def flooded(world: World) -> World:
 
 @contextmanager
 def running(world: World) -> Iterator[Questions]:
-    """Meanwhile the download and the questions, which must all end well."""
+    """Meanwhile the download and the queries, which must all end well."""
     seconds = 12 if LONG else 4
     download = world.download("client", 80, 3, DOWNLOAD, rate=DOWNLOAD // seconds)
-    with Questions(world) as questions:
-        world.until(lambda: download.received and questions.answered > 20, "both running")
-        yield questions
+    with Questions(world) as queries:
+        world.until(lambda: download.received and queries.answered > 20, "both running")
+        yield queries
         download.finish(120)
-    assert questions.failed == []
+    assert queries.failed == []
 
 
 def flood_with(world: World, kind: str, port: int, count: int, rate: int, clients: int) -> str:
@@ -126,7 +126,7 @@ def flood_with(world: World, kind: str, port: int, count: int, rate: int, client
     return world.lab.run("client2", *command, str(clients), timeout=120).stdout.strip()
 
 
-def figures(world: World, flood: str, before: dict[str, Any], questions: Questions) -> None:
+def figures(world: World, flood: str, before: dict[str, Any], queries: Questions) -> None:
     """Prints what it came to."""
     after = {**world.values("counters"), **world.values("status")}
     program = world.krelay_process
@@ -142,8 +142,8 @@ def figures(world: World, flood: str, before: dict[str, Any], questions: Questio
         f"\n    memory {before['memory'] >> 20} to {memory(program) >> 20} MB, "
         f"{seconds_of_cpu(program) - before['cpu']:.1f} s of CPU in "
         f"{time.monotonic() - before['time']:.1f} s"
-        f"\n    questions: {questions.answered} answered, {questions.asked_again} asked again, "
-        f"slowest {questions.slowest:.2f} s",
+        f"\n    questions: {queries.answered} answered, {queries.asked_again} asked again, "
+        f"slowest {queries.slowest:.2f} s",
         end="",
     )
 
@@ -181,28 +181,28 @@ def now(world: World) -> dict[str, Any]:
 def test_a_flood_does_not_disturb_what_runs(
     flooded: World, kind: str, port: int, count: int, clients: int, rate: int
 ) -> None:
-    with running(flooded) as questions:
+    with running(flooded) as queries:
         before = now(flooded)
         said = flood_with(flooded, kind, port, count, rate, clients)
-        figures(flooded, said, before, questions)
-    figures(flooded, said, before, questions)
+        figures(flooded, said, before, queries)
+    figures(flooded, said, before, queries)
     assert flooded.who("client", 80).startswith(f"{flooded.client}:")
     assert flooded.values("status")["flows"] <= 65536
     assert flooded.values("counters")["errors"] == 0
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_a_flood_of_fragments_takes_bounded_room_and_no_rows(flooded: World, rate: int) -> None:
+def test_a_flood_of_fragments_takes_bounded_room_and_no_flows(flooded: World, rate: int) -> None:
     """None visits the queue; what the kernel holds of them is what it is told to hold at most."""
     bound = int(flooded.lab.run("relay", "sysctl", "-n", "net.ipv4.ipfrag_high_thresh").stdout)
-    with running(flooded) as questions:
+    with running(flooded) as queries:
         before = now(flooded)
         said = flood_with(flooded, "fragments", 53, FRAGMENTS, rate, FRAGMENTS)
         held = fragments_held(flooded)
-        figures(flooded, said, before, questions)
-    figures(flooded, said, before, questions)
+        figures(flooded, said, before, queries)
+    figures(flooded, said, before, queries)
     print(f"\n    the kernel held {held >> 10} KB of fragments, at most {bound >> 10}", end="")
     assert bound // 2 < held < bound + (64 << 10)
-    assert flooded.values("status")["flows"] <= 1 + questions.answered
+    assert flooded.values("status")["flows"] <= 1 + queries.answered
     assert "passed_fragment" not in flooded.values("counters")
     assert flooded.values("counters")["errors"] == 0

@@ -123,16 +123,16 @@ def test_who_connects_when_rules_are_back_is_not_asked_what_others_are(
     old = world.connect("client2", port)
     greet(old)
     before = world.rules()
-    with watching(world, "client2", lambda packet: packet[33] == SYN) as questions:
+    with watching(world, "client2", lambda packet: packet[33] == SYN) as queries:
         world.lab.run("relay", "nft", "flush", "ruleset")
         world.until(lambda: world.rules() == before, "rules", timeout=5)
-        questions.next()
+        queries.next()
         world.nft("client", DEAF)
         new = world.open("client")
         new.setblocking(False)
         with suppress(BlockingIOError):
             new.connect((world.relay, port))
-        questions.next()
+        queries.next()
     world.lab.run("client", "nft", "delete", "table", "ip", "deaf")
     new.settimeout(10)
 

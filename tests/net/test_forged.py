@@ -53,7 +53,7 @@ def test_a_datagram_from_the_servers_own_port_makes_no_loop(forged: World, text:
             watch.next(0.3)
 
     forged.soon(lambda: dropped(forged, "server_itself") == before + 1, "dropped")
-    assert forged.rows(f"client={forged.server}") == []
+    assert forged.flows(f"client={forged.server}") == []
 
 
 def test_the_server_is_its_own_client_from_any_other_port(forged: World) -> None:
@@ -114,8 +114,8 @@ def test_a_connection_outlives_forged_packets_of_both_ends(
     sock = forged.connect("client", port)
     greet(sock)
     x = sock.getsockname()[1]
-    (row,) = forged.rows(f"client={forged.client}:{x}")
-    y = row["relay"].partition(":")[2] if row.get("relay") else x
+    (flow,) = forged.flows(f"client={forged.client}:{x}")
+    y = flow["relay"].partition(":")[2] if flow.get("relay") else x
     client, relay, server = forged.client, forged.relay, forged.server
     for text in (
         f"{client}:{x} > {relay}:{port} [{flags}]",
@@ -128,7 +128,7 @@ def test_a_connection_outlives_forged_packets_of_both_ends(
 
     echo(sock, b"two")
     forged.until(
-        lambda: [each["state"] for each in forged.rows(f"client={client}:{x}")] == ["established"],
+        lambda: [each["state"] for each in forged.flows(f"client={client}:{x}")] == ["established"],
         "one connection",
     )
     sock.close()

@@ -32,7 +32,7 @@ def through(world: World) -> Iterator[World]:
 
 
 def forwarded(world: World, filters: str = "") -> list[dict[str, object]]:
-    return world.rows(f"service=tcp/{PORT} {filters}".strip())
+    return world.flows(f"service=tcp/{PORT} {filters}".strip())
 
 
 def is_reset(sock: socket.socket) -> bool:
@@ -48,20 +48,20 @@ def established(world: World, host: str = "server") -> str:
     return world.run(host, "ss", "-Htn", "state", "established", f"( sport = :{PORT} )")
 
 
-def test_the_server_sees_the_client_and_the_row_says_so(through: World) -> None:
+def test_the_server_sees_the_client_and_the_flow_says_so(through: World) -> None:
     with through.connect("client", PORT) as sock:
         mine = f"{through.client}:{sock.getsockname()[1]}"
         assert greet(sock) == mine
         assert mine in established(through)
-        [row] = forwarded(through)
-        assert (row["client"], row["server"]) == (mine, f"{through.server}:{PORT}")
-        assert (row["source"], row["state"]) == ("client", "established")
-        assert "gport" not in row
-        assert "relay" not in row
+        [flow] = forwarded(through)
+        assert (flow["client"], flow["server"]) == (mine, f"{through.server}:{PORT}")
+        assert (flow["source"], flow["state"]) == ("client", "established")
+        assert "gport" not in flow
+        assert "relay" not in flow
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(1) == b""
-    [row] = through.until(lambda: forwarded(through, "state=closing"), "both FINs")
-    assert row["expires"] <= 240  # type: ignore[operator]
+    [flow] = through.until(lambda: forwarded(through, "state=closing"), "both FINs")
+    assert flow["expires"] <= 240  # type: ignore[operator]
     through.soon(lambda: through.values("counters")["U1"] > 3, "its packets counted")
 
 
@@ -73,12 +73,12 @@ def test_with_source_relay_the_server_sees_a_relay_port(world: World) -> None:
         seen = greet(sock)
         assert seen.startswith(f"{address}:")
         assert greet(other).startswith(f"{address}:")
-        [row] = [r for r in forwarded(world) if r["relay"] == seen]
-        assert (row["source"], row["client"]) == (
+        [flow] = [r for r in forwarded(world) if r["relay"] == seen]
+        assert (flow["source"], flow["client"]) == (
             "relay",
             f"{world.client}:{sock.getsockname()[1]}",
         )
-        world.ask(f"kill {row['id']}")
+        world.ask(f"kill {flow['id']}")
         assert is_reset(sock)
         world.until(lambda: seen not in established(world), "the server's end reset")
         echo(other, b"undisturbed")
@@ -94,8 +94,8 @@ def test_curl_keeps_a_connection_and_moves_files_both_ways(world: World) -> None
         "client", "curl", "-s", "-w", "%{num_connects}\n", f"{base}/a", f"{base}/b", f"{base}/c"
     )
     assert told.split() == ["/a", "1", "/b", "0", "/c", "0"]
-    [row] = forwarded(world)
-    assert row["client"].split(":")[0] == world.client  # type: ignore[attr-defined]
+    [flow] = forwarded(world)
+    assert flow["client"].split(":")[0] == world.client  # type: ignore[attr-defined]
     assert nginx.read_text().startswith(f"{world.client} {PORT} /a")
 
     file, back = world.lab.directory / "file", world.lab.directory / "back"
@@ -128,7 +128,7 @@ def test_a_rst_passes_in_both_directions(through: World) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     through.until(lambda: mine not in established(through), "the server's end reset")
     through.soon(
-        lambda: [row["state"] for row in forwarded(through)] == ["closing"], "the RST seen"
+        lambda: [flow["state"] for flow in forwarded(through)] == ["closing"], "the RST seen"
     )
     with through.connect("client", PORT) as sock:
         mine = greet(sock)
@@ -169,21 +169,21 @@ def test_a_killed_connection_is_reset_at_both_ends_at_once(through: World, busy:
         greet(other)
         if busy:
             echo(sock, b"x" * 100_000)
-        [row] = [r for r in forwarded(through) if r["client"] == mine]
-        through.krelay("kill", str(row["id"]))
+        [flow] = [r for r in forwarded(through) if r["client"] == mine]
+        through.krelay("kill", str(flow["id"]))
         assert is_reset(sock)
         through.until(lambda: mine not in established(through), "the server's end reset")
         echo(other, b"undisturbed")
-        [row] = [r for r in forwarded(through) if r["client"] == mine]
-        assert row["state"] == "closed"
+        [flow] = [r for r in forwarded(through) if r["client"] == mine]
+        assert flow["state"] == "closed"
     assert through.values("counters")["dropped_killed"] >= 2
 
 
 def test_a_download_in_full_run_is_killed(through: World) -> None:
     download = through.download("client", PORT, 5, 500_000_000)
     through.until(lambda: download.received > 1_000_000, "a download under way")
-    [row] = forwarded(through)
-    through.ask(f"kill {row['id']}")
+    [flow] = forwarded(through)
+    through.ask(f"kill {flow['id']}")
     assert isinstance(download.join(), ConnectionResetError)
     through.until(lambda: not established(through), "the server's end reset")
 
@@ -194,7 +194,7 @@ def test_a_download_in_full_run_is_killed(through: World) -> None:
 def test_beyond_the_limit_it_is_refused_as_it_is_set(
     through: World, refusal: str, heard: type[OSError]
 ) -> None:
-    through.put(limits__refusal=refusal, limits__flows=len(through.rows()) + 1)
+    through.put(limits__refusal=refusal, limits__flows=len(through.flows()) + 1)
     with through.connect("client", PORT) as sock:
         greet(sock)
         with through.open("client2") as refused:
@@ -248,7 +248,7 @@ def test_running_flows_stay_when_real_ip_changes_and_end_with_flush(world: World
         greet(other)
         with world.connect("client", PORT) as new:
             greet(new)
-            servers = {row["server"] for row in forwarded(world)}
+            servers = {flow["server"] for flow in forwarded(world)}
             assert servers == {f"{world.server}:{PORT}", f"{there}:{PORT}"}
             world.krelay("set", "real_ip", there, "--flush")
             assert is_reset(sock)
@@ -267,7 +267,7 @@ def test_stopping_ends_what_runs_and_leaves_the_host_as_before(world: World) -> 
         world.until_state("stopped")
         assert is_reset(sock)
         world.until(lambda: not established(world), "the server's end reset")
-    assert not world.rows()
+    assert not world.flows()
     assert world.rules() == before
     with world.open("client") as again, pytest.raises(ConnectionRefusedError):
         again.connect((world.relay, PORT))
@@ -289,8 +289,8 @@ def test_connections_survive_a_killed_krelay_whoever_speaks_first(through: World
         echo(sock, b"still there" * 1000)
     else:
         download.finish()
-    [row] = forwarded(through)
-    assert row["client"].startswith(through.client)  # type: ignore[attr-defined]
+    [flow] = forwarded(through)
+    assert flow["client"].startswith(through.client)  # type: ignore[attr-defined]
 
 
 def test_no_gateway_port_is_needed_where_all_tcp_is_forwarded(world: World) -> None:

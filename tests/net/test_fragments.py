@@ -172,12 +172,12 @@ def test_fragments_without_an_end_take_bounded_room_and_disturb_nothing_that_is_
         world.begin()
         tcp = world.connect("client", 80)
         greet(tcp)
-        rows = len(world.rows())
+        flows = len(world.flows())
         parts = pieces(f"{world.client}:{PORT}", f"{world.relay}:7", LARGE[:1400], 0)
         send(world, "client", *(numbered(parts[n % 2], n) for n in range(MANY)))
 
         assert FLOOD_LIMIT // 2 < fragments_held(world) < FLOOD_LIMIT + (64 << 10)
-        assert len(world.rows()) == rows
+        assert len(world.flows()) == flows
         echo(tcp, LARGE)
         with world.open("client", socket.SOCK_DGRAM) as sock:
             assert world.exchange(sock, LARGE[:1000], (world.relay, 7)) == LARGE[:1000]

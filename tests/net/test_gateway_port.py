@@ -167,7 +167,7 @@ def test_who_takes_the_new_port_before_tcp_relay_leaves_clients_with_the_old(
     end(world, squatter)
     world.until(lambda: f"listening gport={new}" in world.tcp_relay_process.output, "its turn")
     assert works(world)
-    world.until(lambda: world.rows()[-1]["gport"] == new, "the new port in use")
+    world.until(lambda: world.flows()[-1]["gport"] == new, "the new port in use")
     assert "got" not in squatter.output
 
 

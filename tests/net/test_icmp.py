@@ -49,7 +49,7 @@ def under_way(source: str, datapath: str) -> Iterator[Ends]:
         assert world.who_udp("client", 7, bind=UDP_PORT)
         tcp = world.connect("client", 80)
         greet(tcp)
-        [row] = world.rows("proto=tcp")
+        [flow] = world.flows("proto=tcp")
         address = world.lab.address
         names = {
             "C": world.client,
@@ -57,8 +57,8 @@ def under_way(source: str, datapath: str) -> Iterator[Ends]:
             "S": world.server,
             "N": address("near", towards="relay"),
             "F": address("far"),
-            "x": row["client"].partition(":")[2],
-            "y": row["relay"].partition(":")[2],
+            "x": flow["client"].partition(":")[2],
+            "y": flow["relay"].partition(":")[2],
         }
         yield Ends(world, tcp, names)
 

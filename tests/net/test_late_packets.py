@@ -1,4 +1,4 @@
-"""Ports that are free again while rows remember them: whose they are, and who may not use them.
+"""Ports that are free again while flows remember them: whose they are, and who may not use them.
 
 A local user without any privilege takes the relay port of a connection that is over.
 """
@@ -39,10 +39,10 @@ def is_bound(sock: socket.socket, host: str, port: int) -> bool:
 
 
 def relay_port(world: World, client: socket.socket) -> int:
-    """The relay port of a client's row."""
+    """The relay port of a client's flow."""
     host, port = client.getsockname()
-    (row,) = world.rows(f"client={host}:{port}")
-    return int(row["relay"].partition(":")[2])
+    (flow,) = world.flows(f"client={host}:{port}")
+    return int(flow["relay"].partition(":")[2])
 
 
 def seen_from(world: World, port: int, server_port: int = 80) -> str:
@@ -74,7 +74,7 @@ def test_after_a_connection_its_port_speaks_for_who_has_it(world: World, first: 
             greet(client)
         port = relay_port(world, client)
         client.close()
-        world.until(lambda: world.rows("state=closed"), "closed")
+        world.until(lambda: world.flows("state=closed"), "closed")
 
         assert not seen_from(world, port).startswith(world.client)
     assert world.who("client", 80).startswith(world.client)

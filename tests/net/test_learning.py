@@ -1,6 +1,6 @@
-"""Questions that the kernel relays without asking: they are relayed, counted and bounded as others.
+"""Queries that the kernel relays without asking: they are relayed, counted and bounded as others.
 
-What holds for all datagrams is shown with both data paths elsewhere; here is what only questions of
+What holds for all datagrams is shown with both data paths elsewhere; here is what only queries of
 one packet can meet, and that it is indeed the kernel that relays them.
 """
 
@@ -30,25 +30,27 @@ def asked(world: World) -> World:
     return world
 
 
-def test_questions_do_not_visit_the_worker_and_are_rows_all_the_same(asked: World) -> None:
+def test_queries_do_not_visit_the_worker_and_are_flows_all_the_same(asked: World) -> None:
     before = visits(asked)
     for port in range(20001, 20021):
         assert asked.who_udp("client", DNS, bind=port) == f"{asked.client}:{port}"
     assert visits(asked) == before
-    rows = asked.soon(
-        lambda: found if len(found := asked.rows("service=udp/53")) == 20 else None,
+    flows = asked.soon(
+        lambda: found if len(found := asked.flows("service=udp/53")) == 20 else None,
         "twenty rows",
     )
 
-    assert [row["client"] for row in rows] == [f"{asked.client}:{p}" for p in range(20001, 20021)]
+    assert [flow["client"] for flow in flows] == [
+        f"{asked.client}:{p}" for p in range(20001, 20021)
+    ]
     answer = len(f"{asked.client}:20001\n")
-    assert all((row["packets"], row["state"]) == ([1, 1], "replied") for row in rows)
-    assert all(row["bytes"] == [28 + len(b"who"), 28 + answer] for row in rows)
-    assert len({row["id"] for row in rows}) == 20
+    assert all((flow["packets"], flow["state"]) == ([1, 1], "replied") for flow in flows)
+    assert all(flow["bytes"] == [28 + len(b"who"), 28 + answer] for flow in flows)
+    assert len({flow["id"] for flow in flows}) == 20
     counters = asked.values("counters")
     assert (counters["U1"], counters["U3"]) == (20, 20)
-    assert asked.ask(f"kill {rows[3]['id']}") == [f"killed={rows[3]['id']}"]
-    assert len(asked.rows("service=udp/53")) == 19
+    assert asked.ask(f"kill {flows[3]['id']}") == [f"killed={flows[3]['id']}"]
+    assert len(asked.flows("service=udp/53")) == 19
 
 
 def test_a_second_answer_finds_its_way_too(asked: World) -> None:
@@ -63,7 +65,7 @@ def test_a_second_answer_finds_its_way_too(asked: World) -> None:
         assert sock.recvfrom(100) == (b"again", (asked.relay, DNS))
 
     def packets() -> list[list[int]]:
-        return [row["packets"] for row in asked.rows(f"client={asked.client}:21000")]
+        return [flow["packets"] for flow in asked.flows(f"client={asked.client}:21000")]
 
     asked.soon(lambda: packets() == [[1, 2]], "both answers in its row")
 
@@ -118,18 +120,18 @@ def test_who_traces_sees_each_packet_and_others_are_not_disturbed(asked: World) 
     assert visits(asked) == before
 
 
-def test_an_unanswered_question_that_is_asked_again_goes_to_the_new_server(asked: World) -> None:
+def test_an_unanswered_query_that_is_asked_again_goes_to_the_new_server(asked: World) -> None:
     with asked.open("client", socket.SOCK_DGRAM) as sock:
         sock.bind(("", 25000))
         asked.nft("server", DEAF)
         sock.sendto(b"who", (asked.relay, DNS))
-        asked.soon(lambda: asked.rows("state=unreplied"), "a question without an answer")
+        asked.soon(lambda: asked.flows("state=unreplied"), "a question without an answer")
         there = asked.lab.address("server2")
         asked.put(real_ip=there)
         asked.exchange(sock, b"who", (asked.relay, DNS))
 
-    (row,) = asked.soon(lambda: asked.rows("service=udp/53"), "its row")
-    assert (row["server"], row["state"]) == (f"{there}:{DNS}", "replied")
+    (flow,) = asked.soon(lambda: asked.flows("service=udp/53"), "its row")
+    assert (flow["server"], flow["state"]) == (f"{there}:{DNS}", "replied")
 
 
 @pytest.mark.parametrize(

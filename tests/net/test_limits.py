@@ -71,9 +71,9 @@ SILENCE = {"tcp": "TimeoutError", "udp": "timed out"}
 def test_beyond_a_limit_new_flows_are_refused_as_it_is_set(
     live: World, limit: str, reason: str, refusal: str, heard: dict[str, str]
 ) -> None:
-    rows = 1 if limit == "flows_per_client" else len(live.rows())  # one for each of its budgets
+    flows = 1 if limit == "flows_per_client" else len(live.flows())  # one for each of its budgets
     setting = f"limits__{limit}"
-    live.put(None, limits__refusal=refusal, **{setting: rows})
+    live.put(None, limits__refusal=refusal, **{setting: flows})
 
     assert attempts(live) == heard
     others = attempts(live, "client2")
@@ -86,7 +86,7 @@ def test_beyond_a_limit_new_flows_are_refused_as_it_is_set(
     listed = [line for line in live.ask("show counters") if line.startswith("refused_")]
     assert f"refused_{live.client}={reason}:" in "\n".join(listed)
     assert f"refused_{live.client}" in live.krelay("counters").stdout
-    live.put(None, **{setting: rows + 100})
+    live.put(None, **{setting: flows + 100})
     assert attempts(live) == OK
 
 
@@ -117,13 +117,13 @@ def test_half_open_connections_of_a_full_table_make_room(live: World) -> None:
         "client2",
         "table ip deaf { chain in { type filter hook input priority 0; tcp sport 80 drop\n }\n}\n",
     )
-    live.put(limits__flows=len(live.rows()) + 3)
+    live.put(limits__flows=len(live.flows()) + 3)
     half_open = [live.open("client2") for _ in range(3)]
     for sock in half_open:
         sock.setblocking(False)
         with pytest.raises(BlockingIOError):
             sock.connect((live.relay, 80))
-    live.until(lambda: len(live.rows("state=opening")) == 3, "three rows")
+    live.until(lambda: len(live.flows("state=opening")) == 3, "three rows")
     for sock in half_open:
         sock.close()
 

@@ -108,7 +108,7 @@ def test_low_port_outlives_a_killed_krelay(world: World, source: str) -> None:
 
     for sock in socks:
         echo(sock, bytes(range(256)) * 400)
-    world.until(lambda: len(world.rows("proto=tcp")) == 2, "both to be resumed")
+    world.until(lambda: len(world.flows("proto=tcp")) == 2, "both to be resumed")
     assert all(port_of(each) < 1024 for each in seen)
 
 

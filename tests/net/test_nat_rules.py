@@ -51,9 +51,9 @@ def wires(datapath: str) -> Iterator[World]:
 
 @pytest.fixture
 def clean(wires: World) -> World:
-    """No rows, and settings as they come."""
-    for row in wires.rows():
-        wires.ask(f"kill {row['id']}")
+    """No flows, and settings as they come."""
+    for flow in wires.flows():
+        wires.ask(f"kill {flow['id']}")
     wires.put(source="client", timeouts__udp=300, real_ip=wires.server)
     return wires
 
@@ -250,10 +250,10 @@ def test_packets_arrive_as_the_rule_says(talk: Talk, rule: str) -> None:
     assert len(set(talk.ports.values())) == len(talk.ports)
 
 
-def row_of(talk: Talk, client: str) -> dict[str, Any]:
-    """The row of a client's port."""
-    [row] = talk.world.soon(lambda: talk.world.rows(f"client={client}"), f"a row of {client}")
-    return row
+def flow_of(talk: Talk, client: str) -> dict[str, Any]:
+    """The flow of a client's port."""
+    [flow] = talk.world.soon(lambda: talk.world.flows(f"client={client}"), f"a row of {client}")
+    return flow
 
 
 def test_4787_req_5_mappings_live_as_long_as_set(talk: Talk) -> None:
@@ -262,10 +262,10 @@ def test_4787_req_5_mappings_live_as_long_as_set(talk: Talk) -> None:
         client  C:4001 > K:53   => server  C:4001 > S:53
     """)
 
-    assert 299 < row_of(talk, f"{talk.world.client}:4000")["expires"] <= 300
-    assert 19 < row_of(talk, f"{talk.world.client}:4001")["expires"] <= 20
+    assert 299 < flow_of(talk, f"{talk.world.client}:4000")["expires"] <= 300
+    assert 19 < flow_of(talk, f"{talk.world.client}:4001")["expires"] <= 20
     talk.world.put(timeouts__udp=1)
-    talk.world.until(lambda: not talk.world.rows(f"client={talk.world.client}:4000"), "its end", 4)
+    talk.world.until(lambda: not talk.world.flows(f"client={talk.world.client}:4000"), "its end", 4)
     talk.play("server  S:7 > C:4000  => client  S:7 > C:4000")
 
 
@@ -280,12 +280,12 @@ def test_4787_req_5_mappings_live_as_long_as_set(talk: Talk) -> None:
 def test_4787_req_6_packets_of_both_directions_refresh(talk: Talk, refresh: str) -> None:
     talk.play("client  C:4000 > K:7    => server  C:4000 > S:7")
     client = f"{talk.world.client}:4000"
-    talk.world.until(lambda: row_of(talk, client)["idle"] >= 0.5, "some idleness")
+    talk.world.until(lambda: flow_of(talk, client)["idle"] >= 0.5, "some idleness")
     talk.play(refresh)
 
     def refreshed() -> bool:
-        row = row_of(talk, client)
-        return bool(row["idle"] < 0.5 and row["expires"] > 299.5)
+        flow = flow_of(talk, client)
+        return bool(flow["idle"] < 0.5 and flow["expires"] > 299.5)
 
     talk.world.soon(refreshed, "the row refreshed")
 
@@ -307,7 +307,7 @@ def test_4787_req_10_5382_req_6_what_a_packet_says_is_never_changed(talk: Talk) 
 def test_4787_req_11_the_same_under_load(talk: Talk) -> None:
     packets = [bytes(talk.layers(f"D:{port} > K:7", b"load")) for port in range(20000, 20400)]
     send(talk.world, "client2", *packets)
-    talk.world.until(lambda: len(talk.world.rows()) >= 390, "rows")
+    talk.world.until(lambda: len(talk.world.flows()) >= 390, "rows")
     talk.play("""
         client  C:20000 > K:7   => server  C:20000 > S:7
         client  C:20000 > G:7   => server  C:other > S:7
@@ -385,8 +385,8 @@ class Connection:
         return self
 
     @property
-    def row(self) -> dict[str, Any]:
-        return row_of(self.talk, f"{self.talk.world.client}:{self.port}")
+    def flow(self) -> dict[str, Any]:
+        return flow_of(self.talk, f"{self.talk.world.client}:{self.port}")
 
     def __enter__(self) -> "Connection":
         return self
@@ -405,11 +405,11 @@ def test_5382_req_2_each_step_of_a_connection_passes_in_both_directions(talk: Ta
         it.hears("server", "FA")  # half-closed: the other direction goes on
         it.says("server", "P.", b"and more")
         assert bytes(it.hears("client", "PA")[Raw]) == b"and more"
-        assert it.row["state"] == "established"
+        assert it.flow["state"] == "established"
         it.says("server", "F.")
         it.hears("client", "FA")
         it.says("client", ".")
-        talk.world.until(lambda: it.row["state"] == "closed", "its end")
+        talk.world.until(lambda: it.flow["state"] == "closed", "its end")
 
 
 def test_5382_req_2a_a_simultaneous_open_towards_the_server(talk: Talk) -> None:
@@ -425,64 +425,64 @@ def test_5382_req_2a_a_simultaneous_open_towards_the_server(talk: Talk) -> None:
         it.says("server", ".")
         it.says("server", "P.", b"hello")
         assert bytes(it.hears("client", "PA")[Raw]) == b"hello"
-        assert it.row["state"] == "established"
+        assert it.flow["state"] == "established"
 
 
 def test_5382_req_3_only_the_server_of_a_connection_is_heard(talk: Talk) -> None:
     with Connection(talk, 40003).open() as it:
         talk.ports["y"] = it.y
-        before = talk.world.complete(lambda: it.row["packets"])
+        before = talk.world.complete(lambda: it.flow["packets"])
         talk.play("""
             server2 Z:80 > C:y [.]  => client  Z:80 > C:y
             server  S:81 > C:y [.]  => client  S:81 > C:y
         """)
-        assert talk.world.complete(lambda: it.row["packets"]) == before
+        assert talk.world.complete(lambda: it.flow["packets"]) == before
 
 
 def test_5382_req_5_7857_2_1_the_timers_are_those_of_the_states(talk: Talk) -> None:
     with Connection(talk, 40004) as it:
         it.says("client", "S")
         it.hears("client", "SA")
-        assert (it.row["state"], 239 < it.row["expires"] <= 240) == ("opening", True)
+        assert (it.flow["state"], 239 < it.flow["expires"] <= 240) == ("opening", True)
         it.says("client", ".")
         it.hears("server", "S")
-        assert it.row["state"] == "opening"
+        assert it.flow["state"] == "opening"
         it.says("server", "S.")
         it.hears("server", "A")
-        assert (it.row["state"], 7439 < it.row["expires"] <= 7440) == ("established", True)
+        assert (it.flow["state"], 7439 < it.flow["expires"] <= 7440) == ("established", True)
 
 
 def test_5382_req_7_connections_never_share_a_port_towards_the_server(talk: Talk) -> None:
     with Connection(talk, 40005).open() as one, Connection(talk, 40006).open() as other:
         assert one.y != other.y
-        assert {one.row["relay"], other.row["relay"]} == {
+        assert {one.flow["relay"], other.flow["relay"]} == {
             f"{talk.world.relay}:{one.y}",
             f"{talk.world.relay}:{other.y}",
         }
 
 
-def test_7857_2_2_a_forged_reset_is_passed_on_and_leaves_the_row_its_time(talk: Talk) -> None:
-    """The relay's host judges it by its number: what it is about goes on, and the row with it."""
+def test_7857_2_2_a_forged_reset_is_passed_on_and_leaves_the_flow_its_time(talk: Talk) -> None:
+    """The relay's host judges it by its number: what it is about goes on, and the flow with it."""
     with Connection(talk, 40007).open() as it:
-        talk.world.until(lambda: it.row["idle"] >= 0.3, "some idleness")
+        talk.world.until(lambda: it.flow["idle"] >= 0.3, "some idleness")
         it.says("server", "R", seq=it.seq["server"] + 10**9, ack=0)
         time.sleep(0.3)
-        assert it.row["state"] == "established"
-        assert it.row["idle"] >= 0.3, "a RST refreshes nothing"
+        assert it.flow["state"] == "established"
+        assert it.flow["idle"] >= 0.3, "a RST refreshes nothing"
         it.says("server", "P.", b"still here")
         assert bytes(it.hears("client", "PA")[Raw]) == b"still here"
         talk.world.soon(
-            lambda: (it.row["state"], it.row["expires"] > 7439) == ("established", True),
+            lambda: (it.flow["state"], it.flow["expires"] > 7439) == ("established", True),
             "nothing but the time that went by",
         )
 
 
-def test_a_reset_that_is_one_ends_both_legs_and_the_row_soon(talk: Talk) -> None:
+def test_a_reset_that_is_one_ends_both_legs_and_the_flow_soon(talk: Talk) -> None:
     with Connection(talk, 40008).open() as it:
         it.says("server", "R.")
         it.hears("client", "RA")
-        talk.world.until(lambda: it.row["state"] == "closed", "its end")
-        assert it.row["expires"] <= 10
+        talk.world.until(lambda: it.flow["state"] == "closed", "its end")
+        assert it.flow["expires"] <= 10
 
 
 def test_who_talks_to_the_gateway_port_is_reset(talk: Talk) -> None:

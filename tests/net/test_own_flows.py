@@ -47,13 +47,13 @@ def test_replies_to_the_hosts_own_datagrams_reach_it(world: World, peer: str, so
     for port, to in ((123, 123), (53, 53), (40005, 500), (40005, 53), (123, 123)):
         assert ask(world, port, (there, to)) == f"{here}:{port}"
 
-    assert world.rows() == []
+    assert world.flows() == []
     assert world.values("status")["own_flows"] == 4
     assert world.who_udp("client", 123)  # and clients are relayed as ever
 
 
-def test_many_questions_from_port_53_are_answered(world: World) -> None:
-    """With the kernel's own data path, which learns questions to that port without asking."""
+def test_many_queries_from_port_53_are_answered(world: World) -> None:
+    """With the kernel's own data path, which learns queries to that port without asking."""
     peer = serve(world)
     world.begin(services=SERVICES)
     with world.open("relay", DATAGRAM) as sock:
@@ -63,7 +63,7 @@ def test_many_questions_from_port_53_are_answered(world: World) -> None:
             assert world.exchange(sock, data, (peer, 53)) == data
             if number % 10 == 0:
                 assert world.who_udp("client", 53).startswith(world.client)
-    assert all(row["client"].startswith(world.client) for row in world.rows())
+    assert all(flow["client"].startswith(world.client) for flow in world.flows())
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_hosts_own_connections_from_relayed_ports_work(
         for number in range(20):
             echo(sock, b"%d" % number * 1000)
 
-    assert not any(row["service"].startswith(here) for row in world.rows()), world.rows()
+    assert not any(flow["service"].startswith(here) for flow in world.flows()), world.flows()
     assert world.who("client", 80).startswith(world.client)
     assert world.who("client", 443).startswith(world.client)
 
@@ -102,7 +102,7 @@ def test_replies_reach_hosts_that_are_masqueraded(world: World, peer: str) -> No
             for number in range(20):
                 echo(sock, b"%d" % number * 1000)
 
-    assert not any(row["service"].startswith(world.relay) for row in world.rows())
+    assert not any(flow["service"].startswith(world.relay) for flow in world.flows())
 
 
 def test_a_clients_flow_is_never_the_hosts_own(world: World) -> None:
@@ -123,7 +123,7 @@ def test_a_clients_flow_is_never_the_hosts_own(world: World) -> None:
 
 
 def test_a_reply_that_came_first_is_put_right(world: World) -> None:
-    """Its question went out before relaying began."""
+    """Its query went out before relaying began."""
     peer = serve(world)
     world.start_krelay()
     world.put(services="udp/123", real_ip=world.server)
@@ -137,14 +137,14 @@ def test_a_reply_that_came_first_is_put_right(world: World) -> None:
         world.put(start=1)
         world.until_state("running")
         there.sendto(b"late", (world.relay, 123))
-        world.until(lambda: len(world.rows()) == 1, "a row of it")
+        world.until(lambda: len(world.flows()) == 1, "a row of it")
         for number in range(3):
             sock.sendto(b"again", (peer, 1230))
             assert there.recvfrom(100)[0] == b"again"
             there.sendto(b"%d" % number, (world.relay, 123))
             assert sock.recvfrom(100)[0] == b"%d" % number
 
-    assert world.rows() == []
+    assert world.flows() == []
 
 
 def test_errors_about_own_datagrams_reach_their_sender(world: World) -> None:
@@ -158,7 +158,7 @@ def test_errors_about_own_datagrams_reach_their_sender(world: World) -> None:
             with pytest.raises(ConnectionRefusedError):
                 sock.recv(100)
 
-    assert world.rows() == []
+    assert world.flows() == []
 
 
 @pytest.mark.one_datapath("a timer of the worker's")
@@ -192,7 +192,7 @@ def test_with_iptables_replies_reach_the_host_too(flavour: str) -> None:
         with world.connect("relay", 80, to=peer, bind=443) as sock:
             assert greet(sock) == f"{world.relay}:443"
             echo(sock, b"and back")
-        assert world.rows() == []
+        assert world.flows() == []
 
 
 def test_the_hosts_connections_outlive_a_start_and_a_kill(world: World) -> None:
@@ -213,4 +213,4 @@ def test_the_hosts_connections_outlive_a_start_and_a_kill(world: World) -> None:
         world.start_krelay()
         world.until_state("running")
         world.until(lambda: world.values("status")["tcp_relays"] == 1, "tcp-relay is back")
-    assert world.rows() == []
+    assert world.flows() == []

@@ -82,7 +82,7 @@ def test_answers_keep_coming_through_a_one_armed_relay(world: World, services: s
     with no_redirect(world, "server"):
         talk(world)
     assert not learnt(world, "server", world.client)
-    assert world.rows("proto=udp")
+    assert world.flows("proto=udp")
 
 
 def test_no_other_packet_of_the_servers_brings_a_redirect_about(world: World) -> None:
@@ -113,7 +113,7 @@ def test_a_server_that_was_changed_still_hears_none(world: World) -> None:
     world.lab.run("other", "ip", "route", "replace", "default", "via", world.relay)
     for host in ("server", "other"):
         with no_redirect(world, host):
-            assert world.exchange(sock, b"who", (world.relay, 7))  # an old row: the first server
+            assert world.exchange(sock, b"who", (world.relay, 7))  # an old flow: the first server
             assert world.who_udp("client", 7).startswith(f"{world.client}:")
     assert not learnt(world, "server", world.client)
 
@@ -157,7 +157,7 @@ def test_the_doctor_tells_of_redirects_before_krelay_keeps_them(world: World) ->
     assert "both by eth0" in told["text"]
     with watching(world, "server", is_redirect) as watch:
         assert finding(doctor(world, world.client)[1], "return")["level"] == "not tried"
-        with pytest.raises(TimeoutError):  # the doctor's own question brings none about
+        with pytest.raises(TimeoutError):  # the doctor's own query brings none about
             watch.next(0.3)
         type_as_root(world, told["mend"])
         told = finding(doctor(world, world.client)[1], "redirects")

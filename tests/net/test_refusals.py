@@ -186,7 +186,7 @@ def test_two_krelays_with_trees_and_queues_of_their_own_work_side_by_side(
         assert served.who("client", port).startswith(f"{served.client}:")
     for port in (5353, 7):
         assert served.who_udp("client", port).startswith(f"{served.client}:")
-    assert {row["gport"] for row in served.rows("proto=tcp", other)} == {GPORT + 1}
+    assert {flow["gport"] for flow in served.flows("proto=tcp", other)} == {GPORT + 1}
     served.put(tree=other, start=0)
     served.until_state("stopped", other)
     assert served.rules() == rules
@@ -322,14 +322,12 @@ def test_garbage_on_the_relay_socket_is_answered_by_an_error_and_the_end(
 
 
 def test_an_open_for_nobody_is_refused_and_the_link_stays(served: World) -> None:
-    question = {"op": "open", "client": ["172.20.5.1", 1], "gport": GPORT}
+    query = {"op": "open", "client": ["172.20.5.1", 1], "gport": GPORT}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
         link.settimeout(5)
         link.connect(str(served.root / "relay.sock"))
         for number in (1, 2):
-            link.send(
-                json.dumps({**question, "id": number, "relay": ["10.77.3.2", 45678]}).encode()
-            )
+            link.send(json.dumps({**query, "id": number, "relay": ["10.77.3.2", 45678]}).encode())
             expected = {"id": number, "error": "no row for this client"}
             assert json.loads(link.recv(4096)) == expected
 
@@ -378,7 +376,7 @@ def _answers(world: World) -> bool:
 
 
 def test_a_full_table_refuses_new_flows_and_leaves_live_ones_alone(served: World) -> None:
-    served.put(limits__flows=len(served.rows()))
+    served.put(limits__flows=len(served.flows()))
     sock = served.open("client")
     with pytest.raises(ConnectionRefusedError):
         sock.connect((served.relay, 80))

@@ -75,9 +75,9 @@ def test_200_requests_and_200_queries_come_from_the_client_with_files_changed_wh
     assert seen == expected
     for name in records:
         assert f"query[A] {name} from {world.client}" in dns.output
-    rows = world.rows("proto=tcp")
-    assert len(rows) == 400
-    assert {row["gport"] for row in rows} == {18000}
+    flows = world.flows("proto=tcp")
+    assert len(flows) == 400
+    assert {flow["gport"] for flow in flows} == {18000}
     old = world.lab.run("client", "curl", "-sS", "-m", "5", f"http://{world.relay}/", check=False)
     assert old.status == 7  # refused: tcp/80 is no service any more
 
@@ -97,10 +97,10 @@ def test_a_new_server_gets_new_connections_while_a_download_from_the_first_goes_
         assert world.who_udp("client", 7).startswith(f"{world.client}:")
         world.exchange(talking, b"hello", (world.relay, 7))
         assert not slow.is_over
-        assert {r["server"] for r in world.rows("proto=tcp state=established")} >= {
+        assert {r["server"] for r in world.flows("proto=tcp state=established")} >= {
             f"{world.server}:80"
         }
-        flows = {r["client"]: r["server"] for r in world.rows("proto=udp")}
+        flows = {r["client"]: r["server"] for r in world.flows("proto=udp")}
         assert flows[f"{world.client}:{talking.getsockname()[1]}"] == f"{world.server}:7"
     slow.finish()
 
@@ -114,7 +114,7 @@ def test_unanswered_datagrams_go_to_the_new_server_at_once(world: World) -> None
     world.begin()
     sock = world.open("client", socket.SOCK_DGRAM)
     sock.sendto(b"lost", (world.relay, 7))
-    world.until(lambda: world.rows("state=unreplied"), "an unreplied row")
+    world.until(lambda: world.flows("state=unreplied"), "an unreplied row")
     world.put(real_ip=world.lab.address("server2"))
 
     assert world.exchange(sock, b"heard", (world.relay, 7)) == b"heard"

@@ -1,4 +1,4 @@
-"""After thousands of conversations everything is as it was before: rows, descriptors, memory."""
+"""After thousands of conversations everything is as it was before: flows, descriptors, memory."""
 
 import os
 import socket
@@ -58,7 +58,7 @@ def baseline(
             sock.recv(1)
     else:
         world.who("client", 80)
-    world.until(lambda: world.rows("state=closed"), "its end")
+    world.until(lambda: world.flows("state=closed"), "its end")
     return [descriptors(program) for program in programs]
 
 
@@ -96,7 +96,7 @@ def test_after_thousands_of_conversations_nothing_is_left_of_them(world: World) 
     opened = baseline(world, programs)
 
     def settled() -> bool:
-        left = world.rows() or world.handed()
+        left = world.flows() or world.handed()
         return not left and [descriptors(program) for program in programs] == opened
 
     talk(world)
@@ -122,7 +122,7 @@ def test_connections_that_are_refused_leave_nothing_either(world: World) -> None
     for _ in range(200):
         with pytest.raises(ConnectionResetError), world.connect("client", 80) as sock:
             sock.recv(1)
-    world.until(lambda: not world.rows(), "no rows", timeout=20)
+    world.until(lambda: not world.flows(), "no rows", timeout=20)
 
     assert [descriptors(program) for program in programs] == opened
 

@@ -75,10 +75,10 @@ def test_a_transfer_that_goes_slowly_outlives_it(world: World) -> None:
 def test_a_connection_that_rests_outlives_it(world: World) -> None:
     with world.connect("client", 80) as sock:
         greet(sock)
-        row = world.rows()[0]
+        flow = world.flows()[0]
         with stopped(world):
             pass
-        assert world.rows()[0]["id"] == row["id"]
+        assert world.flows()[0]["id"] == flow["id"]
         sock.sendall(b"still there")
         assert sock.recv(100) == b"still there"
 
@@ -87,7 +87,7 @@ def test_a_connection_that_is_being_made_is_made(world: World) -> None:
     drop = "table ip deaf { chain in { type filter hook input priority 0; tcp dport 80 drop; }; }"
     world.lab.run("server", "nft", drop)
     with world.connect("client", 80) as sock:
-        world.until(lambda: world.rows("proto=tcp"), "a row")
+        world.until(lambda: world.flows("proto=tcp"), "a row")
         time.sleep(0.5)
         with stopped(world):
             world.lab.run("server", "nft", "delete table ip deaf")

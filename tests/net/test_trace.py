@@ -46,7 +46,7 @@ def test_a_capture_has_what_was_counted_and_what_the_wires_had(world: World) -> 
     world.serve("server", "tcp/80", "udp/7")
     world.begin()
     world.who("client2", 80)  # steps are counted, but not in the capture
-    world.until(lambda: world.rows("state=closed"), "its end")
+    world.until(lambda: world.flows("state=closed"), "its end")
     before = world.complete(lambda: world.values("counters"))
     file = world.lab.directory / "trace.pcapng"
     program = capture(world, str(file))
@@ -56,7 +56,7 @@ def test_a_capture_has_what_was_counted_and_what_the_wires_had(world: World) -> 
         upload(sock, 1, 100_000)
         with world.connect("client", 80) as sock:
             greet(sock)
-        world.until(lambda: len(world.rows("state=closed")) == 3, "their end")
+        world.until(lambda: len(world.flows("state=closed")) == 3, "their end")
         after = world.complete(lambda: world.values("counters"))
         blocks = ended(world, program, file)
         arrived = {"client side": received(client), "server side": received(server)}
@@ -121,7 +121,7 @@ def test_a_reader_that_does_not_read_disturbs_no_download_and_is_told_what_it_mi
     with control_socket(world.root) as connection:
         connection.sendall(asked.encode() + b"\n")
         world.download("client", 80, 7, 20_000_000).finish()
-        world.until(lambda: world.rows("state=closed"), "its end")
+        world.until(lambda: world.flows("state=closed"), "its end")
         counters = world.values("counters")
         shown = b""
         if asked == "trace":

@@ -104,7 +104,7 @@ def test_the_server_reaches_a_silent_client_once_the_timers_are_mended(
     sip = Sip(world)
     sip.register()
     is_forgotten(world)
-    assert world.rows("proto=udp")
+    assert world.flows("proto=udp")
     assert not sip.rings(0.5)
     told = timers(world)
     assert (told["level"], told["safe"]) == ("warning", True)
@@ -132,7 +132,7 @@ def test_ours_made_shorter_is_as_good(world: World) -> None:
     assert timers(world)["level"] == "ok"
     sip = Sip(world)
     sip.register()
-    world.until(lambda: not world.rows("proto=udp"), "no flow that nobody can use")
+    world.until(lambda: not world.flows("proto=udp"), "no flow that nobody can use")
 
 
 def test_a_forwarded_connection_at_rest_is_forgotten_likewise(world: World) -> None:

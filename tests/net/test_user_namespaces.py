@@ -141,8 +141,10 @@ def test_flows_in_a_user_namespace_come_and_go_by_hundreds(datapath: str) -> Non
         for _ in range(3):
             for sock in socks:
                 assert world.exchange(sock, b"who", (world.relay, 7))
-        rows = world.complete(lambda: world.rows("proto=udp"))
-        assert [row["packets"] for row in rows if row["service"].endswith(":7")] == [[3, 3]] * 400
+        flows = world.complete(lambda: world.flows("proto=udp"))
+        assert [flow["packets"] for flow in flows if flow["service"].endswith(":7")] == [
+            [3, 3]
+        ] * 400
         assert "as krelay left them" not in up.output
 
 

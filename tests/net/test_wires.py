@@ -1,4 +1,4 @@
-"""What the wires show of a question and a request is what docs/virtual-machines.md says."""
+"""What the wires show of a query and a request is what docs/virtual-machines.md says."""
 
 import re
 from collections.abc import Iterator
@@ -37,7 +37,8 @@ def captures(datapath: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             assert asked.stdout == f"{ADDRESS}\n"
             world.lab.run("client", "curl", "-sS", "--noproxy", "*", f"http://{RELAY}/page")
             world.until(
-                lambda: [row["state"] for row in world.rows("proto=tcp")] == ["closed"], "the end"
+                lambda: [flow["state"] for flow in world.flows("proto=tcp")] == ["closed"],
+                "the end",
             )
             files = {}
             for wire, frames in zip(WIRES, (client, server), strict=True):
@@ -54,27 +55,27 @@ def captures(datapath: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.mark.parametrize("number", [0, 1], ids=WIRES)
 def test_filters_show_what_the_page_says(captures: dict[str, Path], number: int) -> None:
-    rows = table("| filter |")
-    ((question, *_), *_) = tshark(captures["client"], "dns.id", only="dns")
+    flows = table("| filter |")
+    ((query, *_), *_) = tshark(captures["client"], "dns.id", only="dns")
     filters = [
-        re.sub(r"dns\.id == \w+", f"dns.id == {question}", row[0].strip("`").replace("\\|", "|"))
-        for row in rows
+        re.sub(r"dns\.id == \w+", f"dns.id == {query}", flow[0].strip("`").replace("\\|", "|"))
+        for flow in flows
     ]
     everything, *shown = count(captures[WIRES[number]], ["ip", *filters])
 
-    assert len(rows) == 10
-    for row, packets in zip(rows, shown, strict=True):
-        cell = row[1 + number]
+    assert len(flows) == 10
+    for flow, packets in zip(flows, shown, strict=True):
+        cell = flow[1 + number]
         if cell.startswith("nothing"):
-            assert packets == 0, row
+            assert packets == 0, flow
         elif cell == "all":
-            assert packets == everything, row
+            assert packets == everything, flow
         else:
-            assert 0 < packets < everything, row
+            assert 0 < packets < everything, flow
 
 
-def test_a_question_keeps_its_port_and_ages(captures: dict[str, Path]) -> None:
-    rows = table("| step | client's wire | server's wire |")
+def test_a_query_keeps_its_port_and_ages(captures: dict[str, Path]) -> None:
+    flows = table("| step | client's wire | server's wire |")
     fields = ("ip.src", "udp.srcport", "ip.dst", "udp.dstport", "ip.ttl")
     seen = {wire: tshark(captures[wire], *fields, only="dns") for wire in WIRES}
     port = seen["client"][0][1]
@@ -84,19 +85,19 @@ def test_a_question_keeps_its_port_and_ages(captures: dict[str, Path]) -> None:
         (CLIENT, port, SERVER, "53", "63"),
         (SERVER, "53", CLIENT, port, "64"),
     ]
-    assert [row[0] for row in rows] == ["U1", "U2", "U3", "U4"]
+    assert [flow[0] for flow in flows] == ["U1", "U2", "U3", "U4"]
     order = [seen["client"][0], *seen["server"], seen["client"][1]]
-    for row, (src, _, dst, _, ttl) in zip(rows, order, strict=True):
-        cell = "".join(row[1:]).replace("*", "")
+    for flow, (src, _, dst, _, ttl) in zip(flows, order, strict=True):
+        cell = "".join(flow[1:]).replace("*", "")
         assert re.match(rf"{src}:\d+ > {dst}:\d+, ", cell)
         assert cell.endswith(f"TTL {ttl}")
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=WIRES)
 def test_a_request_is_two_connections(captures: dict[str, Path], number: int) -> None:
-    rows = table("| step | client's wire, ")
-    cells = [row[1 + number] for row in rows if row[1 + number]]
-    steps = {row[0] for row in rows if row[1 + number]}
+    flows = table("| step | client's wire, ")
+    cells = [flow[1 + number] for flow in flows if flow[1 + number]]
+    steps = {flow[0] for flow in flows if flow[1 + number]}
     wire, far = WIRES[number], (RELAY, SERVER)[number]
     fields = ("ip.src", "ip.dst", "tcp.flags", "tcp.len", "ip.ttl")
     seen = tshark(captures[wire], *fields, only="tcp.port == 80")

@@ -262,8 +262,8 @@ class World:
             return bool(self._ask_there(root, "show status"))
         return answers(root)
 
-    def rows(self, filters: str = "", tree: Path | None = None) -> list[dict[str, Any]]:
-        """The rows of `show nat json`."""
+    def flows(self, filters: str = "", tree: Path | None = None) -> list[dict[str, Any]]:
+        """The flows of `show nat json`."""
         return [json.loads(line) for line in self.ask(f"show nat json {filters}", tree)]
 
     def values(self, what: str) -> dict[str, Any]:

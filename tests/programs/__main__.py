@@ -39,19 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tests.programs: needs root (network namespaces)", file=sys.stderr)
         return 1
     try:
-        rows = _run(chosen, args.datapath or DATAPATHS, args.source or SOURCES)
+        flows = _run(chosen, args.datapath or DATAPATHS, args.source or SOURCES)
     except KeyboardInterrupt:
         return 130
     except LabError as error:
         print(f"tests.programs: {error}", file=sys.stderr)
         return 1
     if args.json:
-        text = json.dumps([as_json(row) for row in rows], indent=1)
+        text = json.dumps([as_json(flow) for flow in flows], indent=1)
         print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
     if args.markdown:
-        text = page(rows, _machine())
+        text = page(flows, _machine())
         print(text, end="") if args.markdown == "-" else Path(args.markdown).write_text(text)
-    return _summary(rows)
+    return _summary(flows)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,13 +98,13 @@ def _run(clients: Sequence[Client], datapaths: Sequence[str], sources: Sequence[
     def tell(line: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {line}", file=sys.stderr, flush=True)
 
-    rows = []
+    flows = []
     with redirect_stdout(io.StringIO()):  # the world's last words are for pytest
-        for row in runner.run(clients, list(ways(datapaths, sources)), tell):
-            rows.append(row)
-            if row.untried:
-                tell(f"{row.client.name}: not tried: {row.untried}")
-    return rows
+        for flow in runner.run(clients, list(ways(datapaths, sources)), tell):
+            flows.append(flow)
+            if flow.untried:
+                tell(f"{flow.client.name}: not tried: {flow.untried}")
+    return flows
 
 
 def _machine() -> str:
@@ -112,11 +112,11 @@ def _machine() -> str:
     return f"Tried on {release} with Linux {platform.release()}."
 
 
-def _summary(rows: Sequence[Row]) -> int:
-    bad = [row.client.name for row in rows if not row.is_as_expected]
-    untried = [row.client.name for row in rows if row.untried]
-    known = [row.client.name for row in rows if row.client.fails and row.troubles]
-    print(f"{len(rows)} programs, {len(bad)} not as directly: {', '.join(bad) or 'none'}")
+def _summary(flows: Sequence[Row]) -> int:
+    bad = [flow.client.name for flow in flows if not flow.is_as_expected]
+    untried = [flow.client.name for flow in flows if flow.untried]
+    known = [flow.client.name for flow in flows if flow.client.fails and flow.troubles]
+    print(f"{len(flows)} programs, {len(bad)} not as directly: {', '.join(bad) or 'none'}")
     if known:
         print(f"as known: {', '.join(known)}")
     if untried:

@@ -2,7 +2,7 @@
 
 Setting up installs what is missing.  Services that come with a package are not started, and what
 would have another package removed is left out and said: the machine's own clock or mail program is
-worth more than a row of a table.
+worth more than a flow of a table.
 """
 
 import os
@@ -40,8 +40,8 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     ours = {name for name in wanted if name in PYPI}
     command = ("dpkg-query", "-W", "-f=${db:Status-Status} ${Package} ${Version}\n")
     done = subprocess.run((*command, *sorted(wanted - ours)), capture_output=True, text=True)
-    rows = (line.split() for line in done.stdout.splitlines())
-    found = {row[1]: row[2] for row in rows if row[0] == "installed"}
+    flows = (line.split() for line in done.stdout.splitlines())
+    found = {flow[1]: flow[2] for flow in flows if flow[0] == "installed"}
     if ours and PYTHON.exists():
         code = (
             f"from importlib.metadata import version\nfor n in {sorted(ours)}: print(n, version(n))"

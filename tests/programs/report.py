@@ -72,74 +72,74 @@ def is_known(client: Client, way: Way) -> bool:
     return bool(client.fails) and any(word in words for word in way)
 
 
-def page(rows: Sequence[Row], machine: str) -> str:
+def page(flows: Sequence[Row], machine: str) -> str:
     """The page as Markdown."""
-    good = sum(row.is_as_expected and not row.client.fails and not row.untried for row in rows)
-    tried = sum(not row.untried for row in rows)
+    good = sum(flow.is_as_expected and not flow.client.fails and not flow.untried for flow in flows)
+    tried = sum(not flow.untried for flow in flows)
     lines = [
         f"{good} of {tried} programs went in all ways as they do directly. {machine}\n",
         "| program | server | terminated | forwarded | UDP | differs |",
         "|---|---|---|---|---|---|",
-        *map(_line, rows),
+        *map(_line, flows),
     ]
     return HEAD + "\n".join(lines) + "\n" + FOOT
 
 
-def _line(row: Row) -> str:
+def _line(flow: Row) -> str:
     cells = [
-        f"{row.client.name} ({_version(row, row.client.package)})",
-        f"{row.server.package} ({_version(row, row.server.package)})",
-        *(_cell(row, kind) for kind in KINDS),
-        "; ".join(_differences(row)),
+        f"{flow.client.name} ({_version(flow, flow.client.package)})",
+        f"{flow.server.package} ({_version(flow, flow.server.package)})",
+        *(_cell(flow, kind) for kind in KINDS),
+        "; ".join(_differences(flow)),
     ]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def _version(row: Row, package: str) -> str:
-    return short(row.versions[package]) if package in row.versions else "missing"
+def _version(flow: Row, package: str) -> str:
+    return short(flow.versions[package]) if package in flow.versions else "missing"
 
 
-def _cell(row: Row, kind: Kind) -> str:
-    ways = [way for way in row.runs or () if way.kind == kind]
-    if not ways or row.fails_directly:
+def _cell(flow: Row, kind: Kind) -> str:
+    ways = [way for way in flow.runs or () if way.kind == kind]
+    if not ways or flow.fails_directly:
         return ""
-    return f"{sum(way not in row.troubles for way in ways)} of {len(ways)}"
+    return f"{sum(way not in flow.troubles for way in ways)} of {len(ways)}"
 
 
-def _differences(row: Row) -> Iterable[str]:
-    if row.untried:
-        yield f"not tried: {row.untried}"
-    if row.fails_directly:
-        yield f"fails directly: {row.fails_directly}"
+def _differences(flow: Row) -> Iterable[str]:
+    if flow.untried:
+        yield f"not tried: {flow.untried}"
+    if flow.fails_directly:
+        yield f"fails directly: {flow.fails_directly}"
         return
-    if any(is_known(row.client, way) for way in row.troubles):
-        yield f"fails: {row.client.fails}"
+    if any(is_known(flow.client, way) for way in flow.troubles):
+        yield f"fails: {flow.client.fails}"
     by_reason: dict[str, list[Way]] = {}
-    for way, reason in row.troubles.items():
-        if not is_known(row.client, way):
+    for way, reason in flow.troubles.items():
+        if not is_known(flow.client, way):
             by_reason.setdefault(reason, []).append(way)
     for reason, ways in by_reason.items():
         yield f"{', '.join(map(str, ways))}: {reason}"
-    if row.direct is not None and not row.troubles:
-        slow = slower(row.direct, row.runs or {})
+    if flow.direct is not None and not flow.troubles:
+        slow = slower(flow.direct, flow.runs or {})
         if slow:
             yield slow
-    if row.client.note:
-        yield row.client.note
+    if flow.client.note:
+        yield flow.client.note
 
 
-def as_json(row: Row) -> dict[str, Any]:
-    """A row for programs."""
+def as_json(flow: Row) -> dict[str, Any]:
+    """A flow for programs."""
     return {
-        "program": row.client.name,
-        "transport": row.client.transport,
-        "versions": dict(row.versions),
-        "untried": row.untried or None,
-        "as_expected": row.is_as_expected,
-        "fails_directly": row.fails_directly,
-        "direct": row.direct and asdict(row.direct),
+        "program": flow.client.name,
+        "transport": flow.client.transport,
+        "versions": dict(flow.versions),
+        "untried": flow.untried or None,
+        "as_expected": flow.is_as_expected,
+        "fails_directly": flow.fails_directly,
+        "direct": flow.direct and asdict(flow.direct),
         "ways": [
-            {**way._asdict(), "trouble": row.troubles.get(way), **asdict(run)}
-            for way, run in (row.runs or {}).items()
+            {**way._asdict(), "trouble": flow.troubles.get(way), **asdict(run)}
+            for way, run in (flow.runs or {}).items()
         ],
     }

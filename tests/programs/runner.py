@@ -30,7 +30,7 @@ Tell = Callable[[str], None]
 
 
 def run(clients: Sequence[Client], ways: Sequence[Way], tell: Tell) -> Iterator[Row]:
-    """The rows of these clients, servers in the order of the table, as they are done.
+    """The flows of these clients, servers in the order of the table, as they are done.
 
     `tell` is given a line for each run that isn't as directly, and for each client.  Needs root.
     """
@@ -42,7 +42,7 @@ def run(clients: Sequence[Client], ways: Sequence[Way], tell: Tell) -> Iterator[
         world.put(gport=GPORT, services="tcp/80", real_ip=world.server)
         world.start_tcp_relay()
         for name, group in groupby(ordered, key=lambda client: client.server):
-            yield from Trial(world, name, there, tell).rows(list(group), ways)
+            yield from Trial(world, name, there, tell).flows(list(group), ways)
 
 
 class Trial:
@@ -57,7 +57,7 @@ class Trial:
         self._directory = world.lab.directory / f"server-{name}"
         self._runs = 0
 
-    def rows(self, clients: Sequence[Client], ways: Sequence[Way]) -> list[Row]:
+    def flows(self, clients: Sequence[Client], ways: Sequence[Way]) -> list[Row]:
         """What became of each."""
         reasons = {client: self._why_not(client) for client in clients}
         able = [client for client in clients if not reasons[client]]

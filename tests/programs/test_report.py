@@ -19,9 +19,9 @@ ONE_BAD = replace(
 )
 
 
-def line(row: Row) -> str:
+def line(flow: Row) -> str:
     """Its line of the page."""
-    return page([row], "Here.").split("|---|")[-1].splitlines()[1]
+    return page([flow], "Here.").split("|---|")[-1].splitlines()[1]
 
 
 def test_a_program_that_went_as_directly() -> None:
@@ -68,25 +68,25 @@ def test_a_failure_that_is_known_and_gone_is_no_longer_expected() -> None:
 
 
 def test_what_fails_directly_proves_nothing() -> None:
-    row = replace(ALL_GOOD, direct=BAD, runs={})
+    flow = replace(ALL_GOOD, direct=BAD, runs={})
 
-    assert not row.is_as_expected
-    assert "|  |  |  | fails directly: status 0, and no match for yes |" in line(row)
+    assert not flow.is_as_expected
+    assert "|  |  |  | fails directly: status 0, and no match for yes |" in line(flow)
 
 
 def test_what_was_not_tried_is_said() -> None:
-    row = Row(CLIENT, SERVER, {"server": "5.6"}, untried="needs asker")
+    flow = Row(CLIENT, SERVER, {"server": "5.6"}, untried="needs asker")
 
     assert (
-        line(row) == "| asks (missing) | server (5.6) |  |  |  | not tried: needs asker; a note |"
+        line(flow) == "| asks (missing) | server (5.6) |  |  |  | not tried: needs asker; a note |"
     )
-    assert "0 of 0 programs" in page([row], "Here.")
+    assert "0 of 0 programs" in page([flow], "Here.")
 
 
 def test_cells_keep_to_their_columns() -> None:
-    row = replace(ALL_GOOD, client=replace(CLIENT, note="a|b\nc"))
+    flow = replace(ALL_GOOD, client=replace(CLIENT, note="a|b\nc"))
 
-    assert line(row).endswith("| a\\|b c |")
+    assert line(flow).endswith("| a\\|b c |")
 
 
 def test_the_json_has_every_run() -> None:

@@ -106,10 +106,10 @@ def trial(world: FakeWorld, told: list[str] | None = None) -> Trial:
 
 
 def test_directly_first_then_in_every_way_of_its_protocol(world: FakeWorld) -> None:
-    rows = trial(world).rows([ASKS, SENDS], WAYS)
+    flows = trial(world).flows([ASKS, SENDS], WAYS)
 
-    assert all(row.is_as_expected for row in rows)
-    assert [[way.kind for way in row.runs or ()] for row in rows] == [
+    assert all(flow.is_as_expected for flow in flows)
+    assert [[way.kind for way in flow.runs or ()] for flow in flows] == [
         ["terminated", "terminated", "forwarded", "forwarded"],
         ["relayed", "relayed"],
     ]
@@ -129,17 +129,17 @@ def test_directly_first_then_in_every_way_of_its_protocol(world: FakeWorld) -> N
 
 def test_what_fails_directly_is_not_tried_through_the_relay(world: FakeWorld) -> None:
     world.answers = {f"ask {DIRECT}": "no"}
-    (row,) = trial(world).rows([ASKS], WAYS)
+    (flow,) = trial(world).flows([ASKS], WAYS)
 
-    assert row.fails_directly
-    assert not row.runs
+    assert flow.fails_directly
+    assert not flow.runs
     assert f"ask {RELAY}" not in world.done
 
 
 def test_a_client_that_does_not_end_is_a_failure_of_its_own(world: FakeWorld) -> None:
     world.answers = {f"ask {RELAY}": LabTimeout("took longer")}
     told: list[str] = []
-    asks, sends = trial(world, told).rows([ASKS, SENDS], WAYS)
+    asks, sends = trial(world, told).flows([ASKS, SENDS], WAYS)
 
     assert set(asks.troubles.values()) == {"no end within 20 s"}
     assert sends.is_as_expected
@@ -149,27 +149,27 @@ def test_a_client_that_does_not_end_is_a_failure_of_its_own(world: FakeWorld) ->
 def test_what_went_round_the_relay_does_not_count(world: FakeWorld) -> None:
     world.relay = DIRECT
     world.values = lambda what: {"T1": 7, "U1": 7}  # type: ignore[method-assign]
-    (row,) = trial(world).rows([ASKS], WAYS)
+    (flow,) = trial(world).flows([ASKS], WAYS)
 
-    assert set(row.troubles.values()) == {"no packet of it went through the relay"}
+    assert set(flow.troubles.values()) == {"no packet of it went through the relay"}
 
 
 def test_a_server_that_does_not_start_is_no_trial(world: FakeWorld) -> None:
     world.program = FakeProgram(3)
     told: list[str] = []
-    (row,) = trial(world, told).rows([ASKS], WAYS)
+    (flow,) = trial(world, told).flows([ASKS], WAYS)
 
-    assert row.untried == "its server did not start: it ended with status 3"
+    assert flow.untried == "its server did not start: it ended with status 3"
     assert "its last words" in told[0]
     assert f"ask {DIRECT}" not in world.done
 
 
 def test_a_missing_package_is_the_reason(world: FakeWorld) -> None:
-    found = Trial(cast(World, world), "echo", {"server": "1", "sender": "1"}, print).rows(
+    found = Trial(cast(World, world), "echo", {"server": "1", "sender": "1"}, print).flows(
         [ASKS, SENDS], WAYS
     )
 
-    assert [row.untried for row in found] == ["needs asker", ""]
+    assert [flow.untried for flow in found] == ["needs asker", ""]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
@@ -177,13 +177,13 @@ def test_the_server_is_ended_whatever_happens(world: FakeWorld, error: BaseExcep
     world.answers = {f"ask {DIRECT}": error}
 
     with pytest.raises(type(error)):
-        trial(world).rows([ASKS], WAYS)
+        trial(world).flows([ASKS], WAYS)
     assert world.program.status == -15
     assert not list(world.directory.iterdir())
 
 
 def test_a_lab_that_fails_is_told_as_it_is(world: FakeWorld) -> None:
     world.answers = {"prepare": LabError("no room")}
-    (row,) = trial(world).rows([ASKS], WAYS)
+    (flow,) = trial(world).flows([ASKS], WAYS)
 
-    assert row.untried == "its server did not start: no room"
+    assert flow.untried == "its server did not start: no room"

@@ -295,11 +295,11 @@ def batches() -> list[range]:
 @pytest.mark.parametrize("seeds", batches(), ids=lambda seeds: f"{seeds.start}-{seeds.stop}")
 def test_random_scripts_look_the_same_relayed_and_direct(relay: Relay, seeds: range) -> None:
     print(f"seeds {seeds.start} to {seeds.stop - 1}")
-    pairs = [relay.runs(seed, random_script(seed)) for seed in seeds]
-    play(run for pair in pairs for run in pair)
-    for pair in pairs:
-        if difference(*pair):
-            pytest.fail(told(relay, pair), pytrace=False)
+    sessions = [relay.runs(seed, random_script(seed)) for seed in seeds]
+    play(run for session in sessions for run in session)
+    for session in sessions:
+        if difference(*session):
+            pytest.fail(told(relay, session), pytrace=False)
     relay.check_idle()
 
 
@@ -307,11 +307,11 @@ def test_random_scripts_look_the_same_relayed_and_direct(relay: Relay, seeds: ra
 def test_a_story_reads_the_same_relayed_and_direct(relay: Relay, story: str) -> None:
     lines = [line.partition("=>") for line in story.strip().splitlines()]
     script = [parse(line) for line, _, _ in lines]
-    for pair in [relay.runs(seed, script) for seed in range(8)]:
-        play(pair)
+    for session in [relay.runs(seed, script) for seed in range(8)]:
+        play(session)
 
-        assert not difference(*pair), printed(pair)
-        for run in pair:
+        assert not difference(*session), printed(session)
+        for run in session:
             assert len(run.rows) == len(script), "the model can't play all of it"
             for row, (_, _, answer) in zip(run.rows, lines, strict=True):
                 result, *count = answer.split()
@@ -377,9 +377,9 @@ def difference(direct: Run, relayed: Run) -> str:
     return "" if same else "the answers differ, though the model allows both"
 
 
-def told(relay: Relay, pair: tuple[Run, Run]) -> str:
+def told(relay: Relay, session: tuple[Run, Run]) -> str:
     """The failure of that script, which is made as short as it can be had."""
-    seed, script = pair[0].seed, pair[0].script
+    seed, script = session[0].seed, session[0].script
     give_up = time.monotonic() + SHRINK_TIME
     at = 0
     while at < len(script) and time.monotonic() < give_up:
@@ -387,19 +387,19 @@ def told(relay: Relay, pair: tuple[Run, Run]) -> str:
         tried = relay.runs(seed, shorter, SHRINK_BOUND)
         play(tried)
         if difference(*tried):
-            script, pair = shorter, tried
+            script, session = shorter, tried
         else:
             at += 1
-    return f"seed {seed} (KRELAY_SEED={seed}): {difference(*pair)}\n\n{printed(pair)}"
+    return f"seed {seed} (KRELAY_SEED={seed}): {difference(*session)}\n\n{printed(session)}"
 
 
-def printed(pair: tuple[Run, Run]) -> str:
+def printed(session: tuple[Run, Run]) -> str:
     """What the model expects of each step, and what was seen where it is another thing.
 
     On the one way and on the other; the model's numbers differ where they were measured.
     """
     lines = []
-    for name, run in zip(("direct", "relayed"), pair, strict=True):
+    for name, run in zip(("direct", "relayed"), session, strict=True):
         lines.append(f"{name}:")
         for row in run.rows:
             lines.append(f"  {row.step!s:<18} {_words(row.expected, row.expected_views)}")

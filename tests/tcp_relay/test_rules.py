@@ -151,7 +151,7 @@ def test_out_of_descriptors_running_connections_go_on_and_accepting_resumes_by_i
         proxy = start(server.endpoint.port)
         running = stack.enter_context(proxy.dial())
         assert echoes(running)
-        proxy.limit_descriptors(3)  # for one more, and half another
+        proxy.limit_descriptors(3)  # for one more, and channel another
         clients = [stack.enter_context(proxy.dial()) for _ in range(6)]
         proxy.wait_for_log("accepting paused")
         before = proxy.wake_ups()

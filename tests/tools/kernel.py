@@ -56,7 +56,7 @@ Fields = dict[str, int]
 
 
 class Refused(Exception):
-    """The kernel refuses a change or a question."""
+    """The kernel refuses a change or a query."""
 
 
 @dataclass
@@ -163,13 +163,13 @@ class FakeKernel:
         for rewrite in changes.back:
             element = self._map(rewrite).pop(_key(rewrite.old), None)
             if element is None:
-                raise Refused(f"{rewrite.step.name} of row {rewrite.row.id} isn't there")
+                raise Refused(f"{rewrite.step.name} of row {rewrite.flow.id} isn't there")
             if rewrite.step in SIDES:
                 final.append((rewrite, Count(element.packets, element.bytes)))
         for rewrite in changes.over:
             elements = self._map(rewrite)
             if _key(rewrite.old) in elements:
-                raise Refused(f"{rewrite.step.name} of row {rewrite.row.id} is there already")
+                raise Refused(f"{rewrite.step.name} of row {rewrite.flow.id} is there already")
             if len(elements) >= self.room:
                 raise Refused("the map is full")
             elements[_key(rewrite.old)] = Element(_value(rewrite))
@@ -182,7 +182,7 @@ class FakeKernel:
         for rewrite in rewrites:
             element = self._map(rewrite).get(_key(rewrite.old))
             if element is None:
-                raise Refused(f"{rewrite.step.name} of row {rewrite.row.id} isn't there")
+                raise Refused(f"{rewrite.step.name} of row {rewrite.flow.id} isn't there")
             yield rewrite, Count(element.packets, element.bytes)
 
     def total(self, proto: Proto, step: Step) -> int:
@@ -193,7 +193,7 @@ class FakeKernel:
         return sum(map(len, self.maps.values()))
 
     def _map(self, rewrite: Rewrite) -> dict[tuple[int, ...], Element]:
-        name = _name(rewrite.row.proto, rewrite.step)
+        name = _name(rewrite.flow.proto, rewrite.step)
         if name not in self.maps:
             raise Refused(f"there is no map {name}")
         return self.maps[name]
@@ -322,7 +322,7 @@ class Datapath:
         self.refresh()
 
     def refresh(self) -> None:
-        """Rules follow from what is relayed and from the rows that live."""
+        """Rules follow from what is relayed and from the flows that live."""
         if not self.room:
             return
         policy = self.policy
@@ -378,9 +378,9 @@ class Datapath:
             if (changes := self.fast.changes(most)) is not None:
                 self.fast.told(changes, self.kernel.change(changes), self.now)
 
-    def count(self, rows: Iterable[Flow]) -> None:
-        """Adds what the kernel has counted for these rows."""
-        self.fast.read(self.kernel.read(self.fast.handed(rows)), self.now)
+    def count(self, flows: Iterable[Flow]) -> None:
+        """Adds what the kernel has counted for these flows."""
+        self.fast.read(self.kernel.read(self.fast.handed(flows)), self.now)
 
     def steps(self) -> dict[str, int]:
         """Packets by step, whoever has rewritten them; none that are zero."""

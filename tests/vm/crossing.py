@@ -188,7 +188,7 @@ def _move_gateway(world: World) -> None:
     world.put(gport=OTHER_GPORT)
     world.until(lambda: world.lab.is_listening("relay", "tcp", OTHER_GPORT), "the new gateway port")
     _curl(world)
-    newest = max(world.rows("proto=tcp"), key=lambda row: int(row["id"]))
+    newest = max(world.flows("proto=tcp"), key=lambda flow: int(flow["id"]))
     _same("the new connection's gateway port", newest["gport"], OTHER_GPORT)
 
 

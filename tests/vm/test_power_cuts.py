@@ -23,8 +23,8 @@ RESET = (55, 56)
 
 def moved(world: World) -> int:
     """Bytes of the connection that has moved most, in both directions."""
-    rows = world.rows("proto=tcp state=established")
-    return max((sum(row["bytes"]) for row in rows), default=0)
+    flows = world.flows("proto=tcp state=established")
+    return max((sum(flow["bytes"]) for flow in flows), default=0)
 
 
 def established(world: World, host: str) -> list[str]:
@@ -40,12 +40,12 @@ def transfer(world: World, *words: str) -> Program:
 
 
 def told(world: World, curl: Program) -> None:
-    """The client is told by a reset, within the stall limit; and the row ends."""
+    """The client is told by a reset, within the stall limit; and the flow ends."""
     began = time.monotonic()
     status = curl.wait(STALL + SLACK)
     assert status in RESET, curl.output
     assert time.monotonic() - began > STALL / 4  # and not by the cable itself
-    world.until(lambda: not world.rows("proto=tcp state=established"), "the row to end")
+    world.until(lambda: not world.flows("proto=tcp state=established"), "the row to end")
 
 
 @pytest.mark.vm
@@ -100,5 +100,5 @@ def test_a_relay_that_lost_its_power_and_is_back_serves_again(relay: str) -> Non
         assert download.wait(world.patience) in RESET, download.output
         for host in ("client", "server"):
             world.until(lambda host=host: not established(world, host), f"{host} to forget", 60.0)  # type: ignore[misc]
-        assert [row["state"] for row in world.rows("proto=tcp")] == ["closed"]
+        assert [flow["state"] for flow in world.flows("proto=tcp")] == ["closed"]
         assert not re.findall(r"Traceback|error", world.krelay_process.output)

@@ -293,7 +293,7 @@ def test_what_tcp_relays_count_is_shown_in_full(run: Run, monkeypatch: pytest.Mo
         )
 
 
-def test_filters_go_to_the_daemon_and_rows_come_back(
+def test_filters_go_to_the_daemon_and_flows_come_back(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = answers(monkeypatch, '{"id": 1, "proto": "tcp"}', '{"id": 2, "proto": "udp"}')

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from krelay.cli.terminal import Rates, console, listing, nat_table, show, trace_line, watch_table
-from krelay.control.language import row_values
+from krelay.control.language import flow_values
 from krelay.nat.flow import Timeouts
 from tests.krelay.control.test_language import relay
 
@@ -72,7 +72,7 @@ def in_terminal(shown: object) -> str:
 
 def test_the_table_has_the_columns_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
     fake = relay()
-    rows = [row_values(row, Timeouts(), 103.2) for row in fake.nat]
+    rows = [flow_values(row, Timeouts(), 103.2) for row in fake.nat]
     text = printed(nat_table(rows), capsys)
     head, *lines = (line.split() for line in text.splitlines() if line.strip(" ─"))
 

@@ -41,8 +41,8 @@ class FakeRelay:
     nat: NatTable = field(default_factory=lambda: NatTable(rng=Random(1)))
     killed: list[Flow] = field(default_factory=list)
 
-    def counted(self, rows: Iterable[Flow]) -> Iterator[Flow]:
-        return iter(rows)
+    def counted(self, flows: Iterable[Flow]) -> Iterator[Flow]:
+        return iter(flows)
 
     def traced(self, filters: Sequence[Filter]) -> None:
         pass
@@ -56,8 +56,8 @@ class FakeRelay:
     def config_in_force(self) -> Values:
         return CONFIG
 
-    def kill(self, row: Flow) -> None:
-        self.killed.append(row)
+    def kill(self, flow: Flow) -> None:
+        self.killed.append(flow)
 
     def flush(self) -> int:
         self.killed += self.nat
@@ -65,7 +65,7 @@ class FakeRelay:
 
 
 def relay() -> FakeRelay:
-    """A relay with a row of TCP, one of UDP, and a client's own connection that was moved."""
+    """A relay with a flow of TCP, one of UDP, and a client's own connection that was moved."""
     fake = FakeRelay()
     nat = fake.nat
     tcp = nat.open_tcp(at("C:40000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 100)
@@ -97,7 +97,7 @@ def refused(line: str) -> str:
 # show nat
 
 
-def test_a_tcp_row_has_the_columns_of_the_contract() -> None:
+def test_a_tcp_flow_has_the_columns_of_the_contract() -> None:
     assert asked("show nat")[0] == (
         "id=1 proto=tcp state=established client=10.0.0.1:40000 service=192.168.0.2:80 gport=16000 "
         "relay=192.168.0.2:45678 server=192.168.0.1:80 source=client age=3.2 idle=0.1 "
@@ -105,7 +105,7 @@ def test_a_tcp_row_has_the_columns_of_the_contract() -> None:
     )
 
 
-def test_a_udp_row_has_no_gateway_and_no_relay_port() -> None:
+def test_a_udp_flow_has_no_gateway_and_no_relay_port() -> None:
     assert asked("show nat")[1] == (
         "id=2 proto=udp state=unreplied client=10.0.0.9:4000 service=192.168.0.2:53 "
         "server=192.168.0.1:53 source=relay age=2.2 idle=2.2 expires=17.8 packets=1/0 bytes=60/0"
@@ -166,13 +166,13 @@ def test_json_says_the_same_as_text() -> None:
         ("proto=tcp state=unreplied", []),
     ],
 )
-def test_filters_select_rows(words: str, ids: list[int]) -> None:
+def test_filters_select_flows(words: str, ids: list[int]) -> None:
     assert [json.loads(line)["id"] for line in asked(f"show nat json {words}")] == ids
     assert [json.loads(line)["id"] for line in asked(f"show nat {words} json")] == ids
     assert len(asked(f"show nat {words}")) == len(ids)
 
 
-def test_rows_are_told_one_by_one_as_they_are_read() -> None:
+def test_flows_are_told_one_by_one_as_they_are_read() -> None:
     fake = relay()
     got = answer("show nat", fake, 103.2)
     assert not isinstance(got, Trace)
@@ -198,14 +198,14 @@ def test_figures_are_a_line_each_or_one_object(what: str, values: Values) -> Non
     assert [json.loads(line) for line in asked(f"show {what} json")] == [values]
 
 
-def test_kill_ends_the_row_it_names_and_no_other() -> None:
+def test_kill_ends_the_flow_it_names_and_no_other() -> None:
     fake = relay()
 
     assert asked("kill 2", fake) == ["killed=2"]
-    assert [row.id for row in fake.killed] == [2]
+    assert [flow.id for flow in fake.killed] == [2]
 
 
-def test_flush_says_how_many_rows_it_ended() -> None:
+def test_flush_says_how_many_flows_it_ended() -> None:
     fake = relay()
 
     assert asked("flush", fake) == ["flushed=3"]

@@ -34,7 +34,7 @@ from krelay.trace.lines import Filter
 from tests.tools.captures import slow_read
 from tests.tools.packets import at, policy, template
 
-ROWS = 20_000
+FLOWS = 20_000
 HELP_ANSWER = "".join(f"{line}\n" for line in (*HELP, "")).encode()
 TOO_LONG = f"error: a line has at most {MAX_LINE} bytes\n\n".encode()
 SYN = template("C:40000 > K:80 [S]").build()
@@ -45,16 +45,16 @@ PASS_LINE = b"pass no_row 10.0.0.1:40000 > 192.168.0.2:80 [S]\n"
 
 
 class ManyRows(NatTable):
-    """A table whose first row is there many times, and that tells how often it was looked at."""
+    """A table whose first flow is there many times, and that tells how often it was looked at."""
 
     times = 1
     taken = 0
 
     def __iter__(self) -> Iterator[Flow]:
-        for row in super().__iter__():
+        for flow in super().__iter__():
             for _ in range(self.times):
                 self.taken += 1
-                yield row
+                yield flow
 
 
 @dataclass
@@ -65,8 +65,8 @@ class FakeRelay:
     told: int = 0
     """How often it heard of traces."""
 
-    def counted(self, rows: Iterable[Flow]) -> Iterator[Flow]:
-        return iter(rows)
+    def counted(self, flows: Iterable[Flow]) -> Iterator[Flow]:
+        return iter(flows)
 
     def traced(self, filters: Sequence[Filter]) -> None:
         self.told += 1
@@ -83,8 +83,8 @@ class FakeRelay:
     def flush(self) -> int:
         return 0
 
-    def kill(self, row: Flow) -> None:
-        self.nat.end(row)
+    def kill(self, flow: Flow) -> None:
+        self.nat.end(flow)
 
 
 class World:
@@ -96,7 +96,7 @@ class World:
         self.nat = ManyRows(rng=Random(1))
         self.relay = FakeRelay(self.nat)
         self.worker = Worker(self.nat)
-        self.row = self.nat.open_tcp(
+        self.flow = self.nat.open_tcp(
             at("C:40000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, self.loop.now
         )
         self.control = ControlSocket(self.loop, directory, self.relay, self.worker)
@@ -157,7 +157,7 @@ class World:
         """So many packets are rewritten."""
         for _ in range(times):
             assert self.worker.on_rewrite is not None
-            self.worker.on_rewrite(self.row.rewrites[Step.T1], SYN, REWRITTEN)
+            self.worker.on_rewrite(self.flow.rewrites[Step.T1], SYN, REWRITTEN)
 
 
 @pytest.fixture
@@ -233,9 +233,9 @@ def test_a_line_of_4096_bytes_is_heard(world: World) -> None:
     assert world.read(client) == (HELP_ANSWER, False)
 
 
-def test_20_000_rows_are_made_only_as_fast_as_they_are_read(world: World) -> None:
+def test_20_000_flows_are_made_only_as_fast_as_they_are_read(world: World) -> None:
     nat = world.nat
-    nat.times = ROWS
+    nat.times = FLOWS
     client = world.ask(b"show nat\n")
     for _ in range(10):
         world.turn()
@@ -243,18 +243,18 @@ def test_20_000_rows_are_made_only_as_fast_as_they_are_read(world: World) -> Non
     first = taken(client)
     line = len(first.partition(b"\n")[0]) + 1
 
-    assert made < ROWS
+    assert made < FLOWS
     assert made * line <= len(first) + CHUNK + 2 * line
     rest, ended = world.read(client)
     lines = (first + rest).split(b"\n")
-    assert len(lines) == ROWS + 2
+    assert len(lines) == FLOWS + 2
     assert all(line.startswith(b"id=1 proto=tcp state=opening ") for line in lines[:-2])
     assert lines[-2:] == [b"", b""]
     assert not ended
 
 
 def test_a_client_that_reads_slowly_holds_up_no_other(world: World) -> None:
-    world.nat.times = ROWS
+    world.nat.times = FLOWS
     slow = world.ask(b"show nat\n")
 
     assert world.read(world.ask(b"show status\n")) == (b"state=running\n\n", False)
@@ -263,12 +263,12 @@ def test_a_client_that_reads_slowly_holds_up_no_other(world: World) -> None:
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_answer_is_let_go(world: World) -> None:
-    world.nat.times = ROWS
+    world.nat.times = FLOWS
     world.ask(b"show nat\n").close()
     world.turn()
 
     assert world.read(world.ask(b"show status\n")) == (b"state=running\n\n", False)
-    assert world.nat.taken < ROWS
+    assert world.nat.taken < FLOWS
 
 
 # who may stay
@@ -299,12 +299,12 @@ def test_what_a_client_says_begins_its_minute_again(world: World) -> None:
 
 
 def test_who_does_not_read_its_answer_is_dropped_after_a_minute(world: World) -> None:
-    world.nat.times = ROWS
+    world.nat.times = FLOWS
     client = world.ask(b"show nat\n")
     world.control.on_time(world.loop.now + IDLE + 0.01)
 
     assert world.read(client)[1]
-    assert world.nat.taken < ROWS
+    assert world.nat.taken < FLOWS
 
 
 def test_who_traces_may_wait_for_hours_but_has_to_read(world: World) -> None:
@@ -465,7 +465,7 @@ def test_traces_that_end_without_pause_are_told_together(world: World) -> None:
 def test_in_a_turn_one_piece_of_one_answer_is_made_and_roots_first(
     world: World, users: list[Peer]
 ) -> None:
-    world.nat.times = ROWS
+    world.nat.times = FLOWS
     users += [Peer(1, 1000 + number, 1000) for number in range(8)]
     members = [world.ask(b"show nat\n" * 50) for _ in range(8)]
     world.nat.taken = 0
@@ -487,7 +487,7 @@ def test_answers_wait_while_there_is_other_work(
 ) -> None:
     """One that takes as long as it can get leaves three quarters of the time to packets."""
     monkeypatch.setattr("krelay.control.server.BUSY", 0.0)
-    world.nat.times = ROWS
+    world.nat.times = FLOWS
     client = world.ask(b"show nat\n")
     used = 0.0
     ended_at = time.monotonic() + 0.5
@@ -511,7 +511,7 @@ def test_root_does_not_wait_for_what_others_took(
 ) -> None:
     """A piece may have taken long because the machine had other work."""
     monkeypatch.setattr("krelay.control.server.BUSY", 0.0)
-    world.nat.times = ROWS
+    world.nat.times = FLOWS
     users.append(Peer(1, 1000, 1000))
     member = world.ask(b"show nat\n")
     turns = world.control._turns
@@ -540,7 +540,7 @@ def test_packets_are_looked_at_only_while_somebody_traces(world: World) -> None:
     assert world.worker.on_rewrite is None
 
 
-def test_a_trace_shows_the_rows_of_its_filter_alone(world: World) -> None:
+def test_a_trace_shows_the_flows_of_its_filter_alone(world: World) -> None:
     tcp, udp = world.ask(b"trace service=tcp/80\n"), world.ask(b"trace proto=udp\n")
     world.traced()
 
@@ -668,7 +668,7 @@ def test_a_capture_that_is_not_read_is_bounded_and_its_loss_stands_in_it(world: 
     rewritten = template("C:40000 > K:16000 [P.]", payload=bytes(1400)).build()
     assert world.worker.on_rewrite is not None
     for _ in range(4 * CAPTURE_BUFFER // len(big)):
-        world.worker.on_rewrite(world.row.rewrites[Step.T1], big, rewritten)
+        world.worker.on_rewrite(world.flow.rewrites[Step.T1], big, rewritten)
     [held] = [len(one._out) for one in world.control._clients]
     lost = world.worker.counts.trace_lost
     assert CAPTURE_BUFFER < held <= CAPTURE_BUFFER + 2 * (len(big) + 200)

@@ -1,7 +1,7 @@
 """The packet path: every case of the design as a trace, a slow twin, and a lot of nonsense.
 
 The twin is tests.tools.packets: a rewritten packet equals one built from scratch.  The nonsense is
-a hundred thousand damaged packets, of which only a row's may come out changed.
+a hundred thousand damaged packets, of which only a flow's may come out changed.
 """
 
 import re
@@ -61,7 +61,7 @@ CONFIRMED = """
 
 
 def states(host: Host) -> list[str]:
-    return [row.state for row in host.nat]
+    return [flow.state for flow in host.nat]
 
 
 # The steps, system.md section 2
@@ -154,7 +154,7 @@ def test_the_relay_hosts_own_connection_to_the_server_goes_on_untouched() -> Non
     )
 
 
-def test_the_hosts_own_question_keeps_its_port_to_itself() -> None:
+def test_the_hosts_own_query_keeps_its_port_to_itself() -> None:
     play(
         """
     0     post  K:4000 > S:53                 => pass own         # the host's own
@@ -196,17 +196,17 @@ def test_a_refusal_goes_out_once_as_it_is() -> None:
     assert worker.handle(answer, Hook.POSTROUTING, 0) is Verdict.DROP
 
 
-def test_a_refusal_is_not_taken_for_a_packet_of_the_row_between_the_same_ports() -> None:
+def test_a_refusal_is_not_taken_for_a_packet_of_the_flow_between_the_same_ports() -> None:
     """A client talks to the gateway port from the port of its relayed connection."""
     host = play(CONNECTED)
-    [row] = host.nat
+    [flow] = host.nat
     answer = refused_directly(host.worker, "C:40000")
 
     assert host.worker.handle(answer, Hook.POSTROUTING, 0) is Verdict.PASS
-    assert str(row.state) == "established"
+    assert str(flow.state) == "established"
     ours = template("K:16000 > C:40000 [R.]").build()
     assert host.worker.handle(ours, Hook.POSTROUTING, 0) not in list(Verdict)
-    assert str(row.state) == "closing"
+    assert str(flow.state) == "closing"
 
 
 def test_the_gateway_port_is_refused_also_to_a_client_that_is_relayed() -> None:
@@ -282,7 +282,7 @@ def test_a_direct_connection_that_comes_later_is_moved_to_another_port() -> None
     assert states(host) == ["established", "established"]
 
 
-def test_a_direct_connection_is_moved_also_when_only_rows_still_use_the_service() -> None:
+def test_a_direct_connection_is_moved_also_when_only_flows_still_use_the_service() -> None:
     play(
         CONNECTED
         + """
@@ -294,7 +294,7 @@ def test_a_direct_connection_is_moved_also_when_only_rows_still_use_the_service(
     )
 
 
-def test_a_moved_connection_from_a_port_used_again_keeps_its_row_while_it_idles() -> None:
+def test_a_moved_connection_from_a_port_used_again_keeps_its_flow_while_it_idles() -> None:
     play(
         CONNECTED
         + """
@@ -308,7 +308,7 @@ def test_a_moved_connection_from_a_port_used_again_keeps_its_row_while_it_idles(
     )
 
 
-def test_the_hosts_own_question_from_a_port_that_a_row_uses_gets_its_own_answer() -> None:
+def test_the_hosts_own_query_from_a_port_that_a_flow_uses_gets_its_own_answer() -> None:
     play(
         """
     0     pre   C:4000 > K:53                 => C:4000 > S:53
@@ -320,7 +320,7 @@ def test_the_hosts_own_question_from_a_port_that_a_row_uses_gets_its_own_answer(
     )
 
 
-def test_a_relayed_question_leaves_a_clients_own_its_port() -> None:
+def test_a_relayed_query_leaves_a_clients_own_its_port() -> None:
     play("""
     0     pre   C:4000 > S:53                 => pass direct
     0     pre   C:4000 > K:53                 => C:moved > S:53
@@ -331,7 +331,7 @@ def test_a_relayed_question_leaves_a_clients_own_its_port() -> None:
 
 
 @pytest.mark.parametrize("source", Source)
-def test_a_clients_own_question_from_a_relayed_port_is_moved(source: Source) -> None:
+def test_a_clients_own_query_from_a_relayed_port_is_moved(source: Source) -> None:
     host = play(
         """
     0     pre   C:4000 > K:53                 => C:4000 > S:53
@@ -354,7 +354,7 @@ def test_a_relay_port_that_equals_the_clients_port_is_refused() -> None:
     """)
 
 
-def test_no_service_port_is_a_relay_port_so_that_a_late_answer_is_no_question() -> None:
+def test_no_service_port_is_a_relay_port_so_that_a_late_answer_is_no_query() -> None:
     """NTP asks from port 123: with that as relay port, S:53 > K:123 would read as S asking K."""
     host = play(
         """
@@ -517,8 +517,8 @@ def test_what_is_neither_whole_nor_tcp_nor_udp_goes_on_and_is_counted() -> None:
     assert len(host.nat) == 0
 
 
-def test_a_rows_packets_are_judged_alike() -> None:
-    """The same as above where a row would claim the addresses and ports."""
+def test_a_flows_packets_are_judged_alike() -> None:
+    """The same as above where a flow would claim the addresses and ports."""
     host = Host(policy())
     worker = host.worker
     packet = template("C:4000 > K:53").build()
@@ -543,7 +543,7 @@ def test_a_rows_packets_are_judged_alike() -> None:
 # Changes under live flows
 
 
-def test_rows_keep_their_gateway_port_and_new_ones_get_the_new() -> None:
+def test_flows_keep_their_gateway_port_and_new_ones_get_the_new() -> None:
     play(
         CONNECTED
         + """
@@ -571,7 +571,7 @@ def test_the_same_client_port_may_come_to_two_gateway_ports() -> None:
     """)
 
 
-def test_rows_keep_their_server_and_new_ones_get_the_new() -> None:
+def test_flows_keep_their_server_and_new_ones_get_the_new() -> None:
     play(
         CONNECTED
         + """
@@ -588,7 +588,7 @@ def test_rows_keep_their_server_and_new_ones_get_the_new() -> None:
     )
 
 
-def test_rows_keep_their_source_and_new_ones_get_the_new() -> None:
+def test_flows_keep_their_source_and_new_ones_get_the_new() -> None:
     play(
         CONNECTED
         + """
@@ -605,7 +605,7 @@ def test_rows_keep_their_source_and_new_ones_get_the_new() -> None:
     )
 
 
-def test_a_service_that_is_gone_serves_its_rows_and_no_new_ones() -> None:
+def test_a_service_that_is_gone_serves_its_flows_and_no_new_ones() -> None:
     play(
         CONNECTED
         + """
@@ -620,7 +620,7 @@ def test_a_service_that_is_gone_serves_its_rows_and_no_new_ones() -> None:
     )
 
 
-def test_while_stopping_rows_live_on_and_nothing_new_begins() -> None:
+def test_while_stopping_flows_live_on_and_nothing_new_begins() -> None:
     play(
         CONNECTED
         + """
@@ -637,7 +637,7 @@ def test_while_stopping_rows_live_on_and_nothing_new_begins() -> None:
 # Ports used again, and late packets
 
 
-def test_a_syn_on_a_closing_row_is_for_the_relays_host_to_judge() -> None:
+def test_a_syn_on_a_closing_flow_is_for_the_relays_host_to_judge() -> None:
     """It has forgotten the former connection, so tcp-relay accepts another one: beside the old
     server leg, which tcp-relay hasn't closed yet."""
     host = play(
@@ -660,7 +660,7 @@ def test_a_syn_on_a_closing_row_is_for_the_relays_host_to_judge() -> None:
     assert len(host.nat) == 1
 
 
-def test_a_syn_on_a_closed_row_takes_its_place_and_its_port() -> None:
+def test_a_syn_on_a_closed_flow_takes_its_place_and_its_port() -> None:
     host = play(
         CONNECTED
         + """
@@ -678,7 +678,7 @@ def test_a_syn_on_a_closed_row_takes_its_place_and_its_port() -> None:
     assert states(host) == ["established"]
 
 
-def test_a_syn_on_an_open_row_is_that_rows() -> None:
+def test_a_syn_on_an_open_flow_is_that_flows() -> None:
     host = play(
         CONNECTED
         + """
@@ -689,7 +689,7 @@ def test_a_syn_on_an_open_row_is_that_rows() -> None:
     assert len(host.nat) == 1
 
 
-def test_a_syn_on_a_closed_row_of_a_service_that_is_gone_is_dropped() -> None:
+def test_a_syn_on_a_closed_flow_of_a_service_that_is_gone_is_dropped() -> None:
     play(
         CONNECTED
         + """
@@ -704,7 +704,7 @@ def test_a_syn_on_a_closed_row_of_a_service_that_is_gone_is_dropped() -> None:
 
 
 def test_who_connects_from_a_port_that_tcp_relay_has_left_is_himself() -> None:
-    """The row lingers; its late packets pass until the port is somebody's."""
+    """The flow lingers; its late packets pass until the port is somebody's."""
     host = play(
         CONNECTED
         + """
@@ -723,7 +723,7 @@ def test_who_connects_from_a_port_that_tcp_relay_has_left_is_himself() -> None:
     }
 
 
-def test_who_connects_from_the_port_of_a_row_that_krelay_takes_for_open_is_himself() -> None:
+def test_who_connects_from_the_port_of_a_flow_that_krelay_takes_for_open_is_himself() -> None:
     """tcp-relay has died, or its closing isn't known yet: the number tells."""
     host = play(
         CONNECTED
@@ -759,7 +759,7 @@ def test_data_in_a_strangers_syn_is_his_own_as_well() -> None:
     assert host.run(2, "post", "K:45678 > S:80 [.]") == "pass no_row"
 
 
-def test_with_source_relay_a_strangers_packets_are_not_the_rows_either() -> None:
+def test_with_source_relay_a_strangers_packets_are_not_the_flows_either() -> None:
     host = play(
         """
     0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
@@ -852,7 +852,7 @@ def test_the_hosts_own_datagrams_are_no_flows_whatever_port_they_have(source: So
 @pytest.mark.parametrize("forged", ["F.", "R", "R.", "FR.", "SF", "S.", "P.", "", "FSRPU."])
 def test_forged_packets_of_both_ends_take_no_connection_from_its_client(forged: str) -> None:
     host = play(CONNECTED)
-    [row] = host.nat
+    [flow] = host.nat
     flags = f"[{forged}!]"
     for _ in range(2):
         assert host.run(1, "pre", f"C:40000 > K:80 {flags}") == "C:40000 > K:16000"
@@ -860,9 +860,9 @@ def test_forged_packets_of_both_ends_take_no_connection_from_its_client(forged: 
     assert host.run(2, "pre", "C:40000 > K:80 [S!]") == "C:40000 > K:16000"
     assert host.run(2, "post", "K:16000 > C:40000 [.]") == "K:80 > C:40000"  # which that host says
 
-    assert (list(host.nat), row.state) == ([row], "established")
+    assert (list(host.nat), flow.state) == ([flow], "established")
     host.nat.expire(7440)
-    assert list(host.nat) == [row]
+    assert list(host.nat) == [flow]
 
 
 def test_a_forged_syn_while_a_connection_closes_leaves_its_last_bytes_their_way() -> None:
@@ -883,7 +883,7 @@ def test_a_forged_syn_while_a_connection_closes_leaves_its_last_bytes_their_way(
     3     pre   S:80 > C:45678 [.]            => S:80 > K:45678
     """
     )
-    assert [row.inside for row in host.nat] == [at("C:40000")] * 2
+    assert [flow.inside for flow in host.nat] == [at("C:40000")] * 2
 
 
 def test_forged_packets_amid_a_handshake_change_nothing_of_it() -> None:
@@ -899,10 +899,10 @@ def test_forged_packets_amid_a_handshake_change_nothing_of_it() -> None:
     0     open  C:40000 @16000 from K:45678   => S:80 client
     """
     )
-    assert [row.inside for row in host.nat] == [at("C:40000")]
+    assert [flow.inside for flow in host.nat] == [at("C:40000")]
 
 
-def test_a_connection_on_another_that_tcp_relay_has_not_closed_has_a_row_of_its_own() -> None:
+def test_a_connection_on_another_that_tcp_relay_has_not_closed_has_a_flow_of_its_own() -> None:
     host = play(
         CONNECTED
         + """
@@ -913,13 +913,13 @@ def test_a_connection_on_another_that_tcp_relay_has_not_closed_has_a_row_of_its_
     2     post  K:45678 > S:80 [.]            => C:45678 > S:80
     """
     )
-    assert [(row.relay, row.state) for row in host.nat] == [
+    assert [(flow.relay, flow.state) for flow in host.nat] == [
         (at("K:45678"), "closed"),
         (at("K:45679"), "opening"),
     ]
 
 
-def test_a_syn_on_an_open_row_of_a_service_that_is_gone_is_dropped() -> None:
+def test_a_syn_on_an_open_flow_of_a_service_that_is_gone_is_dropped() -> None:
     play(
         CONNECTED
         + """
@@ -933,7 +933,7 @@ def test_a_syn_on_an_open_row_of_a_service_that_is_gone_is_dropped() -> None:
 # Late packets
 
 
-def test_a_closed_row_still_serves_the_last_packets_and_then_goes() -> None:
+def test_a_closed_flow_still_serves_the_last_packets_and_then_goes() -> None:
     play(
         CONNECTED
         + """
@@ -949,7 +949,7 @@ def test_a_closed_row_still_serves_the_last_packets_and_then_goes() -> None:
     )
 
 
-def test_packets_that_come_after_their_row_has_expired_are_strangers() -> None:
+def test_packets_that_come_after_their_flow_has_expired_are_strangers() -> None:
     host = play(
         CONNECTED
         + """
@@ -958,14 +958,14 @@ def test_packets_that_come_after_their_row_has_expired_are_strangers() -> None:
     7442  pre   C:40000 > K:80 [P.]           => pass no_row
     7442  pre   S:80 > C:45678 [P.]           => pass no_row
     7442  post  K:16000 > C:40000 [P.]        => drop no_row
-    7442  pre   C:4000 > K:53                 => C:4000 > S:53    # a new row
+    7442  pre   C:4000 > K:53                 => C:4000 > S:53    # a new flow
     """
     )
 
     assert len(host.nat) == 1
 
 
-def test_packets_keep_a_row_alive_and_resets_do_not() -> None:
+def test_packets_keep_a_flow_alive_and_resets_do_not() -> None:
     play(
         CONNECTED
         + """
@@ -979,7 +979,7 @@ def test_packets_keep_a_row_alive_and_resets_do_not() -> None:
     )
 
 
-def test_a_row_that_is_closing_goes_by_its_new_timeout_at_once() -> None:
+def test_a_flow_that_is_closing_goes_by_its_new_timeout_at_once() -> None:
     host = play(CONNECTED)
     host.nat.set_timeouts(Timeouts(tcp_transitory=2))
     host.nat.expire(1)
@@ -988,7 +988,7 @@ def test_a_row_that_is_closing_goes_by_its_new_timeout_at_once() -> None:
     assert host.run(4, "pre", "S:80 > C:45678 [R]") == "pass no_row"
 
 
-def test_what_the_daemon_itself_sends_keeps_no_row_alive() -> None:
+def test_what_the_daemon_itself_sends_keeps_no_flow_alive() -> None:
     play(
         CONNECTED
         + """
@@ -1113,14 +1113,14 @@ def test_two_services_of_the_server_do_not_ask_each_other_for_ever() -> None:
     )
 
 
-def test_a_former_server_that_rows_lead_to_is_no_client_either() -> None:
+def test_a_former_server_that_flows_lead_to_is_no_client_either() -> None:
     play(
         """
     0     pre   C:4000 > K:53                 => C:4000 > S:53
     1     set   server=Z
     1     pre   S:53 > K:53                   => drop server_itself
     1     pre   Z:53 > K:53                   => drop server_itself
-    22    pre   S:53 > K:53                   => S:x > Z:53       # no row leads there any more
+    22    pre   S:53 > K:53                   => S:x > Z:53       # no flow leads there any more
     """
     )
 
@@ -1168,7 +1168,7 @@ def test_who_is_refused_hears_nothing_where_that_is_wanted() -> None:
     )
 
 
-def test_another_connection_on_a_row_may_be_refused_too() -> None:
+def test_another_connection_on_a_flow_may_be_refused_too() -> None:
     play(
         CONNECTED
         + """
@@ -1199,7 +1199,7 @@ def test_half_open_connections_make_room_the_oldest_first() -> None:
     assert host.nat.evicted == 1
 
 
-def test_an_acknowledgement_that_the_relays_host_resets_keeps_no_row() -> None:
+def test_an_acknowledgement_that_the_relays_host_resets_keeps_no_flow() -> None:
     """A client whose address is forged can't know what to acknowledge (RFC 9293, 3.10.7.4)."""
     play("""
     0     set   flows=1
@@ -1212,7 +1212,7 @@ def test_an_acknowledgement_that_the_relays_host_resets_keeps_no_row() -> None:
 
 
 def test_unconfirmed_datagrams_and_answered_queries_make_room_and_confirmed_ones_do_not() -> None:
-    """Two of four rows: D:9's connection has one, and the last of four is TCP's."""
+    """Two of four flows: D:9's connection has one, and the last of four is TCP's."""
     play(
         CONNECTED
         + """
@@ -1262,7 +1262,7 @@ def test_one_way_datagrams_make_room_however_many_come() -> None:
 
 
 def test_a_client_at_its_limit_makes_room_for_itself_and_leaves_others_alone() -> None:
-    """Its address may be forged by a flood, and it must not be locked out of its own rows."""
+    """Its address may be forged by a flood, and it must not be locked out of its own flows."""
     host = play("""
     0     set   flows_per_client=2
     0     pre   D:4000 > K:80 [S]             => D:4000 > K:16000
@@ -1280,10 +1280,10 @@ def test_a_client_at_its_limit_makes_room_for_itself_and_leaves_others_alone() -
 def test_answers_to_refused_packets_are_paced() -> None:
     worker = Host(policy()).worker
     worker.nat.limits = FlowLimits(flows=0)
-    question = template("C:4000 > K:53").build()
+    query = template("C:4000 > K:53").build()
     for second in range(3):
         for number in range(5000):
-            assert worker.handle(question, Hook.PREROUTING, second + number / 5000) is Verdict.DROP
+            assert worker.handle(query, Hook.PREROUTING, second + number / 5000) is Verdict.DROP
 
     assert 3000 <= len(worker.answers) <= 3000 + ANSWERS_AT_ONCE
     assert worker.counts.dropped == {"table_full": 15000}
@@ -1329,12 +1329,12 @@ def test_all_answers_have_one_pace() -> None:
     assert len(worker.answers) == ANSWERS_AT_ONCE
 
 
-def test_each_packet_of_a_killed_row_is_told_at_whatever_pace() -> None:
+def test_each_packet_of_a_killed_flow_is_told_at_whatever_pace() -> None:
     """Among the many packets of a download there is one by which its client can be told."""
     worker = Host(policy(tcp=frozenset({443}), forwarded=frozenset({443}))).worker
     worker.handle(template("C:40000 > K:443 [S]").build(), Hook.PREROUTING, 0)
-    [row] = worker.nat
-    worker.nat.kill(row, 0)
+    [flow] = worker.nat
+    worker.nat.kill(flow, 0)
     for _ in range(10 * ANSWERS_AT_ONCE):
         worker.handle(template("S:443 > C:40000 [P.]").build(), Hook.POSTROUTING, 0)
     worker.answers.clear()
@@ -1355,7 +1355,7 @@ def test_a_forged_reset_does_not_shorten_the_life_of_a_connection() -> None:
     )
 
 
-def test_a_reset_leaves_a_row_its_four_minutes_however_long_it_was_idle() -> None:
+def test_a_reset_leaves_a_flow_its_four_minutes_however_long_it_was_idle() -> None:
     """RFC 7857, section 2.2."""
     play(
         CONNECTED
@@ -1368,7 +1368,7 @@ def test_a_reset_leaves_a_row_its_four_minutes_however_long_it_was_idle() -> Non
     )
 
 
-def test_a_direct_connection_that_would_need_a_row_is_refused_when_there_is_no_room() -> None:
+def test_a_direct_connection_that_would_need_a_flow_is_refused_when_there_is_no_room() -> None:
     play(
         CONNECTED
         + """
@@ -1379,21 +1379,21 @@ def test_a_direct_connection_that_would_need_a_row_is_refused_when_there_is_no_r
     )
 
 
-def test_the_refusal_of_a_question_quotes_it() -> None:
+def test_the_refusal_of_a_query_quotes_it() -> None:
     host = Host(policy())
     host.nat.limits = FlowLimits(flows=0)
-    question = template("C:4000 > K:53").build()
+    query = template("C:4000 > K:53").build()
 
-    assert host.worker.handle(question, Hook.PREROUTING, 0) is Verdict.DROP
+    assert host.worker.handle(query, Hook.PREROUTING, 0) is Verdict.DROP
 
     [answer] = host.worker.answers
     error = IP(answer)
     assert (error.src, error.dst) == ("192.168.0.2", "10.0.0.1")
     assert (error[ICMP].type, error[ICMP].code) == (3, 13)
-    assert bytes(error[ICMP].payload) == question
+    assert bytes(error[ICMP].payload) == query
     del error.chksum, error[ICMP].chksum
     assert bytes(error) == answer
-    assert UDP in IP(question)
+    assert UDP in IP(query)
 
 
 # Slow twins
@@ -1404,15 +1404,15 @@ def rewrite_to(packet: Template, to: FiveTuple) -> Rewrite:
     nat = NatTable(rng=Random(1))
     there = packet.flow
     if to.proto is Proto.TCP:
-        row = nat.open_tcp(there.src, there.dst, to.dst, Source.CLIENT, 1, 0)
+        flow = nat.open_tcp(there.src, there.dst, to.dst, Source.CLIENT, 1, 0)
     else:
-        row = nat.open_forwarded(Proto.UDP, there.src, there.dst, to.dst, Source.CLIENT, 0)
+        flow = nat.open_forwarded(Proto.UDP, there.src, there.dst, to.dst, Source.CLIENT, 0)
     old, new = (
         f.src.addr + f.dst.addr + f.src.port.to_bytes(2) + f.dst.port.to_bytes(2)
         for f in (there, to)
     )
     step = Step.T1 if to.proto is Proto.TCP else Step.U12
-    return Rewrite(row, step, {}, old, new, deltas(old, new), 0)
+    return Rewrite(flow, step, {}, old, new, deltas(old, new), 0)
 
 
 @given(rewritings())
@@ -1483,7 +1483,7 @@ def test_a_broken_checksum_stays_broken_by_as_much(
 
 
 def live_worker() -> Worker:
-    """A worker with rows of every kind, some of them in each state."""
+    """A worker with flows of every kind, some of them in each state."""
     host = Host(policy(tcp=frozenset({80, 443, 8443}), forwarded=frozenset({8443})))
     traces = [
         "0 pre D:8 > K:8443 [S]",  # killed below
@@ -1504,7 +1504,7 @@ def live_worker() -> Worker:
 
 
 def traffic() -> list[bytes]:
-    """Packets of those rows, of strangers, and of both at once."""
+    """Packets of those flows, of strangers, and of both at once."""
     columns = """
         C:40000 > K:80 [S]       K:16000 > C:40000 [.]     S:80 > C:45678 [P.]
         C:40000 > K:80 [P.]      K:45678 > S:80 [P.]       C:45678 > S:80 [P.]
@@ -1704,9 +1704,9 @@ def test_endpoints_of_scripts_are_read_with_and_without_letters() -> None:
 def test_all_ends_of_a_terminated_connection_are_asked_in_the_name_of_their_peers(
     script: str, ends: str
 ) -> None:
-    [row] = play(script).nat
+    [flow] = play(script).nat
 
-    asked = sorted(describe(packet) for packet in asks(row))
+    asked = sorted(describe(packet) for packet in asks(flow))
     assert asked == sorted(f"{end} [S]" for end in ends.split(", "))
 
 
@@ -1812,7 +1812,7 @@ class Marks:
         self.worker = Worker(self.nat)
         self.worker.policy = policy()
         self.told: list[tuple[int, int]] = []
-        self.nat.on_marked = lambda row: self.told.append(row.dscps)
+        self.nat.on_marked = lambda flow: self.told.append(flow.dscps)
 
     def send(self, text: str, tos: int, hook: Hook, now: float, flags: int = 0x10) -> None:
         packet = bytearray(template(f"{text} [.]").build())
@@ -1834,8 +1834,8 @@ class Marks:
 def marks() -> Marks:
     marks = Marks()
     marks.client(46 << 2, flags=0x02)
-    (row,) = marks.nat
-    marks.nat.attach(row, at("K:45678"), 0)
+    (flow,) = marks.nat
+    marks.nat.attach(flow, at("K:45678"), 0)
     return marks
 
 

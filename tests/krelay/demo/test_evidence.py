@@ -20,9 +20,9 @@ from krelay.trace import lines
 
 CAST = Cast(client="10.0.0.1", relay="192.168.0.2", server="192.168.0.1", gport=16000)
 C, K, S = (Endpoint.of(host, 0).addr for host in (CAST.client, CAST.relay, CAST.server))
-TCP_ROW = {"proto": "tcp", "client": "10.0.0.1:40000", "relay": "192.168.0.2:45678"}
-UDP_ROW = {"proto": "udp", "client": "10.0.0.1:50000"}
-STEPS = evidence.steps(CAST, TCP_ROW, UDP_ROW)
+TCP_FLOW = {"proto": "tcp", "client": "10.0.0.1:40000", "relay": "192.168.0.2:45678"}
+UDP_FLOW = {"proto": "udp", "client": "10.0.0.1:50000"}
+STEPS = evidence.steps(CAST, TCP_FLOW, UDP_FLOW)
 LINK = bytes(12) + evidence.ETHERTYPE_IPV4
 
 # A whole story, as the trace tells it, and what the wires show of it.
@@ -115,8 +115,8 @@ def test_the_steps_are_those_of_the_design() -> None:
 def test_the_lines_of_the_trace_are_read_as_they_are_written(
     label: NatStep, flags: int, payload: bytes
 ) -> None:
-    row = tcp_row()
-    rewrite = row.rewrites[label]
+    flow = tcp_flow()
+    rewrite = flow.rewrites[label]
     before, after = (
         tcp.build(src.addr, dst.addr, src.port, dst.port, flags, payload=payload)
         for _, src, dst in (step(label.label).before, step(label.label).after)
@@ -128,13 +128,13 @@ def test_the_lines_of_the_trace_are_read_as_they_are_written(
     assert found == Traced(label.label, *ends, rewrite.src, rewrite.dst)
 
 
-def tcp_row() -> Flow:
-    """The row of the story's connection, of a real NAT table."""
+def tcp_flow() -> Flow:
+    """The flow of the story's connection, of a real NAT table."""
     nat = NatTable(rng=random.Random(1))
     ends = (Endpoint(C, 40000), Endpoint(K, 80), Endpoint(S, 80))
-    row = nat.open_tcp(*ends, Source.CLIENT, CAST.gport, 0.0)
-    nat.attach(row, Endpoint(K, 45678), 0.0)
-    return row
+    flow = nat.open_tcp(*ends, Source.CLIENT, CAST.gport, 0.0)
+    nat.attach(flow, Endpoint(K, 45678), 0.0)
+    return flow
 
 
 @pytest.mark.parametrize("line", ["", "lost 3 lines: the reader is too slow", "T1 what > ever"])
@@ -190,10 +190,10 @@ def test_no_bytes_raise_an_exception(frame: bytes, ip: bool) -> None:
     evidence.seen((LINK if ip else b"") + frame, outgoing=False)
 
 
-def test_a_row_is_found_if_there_is_one_and_only_then() -> None:
-    assert evidence.row_of([TCP_ROW, UDP_ROW], "tcp") == TCP_ROW
-    assert evidence.row_of([TCP_ROW], "udp") is None
-    assert evidence.row_of([UDP_ROW, UDP_ROW], "udp") is None
+def test_a_flow_is_found_if_there_is_one_and_only_then() -> None:
+    assert evidence.flow_of([TCP_FLOW, UDP_FLOW], "tcp") == TCP_FLOW
+    assert evidence.flow_of([TCP_FLOW], "udp") is None
+    assert evidence.flow_of([UDP_FLOW, UDP_FLOW], "udp") is None
 
 
 # The checks: good evidence is good
@@ -375,10 +375,10 @@ def test_another_address_in_the_log_is_told(who: str) -> None:
     assert not evidence.logged("", f'{who} "GET / HTTP/1.1" 200', "10.0.0.1:45678").held
 
 
-def test_a_row_with_another_value_is_told() -> None:
-    row: dict[str, Any] = {"state": "established", "source": "client"}
+def test_a_flow_with_another_value_is_told() -> None:
+    flow: dict[str, Any] = {"state": "established", "source": "client"}
 
-    check = evidence.tabled("", row, {"state": "closed", "source": "client", "gport": 16000})
+    check = evidence.tabled("", flow, {"state": "closed", "source": "client", "gport": 16000})
 
     assert (check.held, check.found) == (False, "state=established gport=None")
 

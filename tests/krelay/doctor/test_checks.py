@@ -9,17 +9,18 @@ import pytest
 
 from krelay.doctor import checks
 from krelay.doctor.checks import examine
-from krelay.doctor.facts import Facts, Leftover, LinkFacts, ListenerFacts, Path, Returned, Uplink
+from krelay.doctor.facts import Facts, Leftover, ListenerFacts, Path, Returned, Uplink
+from krelay.doctor.facts import LinkFacts as Link
 from krelay.doctor.findings import Finding, Level
 from krelay.doctor.firewall import Chain, Match, Rule, RuleVerdict
-from krelay.host.tracking import ConntrackTimers
+from krelay.host.tracking import ConntrackTimers as Timers
 from procfs_sim.tree import Config, Service
 
 SERVER, CLIENT = IPv4Address("192.168.0.10"), IPv4Address("10.0.0.1")
 RELAY = IPv4Address("192.168.0.2")
 TO_SERVER = Path(SERVER, "eth1", RELAY)
 TO_CLIENT = Path(CLIENT, "eth0", IPv4Address("10.0.0.254"))
-LINKS = (LinkFacts("eth0"), LinkFacts("eth1"))
+LINKS = (Link("eth0"), Link("eth1"))
 HEALTHY = Facts(
     links=LINKS,
     own=frozenset({RELAY, IPv4Address("10.0.0.254")}),
@@ -32,7 +33,7 @@ TCP_ONLY = Config(services=(Service("tcp", 80, 80),))
 UDP_ONLY = Config(services=(Service("udp", 53, 53),))
 THROUGH = Config(services=(Service("tcp", 443, 443, False, True),))
 ONE_ARM: dict[str, Any] = {
-    "links": (LinkFacts("eth1", send_redirects=True),),
+    "links": (Link("eth1", send_redirects=True),),
     "client": Path(CLIENT, "eth1", RELAY),
 }
 BLOCKED = (Chain("nft", "inet", "guard", "forward", (), "forward", policy="drop"),)
@@ -163,22 +164,22 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
      "sysctl -w net.ipv4.ip_forward=1"),
     ("forwarding", {"forwards": False, "config": THROUGH}, "failed", "forwarded TCP won't pass",
      "sysctl -w net.ipv4.ip_forward=1"),
-    ("forwarding", {"links": (LinkFacts("eth0", forwards=False), LinkFacts("eth1"))}, "failed", "by eth0",
+    ("forwarding", {"links": (Link("eth0", forwards=False), Link("eth1"))}, "failed", "by eth0",
      "sysctl -w net/ipv4/conf/eth0/forwarding=1"),
-    ("forwarding", {"links": (*LINKS, LinkFacts("eth2", forwards=False))}, "ok", "forwards", ""),
+    ("forwarding", {"links": (*LINKS, Link("eth2", forwards=False))}, "ok", "forwards", ""),
     ("rp_filter", {"rp_filter_all": 1}, "ok", "strict on eth0, eth1, nothing dropped", ""),
-    ("rp_filter", {"links": (LinkFacts("eth0", 1), LinkFacts("eth1", 2)), "rp_filtered": 5}, "warning",
+    ("rp_filter", {"links": (Link("eth0", 1), Link("eth1", 2)), "rp_filtered": 5}, "warning",
      "strict on eth0, and it has dropped 5", "sysctl -w net.ipv4.conf.all.rp_filter=2"),
-    ("rp_filter", {"links": (LinkFacts("eth0", 1), LinkFacts("eth1")), "rp_filter_all": 2,
+    ("rp_filter", {"links": (Link("eth0", 1), Link("eth1")), "rp_filter_all": 2,
                    "rp_filtered": 5}, "ok", "not strict", ""),
     ("rp_filter", {"rp_filter_all": 1, "client": Path(CLIENT, None)}, "failed", "10.0.0.1",
      "sysctl -w net.ipv4.conf.all.rp_filter=2"),
-    ("VRF", {"links": (LinkFacts("eth0", vrf="red"), LinkFacts("eth1"))}, "failed", "eth0 in red: addresses",
+    ("VRF", {"links": (Link("eth0", vrf="red"), Link("eth1"))}, "failed", "eth0 in red: addresses",
      "ip link set eth0 nomaster"),
-    ("VRF", {"links": (LinkFacts("eth0", vrf="red"), LinkFacts("eth1", vrf="blue"))}, "failed",
+    ("VRF", {"links": (Link("eth0", vrf="red"), Link("eth1", vrf="blue"))}, "failed",
      "eth0 in red, eth1 in blue", "ip link set eth0 nomaster && ip link set eth1 nomaster"),
-    ("VRF", {"links": (*LINKS, LinkFacts("eth2", vrf="mgmt"))}, "ok", "others are: eth2 (mgmt)", ""),
-    ("VRF", {"links": (LinkFacts("eth2", vrf="red"), LinkFacts("eth1")), "client": Path(CLIENT, None)},
+    ("VRF", {"links": (*LINKS, Link("eth2", vrf="mgmt"))}, "ok", "others are: eth2 (mgmt)", ""),
+    ("VRF", {"links": (Link("eth2", vrf="red"), Link("eth1")), "client": Path(CLIENT, None)},
      "failed", "eth2 in red", "ip link set eth2 nomaster"),
     ("uplinks", {"uplinks": (UPLINK,)}, "warning",
      "who ask 203.0.113.2 leave by eth0 via 192.0.2.1, where the server's packets go, not by eth2 "
@@ -202,7 +203,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
      "clients may come by eth1, where the server is: until",
      "sysctl -w net/ipv4/conf/all/send_redirects=0 && "
      "sysctl -w net/ipv4/conf/eth1/send_redirects=0"),
-    ("redirects", ONE_ARM | {"links": (LinkFacts("eth1"),)}, "ok", "eth1 sends no ICMP redirects", ""),
+    ("redirects", ONE_ARM | {"links": (Link("eth1"),)}, "ok", "eth1 sends no ICMP redirects", ""),
     ("redirects", ONE_ARM | {"client": TO_CLIENT}, "ok", "aren't on one link", ""),
     ("redirects", ONE_ARM | {"served": True, "state": "running"}, "ok", "krelay's rules", ""),
     ("redirects", ONE_ARM | {"served": True, "state": "stopped"}, "ok", "as soon as it relays", ""),
@@ -278,28 +279,28 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
      "sysctl -w net.netfilter.nf_conntrack_max=131072"),
     ("conntrack", {"tracked": None}, "ok", "none is needed", ""),
     ("timers", {"timers": None}, "ok", "no connection tracking here", ""),
-    ("timers", {"timers": ConntrackTimers(30, 120)}, "ok", "as long as krelay does", ""),
-    ("timers", {"timers": ConntrackTimers(30, 120), "config": SIP}, "ok", "no rule lets answers by", ""),
-    ("timers", {"timers": ConntrackTimers(30, 120), "chains": LEANING, "config": SIP}, "warning",
+    ("timers", {"timers": Timers(30, 120)}, "ok", "as long as krelay does", ""),
+    ("timers", {"timers": Timers(30, 120), "config": SIP}, "ok", "no rule lets answers by", ""),
+    ("timers", {"timers": Timers(30, 120), "chains": LEANING, "config": SIP}, "warning",
      "forgets udp flows after 30 s (nf_conntrack_udp_timeout), 120 s (nf_conntrack_udp_timeout_"
      "stream) of silence, krelay after 300 s (timeouts/udp): then what a server says first is "
      "dropped by the policy of nft chain inet guard forward",
      "sysctl -w net.netfilter.nf_conntrack_udp_timeout=300 "
      "net.netfilter.nf_conntrack_udp_timeout_stream=300"),
-    ("timers", {"timers": ConntrackTimers(300, 120), "chains": LEANING, "config": SIP}, "warning",
+    ("timers", {"timers": Timers(300, 120), "chains": LEANING, "config": SIP}, "warning",
      "after 120 s (nf_conntrack_udp_timeout_stream)",
      "sysctl -w net.netfilter.nf_conntrack_udp_timeout_stream=300"),
-    ("timers", {"timers": ConntrackTimers(300, 300), "chains": LEANING, "config": SIP}, "ok",
+    ("timers", {"timers": Timers(300, 300), "chains": LEANING, "config": SIP}, "ok",
      "as long as krelay does", ""),
-    ("timers", {"timers": ConntrackTimers(10, 120), "chains": LEANING, "config": UDP_ONLY}, "warning",
+    ("timers", {"timers": Timers(10, 120), "chains": LEANING, "config": UDP_ONLY}, "warning",
      "after 10 s (nf_conntrack_udp_timeout) of silence, krelay after 20 s (timeouts/udp_dns)",
      "sysctl -w net.netfilter.nf_conntrack_udp_timeout=20"),
-    ("timers", {"timers": ConntrackTimers(tcp_established=600), "chains": LEANING, "config": THROUGH},
+    ("timers", {"timers": Timers(tcp_established=600), "chains": LEANING, "config": THROUGH},
      "warning", "forgets tcp flows after 600 s",
      "sysctl -w net.netfilter.nf_conntrack_tcp_timeout_established=7440"),
-    ("timers", {"timers": ConntrackTimers(30, 120), "chains": BLOCKED, "config": SIP}, "ok",
+    ("timers", {"timers": Timers(30, 120), "chains": BLOCKED, "config": SIP}, "ok",
      "no rule lets answers by", ""),
-    ("UDP GRO", {"links": (LinkFacts("eth0", udp_gro=("rx-gro-list",)),)}, "warning", "eth0 joins UDP",
+    ("UDP GRO", {"links": (Link("eth0", udp_gro=("rx-gro-list",)),)}, "warning", "eth0 joins UDP",
      "ethtool -K eth0 rx-gro-list off"),
     ("buffer", {"buffer_is_granted": False}, "warning", "212992 bytes instead of 8388608",
      "sysctl -w net.core.rmem_max=8388608"),
@@ -403,7 +404,7 @@ def test_the_clients_link_is_that_of_the_named_client_or_of_the_default_route_or
     expected: str | None,
 ) -> None:
     facts = Facts(
-        links=tuple(map(LinkFacts, links)),
+        links=tuple(map(Link, links)),
         server=Path(SERVER, server_link),
         default_link=default,
         client=Path(CLIENT, client) if client else None,

@@ -329,7 +329,8 @@ MATCHES = st.sampled_from(
 )  # fmt: skip
 VERDICTS = st.sampled_from(
     [RuleVerdict("accept"), RuleVerdict("drop"), RuleVerdict("return"), RuleVerdict("continue"),
-     RuleVerdict("jump", "x"), RuleVerdict("jump", "y"), RuleVerdict("goto", "x"), RuleVerdict("goto", "y")]
+     RuleVerdict("jump", "x"), RuleVerdict("jump", "y"), RuleVerdict("goto", "x"),
+     RuleVerdict("goto", "y")]
 )  # fmt: skip
 RULES = st.lists(
     st.builds(Rule, st.just("r"), st.lists(MATCHES, max_size=2).map(tuple), VERDICTS), max_size=4

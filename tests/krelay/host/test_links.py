@@ -266,7 +266,7 @@ def test_what_no_route_leads_to_is_not_local(local: LocalAddresses, address: str
     assert local.has(IPv4Address(address).packed, 0.0) is False
 
 
-def test_a_question_that_fails_is_no_answer(local: LocalAddresses) -> None:
+def test_a_query_that_fails_is_no_answer(local: LocalAddresses) -> None:
     local.close()
     assert local.has(RELAY[0], 0.0) is None
 

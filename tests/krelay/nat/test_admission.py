@@ -72,8 +72,8 @@ class Model:
         tiers = ("query",), UNCONFIRMED, ("over",)
         for tier in tiers:
             found = [
-                row_id
-                for row_id, flow in self.flows.items()
+                flow_id
+                for flow_id, flow in self.flows.items()
                 if flow.kind in tier and flow.kind in kinds and flow.host in hosts
                 and now - flow.since >= SILENT.get(flow.kind, 0)
             ]  # fmt: skip
@@ -130,7 +130,7 @@ class Both:
 
     def __init__(self, limits: FlowLimits) -> None:
         self.nat = NatTable(limits, Timeouts(udp_dns=10**6, udp=10**6), rng=Random(1))
-        self.nat.learnt.learns(frozenset({addr("K")}), addr("S"))
+        self.nat.dns_flows.learns(frozenset({addr("K")}), addr("S"))
         self.model = Model(limits)
         self.now = 100.0
         self._ports = count(5000)
@@ -143,19 +143,19 @@ class Both:
         """A new flow of this kind is to begin; returns why it is refused."""
         client = Endpoint(addr(host), next(self._ports))
         expected = self.model.refusal(kind, host, self.now)
-        before = {row.id for row in self.nat}
+        before = {flow.id for flow in self.nat}
         said = ""
         try:
             self._begin(kind, client)
         except Refusal as refusal:
             said = refusal.reason
-        begun = {row.id for row in self.nat} - before
+        begun = {flow.id for flow in self.nat} - before
         assert (len(begun), said) == (
             int(not expected),
             "" if kind == "query" else expected,  # a query goes on, whoever knows of it
         )
-        for row_id in begun:
-            self.model.flows[row_id] = Known(host, kind, self.now)
+        for flow_id in begun:
+            self.model.flows[flow_id] = Known(host, kind, self.now)
         return expected
 
     def _begin(self, kind: str, client: Endpoint) -> None:
@@ -167,39 +167,39 @@ class Both:
             case "half-open":
                 nat.open_tcp(client, at("K:80"), at("S:80"), Source.CLIENT, 16000, now)
             case "forwarded" | "through" | "over":
-                row = self._forwarded(Proto.TCP, client, 443)
+                flow = self._forwarded(Proto.TCP, client, 443)
                 if kind != "forwarded":
-                    row.tracker.resumed()
+                    flow.tracker.resumed()
                 if kind == "over":
-                    row.tracker.client_ended = row.tracker.server_ended = True
-                nat.changed(row)
+                    flow.tracker.client_ended = flow.tracker.server_ended = True
+                nat.changed(flow)
             case "datagram" | "answered" | "one-sided" | "talk":
-                row = self._forwarded(Proto.UDP, client, 7)
-                there, back = row.by(Side.CLIENT), row.by(Side.SERVER)
+                flow = self._forwarded(Proto.UDP, client, 7)
+                there, back = flow.by(Side.CLIENT), flow.by(Side.SERVER)
                 assert there is not None
                 assert back is not None
                 if kind != "datagram":
-                    row.answered_at = now
+                    flow.answered_at = now
                 if kind == "one-sided":
-                    row.answered_at = now - EXCHANGE
-                    nat._admission.confirmed(row)  # found out at once, or their order is open
+                    flow.answered_at = now - EXCHANGE
+                    nat._admission.confirmed(flow)  # found out at once, or their order is open
                 if kind == "talk":
                     nat.heard(there, 1, 30, now)
             case "connection" | "closed":
-                row = nat.open_tcp(client, at("K:80"), at("S:80"), Source.CLIENT, 16000, now)
-                nat.attach(row, at(f"K:{client.port + 10_000}"), now)
-                row.accepted = True
+                flow = nat.open_tcp(client, at("K:80"), at("S:80"), Source.CLIENT, 16000, now)
+                nat.attach(flow, at(f"K:{client.port + 10_000}"), now)
+                flow.accepted = True
                 if kind == "closed":
-                    nat.close(row, now)
+                    nat.close(flow, now)
 
     def _forwarded(self, proto: Proto, client: Endpoint, port: int) -> Flow:
         service, server = Endpoint(addr("K"), port), Endpoint(addr("S"), port)
         return self.nat.open_forwarded(proto, client, service, server, Source.CLIENT, self.now)
 
     def agree(self) -> None:
-        assert sorted(row.id for row in self.nat) == sorted(self.model.flows)
+        assert sorted(flow.id for flow in self.nat) == sorted(self.model.flows)
         assert self.nat.evicted == self.model.evicted
-        assert self.nat._admission._udp + len(self.nat.learnt) == self.model.live(UDP)
+        assert self.nat._admission._udp + len(self.nat.dns_flows) == self.model.live(UDP)
 
 
 verbs = st.tuples(
@@ -223,9 +223,9 @@ def test_who_is_refused_and_who_goes_is_as_a_list_would_have_it(
             both.model.waits(seconds)
         elif verb == "end":
             mine = next((i for i, flow in both.model.flows.items() if flow.host == host), None)
-            row = both.nat.get(mine) if mine is not None else None
-            if mine is not None and row is not None:
-                both.nat.end(row)
+            flow = both.nat.get(mine) if mine is not None else None
+            if mine is not None and flow is not None:
+                both.nat.end(flow)
                 del both.model.flows[mine]
         elif verb == "set":
             rate = limits[0].new_flows_per_client
@@ -261,18 +261,18 @@ def test_a_flow_that_was_confirmed_is_remembered_for_nothing() -> None:
     both = Both(FlowLimits())
     for kind in KINDS:
         both.begins(kind, "C")
-    for row in both.nat:
-        if row.proto is Proto.TCP:
-            row.tracker.saw(Side.SERVER, SYN | ACK)
-            row.tracker.saw(Side.CLIENT, ACK)
-        row.answered_at = None
-        row.spoke_again = True
+    for flow in both.nat:
+        if flow.proto is Proto.TCP:
+            flow.tracker.saw(Side.SERVER, SYN | ACK)
+            flow.tracker.saw(Side.CLIENT, ACK)
+        flow.answered_at = None
+        flow.spoke_again = True
     both.nat.expire(both.now + 64)
 
     admission = both.nat._admission
     spares = admission._datagrams, admission._relayed, admission._forwarded
     assert [len(spare) for spare in spares] == [0, 0, 0]
-    assert both.nat.unconfirmed == len(both.nat.learnt) == 1
+    assert both.nat.unconfirmed == len(both.nat.dns_flows) == 1
 
 
 # Floods, for so long that a flow's timeout is over several times
@@ -401,15 +401,15 @@ def test_queries_forged_in_a_clients_name_behind_those_of_many_keep_it_from_noth
     """The kernel has learnt them: the client's own are not among the oldest of all."""
     flood = flooded([], flows=2000, flows_per_client=100)
     nat = flood.host.nat
-    nat.learnt.learns(frozenset({addr("K")}), addr("S"))
+    nat.dns_flows.learns(frozenset({addr("K")}), addr("S"))
     for name, number in (("10.9.9.{}", 200), ("D", 300)):
         clients = [f"{name.format(1 + n % 250)}:{2000 + n}" for n in range(number)]
         heads = [template(f"{client} > K:53").build()[:28] for client in clients]
         nat.learn([(int(Hook.PREROUTING), head) for head in heads], flood.now)
-    assert nat.learnt.of_client(addr("D")) == 100
+    assert nat.dns_flows.of_client(addr("D")) == 100
     for port in range(500, 510):
         assert flood.served("D", port) == ALL
-    assert nat.learnt.of_client(addr("D")) <= 100
+    assert nat.dns_flows.of_client(addr("D")) <= 100
 
 
 def test_what_a_forger_confirms_takes_no_connection_from_anybody() -> None:
@@ -447,9 +447,9 @@ def test_unconfirmed_flows_keep_their_timeout_while_there_is_room() -> None:
     host.run(0, "pre", "C:1 > K:7")
     host.run(0, "pre", "C:2 > K:7")
     assert host.run(299, "post", "S:7 > C:1") == "K:7 > C:1"
-    assert [str(row.client.port) for row in host.nat] == ["1", "2"]
+    assert [str(flow.client.port) for flow in host.nat] == ["1", "2"]
     host.run(301, "pre", "C:3 > K:7")
-    assert [str(row.client.port) for row in host.nat] == ["1", "3"]
+    assert [str(flow.client.port) for flow in host.nat] == ["1", "3"]
 
 
 # Limits that are lowered
@@ -468,7 +468,7 @@ def test_a_limit_lowered_in_a_flood_serves_new_flows_at_once(kind: str) -> None:
     assert flood.served("C", 5000) == ALL
     flood.host.nat.expire(flood.now)
     assert len(flood.host.nat) <= 60 < before or kind == "query"
-    assert sum(row.spoke_again for row in flood.host.nat) == 20
+    assert sum(flow.spoke_again for flow in flood.host.nat) == 20
     flood.run(40)
     assert flood.served("C", 5001) == ALL
     flood.host.nat.limits = FlowLimits(flows=90, flows_per_client=30)
@@ -531,9 +531,9 @@ def test_where_all_ports_are_taken_the_oldest_unconfirmed_flow_gives_up_its_own(
         pass
     taken[0].spoke_again = True
     first = begin(at("C:6000"))
-    assert [row.id for row in nat] == [taken[0].id, *(row.id for row in taken[2:]), first.id]
+    assert [flow.id for flow in nat] == [taken[0].id, *(flow.id for flow in taken[2:]), first.id]
     assert nat.evicted == 1
-    for row in nat:
-        row.spoke_again = True
+    for flow in nat:
+        flow.spoke_again = True
     with pytest.raises(Refusal, match="no_port"):
         begin(at("C:6001"))

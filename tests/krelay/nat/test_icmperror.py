@@ -39,25 +39,25 @@ from tests.tools.strategies import mutated, options, words
 
 RELAY = policy(source=Source.RELAY)
 
-TCP_ROW = """
+TCP_FLOW = """
     0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
     0     post  K:16000 > C:40000 [S.]        => K:80 > C:40000
     0     open  C:40000 @16000 from K:45678   => S:80 client
     0     post  K:45678 > S:80 [S]            => C:45678 > S:80
     0     pre   C:40000 > K:443 [S]           => C:other > K:16000
 """
-TCP_ROW_RELAY = TCP_ROW.replace("S:80 client", "S:80 relay").replace("C:45678 >", "K:45678 >")
-UDP_ROW = """
+TCP_FLOW_RELAY = TCP_FLOW.replace("S:80 client", "S:80 relay").replace("C:45678 >", "K:45678 >")
+UDP_FLOW = """
     0     pre   C:4000 > K:53                 => C:4000 > S:53
     0     pre   C:4000 > G:53                 => C:second > S:53
 """
-UDP_ROW_RELAY = """
+UDP_FLOW_RELAY = """
     0     pre   D:4000 > K:53                 => D:4000 > S:53
     0     pre   C:4000 > K:53                 => C:other > S:53
 """
 MOVED = (
-    TCP_ROW
-    + UDP_ROW
+    TCP_FLOW
+    + UDP_FLOW
     + """
     0     pre   C:45678 > S:80 [S]            => C:moved > S:80
     0     pre   C:4000 > S:53                 => C:away > S:53
@@ -68,117 +68,117 @@ MOVED = (
 CASES = {
     # source=client, UDP
     "the server's port unreachable": (
-        UDP_ROW,
+        UDP_FLOW,
         "post  S > C 3/3 about C:4000 > S:53         => K > C about C:4000 > K:53         U3,U4",
     ),
     "a router's error keeps its address": (
-        UDP_ROW,
+        UDP_FLOW,
         "post  R > C 11/0 about C:4000 > S:53        => R > C about C:4000 > K:53         U3,U4",
     ),
     "too big for a link behind the relay": (
-        UDP_ROW,
+        UDP_FLOW,
         "post  R > C 3/4 about C:4000 > S:53         => R > C about C:4000 > K:53         U3,U4",
     ),
     "too big for the relay's own next link": (
-        UDP_ROW,
+        UDP_FLOW,
         "post  G > C 3/4 about C:4000 > S:53         => G > C about C:4000 > K:53         U3,U4",
     ),
     "the row of the relay's other address": (
-        UDP_ROW,
+        UDP_FLOW,
         "post  S > C 3/3 about C:{second} > S:53     => G > C about C:4000 > G:53         U3,U4",
     ),
     "the client's port unreachable": (
-        UDP_ROW,
+        UDP_FLOW,
         "pre   C > K 3/3 about K:53 > C:4000         => C > S about S:53 > C:4000         U1,U2",
     ),
     "too big for a link before the relay": (
-        UDP_ROW,
+        UDP_FLOW,
         "pre   Q > K 3/4 about K:53 > C:4000         => Q > S about S:53 > C:4000         U1,U2",
     ),
     "the client is gone from the link": (
-        UDP_ROW,
+        UDP_FLOW,
         "post  K > K 3/1 about K:53 > C:4000         => K > S about S:53 > C:4000   sent  U1,U2",
     ),
     # source=client, TCP
     "a router's error finds tcp-relay's socket": (
-        TCP_ROW,
+        TCP_FLOW,
         "pre   R > C 3/4 about C:45678 > S:80 [.]    => R > K about K:45678 > S:80 [.]    T4",
     ),
     "the server's own": (
-        TCP_ROW,
+        TCP_FLOW,
         "pre   S > C 3/10 about C:45678 > S:80 [S]   => S > K about K:45678 > S:80 [S]    T4",
     ),
     "the server is gone from the link": (
-        TCP_ROW,
+        TCP_FLOW,
         "post  K > C 3/1 about C:45678 > S:80 [S]    => K > K about K:45678 > S:80 [S] sent T4",
     ),
     "about what tcp-relay sends to a client": (
-        TCP_ROW,
+        TCP_FLOW,
         "pre   Q > K 3/4 about K:80 > C:40000 [.]    => Q > K about K:16000 > C:40000 [.] T1",
     ),
     "the client has two connections from one port": (
-        TCP_ROW,
+        TCP_FLOW,
         "pre   C > K 12/0 about K:443 > C:40000 [.]  => C > K about K:16000 > C:{other} [.] T1",
     ),
     "a TCP client is gone from the link": (
-        TCP_ROW,
+        TCP_FLOW,
         "post  K > K 3/1 about K:80 > C:40000 [.]    => K > K about K:16000 > C:40000 [.] T1",
     ),
     "a firewall of the relay host rejects": (
-        TCP_ROW,
+        TCP_FLOW,
         "post  K > C 3/3 about C:40000 > K:16000 [.] => K > C about C:40000 > K:80 [.]    T2",
     ),
     # source=relay
     "the server's, first half": (
-        UDP_ROW_RELAY,
+        UDP_FLOW_RELAY,
         "pre   S > K 3/3 about K:{other} > S:53      => S > C about C:{other} > S:53      U3",
     ),
     "the server's, second half": (
-        UDP_ROW_RELAY,
+        UDP_FLOW_RELAY,
         "post  S > C 3/3 about C:{other} > S:53      => K > C about C:4000 > K:53         U4",
     ),
     "a router's, first half": (
-        UDP_ROW_RELAY,
+        UDP_FLOW_RELAY,
         "pre   R > K 3/4 about K:4000 > S:53         => R > D about D:4000 > S:53         U3",
     ),
     "a router's, second half: the relay stands for its network": (
-        UDP_ROW_RELAY,
+        UDP_FLOW_RELAY,
         "post  R > D 3/4 about D:4000 > S:53         => K > D about D:4000 > K:53         U4",
     ),
     "the relay's own next link": (
-        UDP_ROW_RELAY,
+        UDP_FLOW_RELAY,
         "post  G > D 11/0 about D:4000 > S:53        => G > D about D:4000 > K:53         U4",
     ),
     "the client's, first half": (
-        UDP_ROW_RELAY,
+        UDP_FLOW_RELAY,
         "pre   D > K 3/3 about K:53 > D:4000         => D > S about S:53 > D:4000         U1",
     ),
     "the client's, second half": (
-        UDP_ROW_RELAY,
+        UDP_FLOW_RELAY,
         "post  D > S 3/3 about S:53 > D:4000         => K > S about S:53 > K:4000         U2",
     ),
     "a router before the relay, second half": (
-        UDP_ROW_RELAY,
+        UDP_FLOW_RELAY,
         "post  Q > S 3/4 about S:53 > D:4000         => K > S about S:53 > K:4000         U2",
     ),
     "an answer too big for the link to the client": (
-        UDP_ROW_RELAY,
+        UDP_FLOW_RELAY,
         "post  K > S 3/4 about S:53 > C:{other}      => K > S about S:53 > K:{other}      U2",
     ),
     "the server is gone, both halves at once": (
-        UDP_ROW_RELAY,
+        UDP_FLOW_RELAY,
         "post  K > K 3/1 about K:{other} > S:53      => K > C about C:4000 > K:53   sent  U3 U4",
     ),
     "the client is gone, both halves at once": (
-        UDP_ROW_RELAY,
+        UDP_FLOW_RELAY,
         "post  K > K 3/1 about K:53 > D:4000         => K > S about S:53 > K:4000   sent  U1 U2",
     ),
     "TCP keeps the relay's address": (
-        TCP_ROW_RELAY,
+        TCP_FLOW_RELAY,
         "pre   R > K 3/4 about K:45678 > S:80 [.]    => R > K about K:45678 > S:80 [.]    T4",
     ),
     "TCP, the server is gone": (
-        TCP_ROW_RELAY,
+        TCP_FLOW_RELAY,
         "post  K > K 3/1 about K:45678 > S:80 [S]    => K > K about K:45678 > S:80 [S]    T4",
     ),
     # direct conversations that were moved to another port
@@ -204,21 +204,21 @@ CASES = {
     ),
 }
 UNTOUCHED = {
-    "a flow that no row knows": (UDP_ROW, "post  S > C 3/3 about C:4999 > S:53"),
+    "a flow that no row knows": (UDP_FLOW, "post  S > C 3/3 about C:4999 > S:53"),
     "to the client, but of the other protocol": (
-        UDP_ROW,
+        UDP_FLOW,
         "post  S > C 3/3 about C:4000 > S:53 [.]",
     ),
-    "before the hook that knows it": (UDP_ROW, "pre   S > C 3/3 about C:4000 > S:53"),
-    "translated already": (UDP_ROW, "post  K > C 3/3 about C:4000 > K:53"),
-    "TCP's, translated already": (TCP_ROW, "post  K > K 3/1 about K:45678 > S:80 [S]"),
-    "the host's own flow": (TCP_ROW, "pre   S > K 3/3 about K:50000 > S:53"),
+    "before the hook that knows it": (UDP_FLOW, "pre   S > C 3/3 about C:4000 > S:53"),
+    "translated already": (UDP_FLOW, "post  K > C 3/3 about C:4000 > K:53"),
+    "TCP's, translated already": (TCP_FLOW, "post  K > K 3/1 about K:45678 > S:80 [S]"),
+    "the host's own flow": (TCP_FLOW, "pre   S > K 3/3 about K:50000 > S:53"),
     "what an answer to a client is on its way, where a direct one was moved": (
         MOVED,
         "post  K > S 3/4 about S:53 > C:4000",
     ),
     "somebody else pretends that we went in circles": (
-        TCP_ROW,
+        TCP_FLOW,
         "post  R > C 3/1 about C:45678 > S:80 [S]",
     ),
 }
@@ -227,25 +227,25 @@ UNTOUCHED = {
 PORTS = {Step.T1: "other", Step.U1: "other", Step.U12: "second", Step.D1: "moved"}
 
 
-def policy_of(rows: str) -> Policy:
-    return RELAY if rows in (UDP_ROW_RELAY, TCP_ROW_RELAY) else policy()
+def policy_of(flows: str) -> Policy:
+    return RELAY if flows in (UDP_FLOW_RELAY, TCP_FLOW_RELAY) else policy()
 
 
-def ready(rows: str) -> tuple[Worker, dict[str, str]]:
-    """A worker with these rows, and the ports that were chosen for them, by name."""
-    host = play(rows, on=policy_of(rows))
+def ready(flows: str) -> tuple[Worker, dict[str, str]]:
+    """A worker with these flows, and the ports that were chosen for them, by name."""
+    host = play(flows, on=policy_of(flows))
     names = {}
-    for row in host.nat:
+    for each in host.nat:
         for step, name in PORTS.items():
-            rewrite = row.rewrites.get(step)
-            if rewrite is not None and rewrite.src != row.client:
-                udp_direct = step is Step.D1 and row.proto is Proto.UDP
+            rewrite = each.rewrites.get(step)
+            if rewrite is not None and rewrite.src != each.client:
+                udp_direct = step is Step.D1 and each.proto is Proto.UDP
                 names["away" if udp_direct else name] = str(rewrite.src.port)
     return host.worker, names
 
 
 ready_once = lru_cache(ready)
-"""For what changes no row."""
+"""For what changes no flow."""
 
 
 def split(case: str, ports: dict[str, str]) -> tuple[Hook, str, str, list[str]]:
@@ -264,11 +264,11 @@ def split(case: str, ports: dict[str, str]) -> tuple[Hook, str, str, list[str]]:
 @pytest.mark.parametrize("quote", [None, 28, 60])
 @pytest.mark.parametrize("name", CASES)
 def test_an_error_is_translated(name: str, quote: int | None) -> None:
-    rows, case = CASES[name]
-    worker, ports = ready(rows)
+    flows, case = CASES[name]
+    worker, ports = ready(flows)
     hook, before, after, rest = split(case, ports)
     steps = [word for word in rest if word != "sent"]
-    refreshed = [(row.seen_at, row.state, row.id) for row in worker.nat]
+    refreshed = [(flow.seen_at, flow.state, flow.id) for flow in worker.nat]
     packet = Template(flow("C:1 > S:1"), payload=bytes(range(200)))
     if "[" in before:
         packet = replace(
@@ -293,13 +293,13 @@ def test_an_error_is_translated(name: str, quote: int | None) -> None:
     assert not untouched, "told once"
     assert [s.label for s in Step if worker.counts.icmp[s]] == steps
     assert not worker.counts.dropped
-    assert [(row.seen_at, row.state, row.id) for row in worker.nat] == refreshed
+    assert [(flow.seen_at, flow.state, flow.id) for flow in worker.nat] == refreshed
 
 
 @pytest.mark.parametrize("name", UNTOUCHED)
 def test_an_error_about_no_packet_of_ours_goes_on_untouched(name: str) -> None:
-    rows, case = UNTOUCHED[name]
-    worker, _ = ready(rows)
+    flows, case = UNTOUCHED[name]
+    worker, _ = ready(flows)
     hook, _, text = case.partition(" ")
 
     assert worker.handle(error(text), HOOKS[hook], 0) is Verdict.PASS
@@ -309,7 +309,7 @@ def test_an_error_about_no_packet_of_ours_goes_on_untouched(name: str) -> None:
 
 @pytest.mark.parametrize("kind", range(256))
 def test_no_other_kind_of_icmp_is_touched(kind: int) -> None:
-    worker, _ = ready(UDP_ROW)
+    worker, _ = ready(UDP_FLOW)
     got = worker.handle(error(f"S > C {kind}/0 about C:4000 > S:53"), Hook.POSTROUTING, 0)
 
     if kind in (3, 11, 12):
@@ -324,7 +324,7 @@ SERVERS = "S > C 3/3 about C:4000 > S:53"
 
 
 def at_servers(packet: bytes) -> tuple[bytes | Verdict, Worker]:
-    worker, _ = ready(UDP_ROW)
+    worker, _ = ready(UDP_FLOW)
     return worker.handle(packet, Hook.POSTROUTING, 0), worker
 
 
@@ -362,10 +362,10 @@ def test_a_bad_checksum_of_the_quoted_header_drops_it(at: int) -> None:
 @pytest.mark.parametrize("proto", ["", " [.]"])
 def test_the_quoted_transport_checksum_is_updated_and_never_judged(proto: str) -> None:
     """RFC 5508, REQ-3c: what arrived wrong leaves wrong by as much."""
-    rows, text = (TCP_ROW, "S > C 3/4 about C:45678 > S:80 [.]") if proto else (UDP_ROW, SERVERS)
+    flows, text = (TCP_FLOW, "S > C 3/4 about C:45678 > S:80 [.]") if proto else (UDP_FLOW, SERVERS)
     hook = Hook.PREROUTING if proto else Hook.POSTROUTING
     packet = Template(flow(f"C:1 > S:1{proto}"), flags=0x10, check_error=0x1234)
-    worker, _ = ready(rows)
+    worker, _ = ready(flows)
     after = "S > K 3/4 about K:45678 > S:80 [.]" if proto else "K > C 3/3 about C:4000 > K:53"
 
     assert worker.handle(error(text, packet=packet), hook, 0) == error(after, packet=packet)
@@ -462,28 +462,28 @@ def test_the_first_fragment_of_a_datagram_is_a_quote_like_any_other() -> None:
     assert got == error("K > C 3/3 about C:4000 > K:53", packet=packet)
 
 
-def test_an_error_keeps_no_row_alive() -> None:
+def test_an_error_keeps_no_flow_alive() -> None:
     host = Host(policy())
     host.run(0, "pre", "C:4000 > K:53")
     for now in range(1, 20):
         assert isinstance(host.worker.handle(error(SERVERS), Hook.POSTROUTING, now), bytes)
-    [row] = host.nat
-    assert row.expires_at(host.nat.timeouts) == 20
-    assert row.state == "unreplied"
-    for now in range(20, 40):  # rows are not all looked at in the second they end
+    [flow] = host.nat
+    assert flow.expires_at(host.nat.timeouts) == 20
+    assert flow.state == "unreplied"
+    for now in range(20, 40):  # flows are not all looked at in the second they end
         host.nat.expire(now)
     assert host.worker.handle(error(SERVERS), Hook.POSTROUTING, 40) is Verdict.PASS
 
 
 def test_errors_end_no_connection() -> None:
-    host = play(TCP_ROW + "    0     pre   S:80 > C:45678 [S.]           => S:80 > K:45678\n")
-    states = [row.state for row in host.nat]
+    host = play(TCP_FLOW + "    0     pre   S:80 > C:45678 [S.]           => S:80 > K:45678\n")
+    states = [flow.state for flow in host.nat]
     for code in range(16):  # RFC 5382, REQ-10
         text = f"S > C 3/{code} about C:45678 > S:80 [.]"
         assert isinstance(host.worker.handle(error(text), Hook.PREROUTING, 1), bytes)
     host.nat.expire(2)
 
-    assert [row.state for row in host.nat] == states
+    assert [flow.state for flow in host.nat] == states
     host.run(2, "pre", "S:80 > C:45678 [P.]")
 
 
@@ -510,8 +510,8 @@ def checked(packet: bytes) -> bool:
 def test_whatever_arrives_right_leaves_right_by_scapys_reckoning(
     name: str, data: st.DataObject
 ) -> None:
-    rows, case = CASES[name]
-    worker, ports = ready_once(rows)
+    flows, case = CASES[name]
+    worker, ports = ready_once(flows)
     hook, before, _, _ = split(case, ports)
     text = before.split("about")[1]
     packet = Template(
@@ -557,10 +557,10 @@ def test_any_bytes_give_a_verdict(message: bytes, hook: Hook) -> None:
 def test_a_hundred_thousand_damaged_errors_take_no_time_and_raise_nothing() -> None:
     rng = Random(5508)
     good = []
-    for rows in (MOVED, UDP_ROW_RELAY, TCP_ROW_RELAY):
-        worker, ports = ready(rows)
+    for flows in (MOVED, UDP_FLOW_RELAY, TCP_FLOW_RELAY):
+        worker, ports = ready(flows)
         good += [
-            (worker, *split(case, ports)[:2]) for wanted, case in CASES.values() if wanted == rows
+            (worker, *split(case, ports)[:2]) for wanted, case in CASES.values() if wanted == flows
         ]
     built = [(worker, hook, error(text)) for worker, hook, text in good]
     slowest = 0.0
@@ -579,7 +579,7 @@ def test_a_hundred_thousand_damaged_errors_take_no_time_and_raise_nothing() -> N
 def test_the_largest_error_takes_milliseconds() -> None:
     before = error(SERVERS, packet=Template(flow("C:1 > S:1"), payload=bytes(65_479)))
     assert len(before) == 65_535
-    worker, _ = ready(UDP_ROW)
+    worker, _ = ready(UDP_FLOW)
     began = time.thread_time()
 
     assert isinstance(worker.handle(before, Hook.POSTROUTING, 0), bytes)

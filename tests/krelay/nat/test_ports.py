@@ -1,4 +1,4 @@
-"""The relay's own ports: each at most one row's, as much like the wanted one as there is."""
+"""The relay's own ports: each at most one flow's, as much like the wanted one as there is."""
 
 from random import Random
 

@@ -1,4 +1,4 @@
-"""The table of rows: expiry against two plain lists, ports, limits, and nothing left behind."""
+"""The table of flows: expiry against two plain lists, ports, limits, and nothing left behind."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from knet.endpoint import Endpoint, Proto, Source
 from knet.timerwheel import Wheel
 from krelay.nat.admission import FlowLimits, Refusal
+from krelay.nat.dnsflows import DnsFlows
 from krelay.nat.flow import CLOSED_LINGER, SIDES, Flow, Footprint, Hook, Step, Timeouts, key
-from krelay.nat.learnt import LearntFlows
 from krelay.nat.limits import PerClientLimiter, Spare
 from krelay.nat.ports import RelayPorts
 from krelay.nat.table import HORIZON, DirectFlows, NatTable
@@ -52,10 +52,10 @@ def open_tftp(
     )
 
 
-def confirm(row: Flow) -> Flow:
+def confirm(flow: Flow) -> Flow:
     """Both its ends take part for certain."""
-    row.accepted = row.spoke_again = True
-    return row
+    flow.accepted = flow.spoke_again = True
+    return flow
 
 
 def held(value: Any) -> int:
@@ -67,7 +67,7 @@ def held(value: Any) -> int:
             return len(value)
         case DirectFlows():
             return held(value._seen) - len(Proto)
-        case RelayPorts() | Spare() | Wheel() | LearntFlows():
+        case RelayPorts() | Spare() | Wheel() | DnsFlows():
             return len(value)
         case PerClientLimiter():
             return held(value._paid_until)
@@ -85,12 +85,12 @@ def left_behind(nat: NatTable) -> dict[str, int]:
 
 
 def busy() -> NatTable:
-    """A table with rows of every kind, also some that took others' places."""
+    """A table with flows of every kind, also some that took others' places."""
     nat = table(new_flows_per_client=1000)
     for port in range(40000, 40010):
-        row = open_tcp(nat, f"C:{port}")
-        nat.attach(row, Endpoint(K80.addr, port + 5000), 0)
-    nat.attach(row, at("K:50000"), 0)  # once more, from another port
+        flow = open_tcp(nat, f"C:{port}")
+        nat.attach(flow, Endpoint(K80.addr, port + 5000), 0)
+    nat.attach(flow, at("K:50000"), 0)  # once more, from another port
     open_tcp(nat, "C:40000", port=443)
     open_tcp(nat, "D:40000")
     nat.saw_direct(Proto.TCP, at("C:45000"), S80, 0)
@@ -116,7 +116,7 @@ def busy() -> NatTable:
 def test_the_busy_table_fills_every_table() -> None:
     """What the tests below find empty was not empty before."""
     assert set(left_behind(busy())) == {
-        "tables", "direct", "footprints", "_rows", "_of_others", "_of_relayed", "_closed",
+        "tables", "direct", "footprints", "_flows", "_of_others", "_of_relayed", "_closed",
         "_outside", "_inside", "_by_relay", "_asked_by", "_due", "_relay_ports", "_datagrams",
         "_relayed", "_forwarded", "_over", "_new_flows",
     }  # fmt: skip
@@ -124,9 +124,9 @@ def test_the_busy_table_fills_every_table() -> None:
 
 def test_clearing_leaves_nothing() -> None:
     nat = busy()
-    rows = list(nat)
+    flows = list(nat)
 
-    assert nat.clear() == rows
+    assert nat.clear() == flows
     assert left_behind(nat) == {}
     assert len(nat) == 0
 
@@ -147,15 +147,15 @@ def test_expiry_after_a_long_sleep_leaves_nothing_that_matters() -> None:
     assert left_behind(nat) == {}
 
 
-def test_rows_that_end_early_leave_nothing_once_the_horizon_is_over() -> None:
-    """Entries for the far future of rows long gone would pile up with every short connection."""
+def test_flows_that_end_early_leave_nothing_once_the_horizon_is_over() -> None:
+    """Entries for the far future of flows long gone would pile up with every short connection."""
     nat = table()
     for now in range(100):
-        row = open_tcp(nat, now=now)
-        row.tracker.resumed()
-        nat.schedule(row)
-        nat.close(row, now)
-        nat.end(row)
+        flow = open_tcp(nat, now=now)
+        flow.tracker.resumed()
+        nat.schedule(flow)
+        nat.close(flow, now)
+        nat.end(flow)
         nat.expire(now)
         assert len(nat._due) <= 4 * HORIZON
 
@@ -163,18 +163,18 @@ def test_rows_that_end_early_leave_nothing_once_the_horizon_is_over() -> None:
     assert left_behind(nat) == {}
 
 
-def test_ending_each_row_leaves_only_what_clients_did_themselves() -> None:
+def test_ending_each_flow_leaves_only_what_clients_did_themselves() -> None:
     nat = busy()
-    for row in nat:
-        nat.end(row)
-        nat.end(row)  # harmless
+    for flow in nat:
+        nat.end(flow)
+        nat.end(flow)  # harmless
 
     assert set(left_behind(nat)) == {"direct", "_due", "_new_flows"}
     nat.expire(HORIZON + 1)
     assert set(left_behind(nat)) == {"direct"}
 
 
-def test_a_refused_row_leaves_nothing() -> None:
+def test_a_refused_flow_leaves_nothing() -> None:
     nat = table(flows=0)
     for refused in (open_tcp, open_udp):
         with pytest.raises(Refusal):
@@ -183,12 +183,12 @@ def test_a_refused_row_leaves_nothing() -> None:
     assert left_behind(nat) == {}
 
 
-def test_a_row_that_ended_holds_on_to_none_of_its_rewrites() -> None:
+def test_a_flow_that_ended_holds_on_to_none_of_its_rewrites() -> None:
     nat = table()
-    row = open_tcp(nat)
-    nat.end(row)
+    flow = open_tcp(nat)
+    nat.end(flow)
 
-    assert row.rewrites == {}
+    assert flow.rewrites == {}
 
 
 # Expiry
@@ -196,9 +196,9 @@ def test_a_row_that_ended_holds_on_to_none_of_its_rewrites() -> None:
 
 @dataclass
 class Known:
-    """What the twin knows of a row: the facts from which its life follows."""
+    """What the twin knows of a flow: the facts from which its life follows."""
 
-    row: Flow
+    flow: Flow
     seen: float
     client_acked: bool = False
     server_answered: bool = False
@@ -210,8 +210,8 @@ class Known:
     def expires(self) -> float:
         if self.closed_at is not None:
             return self.closed_at + CLOSED_LINGER
-        if self.row.proto is Proto.UDP:
-            return self.seen + (SHORT.udp_dns if self.row.service.port == 53 else SHORT.udp)
+        if self.flow.proto is Proto.UDP:
+            return self.seen + (SHORT.udp_dns if self.flow.service.port == 53 else SHORT.udp)
         open_ = self.client_acked and self.server_answered and self.fins != 3 and not self.reset
         if open_:
             return self.seen + SHORT.tcp_established
@@ -232,7 +232,7 @@ ops = st.one_of(
 
 
 @given(script=st.lists(ops, max_size=60), begin=st.sampled_from((0.0, 0.5, 1e6 + 0.3)))
-def test_rows_live_as_long_as_in_two_plain_lists(
+def test_flows_live_as_long_as_in_two_plain_lists(
     script: list[tuple[str, Any]], begin: float
 ) -> None:
     nat = NatTable(timeouts=SHORT, rng=Random(1))
@@ -243,27 +243,27 @@ def test_rows_live_as_long_as_in_two_plain_lists(
             case "wait":
                 now += what
             case "tcp":
-                row = open_tcp(nat, f"C:{40000 + what}", now)
-                nat.attach(row, Endpoint(K80.addr, 45000 + row.id), now)
-                alive.append(Known(row, now))
+                flow = open_tcp(nat, f"C:{40000 + what}", now)
+                nat.attach(flow, Endpoint(K80.addr, 45000 + flow.id), now)
+                alive.append(Known(flow, now))
             case "udp" | "other_udp":
                 service = K53 if verb == "udp" else at("K:5000")
                 client = Endpoint(addr("D"), 4000 + what)
-                row = nat.open_forwarded(Proto.UDP, client, service, S53, Source.CLIENT, now)
-                alive.append(Known(row, now))
-            case "close" if what < len(alive) and alive[what].row.proto is Proto.TCP:
-                nat.close(alive[what].row, now)
+                flow = nat.open_forwarded(Proto.UDP, client, service, S53, Source.CLIENT, now)
+                alive.append(Known(flow, now))
+            case "close" if what < len(alive) and alive[what].flow.proto is Proto.TCP:
+                nat.close(alive[what].flow, now)
                 alive[what].closed_at = alive[what].closed_at or now
             case "client" | "server" | "to_client" | "to_server" if what[0] < len(alive):
                 _packet(nat, alive[what[0]], verb, what[1], now)
 
         ended = nat.expire(now)
 
-        gone = [known for known in alive if nat.get(known.row.id) is None]
-        assert {known.row.id for known in gone} == {row.id for row in ended}
+        gone = [known for known in alive if nat.get(known.flow.id) is None]
+        assert {known.flow.id for known in gone} == {flow.id for flow in ended}
         for known in gone:
             assert known.expires() <= now
-        alive = [known for known in alive if nat.get(known.row.id) is not None]
+        alive = [known for known in alive if nat.get(known.flow.id) is not None]
         for known in alive:
             assert now < known.expires() + 2
     assert len(nat) == len(alive)
@@ -271,20 +271,20 @@ def test_rows_live_as_long_as_in_two_plain_lists(
 
 def _packet(nat: NatTable, known: Known, who: str, flags: int, now: float) -> None:
     """As the worker takes note of a packet."""
-    row, side = known.row, Side[who.upper()]
+    flow, side = known.flow, Side[who.upper()]
     own = {Side.TO_CLIENT: Step.T2, Side.TO_SERVER: Step.T3}
-    rewrite = row.rewrites.get(own[side]) if side in own else row.by(side)
+    rewrite = flow.rewrites.get(own[side]) if side in own else flow.by(side)
     if rewrite is None:
         return
     rewrite.packets += 1
-    is_tcp = row.proto is Proto.TCP
+    is_tcp = flow.proto is Proto.TCP
     if is_tcp:
-        before = row.tracker.state
-        row.tracker.saw(side, flags)
+        before = flow.tracker.state
+        flow.tracker.saw(side, flags)
         if flags & RST and side in own and not known.reset:
-            row.reset_at = known.reset_at = now
-        if row.tracker.state is not before:
-            nat.schedule(row)
+            flow.reset_at = known.reset_at = now
+        if flow.tracker.state is not before:
+            nat.schedule(flow)
         if side in own:
             known.reset |= bool(flags & RST)
             if not flags & RST:
@@ -316,21 +316,21 @@ def _packet(nat: NatTable, known: Known, who: str, flags: int, now: float) -> No
 )
 def test_the_default_timeouts_are_those_of_the_contract(opened: Any, timeout: int) -> None:
     nat = table()
-    row = opened(nat)
+    flow = opened(nat)
 
-    assert row.expires_at(nat.timeouts) == timeout
+    assert flow.expires_at(nat.timeouts) == timeout
     assert nat.expire(timeout - 0.5) == []
-    assert nat.expire(timeout + 1.5) == [row]
+    assert nat.expire(timeout + 1.5) == [flow]
 
 
 def _established(nat: NatTable) -> Flow:
-    row = open_tcp(nat)
-    row.tracker.resumed()
-    nat.schedule(row)
-    return row
+    flow = open_tcp(nat)
+    flow.tracker.resumed()
+    nat.schedule(flow)
+    return flow
 
 
-def test_other_timeouts_are_in_force_at_once_also_for_rows_that_live() -> None:
+def test_other_timeouts_are_in_force_at_once_also_for_flows_that_live() -> None:
     nat = table()
     short, long = open_udp(nat), _established(nat)
     nat.expire(10)
@@ -343,31 +343,31 @@ def test_other_timeouts_are_in_force_at_once_also_for_rows_that_live() -> None:
     assert nat.expire(61) == [long]
 
 
-def test_longer_timeouts_let_rows_live_longer() -> None:
+def test_longer_timeouts_let_flows_live_longer() -> None:
     nat = table()
-    row = open_udp(nat)
+    flow = open_udp(nat)
     nat.set_timeouts(Timeouts(udp_dns=1000))
 
     assert nat.expire(999) == []
-    assert nat.expire(1001) == [row]
+    assert nat.expire(1001) == [flow]
 
 
-def test_a_closed_row_lingers_from_when_it_was_closed_first() -> None:
+def test_a_closed_flow_lingers_from_when_it_was_closed_first() -> None:
     nat = table()
-    row = open_tcp(nat)
-    nat.close(row, 5)
-    nat.close(row, 10)
+    flow = open_tcp(nat)
+    nat.close(flow, 5)
+    nat.close(flow, 10)
 
-    assert row.state is State.CLOSED
+    assert flow.state is State.CLOSED
     assert nat.expire(14.9) == []
-    assert nat.expire(16) == [row]
+    assert nat.expire(16) == [flow]
 
 
-def test_closing_a_row_that_has_ended_is_harmless() -> None:
+def test_closing_a_flow_that_has_ended_is_harmless() -> None:
     nat = table()
-    row = open_tcp(nat)
-    nat.end(row)
-    nat.close(row, 1)
+    flow = open_tcp(nat)
+    nat.end(flow)
+    nat.close(flow, 1)
 
     assert set(left_behind(nat)) <= {"_due"}
 
@@ -383,7 +383,7 @@ def test_a_direct_conversation_is_forgotten_when_it_has_been_silent_for_hours() 
     assert at_server not in nat.direct
 
 
-def test_a_direct_question_is_forgotten_sooner_than_a_connection() -> None:
+def test_a_direct_query_is_forgotten_sooner_than_a_connection() -> None:
     nat = table()
     nat.saw_direct(Proto.UDP, at("C:4000"), S53, 0)
     at_server = (Proto.UDP, key(at("C:4000"), S53))
@@ -396,15 +396,15 @@ def test_a_direct_question_is_forgotten_sooner_than_a_connection() -> None:
 
 def test_a_refused_second_attach_leaves_the_server_leg() -> None:
     nat = table()
-    row, other = open_tcp(nat), open_tcp(nat, "C:40001")
-    nat.attach(row, at("K:45678"), 0)
+    flow, other = open_tcp(nat), open_tcp(nat, "C:40001")
+    nat.attach(flow, at("K:45678"), 0)
     nat.attach(other, at("K:45679"), 0)
-    before = dict(row.rewrites)
+    before = dict(flow.rewrites)
 
     with pytest.raises(Refusal, match="port_taken"):
-        nat.attach(row, at("K:45679"), 1)
-    assert row.rewrites == before
-    assert nat.of_relay_port(at("K:45678")) is row
+        nat.attach(flow, at("K:45679"), 1)
+    assert flow.rewrites == before
+    assert nat.of_relay_port(at("K:45678")) is flow
 
 
 def test_a_port_used_again_towards_another_service_comes_in_from_another_port() -> None:
@@ -429,7 +429,7 @@ def test_the_least_recently_seen_direct_conversation_makes_room() -> None:
 # FlowLimits
 
 
-def test_rows_are_refused_beyond_the_limit_and_admitted_again_when_one_ends() -> None:
+def test_flows_are_refused_beyond_the_limit_and_admitted_again_when_one_ends() -> None:
     nat = table(flows=2)
     first, _ = (confirm(each) for each in (open_udp(nat), open_tcp(nat)))
     for refused in (open_tcp, open_udp):
@@ -444,7 +444,7 @@ def test_rows_are_refused_beyond_the_limit_and_admitted_again_when_one_ends() ->
 
 def test_a_client_has_a_share_of_what_tcp_relay_terminates_and_one_of_all_else() -> None:
     nat = table(flows_per_client=1)
-    rows = [confirm(each) for each in (open_udp(nat), open_tcp(nat))]
+    flows = [confirm(each) for each in (open_udp(nat), open_tcp(nat))]
 
     def forwarded(nat: NatTable, client: str) -> Flow:
         return nat.open_forwarded(Proto.TCP, at(client), K80, S80, Source.CLIENT, 0)
@@ -455,22 +455,22 @@ def test_a_client_has_a_share_of_what_tcp_relay_terminates_and_one_of_all_else()
         assert caught.value.reason == "client_full"
         refused(nat, "D:1")
 
-    nat.close(rows[1], 0)
+    nat.close(flows[1], 0)
     open_tcp(nat, "C:1")
-    nat.end(rows[0])
+    nat.end(flows[0])
     forwarded(nat, "C:1")
 
 
-def test_lingering_rows_are_no_reason_to_refuse_anyone() -> None:
+def test_lingering_flows_are_no_reason_to_refuse_anyone() -> None:
     nat = table(flows=3)
-    rows = [open_tcp(nat, f"C:{port}") for port in (1, 2, 3)]
-    nat.close(rows[1], 1)
-    nat.close(rows[0], 2)
+    flows = [open_tcp(nat, f"C:{port}") for port in (1, 2, 3)]
+    nat.close(flows[1], 1)
+    nat.close(flows[0], 2)
 
     open_tcp(nat, "C:4")
 
-    assert nat.get(rows[1].id) is None, "the one closed first makes room"
-    assert nat.get(rows[0].id) is rows[0]
+    assert nat.get(flows[1].id) is None, "the one closed first makes room"
+    assert nat.get(flows[0].id) is flows[0]
     assert len(nat) == 3
 
 
@@ -480,25 +480,25 @@ def test_lingering_rows_are_no_reason_to_refuse_anyone() -> None:
         max_size=40,
     )
 )
-def test_each_clients_rows_are_counted_without_those_closed(
+def test_each_clients_flows_are_counted_without_those_closed(
     script: list[tuple[str, int, bool]],
 ) -> None:
     nat = table()
     for verb, number, tcp in script:
-        rows = list(nat)
+        flows = list(nat)
         match verb:
             case "open":
                 client = f"{'CD'[number % 2]}:{1000 + number}"
                 open_tcp(nat, client) if tcp else open_udp(nat, client)
-            case "close" if number < len(rows):
-                nat.close(rows[number], 0)
-            case "end" if number < len(rows):
-                nat.end(rows[number])
+            case "close" if number < len(flows):
+                nat.close(flows[number], 0)
+            case "end" if number < len(flows):
+                nat.end(flows[number])
 
         counts = nat._admission._of_relayed + nat._admission._of_others
         counted = {name: counts[addr(name)] for name in "CD"}
         assert counted == {
-            name: sum(row.client.addr == addr(name) and row.closed_at is None for row in nat)
+            name: sum(flow.client.addr == addr(name) and flow.closed_at is None for flow in nat)
             for name in "CD"
         }
 
@@ -536,7 +536,7 @@ def test_when_a_parity_is_used_up_the_other_is_taken_and_then_it_is_refused() ->
         for _ in range(1023)
     ]
 
-    ports = [row.rewrites[Step.U12].src.port for row in got]
+    ports = [flow.rewrites[Step.U12].src.port for flow in got]
     assert sorted(ports) == list(range(1, 1024))
     assert {port % 2 for port in ports[:511]} == {0}
     with pytest.raises(Refusal) as caught:
@@ -544,7 +544,7 @@ def test_when_a_parity_is_used_up_the_other_is_taken_and_then_it_is_refused() ->
     assert caught.value.reason == "no_port"
 
 
-def test_a_port_in_use_by_another_clients_row_is_free_for_this_one() -> None:
+def test_a_port_in_use_by_another_clients_flow_is_free_for_this_one() -> None:
     nat = table()
 
     for client in ("C:4000", "D:4000"):
@@ -552,10 +552,10 @@ def test_a_port_in_use_by_another_clients_row_is_free_for_this_one() -> None:
 
 
 def test_what_leaves_is_told_apart_and_comes_back_to_who_sent_it() -> None:
-    """No two rows leave with the same twelve bytes, and each answer's key is one row's."""
+    """No two flows leave with the same twelve bytes, and each answer's key is one flow's."""
     nat = busy()
     for source in (Step.T3, Step.U12, Step.U2, Step.D1):
-        rewrites = [row.rewrites[source] for row in nat if source in row.rewrites]
+        rewrites = [flow.rewrites[source] for flow in nat if source in flow.rewrites]
         leaving = [rewrite.new for rewrite in rewrites]
         assert len(set(leaving)) == len(leaving) > 0
 
@@ -568,7 +568,7 @@ def nat() -> NatTable:
     return table()
 
 
-def test_a_relay_port_that_another_row_uses_is_refused_until_that_row_is_closed(
+def test_a_relay_port_that_another_flow_uses_is_refused_until_that_flow_is_closed(
     nat: NatTable,
 ) -> None:
     first, second = open_tcp(nat), open_tcp(nat, "C:40001")
@@ -583,7 +583,7 @@ def test_a_relay_port_that_another_row_uses_is_refused_until_that_row_is_closed(
     assert nat.of_relay_port(at("K:45678")) is second
 
 
-def test_two_clients_rows_may_not_share_what_the_kernel_could_not_bind(nat: NatTable) -> None:
+def test_two_clients_flows_may_not_share_what_the_kernel_could_not_bind(nat: NatTable) -> None:
     """With source=client the outsides differ: the same relay port is another client's port."""
     first, second = open_tcp(nat), open_tcp(nat, "D:40000")
     nat.attach(first, at("K:45678"), 0)
@@ -594,45 +594,45 @@ def test_two_clients_rows_may_not_share_what_the_kernel_could_not_bind(nat: NatT
 
 
 def test_attaching_again_moves_the_server_leg_and_forgets_the_old(nat: NatTable) -> None:
-    row = open_tcp(nat)
-    nat.attach(row, at("K:45678"), 0)
-    nat.attach(row, at("K:45679"), 0)
+    flow = open_tcp(nat)
+    nat.attach(flow, at("K:45678"), 0)
+    nat.attach(flow, at("K:45679"), 0)
 
     assert nat.of_relay_port(at("K:45678")) is None
-    assert nat.of_relay_port(at("K:45679")) is row
+    assert nat.of_relay_port(at("K:45679")) is flow
     assert len(nat.tables[Hook.POSTROUTING, Proto.TCP]) == 2
     assert len(nat.tables[Hook.PREROUTING, Proto.TCP]) == 2
-    nat.end(row)
+    nat.end(flow)
     assert set(left_behind(nat)) <= {"_due"}
 
 
 def test_attaching_again_from_the_same_port_changes_nothing(nat: NatTable) -> None:
-    row = open_tcp(nat)
-    nat.attach(row, at("K:45678"), 0)
-    nat.attach(row, at("K:45678"), 0)
+    flow = open_tcp(nat)
+    nat.attach(flow, at("K:45678"), 0)
+    nat.attach(flow, at("K:45678"), 0)
 
-    assert nat.of_relay_port(at("K:45678")) is row
+    assert nat.of_relay_port(at("K:45678")) is flow
 
 
 def test_with_source_relay_the_client_port_may_be_the_relay_port(nat: NatTable) -> None:
-    row = nat.open_tcp(at("C:40000"), K80, S80, Source.RELAY, 16000, 0)
-    nat.attach(row, at("K:40000"), 0)
+    flow = nat.open_tcp(at("C:40000"), K80, S80, Source.RELAY, 16000, 0)
+    nat.attach(flow, at("K:40000"), 0)
 
-    assert row.rewrites[Step.T3].src == at("K:40000")
+    assert flow.rewrites[Step.T3].src == at("K:40000")
 
 
 @pytest.mark.parametrize("source", list(Source))
 def test_a_low_port_is_seen_by_the_server_as_a_low_one(nat: NatTable, source: Source) -> None:
     host = "C" if source is Source.CLIENT else "K"
     nat.reserved = frozenset({779})
-    rows = []
+    flows = []
     for number, (client, service) in enumerate(
         [("C:777", K80), ("C:777", at("G:80")), ("C:1023", K80), ("C:1024", K80), ("D:777", K80)]
     ):
-        row = nat.open_tcp(at(client), service, S80, source, 16000, 0)
-        nat.attach(row, at(f"K:{45000 + number}"), 0)
-        rows.append(row)
-    seen = [row.seen for row in rows]
+        flow = nat.open_tcp(at(client), service, S80, source, 16000, 0)
+        nat.attach(flow, at(f"K:{45000 + number}"), 0)
+        flows.append(flow)
+    seen = [flow.seen for flow in flows]
 
     assert seen[0] == at(f"{host}:777")
     assert seen[2] == at(f"{host}:1023")
@@ -640,31 +640,31 @@ def test_a_low_port_is_seen_by_the_server_as_a_low_one(nat: NatTable, source: So
     low = [each for number, each in enumerate(seen) if number != 3]
     assert all(each is not None and each.port < 1024 for each in low)
     assert len(set(seen)) == 5
-    assert all(row.rewrites[Step.T4].old == key(S80, row.seen or K80) for row in rows)
+    assert all(flow.rewrites[Step.T4].old == key(S80, flow.seen or K80) for flow in flows)
 
 
 def test_a_low_port_stays_with_its_connection_and_is_given_back(nat: NatTable) -> None:
-    row = open_tcp(nat, "C:777")
-    nat.attach(row, at("K:45678"), 0)
-    nat.attach(row, at("K:45679"), 0)
-    assert row.seen == at("C:777")
-    nat.close(row, 0)
+    flow = open_tcp(nat, "C:777")
+    nat.attach(flow, at("K:45678"), 0)
+    nat.attach(flow, at("K:45679"), 0)
+    assert flow.seen == at("C:777")
+    nat.close(flow, 0)
     other = open_tcp(nat, "C:777", 1)
     nat.attach(other, at("K:45680"), 1)
     assert other.seen is not None
     assert other.seen.port < 1024
     assert other.seen != at("C:777")  # late packets are still the former's
-    nat.end(row)
+    nat.end(flow)
     nat.attach(other, at("K:45681"), 2)
     assert other.seen == at("C:777")
 
 
 def test_a_clients_own_low_port_is_left_to_it(nat: NatTable) -> None:
     nat.saw_direct(Proto.TCP, at("C:777"), S80, 0)
-    row = open_tcp(nat, "C:777")
-    nat.attach(row, at("K:45678"), 0)
-    assert row.seen is not None
-    assert (row.seen.port < 1024, row.seen == at("C:777")) == (True, False)
+    flow = open_tcp(nat, "C:777")
+    nat.attach(flow, at("K:45678"), 0)
+    assert flow.seen is not None
+    assert (flow.seen.port < 1024, flow.seen == at("C:777")) == (True, False)
 
     held = open_tcp(nat, "C:779")
     nat.attach(held, at("K:45679"), 0)
@@ -676,13 +676,13 @@ def test_a_clients_own_low_port_is_left_to_it(nat: NatTable) -> None:
 def test_where_no_low_port_is_left_a_high_one_serves(nat: NatTable) -> None:
     for port in range(1, 1024):
         nat.saw_direct(Proto.TCP, at(f"C:{port}"), S80, 0)
-    row = open_tcp(nat, "C:777")
-    nat.attach(row, at("K:45678"), 0)
+    flow = open_tcp(nat, "C:777")
+    nat.attach(flow, at("K:45678"), 0)
 
-    assert row.seen == at("C:45678")
+    assert flow.seen == at("C:45678")
 
 
-def test_a_row_is_found_as_tcp_relay_sees_it(nat: NatTable) -> None:
+def test_a_flow_is_found_as_tcp_relay_sees_it(nat: NatTable) -> None:
     first, second = open_tcp(nat), open_tcp(nat, port=443)
 
     assert nat.accepted(at("C:40000"), 16000) is first
@@ -701,40 +701,40 @@ def test_footprints_are_counted_and_new_ones_are_told(nat: NatTable) -> None:
     tcp = Footprint(Proto.TCP, 80, 16000, S80.addr, False)
     udp = Footprint(Proto.UDP, 53, None, S53.addr, False)
 
-    rows = [open_tcp(nat), open_tcp(nat, "D:1"), open_udp(nat)]
+    flows = [open_tcp(nat), open_tcp(nat, "D:1"), open_udp(nat)]
 
     assert told == [{tcp: 1}, {tcp: 2, udp: 1}]
-    nat.end(rows[0])
+    nat.end(flows[0])
     assert nat.footprints == {tcp: 1, udp: 1}
-    nat.end(rows[1])
-    nat.end(rows[2])
+    nat.end(flows[1])
+    nat.end(flows[2])
     assert nat.footprints == {}
     open_udp(nat)
     assert told[2:] == [{udp: 1}]
 
 
 def test_any_client_is_part_of_a_footprint(nat: NatTable) -> None:
-    row = nat.open_forwarded(
+    flow = nat.open_forwarded(
         Proto.UDP, at("C:4000"), K53, S53, Source.RELAY, 0, relay_addr=K53.addr, any_client=True
     )
 
-    assert row.footprint == Footprint(Proto.UDP, 53, None, S53.addr, True)
+    assert flow.footprint == Footprint(Proto.UDP, 53, None, S53.addr, True)
 
 
-# Rows
+# Flows
 
 
-def test_rows_are_numbered_and_can_be_walked_while_they_end(nat: NatTable) -> None:
-    rows = [open_udp(nat, f"C:{port}") for port in range(1, 6)]
+def test_flows_are_numbered_and_can_be_walked_while_they_end(nat: NatTable) -> None:
+    flows = [open_udp(nat, f"C:{port}") for port in range(1, 6)]
 
-    assert [row.id for row in rows] == [1, 2, 3, 4, 5]
-    for row in nat:
-        nat.end(row)
+    assert [flow.id for flow in flows] == [1, 2, 3, 4, 5]
+    for flow in nat:
+        nat.end(flow)
     assert len(nat) == 0
     assert open_udp(nat).id == 6
 
 
-def test_the_unanswered_rows_are_the_udp_rows_without_an_answer(nat: NatTable) -> None:
+def test_the_unanswered_flows_are_the_udp_flows_without_an_answer(nat: NatTable) -> None:
     quiet, answered, _ = open_udp(nat), open_udp(nat, "D:1"), open_tcp(nat)
     answered.rewrites[Step.U34].packets = 1
 
@@ -743,9 +743,9 @@ def test_the_unanswered_rows_are_the_udp_rows_without_an_answer(nat: NatTable) -
 
 
 @pytest.mark.parametrize("source", Source)
-def test_the_two_sides_of_a_udp_row_count_the_packets_of_two_hosts(source: Source) -> None:
-    row = open_udp(table(), source=source)
-    client, server = row.by(Side.CLIENT), row.by(Side.SERVER)
+def test_the_two_sides_of_a_udp_flow_count_the_packets_of_two_hosts(source: Source) -> None:
+    flow = open_udp(table(), source=source)
+    client, server = flow.by(Side.CLIENT), flow.by(Side.SERVER)
 
     assert client is not None
     assert server is not None
@@ -761,7 +761,7 @@ def test_steps_are_labelled_as_the_design_names_them() -> None:
 
 
 @pytest.mark.slow
-def test_60000_rows_of_source_relay_have_a_port_each_and_beyond_all_ports_it_is_refused() -> None:
+def test_60000_flows_of_source_relay_have_a_port_each_and_beyond_all_ports_it_is_refused() -> None:
     nat = NatTable(FlowLimits(100_000, 100_000), rng=Random(5))
     rng = Random(6)
     ports: Counter[int] = Counter()
@@ -769,13 +769,13 @@ def test_60000_rows_of_source_relay_have_a_port_each_and_beyond_all_ports_it_is_
     for number in range(64_512):
         client = Endpoint((10 << 24 | number).to_bytes(4), rng.randrange(1024, 0x10000))
         service, server = (K53, S53) if number % 2 else (at("K:123"), at("S:123"))
-        row = nat.open_forwarded(
+        flow = nat.open_forwarded(
             Proto.UDP, client, service, server, Source.RELAY, 0, relay_addr=K53.addr
         )
-        assert row.relay
-        row.spoke_again = True
-        ports[row.relay.port] += 1
-        kept += row.relay.port % 2 == client.port % 2
+        assert flow.relay
+        flow.spoke_again = True
+        ports[flow.relay.port] += 1
+        kept += flow.relay.port % 2 == client.port % 2
         if number == 60_000:
             assert kept > 0.97 * number
 
@@ -789,15 +789,15 @@ def test_60000_rows_of_source_relay_have_a_port_each_and_beyond_all_ports_it_is_
 
 
 @pytest.mark.parametrize("proto", Proto)
-def test_no_row_gets_a_port_that_the_host_has_reserved(proto: Proto) -> None:
+def test_no_flow_gets_a_port_that_the_host_has_reserved(proto: Proto) -> None:
     nat = NatTable(rng=Random(1))
     nat.reserved = frozenset(range(4000, 65536)) | frozenset(range(1024))
 
     def relay_port(port: int) -> int:
         client = at(f"C:{port}")
-        row = nat.open_forwarded(proto, client, K53, S53, Source.RELAY, 0, relay_addr=K53.addr)
-        assert row.relay is not None
-        return row.relay.port
+        flow = nat.open_forwarded(proto, client, K53, S53, Source.RELAY, 0, relay_addr=K53.addr)
+        assert flow.relay is not None
+        return flow.relay.port
 
     assert relay_port(2000) == 2000
     got = [relay_port(port) for port in range(5000, 5050)]
@@ -819,12 +819,12 @@ both_ways = pytest.mark.parametrize(
 def test_an_answer_from_another_port_is_the_askers(source: Source, seen: str) -> None:
     nat = table()
     asked = open_tftp(nat, source=source)
-    row = nat.answered_elsewhere(at("S:7000"), at(seen), 1)
+    flow = nat.answered_elsewhere(at("S:7000"), at(seen), 1)
 
-    assert row is not None
-    assert (row.client, row.service, row.server) == (asked.client, at("K:7000"), at("S:7000"))
-    assert (row.source, row.relay, row.footprint) == (source, asked.relay, asked.footprint)
-    assert nat.answered_elsewhere(at("S:7000"), at(seen), 1) is None  # it has its row
+    assert flow is not None
+    assert (flow.client, flow.service, flow.server) == (asked.client, at("K:7000"), at("S:7000"))
+    assert (flow.source, flow.relay, flow.footprint) == (source, asked.relay, asked.footprint)
+    assert nat.answered_elsewhere(at("S:7000"), at(seen), 1) is None  # it has its flow
     assert nat.answered_elsewhere(at("S:7001"), at(seen), 1) is not None
 
 
@@ -845,22 +845,22 @@ def test_nobody_who_has_not_asked_is_answered_from_another_port(source: Source, 
 def test_a_port_of_the_relays_stays_taken_until_all_answers_are_over() -> None:
     nat = table()
     asked = open_tftp(nat, source=Source.RELAY)
-    row = nat.answered_elsewhere(at("S:7000"), at("K:6900"), 1)
-    assert row is not None
+    flow = nat.answered_elsewhere(at("S:7000"), at("K:6900"), 1)
+    assert flow is not None
 
     nat.end(asked)
     assert open_tftp(nat, "D:6900", Source.RELAY).relay != at("K:6900")
-    nat.end(row)
+    nat.end(flow)
     assert open_tftp(nat, "Z:6900", Source.RELAY).relay == at("K:6900")
 
 
-def test_of_two_questions_from_one_port_the_later_is_answered() -> None:
+def test_of_two_queries_from_one_port_the_later_is_answered() -> None:
     nat = table()
     open_tftp(nat)
     later = open_tftp(nat, service="K:70")
-    row = nat.answered_elsewhere(at("S:7000"), at("C:6900"), 1)
-    assert row is not None
-    nat.end(row)
+    flow = nat.answered_elsewhere(at("S:7000"), at("C:6900"), 1)
+    assert flow is not None
+    nat.end(flow)
     nat.end(later)
     assert nat.answered_elsewhere(at("S:7000"), at("C:6900"), 1) is None
 
@@ -880,20 +880,20 @@ def test_answers_from_other_ports_keep_to_the_limits_of_the_client() -> None:
 @pytest.mark.parametrize("source", list(Source))
 def test_a_service_that_is_answered_from_elsewhere_in_vain_is_found(source: Source) -> None:
     nat = table()
-    row = open_udp(nat, source=source)
-    seen = row.relay or row.client
+    flow = open_udp(nat, source=source)
+    seen = flow.relay or flow.client
     assert nat.asked_elsewhere(at("S:7000"), seen) == K53
     assert nat.asked_elsewhere(at("S:53"), seen) is None
     assert nat.asked_elsewhere(at("D:7000"), seen) is None
     assert nat.asked_elsewhere(at("S:7000"), seen._replace(port=4001)) is None
-    answers = row.by(Side.SERVER)
+    answers = flow.by(Side.SERVER)
     assert answers is not None
     answers.packets = 1  # it answers from where it was asked, too
     assert nat.asked_elsewhere(at("S:7000"), seen) is None
 
 
 def test_a_low_port_of_the_relay_is_no_services(nat: NatTable) -> None:
-    """Else what the server says when the row has gone would be a client's."""
-    row = nat.open_tcp(at("C:443"), K80, S80, Source.RELAY, 16000, 0)
-    nat.attach(row, at("K:45678"), 0, services=frozenset(range(1, 1022)))
-    assert row.seen == at("K:1023")
+    """Else what the server says when the flow has gone would be a client's."""
+    flow = nat.open_tcp(at("C:443"), K80, S80, Source.RELAY, 16000, 0)
+    nat.attach(flow, at("K:45678"), 0, services=frozenset(range(1, 1022)))
+    assert flow.seen == at("K:1023")

@@ -1,4 +1,4 @@
-"""Which flows the kernel is handed, and that nobody can tell from packets and rows that it was."""
+"""Which flows the kernel is handed, and that nobody can tell from packets and flows that it was."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -64,11 +64,11 @@ def by(datapath: Datapath, hook: Hook, *texts: str) -> list[str]:
     return found
 
 
-def handed(datapath: Datapath, row: Flow) -> frozenset[Step]:
-    """The steps of this row that are in the kernel's maps, as its maps say."""
+def handed(datapath: Datapath, flow: Flow) -> frozenset[Step]:
+    """The steps of this flow that are in the kernel's maps, as its maps say."""
     found = set()
-    for step, rewrite in row.rewrites.items():
-        name = f"{row.proto}-{step.name.lower()}"
+    for step, rewrite in flow.rewrites.items():
+        name = f"{flow.proto}-{step.name.lower()}"
         old = rewrite.old
         where = tuple(map(int.from_bytes, (old[:4], old[8:10], old[4:8], old[10:])))
         if where in datapath.kernel.maps.get(name, {}):
@@ -77,14 +77,14 @@ def handed(datapath: Datapath, row: Flow) -> frozenset[Step]:
 
 
 def opened(datapath: Datapath, client: str = "C:40000") -> Flow:
-    """The row of a connection whose client has completed its handshake."""
+    """The flow of a connection whose client has completed its handshake."""
     assert by(datapath, PRE, f"{client} > K:80 [S]") == ["worker"]
     whose = ["kernel" if datapath.room else "worker"]
     assert by(datapath, POST, f"K:16000 > {client} [S.]") == whose
     assert by(datapath, PRE, f"{client} > K:80 [.]") == whose
-    row = datapath.nat.accepted(at(client), 16000)
-    assert row is not None
-    return row
+    flow = datapath.nat.accepted(at(client), 16000)
+    assert flow is not None
+    return flow
 
 
 def attach(datapath: Datapath, client: str = "C:40000", relay: str = "K:45678") -> None:
@@ -96,16 +96,16 @@ def attach(datapath: Datapath, client: str = "C:40000", relay: str = "K:45678") 
 
 
 def connected(datapath: Datapath, client: str = "C:40000", relay: str = "K:45678") -> Flow:
-    """The row of a connection that the server has answered."""
-    row = opened(datapath, client)
+    """The flow of a connection that the server has answered."""
+    flow = opened(datapath, client)
     attach(datapath, client, relay)
     host, port = client.partition(":")[0], relay.partition(":")[2]
     by(datapath, POST, f"{relay} > S:80 [S]")
     by(datapath, PRE, f"S:80 > {host}:{port} [S.]")
     by(datapath, POST, f"{relay} > S:80 [.]")
-    datapath.count([row])
-    assert row.state is State.ESTABLISHED
-    return row
+    datapath.count([flow])
+    assert flow.state is State.ESTABLISHED
+    return flow
 
 
 def close(datapath: Datapath, relay: str = "K:45678") -> None:
@@ -114,27 +114,27 @@ def close(datapath: Datapath, relay: str = "K:45678") -> None:
 
 
 def forwarded(datapath: Datapath, client: str = "C:40000") -> Flow:
-    """The row of a forwarded connection after its handshake."""
+    """The flow of a forwarded connection after its handshake."""
     by(datapath, PRE, f"{client} > K:443 [S]")
-    row = next(row for row in datapath.nat if row.client == at(client))
-    assert handed(datapath, row) == frozenset()
+    flow = next(flow for flow in datapath.nat if flow.client == at(client))
+    assert handed(datapath, flow) == frozenset()
     by(datapath, POST, f"S:443 > {client} [S.]")
-    assert handed(datapath, row) == frozenset()
+    assert handed(datapath, flow) == frozenset()
     by(datapath, PRE, f"{client} > K:443 [.]")
-    return row
+    return flow
 
 
 def asked(datapath: Datapath, client: str = "C:4000", times: int = BUSY) -> Flow:
-    """The row of a client that has asked so often and got as many answers."""
+    """The flow of a client that has asked so often and got as many answers."""
     for _ in range(times):
         by(datapath, PRE, f"{client} > K:53")
         by(datapath, POST, f"S:53 > {client}")
-    return next(row for row in datapath.nat if row.client == at(client))
+    return next(flow for flow in datapath.nat if flow.client == at(client))
 
 
-def shown(row: Flow) -> tuple[list[int], list[int]]:
+def shown(flow: Flow) -> tuple[list[int], list[int]]:
     """Packets and bytes as `show nat` has them."""
-    sides = [rewrite for step, rewrite in sorted(row.rewrites.items()) if step in SIDES]
+    sides = [rewrite for step, rewrite in sorted(flow.rewrites.items()) if step in SIDES]
     return [side.packets for side in sides], [side.bytes for side in sides]
 
 
@@ -143,10 +143,10 @@ def shown(row: Flow) -> tuple[list[int], list[int]]:
 
 def test_a_connection_is_handed_over_as_far_as_it_has_come() -> None:
     d = datapath()
-    row = opened(d)
-    assert handed(d, row) == {Step.T1, Step.T2}
+    flow = opened(d)
+    assert handed(d, flow) == {Step.T1, Step.T2}
     attach(d)
-    assert handed(d, row) == ALL
+    assert handed(d, flow) == ALL
 
     assert by(d, POST, "K:45678 > S:80 [S]", "K:45678 > S:80 [F.]") == ["kernel"] * 2
     assert by(d, PRE, "S:80 > C:45678 [S.]", "S:80 > C:45678 [P.]") == ["kernel"] * 2
@@ -178,68 +178,68 @@ def test_of_connections_that_are_only_begun_a_number_is_handed_over() -> None:
 
 def test_fins_are_the_kernels_and_their_copies_tell_how_a_connection_stands() -> None:
     d = datapath()
-    row = connected(d)
+    flow = connected(d)
     d.now = 5
     assert by(d, PRE, "C:40000 > K:80 [F.]", "S:80 > C:45678 [F.]") == ["kernel"] * 2
-    assert (row.tracker.client_ended, row.tracker.server_ended) == (False, False)
+    assert (flow.tracker.client_ended, flow.tracker.server_ended) == (False, False)
     assert by(d, POST, "K:45678 > S:80 [F.]") == ["kernel"]
-    assert row.tracker.client_ended
+    assert flow.tracker.client_ended
     assert by(d, POST, "K:16000 > C:40000 [F.]") == ["kernel"]
-    assert row.state is State.CLOSING
-    assert handed(d, row) == ALL
-    d.count([row])
-    assert row.expires_at(d.nat.timeouts) == 5 + d.nat.timeouts.tcp_transitory
-    assert shown(row)[0] == [3, 2]
+    assert flow.state is State.CLOSING
+    assert handed(d, flow) == ALL
+    d.count([flow])
+    assert flow.expires_at(d.nat.timeouts) == 5 + d.nat.timeouts.tcp_transitory
+    assert shown(flow)[0] == [3, 2]
 
 
-def test_a_copy_that_is_of_no_row_is_ignored() -> None:
+def test_a_copy_that_is_of_no_flow_is_ignored() -> None:
     d = datapath()
-    row = connected(d)
+    flow = connected(d)
     for text in ("K:80 > D:40000 [F.]", "C:9 > S:80 [F.]", "K:16000 > C:40000 [F.]"):
         d.nat.ended([(POST, template(text).build()[:28])])
-    assert (row.tracker.client_ended, row.tracker.server_ended) == (False, False)
+    assert (flow.tracker.client_ended, flow.tracker.server_ended) == (False, False)
 
 
 @pytest.mark.parametrize("text", ["K:16000 > C:40000 [F.]", "K:45678 > S:80 [F.]"])
 def test_a_fin_that_a_copy_would_not_show_visits_the_worker(text: str) -> None:
     d = datapath()
-    row = connected(d)
+    flow = connected(d)
     before = d.kernel.counters.total()
     d.packet(replace(template(text), ip_options=bytes((1, 1, 1, 1))), POST)
     assert d.kernel.counters.total() == before
-    assert row.tracker.client_ended or row.tracker.server_ended
+    assert flow.tracker.client_ended or flow.tracker.server_ended
 
 
 def test_what_changes_how_a_connection_stands_visits_the_worker() -> None:
     d = datapath()
-    row = connected(d)
+    flow = connected(d)
     assert by(d, PRE, "C:40000 > K:80 [S]", "S:80 > C:45678 [FR.]") == ["worker"] * 2
     assert by(d, PRE, "C:40000 > K:80 [R]", "S:80 > C:45678 [S]") == ["worker"] * 2
-    assert row.state is State.ESTABLISHED
+    assert flow.state is State.ESTABLISHED
     for text in ("K:45678 > S:80 [R]", "K:16000 > C:40000 [R.]"):
         d = datapath()
-        row = connected(d)
+        flow = connected(d)
         assert by(d, POST, text) == ["worker"]
-        assert row.state is State.CLOSING
+        assert flow.state is State.CLOSING
 
 
 def test_a_forwarded_connection_is_handed_over_when_it_is_established() -> None:
     d = datapath()
-    row = forwarded(d)
-    assert handed(d, row) == BOTH
+    flow = forwarded(d)
+    assert handed(d, flow) == BOTH
     assert by(d, PRE, "C:40000 > K:443 [P.]", "C:40000 > K:443 [F.]") == ["kernel", "worker"]
     assert by(d, POST, "S:443 > C:40000 [P.]", "S:443 > C:40000 [F.]") == ["kernel", "worker"]
-    assert row.state is State.CLOSING
+    assert flow.state is State.CLOSING
 
 
 def test_a_direction_of_udp_is_handed_over_when_it_is_busy() -> None:
     d = datapath()
-    row = asked(d, times=BUSY - 1)
-    assert handed(d, row) == frozenset()
+    flow = asked(d, times=BUSY - 1)
+    assert handed(d, flow) == frozenset()
     assert by(d, PRE, *["C:4000 > K:53"] * 3) == ["worker", "kernel", "kernel"]
-    assert handed(d, row) == {Step.U12}
+    assert handed(d, flow) == {Step.U12}
     assert by(d, POST, *["S:53 > C:4000"] * 2) == ["worker", "kernel"]
-    assert handed(d, row) == BOTH
+    assert handed(d, flow) == BOTH
 
 
 @pytest.mark.parametrize(("client", "source"), [("C", Source.RELAY), ("N", Source.CLIENT)])
@@ -252,17 +252,17 @@ def test_udp_with_the_relays_address_takes_four_steps(client: str, source: Sourc
         for pre, post in zip(coming, going, strict=True):
             by(d, PRE, pre)
             by(d, POST, post)
-    (row,) = d.nat
-    assert handed(d, row) == {Step.U1, Step.U2, Step.U3, Step.U4}
+    (flow,) = d.nat
+    assert handed(d, flow) == {Step.U1, Step.U2, Step.U3, Step.U4}
     assert by(d, PRE, *coming) == ["kernel"] * 2
     assert by(d, POST, *going) == ["kernel"] * 2
 
 
 def test_with_the_relays_address_a_connection_changes_nothing_towards_the_server() -> None:
     d = datapath(source=Source.RELAY)
-    row = opened(d)
+    flow = opened(d)
     attach(d)
-    assert handed(d, row) == ALL
+    assert handed(d, flow) == ALL
     assert by(d, POST, "K:45678 > S:80 [S]", "K:45678 > S:80 [.]") == ["kernel"] * 2
     assert by(d, PRE, "S:80 > K:45678 [S.]") == ["kernel"]
 
@@ -271,7 +271,7 @@ def test_clients_own_connections_stay_with_the_worker() -> None:
     d = datapath()
     connected(d)
     assert by(d, PRE, *["C:45678 > S:80 [.]"] * 5) == ["worker"] * 5
-    moved = next(row for row in d.nat if row.service == row.server)
+    moved = next(flow for flow in d.nat if flow.service == flow.server)
     d.fast.consider(moved)
     d.turn()
     assert handed(d, moved) == frozenset()
@@ -282,19 +282,19 @@ def test_what_changes_a_port_beside_stays_with_the_worker() -> None:
     d = datapath(tcp=frozenset({80, 8080}))
     connected(d)
     by(d, PRE, "C:40000 > K:8080 [S]", "C:40000 > K:8080 [.]")
-    row = next(row for row in d.nat if row.service.port == 8080)
-    assert row.inside is not None
-    assert row.inside != row.client
-    request = Open(1, row.inside, 16000, at("K:46000"))
+    flow = next(flow for flow in d.nat if flow.service.port == 8080)
+    assert flow.inside is not None
+    assert flow.inside != flow.client
+    request = Open(1, flow.inside, 16000, at("K:46000"))
     d.relays.handle(request, d.tcp_relay, 0)
     d.turn()
-    assert handed(d, row) == {Step.T3, Step.T4}
+    assert handed(d, flow) == {Step.T3, Step.T4}
     assert by(d, PRE, *["C:40000 > K:8080 [.]"] * 5) == ["worker"] * 5
-    assert not is_simple(row.rewrites[Step.T1])
+    assert not is_simple(flow.rewrites[Step.T1])
 
     asked(d)
     by(d, PRE, *["C:4000 > G:53"] * 5)
-    other = next(row for row in d.nat if row.service == at("G:53"))
+    other = next(flow for flow in d.nat if flow.service == at("G:53"))
     assert handed(d, other) == frozenset()
 
 
@@ -303,96 +303,96 @@ def test_what_changes_a_port_beside_stays_with_the_worker() -> None:
 
 def test_a_forwarded_connection_that_is_over_is_taken_back_or_never_handed_over() -> None:
     d = datapath()
-    row = forwarded(d)
-    assert handed(d, row) == BOTH
+    flow = forwarded(d)
+    assert handed(d, flow) == BOTH
     by(d, PRE, "C:40000 > K:443 [F.]")
-    assert handed(d, row) == BOTH
+    assert handed(d, flow) == BOTH
     by(d, POST, "S:443 > C:40000 [F.]")
-    assert handed(d, row) == frozenset()
+    assert handed(d, flow) == frozenset()
     assert by(d, PRE, *["C:40000 > K:443 [.]"] * 5) == ["worker"] * 5
-    d.fast.traced(lambda row: False)  # all is thought about anew
+    d.fast.traced(lambda flow: False)  # all is thought about anew
     d.turn()
-    assert handed(d, row) == frozenset()
+    assert handed(d, flow) == frozenset()
 
 
 def test_a_reset_takes_all_back_until_an_end_says_that_it_lives() -> None:
     d = datapath()
-    row = connected(d)
+    flow = connected(d)
     by(d, PRE, "S:80 > C:45678 [R]")  # its number is tcp-relay's host's to judge
-    assert handed(d, row) == ALL
+    assert handed(d, flow) == ALL
     by(d, POST, "K:16000 > C:40000 [R]")
-    assert handed(d, row) == frozenset()
+    assert handed(d, flow) == frozenset()
     assert by(d, PRE, "C:40000 > K:80 [.]") == ["worker"]
-    assert row.state is State.ESTABLISHED
-    assert handed(d, row) == ALL
+    assert flow.state is State.ESTABLISHED
+    assert handed(d, flow) == ALL
 
 
 def test_what_came_before_a_reset_is_not_forgotten_with_it() -> None:
     """The server's answer went past the worker, and the RST came before anybody looked."""
     d = datapath()
-    row = opened(d)
+    flow = opened(d)
     attach(d)
     assert by(d, PRE, "S:80 > C:45678 [S.]") == ["kernel"]
     by(d, POST, "K:16000 > C:40000 [R]")
     by(d, PRE, "C:40000 > K:80 [.]")
 
-    assert row.state is State.ESTABLISHED
+    assert flow.state is State.ESTABLISHED
 
 
 def test_each_reset_of_a_connection_that_ends_counts_anew() -> None:
     """RFC 7857, section 2.2.  An end that says something between them is seen to do so."""
     d = datapath()
-    row = connected(d)
+    flow = connected(d)
     by(d, POST, "K:45678 > S:80 [F.]", "K:16000 > C:40000 [F.]")
     for d.now in (10, 20):
         by(d, POST, "K:45678 > S:80 [R]")
         assert by(d, PRE, "S:80 > C:45678 [.]") == ["worker"]
     by(d, POST, "K:45678 > S:80 [R]")
 
-    assert row.reset_at == 20
+    assert flow.reset_at == 20
 
 
 def test_a_closed_connection_retires_when_its_last_packets_are_through() -> None:
     d = datapath()
-    row = connected(d)
+    flow = connected(d)
     d.now = 10
     close(d)
     assert d.fast.due(10 + RETIRE - 0.1, 0.1) == []  # what it counts is told when it is taken back
-    assert d.fast.rows == 1
+    assert d.fast.flows == 1
     d.turn()
-    assert handed(d, row) == ALL
+    assert handed(d, flow) == ALL
     assert by(d, PRE, "S:80 > C:45678 [.]") == ["kernel"]
     d.fast.due(10 + RETIRE, 0.1)
     d.turn()
-    assert handed(d, row) == frozenset()
+    assert handed(d, flow) == frozenset()
     assert by(d, PRE, *["S:80 > C:45678 [.]"] * 5) == ["worker"] * 5
-    assert shown(row)[0][1] == 7  # with the SYN-ACK and that in between
+    assert shown(flow)[0][1] == 7  # with the SYN-ACK and that in between
     assert d.fast.due(10 + RETIRE, 0.1) == []
-    assert d.fast.rows == 0
+    assert d.fast.flows == 0
 
 
 def test_a_connection_that_gives_up_its_port_is_taken_back() -> None:
     """From that port tcp-relay couldn't connect."""
     d = datapath()
-    row = opened(d)
+    flow = opened(d)
     attach(d)
     attach(d, relay="K:45679")
-    assert handed(d, row) == ALL
+    assert handed(d, flow) == ALL
     assert by(d, POST, "K:45679 > S:80 [S]", "K:45679 > S:80 [.]") == ["kernel"] * 2
     assert by(d, POST, "K:45678 > S:80 [S]") == ["PASS"]
-    d.nat.detach(row)
+    d.nat.detach(flow)
     d.turn()
-    assert handed(d, row) == frozenset()
+    assert handed(d, flow) == frozenset()
     assert len(d.kernel) == 0
 
 
-def test_a_killed_row_is_taken_back_before_the_ends_are_told() -> None:
+def test_a_killed_flow_is_taken_back_before_the_ends_are_told() -> None:
     d = datapath()
-    row = forwarded(d)
-    d.nat.kill(row, 0)
+    flow = forwarded(d)
+    d.nat.kill(flow, 0)
     assert d.fast.gives_back
     d.turn()
-    assert handed(d, row) == frozenset()
+    assert handed(d, flow) == frozenset()
     assert by(d, PRE, "C:40000 > K:443 [P.]") == ["DROP"]
     udp = asked(d)
     d.nat.end(udp)
@@ -400,38 +400,38 @@ def test_a_killed_row_is_taken_back_before_the_ends_are_told() -> None:
     assert len(d.kernel) == len(d.fast) == 0
 
 
-def test_rows_that_are_traced_and_no_others_are_the_workers() -> None:
+def test_flows_that_are_traced_and_no_others_are_the_workers() -> None:
     d = datapath()
-    row, other = connected(d), connected(d, "D:40000", "K:45679")
+    flow, other = connected(d), connected(d, "D:40000", "K:45679")
     udp = asked(d)
-    d.fast.traced(lambda row: row.client.addr == addr("C"))
+    d.fast.traced(lambda flow: flow.client.addr == addr("C"))
     d.turn()
-    assert [handed(d, each) for each in (row, other, udp)] == [frozenset(), ALL, frozenset()]
+    assert [handed(d, each) for each in (flow, other, udp)] == [frozenset(), ALL, frozenset()]
     assert by(d, PRE, *["C:4000 > K:53"] * 9) == ["worker"] * 9
     late = asked(d, "C:5000", 2 * BUSY)
     assert handed(d, late) == frozenset()
-    d.fast.traced(lambda row: False)
+    d.fast.traced(lambda flow: False)
     d.turn()
-    assert [handed(d, each) for each in (row, other, udp, late)] == [ALL, ALL, BOTH, BOTH]
+    assert [handed(d, each) for each in (flow, other, udp, late)] == [ALL, ALL, BOTH, BOTH]
 
 
 def test_room_is_made_by_what_is_taken_back_and_each_map_has_its_own() -> None:
     d = datapath(room=2)
-    rows = [asked(d, f"C:{port}") for port in (4000, 4001, 4002)]
-    assert [bool(handed(d, row)) for row in rows] == [True, True, False]
+    flows = [asked(d, f"C:{port}") for port in (4000, 4001, 4002)]
+    assert [bool(handed(d, flow)) for flow in flows] == [True, True, False]
     connection = connected(d)
     assert handed(d, connection) == ALL
-    d.nat.end(rows[0])
+    d.nat.end(flows[0])
     d.turn()
     assert by(d, PRE, *["C:4002 > K:53"] * (BUSY + 1)) == ["worker"] * BUSY + ["kernel"]
-    assert handed(d, rows[2]) == BOTH
+    assert handed(d, flows[2]) == BOTH
 
 
 def test_nothing_is_handed_over_where_there_are_no_maps() -> None:
     d = datapath(room=0)
-    row, other = connected(d), asked(d)
+    flow, other = connected(d), asked(d)
     close(d)
-    assert (len(d.fast), d.fast.rows, d.pending) == (0, 0, False)
+    assert (len(d.fast), d.fast.flows, d.pending) == (0, 0, False)
     assert d.fast.changes(10) is None
     assert not d.fast._retiring, "closed connections pile up"
     d.fast.begin(5)  # the kernel isn't told: its maps aren't there
@@ -440,15 +440,15 @@ def test_nothing_is_handed_over_where_there_are_no_maps() -> None:
     assert changes.over == list(other.rewrites.values())
     d.fast.end()
     assert (len(d.fast), d.fast.room, d.fast.changes(10)) == (0, 0, None)
-    assert row.closed_at is not None
+    assert flow.closed_at is not None
 
 
 def test_maps_that_are_made_anew_get_all_that_should_be_in_them() -> None:
     d = datapath()
-    row, udp = connected(d), asked(d)
+    flow, udp = connected(d), asked(d)
     by(d, PRE, *["C:4000 > K:53"] * 3)
     d.restart()
-    assert handed(d, row) == ALL
+    assert handed(d, flow) == ALL
     assert handed(d, udp) == BOTH
     assert by(d, PRE, "C:4000 > K:53") == ["kernel"]
     d.count([udp])
@@ -456,14 +456,14 @@ def test_maps_that_are_made_anew_get_all_that_should_be_in_them() -> None:
 
 
 def test_what_the_kernel_has_learnt_by_itself_is_not_handed_to_it() -> None:
-    """The table makes rows of it to be shown, which have no packets."""
+    """The table makes flows of it to be shown, which have no packets."""
     d = datapath()
-    d.nat.learnt.learns(d.policy.own, d.policy.server)
+    d.nat.dns_flows.learns(d.policy.own, d.policy.server)
     head = template("C:4000 > K:53").build()[:28]
     answer = template("K:53 > C:4000").build()[:28]
     d.nat.learn([(PRE, head)] + [(POST, answer)] * BUSY, 0)
     assert len(d.nat) == 1
-    d.fast.traced(lambda row: False)
+    d.fast.traced(lambda flow: False)
     d.restart()
     assert (len(d.fast), d.fast.changes(10)) == (0, None)
     adopted = d.nat.adopt(head[12:24], 0)
@@ -477,22 +477,22 @@ def test_what_the_kernel_has_learnt_by_itself_is_not_handed_to_it() -> None:
 
 def test_tcp_relay_begins_a_connection_past_the_worker_and_nobody_after_it() -> None:
     d = datapath()
-    row = opened(d)
+    flow = opened(d)
     attach(d)
     assert by(d, POST, "K:45678 > S:80 [S]") == ["kernel"]
-    assert row.leg == 1000
+    assert flow.leg == 1000
     assert by(d, POST, "K:45678 > S:80 [S]") == ["worker"]  # it is sent again
     assert by(d, POST, "K:45678 > S:80 [.]") == ["kernel"]
     assert by(d, POST, "K:45678 > S:80 [S!]") == ["PASS"]
-    assert handed(d, row) == frozenset()
-    assert row.closed_at is not None
+    assert handed(d, flow) == frozenset()
+    assert flow.closed_at is not None
     assert by(d, POST, "K:45678 > S:80 [.]") == ["PASS"]
 
 
 @pytest.mark.parametrize("how", ["closed", "died", "died early", "closed early"])
 def test_no_map_takes_a_strangers_syn_for_a_late_packet(how: str) -> None:
     d = datapath()
-    row = opened(d)
+    flow = opened(d)
     attach(d)
     if not how.endswith("early"):
         by(d, POST, "K:45678 > S:80 [S]", "K:45678 > S:80 [.]")
@@ -503,15 +503,15 @@ def test_no_map_takes_a_strangers_syn_for_a_late_packet(how: str) -> None:
             d.relays.lost(who, 0)
     assert by(d, POST, "K:45678 > S:80 [S!]", "K:45678 > S:80 [.]") == ["PASS"] * 2
     assert by(d, PRE, "S:80 > C:45678 [S.]") == ["PASS"]
-    assert handed(d, row) == frozenset()
+    assert handed(d, flow) == frozenset()
 
 
 def test_nobody_begins_past_the_worker_with_the_port_of_a_connection_taken_up_again() -> None:
     d = datapath()
-    row = connected(d)
+    flow = connected(d)
     (who,) = set(d.relays._owner.values())
     d.relays.lost(who, 0)
-    row.orphaned = False  # it is back
+    flow.orphaned = False  # it is back
     assert by(d, POST, "K:45678 > S:80 [.]") == ["kernel"]
     assert by(d, POST, "K:45678 > S:80 [S]") == ["PASS"]
 
@@ -522,23 +522,23 @@ def test_nobody_begins_past_the_worker_with_the_port_of_a_connection_taken_up_ag
 def test_a_port_that_is_used_again_is_the_new_connections_at_once() -> None:
     """The old element would rewrite its packets, and the new one be refused."""
     d = datapath()
-    row = connected(d)
+    flow = connected(d)
     by(d, PRE, "C:40000 > K:80 [F.]", "S:80 > C:45678 [F.]")
     close(d)
-    assert handed(d, row) == ALL
+    assert handed(d, flow) == ALL
     d.set(replace(d.policy, gport=17000))
     assert by(d, PRE, "C:40000 > K:80 [S]") == ["worker"]
-    assert handed(d, row) == {Step.T1}  # by its addresses and ports, which are the new one's
+    assert handed(d, flow) == {Step.T1}  # by its addresses and ports, which are the new one's
     again = d.nat.accepted(at("C:40000"), 17000)
     assert again is not None
     assert handed(d, again) == {Step.T1, Step.T2}
     got = d.packet(template("C:40000 > K:80 [.]"), PRE)
     assert isinstance(got, bytes)
     assert int.from_bytes(got[22:24]) == 17000
-    d.fast.consider(row)
+    d.fast.consider(flow)
     by(d, POST, *["K:16000 > C:40000 [.]"] * BUSY)
     d.turn()
-    assert handed(d, row) == {Step.T1}
+    assert handed(d, flow) == {Step.T1}
 
 
 @pytest.mark.parametrize("room", [0, 100])
@@ -548,14 +548,14 @@ def test_who_was_taken_for_a_former_connection_and_tries_again_keeps_its_port(ro
     by(d, PRE, "C:40000 > K:80 [S]")
     by(d, POST, "K:16000 > C:40000 [.]")
     by(d, PRE, "C:40000 > K:80 [R]", "C:40000 > K:80 [S]")
-    (row,) = d.nat
-    assert row.inside == row.client
-    assert handed(d, row) == ({Step.T1, Step.T2} if room else frozenset())
+    (flow,) = d.nat
+    assert flow.inside == flow.client
+    assert handed(d, flow) == ({Step.T1, Step.T2} if room else frozenset())
     by(d, PRE, "C:40000 > K:80 [.]")  # which that host may reset, if it is of nothing it knows
     by(d, POST, "K:16000 > C:40000 [R]")
     by(d, PRE, "C:40000 > K:80 [S]")
     (again,) = d.nat
-    assert again is not row
+    assert again is not flow
     assert again.inside == again.client  # so that whoever has forged one of these changes nothing
 
 
@@ -564,31 +564,31 @@ def test_a_port_that_is_used_again_before_tcp_relay_has_closed_is_for_its_host_t
     room: int,
 ) -> None:
     d = datapath(room)
-    row = connected(d)
+    flow = connected(d)
     by(d, PRE, "C:40000 > K:80 [F.]", "S:80 > C:45678 [F.]")
     by(d, POST, "K:45678 > S:80 [F.]", "K:16000 > C:40000 [F.]")
-    assert row.state is State.CLOSING
+    assert flow.state is State.CLOSING
     assert by(d, PRE, "C:40000 > K:80 [S]") == ["worker"]
-    assert list(d.nat) == [row]
+    assert list(d.nat) == [flow]
     attach(d, relay="K:45679")  # it has accepted that, before krelay hears that the former is over
     former, again = d.nat
-    assert (former, again.client, again.inside) == (row, row.client, row.inside)
+    assert (former, again.client, again.inside) == (flow, flow.client, flow.inside)
     by(d, POST, "K:45678 > S:80 [R]", "K:45679 > S:80 [S]")
     close(d)
-    assert (row.state, again.closed_at) == (State.CLOSED, None)
+    assert (flow.state, again.closed_at) == (State.CLOSED, None)
 
 
 def test_a_relay_port_that_is_used_again_never_carries_the_former_clients_address() -> None:
     """tcp-relay connects as soon as it has its answer, when the old element must be gone."""
     d = datapath()
-    row = connected(d)
+    flow = connected(d)
     close(d)
     other = opened(d, "D:50000")
     d.told = 0
     request = Open(1, at("D:50000"), 16000, at("K:45678"))
     answer = d.relays.handle(request, d.tcp_relay, 0)
     assert isinstance(answer, Opened)
-    assert handed(d, row) == frozenset()  # no turn has ended since
+    assert handed(d, flow) == frozenset()  # no turn has ended since
     assert d.told == 1
     got = d.packet(template("K:45678 > S:80 [S]"), POST)
     assert isinstance(got, bytes)
@@ -599,15 +599,15 @@ def test_a_relay_port_that_is_used_again_never_carries_the_former_clients_addres
 
 def test_a_flow_is_given_back_before_another_with_its_addresses_is_handed_over() -> None:
     d = datapath()
-    row = asked(d)
+    flow = asked(d)
     for most in (1, 2, 10):
-        d.nat.end(row)
+        d.nat.end(flow)
         d.pending = False  # many are waiting, and none is told for a while
-        row = asked_apart(d)
+        flow = asked_apart(d)
         assert [len(each) for each in both(d.fast.changes(1))] == [1, 0]
         d.pending = True
         d.turn(most)
-        assert handed(d, row) == BOTH
+        assert handed(d, flow) == BOTH
 
 
 def asked_apart(d: Datapath, client: str = "C:4000") -> Flow:
@@ -615,7 +615,7 @@ def asked_apart(d: Datapath, client: str = "C:4000") -> Flow:
     for _ in range(BUSY):
         for hook, text in ((PRE, f"{client} > K:53"), (POST, f"S:53 > {client}")):
             d.worker.handle(template(text).build(), hook, d.now)
-    return next(row for row in d.nat if row.client == at(client))
+    return next(flow for flow in d.nat if flow.client == at(client))
 
 
 def both(changes: Changes | None) -> tuple[list[Rewrite], list[Rewrite]]:
@@ -628,15 +628,15 @@ def both(changes: Changes | None) -> tuple[list[Rewrite], list[Rewrite]]:
 
 def test_changes_come_in_pieces() -> None:
     d = datapath()
-    rows = [asked_apart(d, f"C:{port}") for port in range(4000, 4010)]
+    flows = [asked_apart(d, f"C:{port}") for port in range(4000, 4010)]
     sizes = []
     while (changes := d.fast.changes(6)) is not None:
         sizes.append(len(changes.over))
         d.fast.told(changes, [], 0)
     assert sizes == [6, 6, 6, 2]
     assert len(d.fast) == 20
-    for row in rows:
-        d.nat.end(row)
+    for flow in flows:
+        d.nat.end(flow)
     newer = [asked_apart(d, f"D:{port}") for port in range(4000, 4002)]
     found = []
     while (changes := d.fast.changes(6)) is not None:
@@ -645,14 +645,14 @@ def test_changes_come_in_pieces() -> None:
         d.fast.told(changes, [], 0)
         assert d.pending is (d.fast.gives_back or found[-1][0] == 6)
     assert found == [(6, 0), (6, 0), (6, 0), (2, 4)]
-    assert d.fast.handed(newer) == [r for row in newer for r in row.rewrites.values()]
+    assert d.fast.handed(newer) == [r for flow in newer for r in flow.rewrites.values()]
 
 
 def test_what_ended_before_the_kernel_was_told_of_it_never_reaches_it() -> None:
     d = datapath()
-    row = asked_apart(d)
+    flow = asked_apart(d)
     assert len(d.fast) == 2
-    d.nat.end(row)
+    d.nat.end(flow)
     assert len(d.fast) == 0
     d.kernel.change = pytest.fail  # type: ignore[method-assign, assignment]
     d.turn()
@@ -660,42 +660,42 @@ def test_what_ended_before_the_kernel_was_told_of_it_never_reaches_it() -> None:
 
 def test_what_is_wanted_again_before_the_kernel_was_told_stays_there_and_is_looked_at() -> None:
     d = datapath()
-    row = asked(d)
+    flow = asked(d)
     by(d, PRE, *["C:4000 > K:53"] * 3)
-    d.fast.traced(lambda row: True)
+    d.fast.traced(lambda flow: True)
     assert d.fast.due(0, 1) == []  # the ring has let it go
-    d.fast.traced(lambda row: False)
+    d.fast.traced(lambda flow: False)
     assert d.fast.changes(10) is None
-    assert d.fast.due(0, 1) == [row]
-    d.count([row])
-    assert shown(row)[0] == [BUSY + 3, BUSY]
+    assert d.fast.due(0, 1) == [flow]
+    d.count([flow])
+    assert shown(flow)[0] == [BUSY + 3, BUSY]
 
 
 def test_counts_are_right_when_a_rewrite_is_taken_back_and_handed_over_again() -> None:
     d = datapath()
-    row = asked(d)
+    flow = asked(d)
     size = len(template("C:4000 > K:53").build())
     for number in range(1, 6):
         by(d, PRE, *["C:4000 > K:53"] * 3)
         if number % 2:
-            d.count([row])
-        d.fast.traced(lambda row: True)
+            d.count([flow])
+        d.fast.traced(lambda flow: True)
         d.turn()
-        assert shown(row)[0][0] == BUSY + 4 * number - 1
+        assert shown(flow)[0][0] == BUSY + 4 * number - 1
         by(d, PRE, "C:4000 > K:53")
-        d.fast.traced(lambda row: False)
+        d.fast.traced(lambda flow: False)
         d.turn()
-        assert handed(d, row) == BOTH
-    assert shown(row) == ([BUSY + 20, BUSY], [(BUSY + 20) * size, BUSY * size])
+        assert handed(d, flow) == BOTH
+    assert shown(flow) == ([BUSY + 20, BUSY], [(BUSY + 20) * size, BUSY * size])
 
 
 def test_what_ended_meanwhile_may_be_told_of() -> None:
     d = datapath()
-    row, other = asked(d), asked(d, "D:4000")
-    rewrites = d.fast.handed([row, other])
+    flow, other = asked(d), asked(d, "D:4000")
+    rewrites = d.fast.handed([flow, other])
     counts = [(rewrite, Count(5, 500)) for rewrite in rewrites]
     before = shown(other)[0]
-    d.nat.end(row)
+    d.nat.end(flow)
     d.fast.read(counts, 7)
     assert shown(other)[0] == [n + 5 for n in before]
     assert other.seen_at == 7
@@ -703,17 +703,17 @@ def test_what_ended_meanwhile_may_be_told_of() -> None:
     assert changes is not None
     d.fast.told(changes, counts[:2], 8)
     assert len(d.nat) == 1
-    assert d.fast.handed([row]) == []
+    assert d.fast.handed([flow]) == []
 
 
 # Looking in turns
 
 
-def test_each_row_has_its_turn_within_its_bound_while_others_come_and_go() -> None:
+def test_each_flow_has_its_turn_within_its_bound_while_others_come_and_go() -> None:
     rng = Random(3)
     d = datapath(room=10_000)
     d.nat.limits = FlowLimits(100_000, 100_000)
-    rows: list[Flow] = []
+    flows: list[Flow] = []
     seen: dict[Flow, float] = {}
     now, every, number = 0.0, 0.1, 0
     for _ in range(200):
@@ -721,67 +721,67 @@ def test_each_row_has_its_turn_within_its_bound_while_others_come_and_go() -> No
         for _ in range(rng.randrange(40)):
             number += 1
             client = Endpoint(bytes((10, 0, *number.to_bytes(2))), 4000)
-            row = d.nat.open_forwarded(
+            flow = d.nat.open_forwarded(
                 Proto.UDP, client, at("K:53"), at("S:53"), Source.CLIENT, now
             )
-            row.rewrites[Step.U12].packets = BUSY
-            d.fast.consider(row)
-            rows.append(row)
-            seen[row] = now
-        rng.shuffle(rows)
-        for row in rows[: rng.choice((0, 5, 60))]:
-            d.nat.end(row)
-            rows.remove(row)
+            flow.rewrites[Step.U12].packets = BUSY
+            d.fast.consider(flow)
+            flows.append(flow)
+            seen[flow] = now
+        rng.shuffle(flows)
+        for flow in flows[: rng.choice((0, 5, 60))]:
+            d.nat.end(flow)
+            flows.remove(flow)
         d.turn()
         looked = d.fast.due(now, every)
         assert len(looked) <= LOOKS * every
-        for row in looked:
-            seen[row] = now
+        for flow in looked:
+            seen[flow] = now
         bound = max(1.0, len(d.fast._ring) / LOOKS) + 2 * every
-        assert all(now - seen[row] <= bound for row in rows)
-    for row in rows:
-        d.nat.end(row)
+        assert all(now - seen[flow] <= bound for flow in flows)
+    for flow in flows:
+        d.nat.end(flow)
     d.turn()
-    while d.fast.rows:
+    while d.fast.flows:
         assert d.fast.due(now, every) == []
     assert not any((d.fast._ring, d.fast._back, d.fast._over, d.fast._handed, d.fast._retiring))
     assert not +d.fast._filled
 
 
-def test_rows_that_have_ended_take_nobodys_turn() -> None:
+def test_flows_that_have_ended_take_nobodys_turn() -> None:
     d = datapath(room=10_000)
     d.nat.limits = FlowLimits(100_000, 100_000)
     many = int(LOOKS * 0.1)
     gone = [asked_once(d, number) for number in range(3 * many)]
     alive = [asked_once(d, number) for number in range(3 * many, 4 * many)]
-    for row in gone:
-        d.nat.end(row)
+    for flow in gone:
+        d.nat.end(flow)
     d.turn()
     assert d.fast.due(0, 0.1) == alive
 
 
 def asked_once(d: Datapath, number: int) -> Flow:
-    """A row that is handed over though it hasn't said so much."""
+    """A flow that is handed over though it hasn't said so much."""
     client = Endpoint(bytes((10, 0, *number.to_bytes(2))), 4000)
-    row = d.nat.open_forwarded(Proto.UDP, client, at("K:53"), at("S:53"), Source.CLIENT, 0)
-    row.rewrites[Step.U12].packets = BUSY
-    d.fast.consider(row)
+    flow = d.nat.open_forwarded(Proto.UDP, client, at("K:53"), at("S:53"), Source.CLIENT, 0)
+    flow.rewrites[Step.U12].packets = BUSY
+    d.fast.consider(flow)
     d.turn()
-    return row
+    return flow
 
 
-def test_a_row_goes_late_by_a_look_and_never_early() -> None:
+def test_a_flow_goes_late_by_a_look_and_never_early() -> None:
     d = datapath()
-    row = asked(d)
+    flow = asked(d)
     timeout = d.nat.timeouts.udp_dns
     d.now = 15
     by(d, PRE, "C:4000 > K:53")
     d.now = timeout + 1.5
     assert d.nat.expire(d.now) == []  # it is looked at first
-    assert row.seen_at == d.now
+    assert flow.seen_at == d.now
     d.now += timeout
     assert d.nat.expire(d.now - 0.1) == []
-    assert d.nat.expire(d.now + 1) == [row]
+    assert d.nat.expire(d.now + 1) == [flow]
     d.turn()
     assert len(d.kernel) == 0
 
@@ -794,20 +794,20 @@ def test_who_speaks_past_the_worker_after_an_answer_is_confirmed_when_it_matters
     d = datapath(udp=frozenset({7}))
     d.nat.limits = FlowLimits(flows=2)
     by(d, PRE, *["C:4000 > K:7"] * BUSY)
-    (row,) = d.nat
+    (flow,) = d.nat
     by(d, PRE, "D:4000 > K:7")
     if spoke == "before":
         assert by(d, PRE, *["C:4000 > K:7"] * 2) == ["kernel"] * 2
     assert by(d, POST, "S:7 > C:4000") == ["worker"]
     if spoke == "after":
         assert by(d, PRE, "C:4000 > K:7") == ["kernel"]
-    assert not row.spoke_again
+    assert not flow.spoke_again
     assert by(d, PRE, "D:5000 > K:7") == ["worker"]
     if spoke == "before":
         assert {each.client for each in d.nat} == {at("D:4000"), at("D:5000")}
     else:
         assert {each.client for each in d.nat} == {at("C:4000"), at("D:5000")}
-        assert row.spoke_again
+        assert flow.spoke_again
 
 
 @pytest.mark.parametrize("when", [EXCHANGE - 0.1, EXCHANGE])
@@ -831,7 +831,7 @@ def test_an_exchange_that_goes_on_past_the_worker_is_confirmed_by_its_duration(
 class Twins:
     """The same traffic, with the kernel before the worker and without.
 
-    `lazy`: what the kernel has counted is read when somebody asks, or its turn has come; then rows
+    `lazy`: what the kernel has counted is read when somebody asks, or its turn has come; then flows
     may go later than without.  Otherwise it is read before time passes, and nothing may differ.
     """
 
@@ -865,21 +865,21 @@ class Twins:
         self.agree()
 
     def agree(self) -> None:
-        """Rows, states, counts and totals are the same, once what was counted is read."""
+        """Flows, states, counts and totals are the same, once what was counted is read."""
         self.fast.count(self.fast.nat)
         self.fast.turn()
-        slow, fast = ({row.id: row for row in each.nat} for each in self.both)
+        slow, fast = ({flow.id: flow for flow in each.nat} for each in self.both)
         assert set(slow) == set(fast)
-        for number, row in slow.items():
+        for number, flow in slow.items():
             twin = fast[number]
             for field in ("state", "client", "service", "server", "relay", "inside", "closed_at"):
-                assert getattr(row, field) == getattr(twin, field), (row, twin)
-            assert shown(row) == shown(twin), (row, twin)
-            assert row.tracker == twin.tracker, (row, twin)
-            ends = [each.expires_at(self.timeouts) for each in (row, twin)]
+                assert getattr(flow, field) == getattr(twin, field), (flow, twin)
+            assert shown(flow) == shown(twin), (flow, twin)
+            assert flow.tracker == twin.tracker, (flow, twin)
+            ends = [each.expires_at(self.timeouts) for each in (flow, twin)]
             assert ends[0] <= ends[1]
             if not self.lazy:
-                assert (row.seen_at, ends[0]) == (twin.seen_at, ends[1]), (row, twin)
+                assert (flow.seen_at, ends[0]) == (twin.seen_at, ends[1]), (flow, twin)
         assert self.slow.steps() == self.fast.steps()
         for name in ("passed", "dropped"):
             assert getattr(self.slow.worker.counts, name) == getattr(self.fast.worker.counts, name)
@@ -897,12 +897,12 @@ class Twins:
             each.worker.answers.clear()
 
     def packet(self) -> None:
-        """A packet of a flow that has a row, or had one a moment ago."""
-        rows = list(self.slow.nat)
-        if not rows:
+        """A packet of a flow that has a flow, or had one a moment ago."""
+        flows = list(self.slow.nat)
+        if not flows:
             return
-        row = self.rng.choice(rows[-8:])
-        rewrites = list(row.rewrites.values())
+        flow = self.rng.choice(flows[-8:])
+        rewrites = list(flow.rewrites.values())
         flags = self.rng.choices(
             (ACK, PSH | ACK, FIN | ACK, RST, RST | ACK, SYN, SYN | ACK), (12, 9, 3, 1, 1, 2, 2)
         )[0]
@@ -913,10 +913,10 @@ class Twins:
             payload = self.rng.randbytes(self.rng.choice((0, 1, 9, 30)))
             odd = rewrite.step is not Step.T3 or flags & SYN == 0  # no host begins so by itself
             options = b"\1\1\1\0" if odd and self.rng.random() < 0.1 else b""
-            proto = self.rng.choice(list(Proto)) if self.rng.random() < 0.1 else row.proto
-            flow = FiveTuple(proto, ends[0], ends[1])
+            proto = self.rng.choice(list(Proto)) if self.rng.random() < 0.1 else flow.proto
+            five_tuple = FiveTuple(proto, ends[0], ends[1])
             size = 1 if flags & SYN else len(payload) + (flags & FIN)
-            packet = Template(flow, payload, flags, 1001 - size, 1001)  # as packets.template
+            packet = Template(five_tuple, payload, flags, 1001 - size, 1001)  # as packets.template
             self.send(replace(packet, ip_options=options), hook)
 
     def stranger(self) -> None:
@@ -933,25 +933,25 @@ class Twins:
 
     def accept(self) -> None:
         """tcp-relay asks for a connection that it has accepted."""
-        rows = [row for row in self.slow.nat if row.inside and row.closed_at is None]
-        if not rows:
+        flows = [flow for flow in self.slow.nat if flow.inside and flow.closed_at is None]
+        if not flows:
             return
-        row = self.rng.choice(rows)
+        flow = self.rng.choice(flows)
         port = self.rng.choice((40000, 40001, *range(50000, 50006)))
-        assert row.inside
-        assert row.gport
+        assert flow.inside
+        assert flow.gport
         held = self.slow.nat.of_relay_port(Endpoint(addr("K"), port))
         if held is not None and held.closed_at is None:
             return  # its host wouldn't have given it
-        self.ask(Open(1, row.inside, row.gport, Endpoint(addr("K"), port)))
+        self.ask(Open(1, flow.inside, flow.gport, Endpoint(addr("K"), port)))
 
     def close(self) -> None:
         """tcp-relay has closed both legs."""
-        rows = [row for row in self.slow.nat if row.relay and row.gport]
-        if rows:
-            row = self.rng.choice(rows)
-            assert row.relay
-            self.ask(Close(row.relay))
+        flows = [flow for flow in self.slow.nat if flow.relay and flow.gport]
+        if flows:
+            flow = self.rng.choice(flows)
+            assert flow.relay
+            self.ask(Close(flow.relay))
 
     def ask(self, request: Open | Close) -> None:
         answers = [each.relays.handle(request, each.tcp_relay, each.now) for each in self.both]
@@ -960,34 +960,34 @@ class Twins:
             each.refresh()
 
     def kill(self) -> None:
-        """Somebody ends a row that has no tcp-relay."""
-        for each, row in self.one(lambda row: row.gport is None):
-            if row.is_forwarded:
-                each.nat.kill(row, each.now)
+        """Somebody ends a flow that has no tcp-relay."""
+        for each, flow in self.one(lambda flow: flow.gport is None):
+            if flow.is_forwarded:
+                each.nat.kill(flow, each.now)
             else:
-                each.nat.end(row)
+                each.nat.end(flow)
 
     def abort(self) -> None:
         """Somebody ends a connection of tcp-relay's."""
-        for each, row in self.one(lambda row: row.gport is not None):
-            each.relays.abort(row, each.now)
+        for each, flow in self.one(lambda flow: flow.gport is not None):
+            each.relays.abort(flow, each.now)
 
     def one(self, wanted: object) -> Iterable[tuple[Datapath, Flow]]:
-        """A row of either, and its twin; the kernel is told after that."""
-        rows = [row for row in self.slow.nat if wanted(row)]  # type: ignore[operator]
-        if not rows:
+        """A flow of either, and its twin; the kernel is told after that."""
+        flows = [flow for flow in self.slow.nat if wanted(flow)]  # type: ignore[operator]
+        if not flows:
             return
-        number = self.rng.choice(rows).id
+        number = self.rng.choice(flows).id
         for each in self.both:
-            row = each.nat.get(number)
-            assert row is not None
-            yield each, row
+            flow = each.nat.get(number)
+            assert flow is not None
+            yield each, flow
             each.refresh()
 
     def trace(self) -> None:
         """Somebody begins to trace, or has ended."""
         client = self.rng.choice((addr("C"), None))
-        self.fast.fast.traced(lambda row: row.client.addr == client)
+        self.fast.fast.traced(lambda flow: flow.client.addr == client)
         self.fast.turn()
 
     def setting(self) -> None:
@@ -1001,17 +1001,17 @@ class Twins:
         )
         for each in self.both:
             if new.server != now.server:
-                for row in each.nat.unanswered():
-                    each.nat.end(row)
+                for flow in each.nat.unanswered():
+                    each.nat.end(flow)
             each.set(new)
 
     def time(self) -> None:
-        """Time passes, up to a few seconds of it, and rows go."""
+        """Time passes, up to a few seconds of it, and flows go."""
         self.pass_time(self.rng.choice((0.1, 0.4, 0.9, 2.2, 5)))
         late = 0.0
-        while {row.id for row in self.slow.nat} != {row.id for row in self.fast.nat}:
+        while {flow.id for flow in self.slow.nat} != {flow.id for flow in self.fast.nat}:
             assert self.lazy
-            assert {row.id for row in self.slow.nat} < {row.id for row in self.fast.nat}
+            assert {flow.id for flow in self.slow.nat} < {flow.id for flow in self.fast.nat}
             late += 0.5
             assert late <= LATEST, "a row goes later than it may"
             self.pass_time(0.5)
@@ -1031,11 +1031,11 @@ class Twins:
                 each.refresh()
 
     def look(self) -> None:
-        """Somebody has some rows shown."""
+        """Somebody has some flows shown."""
         if not self.lazy:
             return
-        rows = list(self.fast.nat)
-        self.fast.count(self.rng.sample(rows, len(rows) // 2))
+        flows = list(self.fast.nat)
+        self.fast.count(self.rng.sample(flows, len(flows) // 2))
 
     def anew(self) -> None:
         """Somebody took the rules out."""
@@ -1044,7 +1044,7 @@ class Twins:
 
 ENDS = ((0, 8), (4, 10))
 LATEST = 3.0
-"""Seconds that a row may go late: a look each second, the table's own second, and this clock's
+"""Seconds that a flow may go late: a look each second, the table's own second, and this clock's
 steps."""
 
 
@@ -1068,13 +1068,13 @@ def test_much_goes_past_the_worker_while_nobody_can_tell() -> None:
     assert len(+twins.fast.kernel.counters) >= 12
 
 
-def test_a_closed_row_goes_when_it_would_have_gone() -> None:
+def test_a_closed_flow_goes_when_it_would_have_gone() -> None:
     d = datapath()
-    row = connected(d)
+    flow = connected(d)
     d.now = 100
     by(d, PRE, "C:40000 > K:80 [.]")
     close(d)
-    assert row.expires_at(d.nat.timeouts) == 100 + CLOSED_LINGER
+    assert flow.expires_at(d.nat.timeouts) == 100 + CLOSED_LINGER
 
 
 # Ripening
@@ -1085,48 +1085,48 @@ def ripening(seen_at: float) -> tuple[FastPath, Flow]:
     nat = NatTable(rng=Random(1))
     fast = FastPath(nat)
     fast.begin(10)
-    row = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:7"), at("S:7"), Source.CLIENT, seen_at)
-    row.rewrites[Step.U12].packets = BUSY
-    fast.consider(row)
-    return fast, row
+    flow = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:7"), at("S:7"), Source.CLIENT, seen_at)
+    flow.rewrites[Step.U12].packets = BUSY
+    fast.consider(flow)
+    return fast, flow
 
 
 def test_a_silent_flow_is_handed_over_when_it_has_lasted() -> None:
-    fast, row = ripening(seen_at=10.0)
+    fast, flow = ripening(seen_at=10.0)
 
     assert fast.changes(10, 10.01) is None
     assert fast.changes(10, 10.01 + HAND_AFTER - 0.001) is None
     assert fast.waits
     told = fast.changes(10, 10.01 + HAND_AFTER)
-    assert told == Changes([], [row.rewrites[Step.U12]])
+    assert told == Changes([], [flow.rewrites[Step.U12]])
     assert not fast.waits
 
 
 def test_a_busy_flow_is_handed_over_in_its_next_pause() -> None:
-    fast, row = ripening(seen_at=10.0)
+    fast, flow = ripening(seen_at=10.0)
     assert fast.changes(10, 10.0) is None
     now = 10.0 + HAND_AFTER
-    row.rewrites[Step.U12].seen_at = now
+    flow.rewrites[Step.U12].seen_at = now
     assert fast.changes(10, now + SILENCE / 2) is None
 
     assert fast.changes(10, now + SILENCE) is not None
 
 
 def test_a_flow_without_pauses_is_handed_over_all_the_same() -> None:
-    fast, row = ripening(seen_at=10.0)
+    fast, flow = ripening(seen_at=10.0)
     assert fast.changes(10, 10.0) is None
     for now in (10.0 + HAND_AFTER, 10.0 + HAND_WITHIN - 0.001):
-        row.rewrites[Step.U12].seen_at = now
+        flow.rewrites[Step.U12].seen_at = now
         assert fast.changes(10, now) is None
-    row.rewrites[Step.U12].seen_at = 10.0 + HAND_WITHIN
+    flow.rewrites[Step.U12].seen_at = 10.0 + HAND_WITHIN
 
     assert fast.changes(10, 10.0 + HAND_WITHIN) is not None
 
 
 def test_what_ends_before_it_is_ripe_never_was_the_kernels() -> None:
-    fast, row = ripening(seen_at=10.0)
+    fast, flow = ripening(seen_at=10.0)
     assert fast.changes(10, 10.0) is None
-    fast.take_back(row)
+    fast.take_back(flow)
 
     assert fast.changes(10, 20.0) is None
     assert len(fast) == 0
@@ -1137,15 +1137,15 @@ def beginning() -> tuple[FastPath, Flow]:
     nat = NatTable(rng=Random(1))
     fast = FastPath(nat)
     fast.begin(10)
-    row = nat.open_tcp(at("C:4000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 10.0)
-    nat.attach(row, at("K:50000"), 10.0)
-    return fast, row
+    flow = nat.open_tcp(at("C:4000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 10.0)
+    nat.attach(flow, at("K:50000"), 10.0)
+    return fast, flow
 
 
 def test_a_connection_that_begins_is_handed_over_at_once() -> None:
-    fast, row = beginning()
+    fast, flow = beginning()
     assert fast.hurries
-    begun = [row.rewrites[step] for step in (Step.T1, Step.T2, Step.T3, Step.T4)]
+    begun = [flow.rewrites[step] for step in (Step.T1, Step.T2, Step.T3, Step.T4)]
 
     assert fast.changes(2, None) == Changes([], begun[:2])
     assert fast.changes(10, None) == Changes([], begun[2:])
@@ -1157,52 +1157,52 @@ def test_a_connection_that_begins_is_handed_over_at_once() -> None:
 def test_what_the_client_has_begun_to_send_must_ripen() -> None:
     nat = NatTable(rng=Random(1))
     fast = FastPath(nat)
-    row = nat.open_tcp(at("C:4000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 10.0)
-    row.rewrites[Step.T1].packets = 1
+    flow = nat.open_tcp(at("C:4000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 10.0)
+    flow.rewrites[Step.T1].packets = 1
     fast.begin(10)
     assert not fast.hurries
-    nat.attach(row, at("K:50000"), 10.0)
-    begun = [row.rewrites[step] for step in (Step.T2, Step.T3, Step.T4)]
+    nat.attach(flow, at("K:50000"), 10.0)
+    begun = [flow.rewrites[step] for step in (Step.T2, Step.T3, Step.T4)]
 
     assert fast.changes(10, None) == Changes([], begun)
     assert fast.changes(10, 10.0) is None
-    assert fast.changes(10, 10.0 + HAND_AFTER) == Changes([], [row.rewrites[Step.T1]])
+    assert fast.changes(10, 10.0 + HAND_AFTER) == Changes([], [flow.rewrites[Step.T1]])
     assert not fast.waits
 
 
 def test_a_connection_that_goes_on_is_handed_over_as_a_whole_when_it_has_lasted() -> None:
-    fast, row = beginning()
-    row.rewrites[Step.T3].packets = 1
-    fast.take_back(row)
-    fast.consider(row)
+    fast, flow = beginning()
+    flow.rewrites[Step.T3].packets = 1
+    fast.take_back(flow)
+    fast.consider(flow)
 
     assert not fast.hurries
     assert fast.changes(10, 10.0) is None
     told = fast.changes(10, 10.0 + HAND_AFTER)
     assert told is not None
-    assert set(told.over) == set(row.rewrites.values())
+    assert set(told.over) == set(flow.rewrites.values())
 
 
 def test_what_waits_when_its_connection_is_closed_is_never_handed_over() -> None:
     for before in (0, 2):
-        fast, row = beginning()
+        fast, flow = beginning()
         if before:
             fast.changes(before, None)
-        fast._nat.close(row, 10.01)
+        fast._nat.close(flow, 10.01)
 
         changes = fast.changes(10, 20.0)
         assert ([] if changes is None else changes.over, len(fast)) == ([], 0)
 
 
 def test_a_step_without_a_map_stays_with_the_worker() -> None:
-    fast, row = ripening(seen_at=10.0)
+    fast, flow = ripening(seen_at=10.0)
     fast.begin(10)
     fast.made([(Proto.UDP, Step.U34), (Proto.TCP, Step.U12)])
-    fast.take_back(row)
-    fast.consider(row)
+    fast.take_back(flow)
+    fast.consider(flow)
     assert not fast.waits
     fast.made([(Proto.UDP, Step.U12)])
-    fast.consider(row)
+    fast.consider(flow)
 
     assert fast.waits
 
@@ -1212,28 +1212,28 @@ def test_a_step_without_a_map_stays_with_the_worker() -> None:
 
 def test_what_changes_its_dscp_is_given_back_before_and_handed_over_after() -> None:
     d = datapath()
-    row = connected(d)
-    assert handed(d, row) == ALL
+    flow = connected(d)
+    assert handed(d, flow) == ALL
     at_the_time: list[tuple[int, frozenset[Step]]] = []
-    rewrite = row.rewrites[Step.T4]
-    d.nat.on_marked = lambda _: at_the_time.append((rewrite.tos, handed(d, row)))
+    rewrite = flow.rewrites[Step.T4]
+    d.nat.on_marked = lambda _: at_the_time.append((rewrite.tos, handed(d, flow)))
 
     d.nat.mark(rewrite, 46 << 2, d.now)
 
     assert at_the_time == [(46 << 2, frozenset())]
-    assert row.dscps == (0, 46)
+    assert flow.dscps == (0, 46)
     d.now += 1
     d.turn()
     by(d, PRE, "C:40000 > K:80 [.]", "C:40000 > K:80 [.]")
     d.now += 1
     d.turn()
-    assert handed(d, row) == ALL
+    assert handed(d, flow) == ALL
 
 
 def test_what_any_port_may_answer_stays_with_the_worker() -> None:
     d = datapath()
     d.worker.policy = replace(d.worker.policy or policy(), any_port=frozenset({53}))
-    row = asked(d, times=3 * BUSY)
+    flow = asked(d, times=3 * BUSY)
 
-    assert row.is_any_port
-    assert handed(d, row) == frozenset()
+    assert flow.is_any_port
+    assert handed(d, flow) == frozenset()

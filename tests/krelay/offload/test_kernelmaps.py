@@ -37,7 +37,7 @@ PORT = 53
 
 
 class Host:
-    """A lab in whose relay host this thread is, its rules and maps, and a table of rows."""
+    """A lab in whose relay host this thread is, its rules and maps, and a table of flows."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -53,18 +53,18 @@ class Host:
         self.maps = KernelMaps(NAME)
 
     def udp(self, port: int) -> Flow:
-        """The row of a client's port."""
+        """The flow of a client's port."""
         client, service = Endpoint.of(self.client, port), Endpoint.of(self.relay, PORT)
         server = Endpoint.of(self.server, PORT)
         return self.nat.open_forwarded(Proto.UDP, client, service, server, Source.CLIENT, 0)
 
     def tcp(self, port: int) -> Flow:
-        """The row of a connection that tcp-relay has accepted."""
+        """The flow of a connection that tcp-relay has accepted."""
         client, service = Endpoint.of(self.client, port), Endpoint.of(self.relay, 80)
         server = Endpoint.of(self.server, 80)
-        row = self.nat.open_tcp(client, service, server, Source.CLIENT, 16000, 0)
-        self.nat.attach(row, Endpoint.of(self.relay, port + 1), 0)
-        return row
+        flow = self.nat.open_tcp(client, service, server, Source.CLIENT, 16000, 0)
+        self.nat.attach(flow, Endpoint.of(self.relay, port + 1), 0)
+        return flow
 
     def hand(self, *rewrites: Rewrite) -> None:
         self.maps.change(Changes([], list(rewrites)))
@@ -102,13 +102,13 @@ def element(rewrite: Rewrite) -> str:
 
 def delete(rewrite: Rewrite) -> None:
     """Somebody takes an element out."""
-    name = map_name(rewrite.row.proto, rewrite.step)
+    name = map_name(rewrite.flow.proto, rewrite.step)
     nft("delete", "element", "ip", NAME, name, element(rewrite))
 
 
 def test_packets_are_rewritten_and_counted_each_way(host: Host) -> None:
-    row, other = host.udp(4000), host.udp(4001)
-    there, back = row.rewrites[Step.U12], row.rewrites[Step.U34]
+    flow, other = host.udp(4000), host.udp(4001)
+    there, back = flow.rewrites[Step.U12], flow.rewrites[Step.U34]
     idle = other.rewrites[Step.U12]
     host.hand(there, back, idle)
     with host.lab.enter("client"):
@@ -145,8 +145,8 @@ def test_packets_are_rewritten_and_counted_each_way(host: Host) -> None:
 
 def test_counts_of_what_is_given_back_are_each_its_own(host: Host) -> None:
     """Rewrites whose counts nobody reads are told of by nobody, also between others."""
-    rows = [host.tcp(port) for port in range(20000, 20600, 2)]
-    rewrites = [rewrite for row in rows for rewrite in row.rewrites.values()]
+    flows = [host.tcp(port) for port in range(20000, 20600, 2)]
+    rewrites = [rewrite for flow in flows for rewrite in flow.rewrites.values()]
     Random(2).shuffle(rewrites)
     host.hand(*rewrites)
     counts = {rewrite: Count(1 + n, 1000 + n) for n, rewrite in enumerate(rewrites)}
@@ -176,11 +176,11 @@ def test_with_small_buffers_fewer_elements_go_at_a_time(
 
     monkeypatch.setattr(kernelmaps, "enlarge", granted)
     host.maps.renew()
-    rows = [host.udp(port) for port in range(5000, 5400)]
-    rewrites = [rewrite for row in rows for rewrite in row.rewrites.values()]
+    flows = [host.udp(port) for port in range(5000, 5400)]
+    rewrites = [rewrite for flow in flows for rewrite in flow.rewrites.values()]
     host.hand(*(each for each in rewrites if each.step is Step.U34))
     for start in range(0, 400, 100):
-        host.hand(*(row.rewrites[Step.U12] for row in rows[start : start + 100]))
+        host.hand(*(flow.rewrites[Step.U12] for flow in flows[start : start + 100]))
     assert len(list(host.maps.read(rewrites))) == len(rewrites) == 800
     assert len(host.give_back(*rewrites)) == 800
     assert host.elements() == 0
@@ -188,7 +188,7 @@ def test_with_small_buffers_fewer_elements_go_at_a_time(
 
 def counted(rewrite: Rewrite, counts: dict[Rewrite, Count]) -> list[str]:
     """What nft is told to have an element count this much."""
-    name = map_name(rewrite.row.proto, rewrite.step)
+    name = map_name(rewrite.flow.proto, rewrite.step)
     key = element(rewrite).strip("{ }")
     new = rewrite.new
     value = {
@@ -298,8 +298,8 @@ def test_answers_that_the_kernel_had_no_room_for_are_lost(host: Host) -> None:
 
 
 def test_before_the_maps_go_all_that_is_still_there_is_told_of(host: Host) -> None:
-    rows = [host.tcp(port) for port in range(20000, 20400, 2)]
-    rewrites = [rewrite for row in rows for rewrite in row.rewrites.values()]
+    flows = [host.tcp(port) for port in range(20000, 20400, 2)]
+    rewrites = [rewrite for flow in flows for rewrite in flow.rewrites.values()]
     told = [rewrite for rewrite in rewrites if rewrite.step in SIDES]
     host.hand(*rewrites)
     assert Counter(rewrite for rewrite, _ in host.maps.leave(rewrites)) == Counter(told)

@@ -259,7 +259,7 @@ def test_a_syn_sent_again_after_the_loss_is_not_led_to_who_listens_now() -> None
     )
 
 
-def test_a_syn_on_the_row_of_a_lost_tcp_relay_is_not_led_to_who_listens_now() -> None:
+def test_a_syn_on_the_flow_of_a_lost_tcp_relay_is_not_led_to_who_listens_now() -> None:
     play(
         """
     0     pre   C:40000 > K:80 [S]            => C:40000 > K:16000

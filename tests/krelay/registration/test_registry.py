@@ -67,17 +67,17 @@ class World:
         return tcp_relay
 
     def client(self, client: Endpoint = C, service: Endpoint = K, now: float = 0) -> Flow:
-        """A row whose client has completed its handshake."""
+        """A flow whose client has completed its handshake."""
         server = Endpoint(S.addr, service.port)
-        row = self.nat.open_tcp(client, service, server, Source.CLIENT, 16000, now)
-        row.tracker.client_acked = True
-        return row
+        flow = self.nat.open_tcp(client, service, server, Source.CLIENT, 16000, now)
+        flow.tracker.client_acked = True
+        return flow
 
     def connected(self) -> Flow:
-        row = self.client()
+        flow = self.client()
         assert self.relays.handle(OPEN, self.one, 0) == Opened(1, S, Source.CLIENT)
-        row.tracker.resumed()
-        return row
+        flow.tracker.resumed()
+        return flow
 
 
 @pytest.fixture
@@ -88,12 +88,12 @@ def world() -> World:
 # open
 
 
-def test_a_clients_row_is_opened_with_its_server_and_source(world: World) -> None:
-    row = world.client()
+def test_a_clients_flow_is_opened_with_its_server_and_source(world: World) -> None:
+    flow = world.client()
 
     assert world.relays.handle(OPEN, world.one, 0) == Opened(1, S, Source.CLIENT)
-    assert row.relay == Y
-    assert set(row.rewrites) == {Step.T1, Step.T2, Step.T3, Step.T4}
+    assert flow.relay == Y
+    assert set(flow.rewrites) == {Step.T1, Step.T2, Step.T3, Step.T4}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_clients_row_is_opened_with_its_server_and_source(world: World) -> Non
         Open(1, at("C:40001"), 16000, Y),
     ],
 )
-def test_without_a_row_nobody_is_served(world: World, request_: Open) -> None:
+def test_without_a_flow_nobody_is_served(world: World, request_: Open) -> None:
     world.relays.listens(world.one, 17000)
     if request_ != OPEN:
         world.client()
@@ -133,26 +133,26 @@ def test_a_taken_relay_port_is_refused_by_the_word_that_means_try_another(world:
     assert world.relays.handle(OPEN, world.one, 0) == Opened(1, S, Source.CLIENT)
 
 
-def test_an_ended_row_is_refused_and_closed(world: World) -> None:
-    row = world.client()
-    row.tracker.client_acked = True
-    world.relays.abort(row, 0)
+def test_an_ended_flow_is_refused_and_closed(world: World) -> None:
+    flow = world.client()
+    flow.tracker.client_acked = True
+    world.relays.abort(flow, 0)
 
     assert world.relays.handle(OPEN, world.one, 1) == Refused(1, "the row was ended")
-    assert row.state is State.CLOSED
+    assert flow.state is State.CLOSED
     assert world.relays.handle(OPEN, world.one, 2) == Refused(1, "the row was ended")
-    assert row.closed_at == 1
+    assert flow.closed_at == 1
 
 
 # close
 
 
-def test_close_closes_the_row_which_goes_when_the_last_packets_are_through(world: World) -> None:
-    row = world.connected()
+def test_close_closes_the_flow_which_goes_when_the_last_packets_are_through(world: World) -> None:
+    flow = world.connected()
 
     assert world.relays.handle(Close(Y), world.one, 5) is None
-    assert row.state is State.CLOSED
-    assert world.nat.expire(5 + CLOSED_LINGER + 1) == [row]
+    assert flow.state is State.CLOSED
+    assert world.nat.expire(5 + CLOSED_LINGER + 1) == [flow]
 
 
 def test_close_of_what_is_not_there_does_nothing(world: World) -> None:
@@ -160,39 +160,39 @@ def test_close_of_what_is_not_there_does_nothing(world: World) -> None:
     assert len(world.nat) == 0
 
 
-def test_a_closed_row_is_not_closed_again_when_its_tcp_relay_is_lost(world: World) -> None:
-    row = world.connected()
+def test_a_closed_flow_is_not_closed_again_when_its_tcp_relay_is_lost(world: World) -> None:
+    flow = world.connected()
     world.relays.handle(Close(Y), world.one, 1)
     world.relays.lost(world.one, 2)
     world.relays.on_time(100)
 
-    assert row.closed_at == 1
+    assert flow.closed_at == 1
 
 
 # resume
 
 
-def test_after_krelay_was_gone_a_row_is_made_again_established(world: World) -> None:
+def test_after_krelay_was_gone_a_flow_is_made_again_established(world: World) -> None:
     assert world.relays.handle(RESUME, world.one, 0) == Resumed(2)
 
-    [row] = world.nat
-    assert (row.client, row.inside, row.service, row.server, row.relay) == (C, C, K, S, Y)
-    assert (row.gport, row.source, row.state) == (16000, Source.CLIENT, State.ESTABLISHED)
-    assert set(row.rewrites) == {Step.T1, Step.T2, Step.T3, Step.T4}
-    assert not any(rewrite.watched for rewrite in row.rewrites.values())
+    [flow] = world.nat
+    assert (flow.client, flow.inside, flow.service, flow.server, flow.relay) == (C, C, K, S, Y)
+    assert (flow.gport, flow.source, flow.state) == (16000, Source.CLIENT, State.ESTABLISHED)
+    assert set(flow.rewrites) == {Step.T1, Step.T2, Step.T3, Step.T4}
+    assert not any(rewrite.watched for rewrite in flow.rewrites.values())
     assert world.nat.expire(7000) == []
 
 
-def test_a_row_made_again_is_the_row_that_was(world: World) -> None:
+def test_a_flow_made_again_is_the_flow_that_was(world: World) -> None:
     before = world.connected()
     keys = {step: (r.old, r.new) for step, r in before.rewrites.items()}
     reborn = World()
 
     reborn.relays.handle(RESUME, reborn.one, 0)
 
-    [row] = reborn.nat
-    assert {step: (r.old, r.new) for step, r in row.rewrites.items()} == keys
-    assert row.footprint == before.footprint
+    [flow] = reborn.nat
+    assert {step: (r.old, r.new) for step, r in flow.rewrites.items()} == keys
+    assert flow.footprint == before.footprint
 
 
 def test_what_tcp_relay_remembers_beyond_the_contract_is_believed(world: World) -> None:
@@ -204,9 +204,9 @@ def test_what_tcp_relay_remembers_beyond_the_contract_is_believed(world: World) 
 
     assert world.relays.handle(request, world.one, 0) == Resumed(3)
 
-    [row] = world.nat
-    assert (row.client, row.inside, row.service) == (C, inside, at("G:443"))
-    assert row.rewrites[Step.T3].src == Y
+    [flow] = world.nat
+    assert (flow.client, flow.inside, flow.service) == (C, inside, at("G:443"))
+    assert flow.rewrites[Step.T3].src == Y
 
 
 def test_without_a_source_the_clients_place_decides(world: World) -> None:
@@ -214,18 +214,18 @@ def test_without_a_source_the_clients_place_decides(world: World) -> None:
 
     world.relays.handle(neighbour, world.one, 0)
 
-    assert [row.source for row in world.nat] == [Source.RELAY]
+    assert [flow.source for flow in world.nat] == [Source.RELAY]
 
 
-def test_after_only_the_socket_was_lost_the_row_stays_and_has_a_new_owner(world: World) -> None:
-    row = world.connected()
+def test_after_only_the_socket_was_lost_the_flow_stays_and_has_a_new_owner(world: World) -> None:
+    flow = world.connected()
     world.relays.lost(world.one, 1)
 
     assert world.relays.handle(RESUME, world.two, 2) == Resumed(2)
     world.relays.on_time(100)
-    assert list(world.nat) == [row]
-    assert row.closed_at is None
-    world.relays.abort(row, 101)
+    assert list(world.nat) == [flow]
+    assert flow.closed_at is None
+    world.relays.abort(flow, 101)
     assert (world.one.said, world.two.said) == ([], [Abort(Y)])
 
 
@@ -242,38 +242,38 @@ def test_what_has_no_room_cannot_be_resumed(limits: FlowLimits, reason: str) -> 
     assert len(world.nat) == 0
 
 
-def test_what_another_uses_cannot_be_resumed_and_leaves_no_row(world: World) -> None:
-    row = world.connected()
+def test_what_another_uses_cannot_be_resumed_and_leaves_no_flow(world: World) -> None:
+    flow = world.connected()
 
     answer = world.relays.handle(Resume(2, at("C:40001"), 16000, Y, S), world.two, 1)
 
     assert answer == Refused(2, "can't be resumed: port_taken")
-    assert list(world.nat) == [row]
-    assert world.nat.of_relay_port(Y) is row
+    assert list(world.nat) == [flow]
+    assert world.nat.of_relay_port(Y) is flow
 
 
-def test_a_closed_row_is_no_obstacle_to_who_resumes_between_its_ports(world: World) -> None:
-    row = world.connected()
+def test_a_closed_flow_is_no_obstacle_to_who_resumes_between_its_ports(world: World) -> None:
+    flow = world.connected()
     world.relays.handle(Close(Y), world.one, 1)
 
     assert world.relays.handle(RESUME, world.one, 2) == Resumed(2)
 
     again = world.nat.of_relay_port(Y)
     assert again is not None
-    assert again is not row
+    assert again is not flow
     assert world.nat.accepted(C, 16000) is again
 
 
-def test_a_refused_resume_takes_nothing_from_the_row_that_lives(world: World) -> None:
-    """The same client ports from another relay port: the live row keeps its packets."""
-    row = world.connected()
-    found = [(rewrite.table, rewrite.old) for rewrite in row.rewrites.values()]
+def test_a_refused_resume_takes_nothing_from_the_flow_that_lives(world: World) -> None:
+    """The same client ports from another relay port: the live flow keeps its packets."""
+    flow = world.connected()
+    found = [(rewrite.table, rewrite.old) for rewrite in flow.rewrites.values()]
 
     answer = world.relays.handle(Resume(2, C, 16000, at("K:40000"), S), world.two, 1)
 
     assert isinstance(answer, Refused)
-    assert world.nat.accepted(C, 16000) is row
-    assert all(table[at_].row is row for table, at_ in found)
+    assert world.nat.accepted(C, 16000) is flow
+    assert all(table[at_].flow is flow for table, at_ in found)
 
 
 # what is bounded
@@ -284,19 +284,19 @@ STRANGER = 65534
 
 def test_a_client_whose_handshake_was_not_seen_is_nobodys(world: World) -> None:
     """Its address may be forged."""
-    row = world.client()
-    row.tracker.client_acked = False
+    flow = world.client()
+    flow.tracker.client_acked = False
 
     assert world.relays.handle(OPEN, world.one, 0) == Refused(1, "no row for this client")
-    assert not row.accepted
+    assert not flow.accepted
 
 
 @pytest.mark.parametrize("whose", [None, STRANGER])
 def test_a_client_whose_connection_another_has_or_nobody_is_nobodys(
     world: World, whose: int | None
 ) -> None:
-    row = world.client()
-    row.tracker.client_acked = False
+    flow = world.client()
+    flow.tracker.client_acked = False
     world.kernel.others[at("K:16000"), C] = whose
     world.relays.expect([OPEN], world.one)
     assert world.relays.handle(OPEN, world.one, 0) == Refused(1, "no row for this client")
@@ -307,9 +307,9 @@ def test_a_client_whose_connection_another_has_or_nobody_is_nobodys(
 
 
 def test_a_handshake_that_the_kernel_rewrote_is_heard_of_when_it_matters(world: World) -> None:
-    row = world.client()
-    row.tracker.client_acked = False
-    world.nat.on_late = lambda rows: world.nat.heard(rows[0].rewrites[Step.T1], 1, 40, 0)
+    flow = world.client()
+    flow.tracker.client_acked = False
+    world.nat.on_late = lambda flows: world.nat.heard(flows[0].rewrites[Step.T1], 1, 40, 0)
 
     assert world.relays.handle(OPEN, world.one, 0) == Opened(1, S, Source.CLIENT)
 
@@ -327,12 +327,12 @@ def test_who_has_handed_over_no_socket_gets_nobodys_client(world: World) -> None
 
 
 def test_a_client_that_one_tcp_relay_has_is_not_anothers(world: World) -> None:
-    row = world.connected()
+    flow = world.connected()
     again = replace(OPEN, relay=at("K:45000"))
 
     answer = world.relays.handle(again, world.two, 1)
     assert answer == Refused(1, "another tcp-relay has this client")
-    assert row.relay == Y
+    assert flow.relay == Y
     stranger = world.joined(STRANGER)
     world.relays.lost(world.one, 2)
     assert isinstance(world.relays.handle(again, stranger, 3), Refused)
@@ -340,16 +340,16 @@ def test_a_client_that_one_tcp_relay_has_is_not_anothers(world: World) -> None:
     assert world.relays.handle(again, world.two, 3) == Opened(1, S, Source.CLIENT)
 
 
-def test_a_relay_port_that_another_row_has_is_taken_also_for_another_client(world: World) -> None:
+def test_a_relay_port_that_another_flow_has_is_taken_also_for_another_client(world: World) -> None:
     """Its packets to the server would be the other's."""
-    row = world.connected()
+    flow = world.connected()
     world.client(at("D:40000"))
 
     answer = world.relays.handle(Open(5, at("D:40000"), 16000, Y), world.two, 1)
 
     assert answer == Refused(5, PORT_TAKEN)
-    assert world.nat.of_relay_port(Y) is row
-    assert all(rewrite.table[rewrite.old] is rewrite for rewrite in row.rewrites.values())
+    assert world.nat.of_relay_port(Y) is flow
+    assert all(rewrite.table[rewrite.old] is rewrite for rewrite in flow.rewrites.values())
 
 
 @pytest.mark.parametrize("relay", [at("S:45678"), at("D:45678"), Endpoint.of("127.0.0.1", 45678)])
@@ -360,13 +360,13 @@ def test_a_relay_port_is_one_of_this_hosts(world: World, relay: Endpoint) -> Non
     assert answer == Refused(1, "relay is no address of this host")
 
 
-def test_a_row_is_closed_by_its_own_tcp_relay_alone(world: World) -> None:
-    row = world.connected()
+def test_a_flow_is_closed_by_its_own_tcp_relay_alone(world: World) -> None:
+    flow = world.connected()
     for other in (world.two, world.joined(STRANGER), TcpRelay()):
         answer = world.relays.handle(Close(Y), other, 1)
         assert answer == Refused(None, "that row is not this tcp-relay's")
 
-    assert row.closed_at is None
+    assert flow.closed_at is None
 
 
 NEVER = "can't be resumed: this was never in force"
@@ -408,17 +408,17 @@ def test_what_never_can_have_been_is_not_resumed(
 def test_the_port_that_the_server_sees_is_resumed_with_its_connection(world: World) -> None:
     low = replace(RESUME, client=at("C:777"), seen=at("C:778"))
     assert world.relays.handle(low, world.one, 0) == Resumed(2)
-    row = world.nat.of_relay_port(Y)
-    assert row is not None
-    assert row.seen == at("C:778")
+    flow = world.nat.of_relay_port(Y)
+    assert flow is not None
+    assert flow.seen == at("C:778")
 
     other = replace(RESUME, client=at("C:779"), relay=at("K:45679"), seen=at("C:778"))
     assert isinstance(world.relays.handle(other, world.one, 0), Refused)
     high = replace(RESUME, client=at("C:779"), relay=at("K:45679"))
     assert world.relays.handle(high, world.one, 0) == Resumed(2)
-    row = world.nat.of_relay_port(at("K:45679"))
-    assert row is not None
-    assert row.seen == at("C:45679")
+    flow = world.nat.of_relay_port(at("K:45679"))
+    assert flow is not None
+    assert flow.seen == at("C:45679")
 
 
 def test_values_that_were_in_force_at_different_times_are_not_believed_together(
@@ -451,7 +451,7 @@ def test_a_connection_that_this_user_does_not_have_is_not_resumed(
     assert len(world.nat) == 0
 
 
-def test_outside_of_a_restart_nothing_is_resumed_but_rows(world: World) -> None:
+def test_outside_of_a_restart_nothing_is_resumed_but_flows(world: World) -> None:
     world.relays.resumable_until = 5.0
     answer = world.relays.handle(RESUME, world.one, 5.0)
     assert answer == Refused(2, "can't be resumed: krelay has no row of it")
@@ -461,43 +461,43 @@ def test_outside_of_a_restart_nothing_is_resumed_but_rows(world: World) -> None:
     assert world.relays.handle(RESUME, world.two, 7) == Resumed(2)
 
 
-def test_a_row_that_lives_is_resumed_by_its_own_user_when_its_tcp_relay_is_lost(
+def test_a_flow_that_lives_is_resumed_by_its_own_user_when_its_tcp_relay_is_lost(
     world: World,
 ) -> None:
-    row = world.connected()
+    flow = world.connected()
     stranger = world.joined(STRANGER)
     for other in (world.two, stranger):
         assert isinstance(world.relays.handle(RESUME, other, 1), Refused)
     world.relays.lost(world.one, 2)
-    assert row.orphaned
+    assert flow.orphaned
     assert isinstance(world.relays.handle(RESUME, stranger, 3), Refused)
     assert isinstance(world.relays.handle(Close(Y), stranger, 3), Refused)
     wrong = replace(RESUME, server=at("N:80"))
     assert isinstance(world.relays.handle(wrong, world.two, 3), Refused)
 
     assert world.relays.handle(RESUME, world.two, 3) == Resumed(2)
-    assert not row.orphaned
+    assert not flow.orphaned
 
 
 def test_no_clients_other_connection_is_displaced_by_one_that_is_resumed(world: World) -> None:
     """The port that the client's packets came from is tcp-relay's word alone."""
-    row = world.connected()
+    flow = world.connected()
     request = replace(RESUME, client=at("C:7"), origin=C, relay=at("K:5"))
 
     answer = world.relays.handle(request, world.two, 0)
 
     assert answer == Refused(2, "can't be resumed: another row has this client")
-    assert all(rewrite.table[rewrite.old] is rewrite for rewrite in row.rewrites.values())
+    assert all(rewrite.table[rewrite.old] is rewrite for rewrite in flow.rewrites.values())
 
 
-def test_a_tcp_relay_that_resets_nothing_keeps_no_row_that_was_ended(world: World) -> None:
-    row = world.connected()
-    world.relays.abort(row, 1)
+def test_a_tcp_relay_that_resets_nothing_keeps_no_flow_that_was_ended(world: World) -> None:
+    flow = world.connected()
+    world.relays.abort(flow, 1)
     world.relays.on_time(1 + ABORT_WITHIN - 0.1)
-    assert row.closed_at is None
+    assert flow.closed_at is None
     world.relays.on_time(1 + ABORT_WITHIN)
 
-    assert row.state is State.CLOSED
+    assert flow.state is State.CLOSED
 
 
 def test_gateway_ports_are_remembered_for_those_who_are_still_in_their_queues(
@@ -515,14 +515,14 @@ def test_gateway_ports_are_remembered_for_those_who_are_still_in_their_queues(
 # lost
 
 
-def test_rows_that_nobody_comes_back_for_are_closed_after_the_grace(world: World) -> None:
-    row = world.connected()
+def test_flows_that_nobody_comes_back_for_are_closed_after_the_grace(world: World) -> None:
+    flow = world.connected()
     world.relays.lost(world.one, 10)
 
     world.relays.on_time(10 + ORPHAN_GRACE - 0.1)
-    assert row.closed_at is None
+    assert flow.closed_at is None
     world.relays.on_time(10 + ORPHAN_GRACE)
-    assert row.state is State.CLOSED
+    assert flow.state is State.CLOSED
 
 
 def test_losing_one_tcp_relay_is_not_losing_another(world: World) -> None:
@@ -536,10 +536,10 @@ def test_losing_one_tcp_relay_is_not_losing_another(world: World) -> None:
     assert (mine.state, other.state) == (State.CLOSED, State.OPENING)
 
 
-def test_a_tcp_relay_may_be_lost_twice_and_its_rows_have_their_grace_each_time(
+def test_a_tcp_relay_may_be_lost_twice_and_its_flows_have_their_grace_each_time(
     world: World,
 ) -> None:
-    row = world.connected()
+    flow = world.connected()
     world.relays.lost(world.one, 0)
     world.relays.handle(RESUME, world.two, 1)
     world.relays.lost(world.two, 4)
@@ -547,13 +547,13 @@ def test_a_tcp_relay_may_be_lost_twice_and_its_rows_have_their_grace_each_time(
     world.relays.on_time(ORPHAN_GRACE)
     world.relays.on_time(ORPHAN_GRACE + 4)
 
-    assert row.closed_at is not None
-    assert row.closed_at >= ORPHAN_GRACE
+    assert flow.closed_at is not None
+    assert flow.closed_at >= ORPHAN_GRACE
 
 
-def test_owners_of_rows_that_are_no_more_are_forgotten(world: World) -> None:
-    row = world.connected()
-    world.nat.end(row)
+def test_owners_of_flows_that_are_no_more_are_forgotten(world: World) -> None:
+    flow = world.connected()
+    world.nat.end(flow)
     world.relays.on_time(1)
 
     assert world.relays._owner == {}
@@ -564,52 +564,52 @@ def test_owners_of_rows_that_are_no_more_are_forgotten(world: World) -> None:
 # abort
 
 
-def test_abort_is_told_to_the_rows_owner_alone(world: World) -> None:
-    row = world.connected()
+def test_abort_is_told_to_the_flows_owner_alone(world: World) -> None:
+    flow = world.connected()
 
-    world.relays.abort(row, 1)
+    world.relays.abort(flow, 1)
 
     assert (world.one.said, world.two.said) == ([Abort(Y)], [])
-    assert row.closed_at is None, "its resets must still pass"
+    assert flow.closed_at is None, "its resets must still pass"
     world.relays.handle(Close(Y), world.one, 2)
-    assert row.closed_at == 2
+    assert flow.closed_at == 2
 
 
-def test_a_row_without_an_owner_is_closed_at_once(world: World) -> None:
-    row = world.connected()
+def test_a_flow_without_an_owner_is_closed_at_once(world: World) -> None:
+    flow = world.connected()
     world.relays.lost(world.one, 0)
 
-    world.relays.abort(row, 1)
+    world.relays.abort(flow, 1)
 
-    assert row.closed_at == 1
+    assert flow.closed_at == 1
 
 
-def test_a_row_that_tcp_relay_has_not_asked_for_waits_to_refuse_it(world: World) -> None:
-    row = world.client()
-    row.tracker.client_acked = True
+def test_a_flow_that_tcp_relay_has_not_asked_for_waits_to_refuse_it(world: World) -> None:
+    flow = world.client()
+    flow.tracker.client_acked = True
 
-    world.relays.abort(row, 1)
+    world.relays.abort(flow, 1)
 
-    assert row.closed_at is None
+    assert flow.closed_at is None
     assert world.relays.handle(OPEN, world.one, 2) == Refused(1, "the row was ended")
 
 
-def test_a_row_whose_client_has_not_completed_its_handshake_ends_at_once(world: World) -> None:
-    row = world.client()
-    row.tracker.client_acked = False
-    world.relays.abort(row, 1)
+def test_a_flow_whose_client_has_not_completed_its_handshake_ends_at_once(world: World) -> None:
+    flow = world.client()
+    flow.tracker.client_acked = False
+    world.relays.abort(flow, 1)
 
     assert len(world.nat) == 0
 
 
-def test_a_resumed_row_can_be_aborted(world: World) -> None:
+def test_a_resumed_flow_can_be_aborted(world: World) -> None:
     world.relays.handle(RESUME, world.one, 0)
-    [row] = world.nat
+    [flow] = world.nat
 
-    world.relays.abort(row, 1)
+    world.relays.abort(flow, 1)
 
     assert world.one.said == [Abort(Y)]
-    assert row.client.addr == addr("C")
+    assert flow.client.addr == addr("C")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from tests.tools.sockets import OneUser
 RELAY_PORT = 10_000
 """By so much the relay's port is less than the client's."""
 UNKNOWN = Open(7, at("D:9"), 16000, at("K:45000"))
-NO_ROW = emit(Refused(7, "no row for this client"))
+NO_FLOW = emit(Refused(7, "no row for this client"))
 
 
 class ToldRelays(Relays):
@@ -97,12 +97,14 @@ class World:
             link.send(message if isinstance(message, bytes) else emit(message))
         self.turn()
 
-    def row(self, number: int) -> tuple[Flow, Open]:
-        """A client's row, and the question of the tcp-relay that has accepted it."""
+    def flow(self, number: int) -> tuple[Flow, Open]:
+        """A client's flow, and the query of the tcp-relay that has accepted it."""
         client, relay = at(f"C:{number}"), at(f"K:{number - RELAY_PORT}")
-        row = self.nat.open_tcp(client, at("K:80"), at("S:80"), Source.CLIENT, 16000, self.loop.now)
-        row.tracker.client_acked = True
-        return row, Open(number, client, 16000, relay)
+        flow = self.nat.open_tcp(
+            client, at("K:80"), at("S:80"), Source.CLIENT, 16000, self.loop.now
+        )
+        flow.tracker.client_acked = True
+        return flow, Open(number, client, 16000, relay)
 
 
 @pytest.fixture
@@ -128,22 +130,22 @@ def heard(link: socket.socket) -> list[bytes]:
 
 def test_each_request_has_its_answer_and_close_has_none(world: World) -> None:
     link = world.connect()
-    row, request = world.row(40000)
+    flow, request = world.flow(40000)
     world.say(link, request, Close(at("K:30001")), UNKNOWN)
 
     assert [*map(parse_answer, heard(link))] == [
         Opened(40000, at("S:80"), Source.CLIENT),
         Refused(7, "no row for this client"),
     ]
-    assert row.relay == at("K:30000")
+    assert flow.relay == at("K:30000")
 
 
 def test_the_kernel_is_asked_once_for_all_clients_that_come_together(world: World) -> None:
     """Whoever's handshake it has completed by itself is known by that."""
     link = world.connect()
-    pairs = [world.row(40000 + each) for each in range(5)]
-    for row, _ in pairs[1:]:
-        row.tracker.client_acked = False
+    pairs = [world.flow(40000 + each) for each in range(5)]
+    for flow, _ in pairs[1:]:
+        flow.tracker.client_acked = False
     world.say(link, *(request for _, request in pairs), UNKNOWN, b"nonsense")
 
     asked = [(at("K:16000"), request.client) for _, request in pairs[1:]]
@@ -153,11 +155,11 @@ def test_the_kernel_is_asked_once_for_all_clients_that_come_together(world: Worl
 
 
 def test_who_wants_to_know_is_told_before_answers_are_sent(world: World) -> None:
-    """Also before the last answer of who has said nonsense behind its question."""
+    """Also before the last answer of who has said nonsense behind its query."""
     link = world.connect()
-    row, request = world.row(40000)
+    flow, request = world.flow(40000)
     seen: list[object] = []
-    world.relays.before_answers = lambda: seen.append((row.relay, heard(link)))
+    world.relays.before_answers = lambda: seen.append((flow.relay, heard(link)))
     world.say(link, request, UNKNOWN, b"nonsense")
 
     assert seen == [(at("K:30000"), [])]
@@ -171,7 +173,7 @@ def test_a_report_has_no_answer_and_counts_while_its_connection_lives(world: Wor
     world.say(one, Report("aaaaaaaa", {"open": 2, "accepted": 5}), UNKNOWN)
     world.say(two, Report("bbbbbbbb", {"open": 1, "accepted": 1}))
 
-    assert (heard(one), heard(two)) == ([NO_ROW], [])
+    assert (heard(one), heard(two)) == ([NO_FLOW], [])
     assert (world.relays.totals["open"], world.relays.totals["accepted"]) == (3, 6)
     one.close()
     world.turn()
@@ -212,12 +214,12 @@ def test_a_malformed_message_is_refused_and_ends_that_connection_alone(
     assert end == b""
     assert len(world.relays.losses) == 1
     world.say(other, UNKNOWN)
-    assert heard(other) == [NO_ROW]
+    assert heard(other) == [NO_FLOW]
 
 
-def test_a_lost_connection_is_told_once_and_its_rows_become_orphans(world: World) -> None:
+def test_a_lost_connection_is_told_once_and_its_flows_become_orphans(world: World) -> None:
     link = world.connect()
-    row, request = world.row(40000)
+    flow, request = world.flow(40000)
     world.say(link, request)
     link.close()
     world.turn()
@@ -225,16 +227,16 @@ def test_a_lost_connection_is_told_once_and_its_rows_become_orphans(world: World
 
     assert len(world.relays.losses) == 1
     world.relays.on_time(world.loop.now + 60)
-    assert row.closed_at is not None
+    assert flow.closed_at is not None
     world.socket.close()
     assert len(world.relays.losses) == 1
     world.socket = RelaySocket(world.loop, world.path.parent, world.relays, world.gateways)
 
 
-def test_an_abort_goes_to_the_connection_that_opened_the_row(world: World) -> None:
+def test_an_abort_goes_to_the_connection_that_opened_the_flow(world: World) -> None:
     one, two = world.connect(), world.connect()
-    first, asked_first = world.row(40000)
-    second, asked_second = world.row(40001)
+    first, asked_first = world.flow(40000)
+    second, asked_second = world.flow(40001)
     world.say(one, asked_first)
     world.say(two, asked_second)
     for link in (one, two):
@@ -263,25 +265,25 @@ def test_who_does_not_read_its_answers_is_disconnected_once_they_fill_the_socket
     assert len(world.relays.losses) == 1
     assert world.socket.pids == frozenset()
     answers = heard(link)
-    assert set(answers[:-1]) == {NO_ROW}
+    assert set(answers[:-1]) == {NO_FLOW}
     assert answers[-1] == b""
 
 
 def test_aborts_that_fill_the_socket_close_it_after_the_caller_is_through(world: World) -> None:
     link = world.connect()
-    rows = []
+    flows = []
     for number in range(20_000, 40_000):
-        row, request = world.row(number)
-        rows.append(row)
+        flow, request = world.flow(number)
+        flows.append(flow)
         world.relays.handle(request, _send_of(world), world.loop.now)
-    for row in rows:
-        world.relays.abort(row, world.loop.now)
+    for flow in flows:
+        world.relays.abort(flow, world.loop.now)
         assert world.relays.losses == []
     world.turn()
 
     assert len(world.relays.losses) == 1
     *aborts, end = heard(link)
-    assert 0 < len(aborts) < len(rows)
+    assert 0 < len(aborts) < len(flows)
     assert parse_answer(aborts[0]) == Abort(at("K:10000"))
     assert end == b""
 
@@ -361,8 +363,8 @@ def test_a_host_that_fails_once_loses_no_tcp_relay(world: World, method: str, nu
     link = world.connect()
     (ours,) = world.socket._links
     ours._socket = FailingOnce(ours._socket, method, number)  # type: ignore[assignment]
-    _, question = world.row(RELAY_PORT + 1)
-    world.say(link, question)
+    _, query = world.flow(RELAY_PORT + 1)
+    world.say(link, query)
     world.turn()
 
     (answer,) = heard(link)

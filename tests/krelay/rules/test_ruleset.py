@@ -236,7 +236,7 @@ LEARNING = Learning(
 )
 
 
-def test_questions_are_learnt_where_there_is_one_way_to_relay_them() -> None:
+def test_queries_are_learnt_where_there_is_one_way_to_relay_them() -> None:
     spec = replace(SPEC, room=1000, learning=LEARNING)
     made = nft_rules(spec)
     asked = "ip saddr . udp sport"
@@ -312,7 +312,7 @@ def test_few_ports_are_compared_and_many_looked_up() -> None:
     assert done(many) == DONE + "th sport != { 1, 3, 5, 7, 9 } accept"
 
 
-def test_the_hosts_own_questions_are_minded_where_the_kernel_learns() -> None:
+def test_the_hosts_own_queries_are_minded_where_the_kernel_learns() -> None:
     rules = nft_rules(replace(SPEC, room=9, learning=LEARNING))["post-udp"]
 
     assert rules[-2:] == [
@@ -343,7 +343,7 @@ def test_every_map_is_there_once_and_as_large_as_wished() -> None:
 
     assert len(steps) == len(steps_handed(spec)) == 16
     for name, step in steps.items():
-        counted = " counter;" if step in SIDES else ""  # what rows show
+        counted = " counter;" if step in SIDES else ""  # what flows show
         assert len(re.findall(rf"  map {name} {{ type .* size 1000;{counted} }}", text)) == 1
         assert text.count(f"map @{name} counter name {name} accept") == 1
 
@@ -605,13 +605,13 @@ def spec_for(*footprints: Footprint, source_is_relay: bool = False) -> RuleSpec:
     )
 
 
-def test_without_rows_the_rules_are_those_of_the_config() -> None:
+def test_without_flows_the_rules_are_those_of_the_config() -> None:
     assert spec_for() == RuleSpec(
         "krelay", 1600, ((80, 80), (443, 443)), ((53, 53),), (17000,), (S,), (NET,)
     )
 
 
-def test_rows_keep_what_they_need_in_the_rules() -> None:
+def test_flows_keep_what_they_need_in_the_rules() -> None:
     spec = spec_for(
         Footprint(Proto.TCP, 8080, 16000, Z.packed, False),
         Footprint(Proto.UDP, 123, None, S.packed, False),
@@ -746,19 +746,19 @@ def test_some_of_what_servers_send_elsewhere_is_copied() -> None:
     assert len({1600, begun(1600), ends(1600), strays(1600)}) == 4
 
 
-def test_rows_keep_the_rules_of_services_that_any_port_may_answer() -> None:
-    row = Footprint(Proto.UDP, 69, None, S.packed, False, False, True)
+def test_flows_keep_the_rules_of_services_that_any_port_may_answer() -> None:
+    flow = Footprint(Proto.UDP, 69, None, S.packed, False, False, True)
 
-    assert spec_for(row).any_port == ((69, 69),)
+    assert spec_for(flow).any_port == ((69, 69),)
     assert spec_for().any_port == ()
 
 
-def test_rows_that_are_forwarded_keep_their_rules_and_need_no_gateway_port() -> None:
-    row = Footprint(Proto.TCP, 8080, None, Z.packed, False, True)
+def test_flows_that_are_forwarded_keep_their_rules_and_need_no_gateway_port() -> None:
+    flow = Footprint(Proto.TCP, 8080, None, Z.packed, False, True)
     nothing: tuple[tuple[int, int], ...] = ()
     spec = wanted(
         name="krelay", queue=1600, tcp=nothing, udp=nothing, gport=None, server=S,
-        source_is_relay=False, beside=[], footprints=[row], forwarded=[(443, 443)],
+        source_is_relay=False, beside=[], footprints=[flow], forwarded=[(443, 443)],
     )  # fmt: skip
 
     assert (spec.tcp, spec.forwarded, spec.gports) == ((), ((443, 443), (8080, 8080)), ())
@@ -767,10 +767,10 @@ def test_rows_that_are_forwarded_keep_their_rules_and_need_no_gateway_port() -> 
         assert "16000" not in text
 
 
-def test_anyones_source_is_changed_with_source_relay_and_while_a_row_needs_it() -> None:
+def test_anyones_source_is_changed_with_source_relay_and_while_a_flow_needs_it() -> None:
     assert spec_for(source_is_relay=True).relay_clients == (ANYONE,)
-    row = Footprint(Proto.UDP, 53, None, S.packed, True)
-    assert spec_for(row).relay_clients == (ANYONE,)
+    flow = Footprint(Proto.UDP, 53, None, S.packed, True)
+    assert spec_for(flow).relay_clients == (ANYONE,)
 
 
 def test_equal_needs_in_another_order_make_equal_specs() -> None:

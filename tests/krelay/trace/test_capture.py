@@ -273,15 +273,15 @@ def test_what_is_lost_stands_in_the_next_frame_of_each_place_and_at_the_end() ->
 def test_an_unchanged_packet_is_missed_where_it_would_have_been_seen() -> None:
     capture = Capture(AT)
     nat = NatTable(rng=Random(1))
-    row = nat.open_tcp(at("C:40000"), at("K:80"), at("S:80"), Source.RELAY, 16000, 0)
-    nat.attach(row, at("K:45678"), 0)
-    capture.missed(row.rewrites[Step.T3])
+    flow = nat.open_tcp(at("C:40000"), at("K:80"), at("S:80"), Source.RELAY, 16000, 0)
+    nat.attach(flow, at("K:45678"), 0)
+    capture.missed(flow.rewrites[Step.T3])
     blocks = slow_read(capture.begin() + capture.end(AT))
 
     assert [block.numbers["ifdrop"] for block in blocks[-3:]] == [0, 0, 1]
 
 
-def test_names_and_what_is_remembered_of_rows_are_bounded() -> None:
+def test_names_and_what_is_remembered_of_flows_are_bounded() -> None:
     found = Recorded(Host(policy()))
     found.host.nat.limits = found.host.nat.limits._replace(flows=10**6)
     clients = MOST_NAMES + 100

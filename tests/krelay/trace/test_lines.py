@@ -45,7 +45,7 @@ from tests.tools.script import RECORD_ROUTE, Host
             "U3,U4 192.168.0.1:53 > 10.0.0.1:4000 10 bytes => 192.168.0.2:53 > flow 2",
         ),
         (
-            "C:40001 > K:80 [S]",  # its row comes with it
+            "C:40001 > K:80 [S]",  # its flow comes with it
             "T1 10.0.0.1:40001 > 192.168.0.2:80 [S] => > 192.168.0.2:16000 flow 3",
         ),
     ],
@@ -84,7 +84,7 @@ def test_a_line_shows_both_ends_where_both_have_changed_and_says_when_none_has()
 
 
 def test_bytes_that_are_no_packet_still_make_a_line() -> None:
-    rewrite = rows()["tcp"].rewrites[Step.T1]
+    rewrite = flows()["tcp"].rewrites[Step.T1]
 
     for nonsense in (b"", b"\xff" * 40):
         assert line(rewrite, nonsense, nonsense) == f"T1 {len(nonsense)} bytes flow 1"
@@ -182,7 +182,7 @@ def test_any_bytes_can_be_looked_at(packet: bytes) -> None:
 
 def test_lines_tell_what_was_lost_before_the_next_or_when_all_is_read() -> None:
     lines = Lines()
-    rewrite = rows()["tcp"].rewrites[Step.T1]
+    rewrite = flows()["tcp"].rewrites[Step.T1]
     told = Untouched(SYN, Hook.PREROUTING, Verdict.DROP, "recovering")
     lost = b"lost 2 lines: the reader is too slow\n"
     first = line(rewrite, SYN, SYN).encode() + b"\n"
@@ -201,7 +201,7 @@ def test_lines_tell_what_was_lost_before_the_next_or_when_all_is_read() -> None:
         assert lines.rewritten(rewrite, SYN, SYN, 0) == first
 
 
-def rows() -> dict[str, Flow]:
+def flows() -> dict[str, Flow]:
     nat = NatTable(rng=Random(1))
     tcp = nat.open_tcp(at("C:40000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 0)
     udp = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:53"), at("S:53"), Source.CLIENT, 0)
@@ -228,7 +228,7 @@ def rows() -> dict[str, Flow]:
     ],
 )
 def test_a_filter_admits_what_all_its_parts_admit(wanted: Filter, admitted: str) -> None:
-    assert [name for name, row in rows().items() if wanted.admits(row)] == admitted.split()
+    assert [name for name, flow in flows().items() if wanted.admits(flow)] == admitted.split()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_filter_admits_what_all_its_parts_admit(wanted: Filter, admitted: str)
         (Filter(state="closed"), ""),
     ],
 )
-def test_a_filter_admits_a_packet_without_a_row_that_could_be_of_one(
+def test_a_filter_admits_a_packet_without_a_flow_that_could_be_of_one(
     wanted: Filter, admitted: str
 ) -> None:
     packets = {

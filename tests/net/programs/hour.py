@@ -97,7 +97,7 @@ class Stories:
         """Somebody removes the tree."""
         every(self._loop, 250, lambda: shutil.rmtree(self._root))
 
-    def rows(self) -> None:
+    def flows(self) -> None:
         """Packets come, as from the queue: those of some clients, whose ports come again."""
         every(self._loop, 2, self._some_packets)
 

@@ -41,7 +41,7 @@ def finished(up: bool, down: bool) -> Session:
 
 
 @pytest.mark.parametrize(
-    ("pair", "is_connected", "state"),
+    ("session", "is_connected", "state"),
     [
         (Session(), False, "connecting"),
         (finished(True, False), False, "connecting"),
@@ -52,8 +52,8 @@ def finished(up: bool, down: bool) -> Session:
         (Session(Channel(got_eof=True, got_reset=True), Channel(got_eof=True)), True, "resetting"),
     ],
 )
-def test_a_state_is_said_in_a_word_or_two(pair: Session, is_connected: bool, state: str) -> None:
-    assert state_of(pair, is_connected) == state
+def test_a_state_is_said_in_a_word_or_two(session: Session, is_connected: bool, state: str) -> None:
+    assert state_of(session, is_connected) == state
 
 
 def test_the_table_has_a_line_for_each_and_a_line_of_totals() -> None:

@@ -12,7 +12,7 @@ class Connection:
     """Keeps what it is told, and tells the engine as a pump does."""
 
     def __init__(self, engine: Engine, name: str = "10.0.0.1:40000") -> None:
-        self.pair = Session()
+        self.session = Session()
         self.engine = engine
         self.name = name
         self.ends: list[tuple[End, str]] = []
@@ -43,8 +43,8 @@ def test_the_report_tells_who_lives_and_what_was() -> None:
         one, two, three = (Connection(engine) for _ in range(3))
         assert len(engine) == 3
         one.end(End.CLOSED)
-        two.pair.up.hold(b"12345")
-        three.pair.down.hold(b"123")
+        two.session.up.hold(b"12345")
+        three.session.down.hold(b"123")
         engine.counts.moved[1] += 7
         report = engine.report()
         assert list(report)[:2] == ["open", "held"]

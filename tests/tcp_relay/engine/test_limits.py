@@ -1,4 +1,4 @@
-"""The defaults, which are a contract, and that limits don't change under a running pair."""
+"""The defaults, which are a contract, and that limits don't change under a running session."""
 
 from dataclasses import FrozenInstanceError
 

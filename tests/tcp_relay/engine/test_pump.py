@@ -147,7 +147,7 @@ class Rig:
 
     def flood(self, source: socket.socket) -> int:
         """Until nothing goes in at one end, because nobody reads at the other; how much went."""
-        half = self.pump.pair.up if source is self.client else self.pump.pair.down
+        channel = self.pump.session.up if source is self.client else self.pump.session.down
         sent, still = 0, 0
         deadline = time.monotonic() + BOUND
         while still < 5:
@@ -156,7 +156,7 @@ class Rig:
             sent += more
             still = 0 if more else still + 1
             run_for(self.loop, 0.005)
-        assert half.held
+        assert channel.held
         return sent
 
     def ended(self) -> list[End]:
@@ -207,8 +207,8 @@ def test_both_ends_of_file_end_it_in_order(rig: Rig) -> None:
 
 def test_a_stalled_sink_bounds_what_is_held_and_nothing_is_lost(rig: Rig) -> None:
     sent = rig.flood(rig.client)
-    assert 0 < len(rig.pump.pair.up.held) <= LONG.hold
-    assert rig.engine.report()["held"] == rig.pump.pair.held
+    assert 0 < len(rig.pump.session.up.held) <= LONG.hold
+    assert rig.engine.report()["held"] == rig.pump.session.held
     rig.client.shutdown(socket.SHUT_WR)
     received = 0
 
@@ -220,7 +220,7 @@ def test_a_stalled_sink_bounds_what_is_held_and_nothing_is_lost(rig: Rig) -> Non
 
     rig.run_until(pull)
     assert received == sent
-    assert rig.pump.pair.held == 0
+    assert rig.pump.session.held == 0
 
 
 def test_what_a_full_sink_leaves_of_many_small_pieces_stays_in_order(loop: Loop) -> None:
@@ -229,7 +229,7 @@ def test_what_a_full_sink_leaves_of_many_small_pieces_stays_in_order(loop: Loop)
         rig.client.setblocking(False)
         sent = b""
         number = 0
-        while not rig.pump.pair.up.held:
+        while not rig.pump.session.up.held:
             piece = b"%07d|" % number * 125
             number += 1
             sent += piece[: rig.client.send(piece)]
@@ -284,9 +284,9 @@ def _played(kind: type[Pump], script: list[tuple[str, str, int]]) -> list[object
             turns(loop, 4)
             facts.append([drain(sock) for sock in ends.values()])
             turns(loop, 2)
-            pair = rig.pump.pair
-            halves = [replace(half, at=0.0) for half in (pair.up, pair.down)]
-            facts.append((halves, rig.pump.alive, list(rig.engine.counts.moved)))
+            session = rig.pump.session
+            channels = [replace(channel, at=0.0) for channel in (session.up, session.down)]
+            facts.append((channels, rig.pump.alive, list(rig.engine.counts.moved)))
     return facts
 
 
@@ -326,7 +326,7 @@ def test_a_turn_is_bounded(loop: Loop) -> None:
         moved: list[int] = []
         for _ in range(10):
             turns(loop)
-            moved.append(rig.pump.pair.up.moved)
+            moved.append(rig.pump.session.up.moved)
         assert moved[-1] > STEPS * limits.hold  # it goes on by itself
         # `turns` are two of the loop's, and each may have an event beside the queued turn.
         assert all(after - before <= 4 * STEPS * limits.hold for before, after in pairwise(moved))
@@ -340,7 +340,7 @@ def test_a_fast_connection_doesnt_starve_a_slow_one(loop: Loop) -> None:
             slow.client.sendall(b"%d" % number)
             turns(loop, 1)
             assert exactly(slow.server, 1) == b"%d" % number
-        assert 0 < fast.pump.pair.up.moved < left  # it was busy all the time
+        assert 0 < fast.pump.session.up.moved < left  # it was busy all the time
 
 
 # Connecting.
@@ -402,7 +402,7 @@ def test_what_a_client_says_and_ends_while_connecting_is_not_lost(loop: Loop) ->
         with socket.create_server((LOCALHOST, 0)) as listening:
             rig.pump.use_server(server_socket())
             rig.pump.connect(listening.getsockname())
-            rig.run_until(lambda: rig.pump.pair.up.sent_eof)
+            rig.run_until(lambda: rig.pump.session.up.sent_eof)
             server, _ = listening.accept()
         with server:
             assert everything(server) == b"early"
@@ -449,7 +449,7 @@ def test_urgent_bytes_before_an_end_of_file_dont_hide_what_follows_them(loop: Lo
         rig.client.send(b"!", socket.MSG_OOB)
         rig.client.sendall(b"after")
         rig.client.shutdown(socket.SHUT_WR)
-        rig.run_until(lambda: rig.pump.pair.up.sent_eof)
+        rig.run_until(lambda: rig.pump.session.up.sent_eof)
         assert everything(rig.server) == b"before!after"
 
 
@@ -498,14 +498,14 @@ def test_held_bytes_that_cant_be_written_for_so_long_reset_both_sides(loop: Loop
     limits = SessionLimits(hold=65536, stall=0.3)
     with Rig(Engine(loop, limits), small=True).connected() as rig:
         rig.flood(rig.client)
-        half = rig.pump.pair.up
+        channel = rig.pump.session.up
         rig.server.sendall(b"that the other direction moves doesn't help")
         rig.run_until(lambda: not rig.pump.alive)
-        assert loop.now - half.at >= limits.stall  # and not earlier
+        assert loop.now - channel.at >= limits.stall  # and not earlier
         assert was_reset(rig.client)
         assert was_reset(rig.server)
         assert rig.ended() == [End.STALLED]
-        assert log.details == [f"the server took none of {len(half.held)} bytes for 0.3 s"]
+        assert log.details == [f"the server took none of {len(channel.held)} bytes for 0.3 s"]
 
 
 def test_a_sink_that_takes_something_now_and_then_isnt_stalled(loop: Loop) -> None:
@@ -515,8 +515,8 @@ def test_a_sink_that_takes_something_now_and_then_isnt_stalled(loop: Loop) -> No
         rig.server.setblocking(False)
         begun = loop.now
         while loop.now - begun < 1.2:
-            before = rig.pump.pair.up.moved
-            while rig.pump.pair.up.moved == before:
+            before = rig.pump.session.up.moved
+            while rig.pump.session.up.moved == before:
                 drain(rig.server)
                 fill(rig.client)
                 run_for(loop, 0.01)
@@ -530,13 +530,13 @@ def test_a_slow_sink_for_which_our_kernel_has_no_room_isnt_stalled(loop: Loop) -
     with Rig(Engine(loop, limits)).connected() as rig:
         rig.flood(rig.server)
         rig.client.setblocking(False)
-        half = rig.pump.pair.down
-        before, begun = half.moved, loop.now
+        channel = rig.pump.session.down
+        before, begun = channel.moved, loop.now
         while loop.now - begun < 1.6:
             rig.client.recv(1 << 16)
             run_for(loop, 0.1)
             assert rig.pump.alive, rig.ended()
-        assert half.moved == before, "the test is none: our kernel took some more"
+        assert channel.moved == before, "the test is none: our kernel took some more"
 
 
 def test_a_limit_that_is_lowered_ends_who_is_stalled_already(loop: Loop) -> None:
@@ -622,7 +622,7 @@ def test_an_idle_connection_is_never_ended(loop: Loop, held_before: bool) -> Non
 
 
 @pytest.mark.parametrize("first", ["client", "server"])
-def test_silence_in_the_direction_that_is_left_ends_it_after_the_half_close_limit(
+def test_silence_in_the_direction_that_is_left_ends_it_after_the_channel_close_limit(
     loop: Loop, log: Log, first: str
 ) -> None:
     limits = SessionLimits(half_close=0.3)
@@ -633,7 +633,7 @@ def test_silence_in_the_direction_that_is_left_ends_it_after_the_half_close_limi
             other.sendall(b"on and on")
             run_for(loop, 0.08)
             assert rig.pump.alive
-        last = rig.pump.pair.at
+        last = rig.pump.session.at
         rig.run_until(lambda: not rig.pump.alive)
         assert loop.now - last >= limits.half_close
         assert was_reset(done)
@@ -651,10 +651,10 @@ def test_after_a_read_error_what_is_held_is_delivered_and_then_a_reset(
 ) -> None:
     with Rig(Engine(loop, LONG), small=True).connected() as rig:
         source, sink = (rig.client, rig.server) if lost == "client" else (rig.server, rig.client)
-        half = rig.pump.pair.up if lost == "client" else rig.pump.pair.down
+        channel = rig.pump.session.up if lost == "client" else rig.pump.session.down
         source.setblocking(False)
         sent = 0
-        while not half.held:
+        while not channel.held:
             sent += source.send(b"x" * 500)
             turns(loop, 2)
         rig.run_until(lambda: not undelivered(source))
@@ -695,7 +695,7 @@ def test_a_reset_is_passed_on_as_a_reset_before_any_byte(rig: Rig, lost: str) ->
 def test_a_reset_after_the_end_of_file_is_passed_on(rig: Rig) -> None:
     rig.connected()
     rig.client.shutdown(socket.SHUT_WR)
-    rig.run_until(lambda: rig.pump.pair.up.sent_eof)
+    rig.run_until(lambda: rig.pump.session.up.sent_eof)
     assert rig.server.recv(1) == b""
     reset(rig.client)
     rig.run_until(lambda: not rig.pump.alive)
@@ -714,12 +714,12 @@ def test_a_reset_isnt_kept_for_ever_by_a_sink_that_takes_nothing(loop: Loop) -> 
             turns(loop, 2)
             if undelivered(server):
                 run_for(loop, 0.1)  # an acknowledgement may be late, by 40 ms
-        assert not rig.pump.pair.held
+        assert not rig.pump.session.held
         reset(rig.client)
         turns(loop, 3)
         assert rig.pump.alive
         rig.run_until(lambda: not rig.pump.alive)
-        assert loop.now - rig.pump.pair.up.at >= limits.stall
+        assert loop.now - rig.pump.session.up.at >= limits.stall
         assert rig.ended() == [End.RESET]
 
 
@@ -749,7 +749,7 @@ def test_the_loss_of_the_one_side_that_was_still_waited_for_ends_it(loop: Loop) 
                 run_for(loop, 0.1)
         reset(rig.client)
         turns(loop, 3)
-        assert rig.pump.pair.is_resetting
+        assert rig.pump.session.is_resetting
         reset(rig.server)
         turns(loop, 3)
         assert not rig.pump.alive
@@ -803,7 +803,7 @@ def test_a_row_tells_who_and_how_long(loop: Loop) -> None:
         assert row.age >= row.idle
         sent = rig.flood(rig.client)
         assert sent
-        assert rig.pump.row().held == f"{len(rig.pump.pair.up.held)}/0"
+        assert rig.pump.row().held == f"{len(rig.pump.session.up.held)}/0"
 
 
 def _all_of(kind: type) -> int:

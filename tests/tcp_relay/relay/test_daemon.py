@@ -475,11 +475,11 @@ def test_silence_after_one_side_finished_costs_no_time(relay: TcpRelay, krelay: 
     with relay.dial() as client:
         krelay_server_done = threading.Event()
 
-        def half(sock: socket.socket) -> None:
+        def channel(sock: socket.socket) -> None:
             sock.shutdown(socket.SHUT_WR)
             krelay_server_done.wait(BOUND)
 
-        with Server(half) as server:
+        with Server(channel) as server:
             client.close()
             krelay.reply = lambda request: opened_to(server.endpoint, request)
             with relay.dial() as other:

@@ -1,4 +1,4 @@
-"""What the kernel has learnt by itself, as the NAT table has it: rows like any others."""
+"""What the kernel has learnt by itself, as the NAT table has it: flows like any others."""
 
 import gc
 from collections import Counter
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from knet.endpoint import Proto, Source
 from krelay.datapath.worker import Verdict, Worker
 from krelay.nat.admission import FlowLimits
+from krelay.nat.dnsflows import Beginning, DnsFlows
 from krelay.nat.flow import BUSY, Flow, Hook, Step, Timeouts, key
-from krelay.nat.learnt import Beginning, LearntFlows
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import Side, State
 from tests.tools.packets import addr, at, flow, policy, template
@@ -25,7 +25,7 @@ TIMEOUT = 20.0
 
 def table(**limits: int) -> NatTable:
     nat = NatTable(FlowLimits(**limits), Timeouts(udp_dns=TIMEOUT), rng=Random(1))
-    nat.learnt.learns(frozenset({addr("K"), addr("G")}), addr("S"))
+    nat.dns_flows.learns(frozenset({addr("K"), addr("G")}), addr("S"))
     return nat
 
 
@@ -34,8 +34,8 @@ def packet(text: str, size: int = 36) -> bytes:
     return replace(template(text), payload=bytes(size - 28)).build()
 
 
-def question(client: str = "C:4000", service: str = "K:53", size: int = 60) -> tuple[int, bytes]:
-    """The copy of a question, as it came."""
+def query(client: str = "C:4000", service: str = "K:53", size: int = 60) -> tuple[int, bytes]:
+    """The copy of a query, as it came."""
     return PRE, packet(f"{client} > {service}", size)[:28]
 
 
@@ -45,64 +45,64 @@ def answer(client: str = "C:4000", service: str = "K:53", size: int = 90) -> tup
 
 
 def only(nat: NatTable) -> Flow:
-    (row,) = nat
-    return row
+    (flow,) = nat
+    return flow
 
 
-def figures(row: Flow) -> tuple[list[int], list[int]]:
-    sides = [row.by(Side.CLIENT), row.by(Side.SERVER)]
+def figures(flow: Flow) -> tuple[list[int], list[int]]:
+    sides = [flow.by(Side.CLIENT), flow.by(Side.SERVER)]
     return [each.packets for each in sides if each], [each.bytes for each in sides if each]
 
 
-def test_a_question_and_its_answer_are_a_row() -> None:
+def test_a_query_and_its_answer_are_a_flow() -> None:
     nat = table()
-    nat.learn([question(size=60)], 5.0)
+    nat.learn([query(size=60)], 5.0)
     before = only(nat)
     nat.learn([answer(size=90)], 6.0)
-    row = only(nat)
+    flow = only(nat)
 
-    assert (before.state, row.state) == (State.UNREPLIED, State.REPLIED)
-    assert figures(row) == ([1, 1], [60, 90])
-    assert (row.client, row.service, row.server) == (at("C:4000"), at("K:53"), at("S:53"))
-    assert (row.source, row.created_at, row.seen_at) == (Source.CLIENT, 5.0, 6.0)
+    assert (before.state, flow.state) == (State.UNREPLIED, State.REPLIED)
+    assert figures(flow) == ([1, 1], [60, 90])
+    assert (flow.client, flow.service, flow.server) == (at("C:4000"), at("K:53"), at("S:53"))
+    assert (flow.source, flow.created_at, flow.seen_at) == (Source.CLIENT, 5.0, 6.0)
     assert (len(nat), nat.count(Proto.UDP), nat.count(Proto.TCP)) == (1, 1, 0)
-    assert row.id == before.id
-    assert (found := nat.get(row.id)) is not None
-    assert found.client == row.client
+    assert flow.id == before.id
+    assert (found := nat.get(flow.id)) is not None
+    assert found.client == flow.client
 
 
-def test_a_flow_is_asked_again_and_its_row_stays_the_same() -> None:
+def test_a_flow_is_asked_again_and_its_flow_stays_the_same() -> None:
     nat = table()
-    nat.learn([question(), answer(), question()], 1.0)
+    nat.learn([query(), answer(), query()], 1.0)
 
     assert figures(only(nat))[0] == [2, 1]
 
 
-def test_a_port_that_asks_again_and_again_gets_a_row_that_can_be_handed_over() -> None:
+def test_a_port_that_asks_again_and_again_gets_a_flow_that_can_be_handed_over() -> None:
     nat = table()
     changed: list[Flow] = []
     nat.on_changed = changed.append
-    nat.learn([question(), answer()] * (BUSY - 1), 1.0)
-    assert (len(nat.learnt), changed) == (1, [])
-    nat.learn([question(), answer()], 2.0)
+    nat.learn([query(), answer()] * (BUSY - 1), 1.0)
+    assert (len(nat.dns_flows), changed) == (1, [])
+    nat.learn([query(), answer()], 2.0)
 
-    row = only(nat)
-    assert (len(nat.learnt), changed) == (0, [row])
-    assert figures(row)[0] == [BUSY, BUSY]
-    assert row.rewrites[Step.U12].packets >= BUSY
+    flow = only(nat)
+    assert (len(nat.dns_flows), changed) == (0, [flow])
+    assert figures(flow)[0] == [BUSY, BUSY]
+    assert flow.rewrites[Step.U12].packets >= BUSY
 
 
 def test_it_goes_when_it_has_been_silent_for_so_long() -> None:
     nat = table()
-    nat.learn([question("C:4000"), question("C:4001")], 1.0)
+    nat.learn([query("C:4000"), query("C:4001")], 1.0)
     nat.learn([answer("C:4001")], 15.0)
     nat.expire(1.0 + TIMEOUT - 0.1)
     assert len(nat) == 2
     nat.expire(1.0 + TIMEOUT + 1)
-    assert [row.client.port for row in nat] == [4001]
+    assert [flow.client.port for flow in nat] == [4001]
     nat.expire(15.0 + TIMEOUT + 1)
 
-    assert len(nat) == nat.learnt.of_client(addr("C")) == 0
+    assert len(nat) == nat.dns_flows.of_client(addr("C")) == 0
 
 
 @pytest.mark.parametrize(
@@ -110,39 +110,39 @@ def test_it_goes_when_it_has_been_silent_for_so_long() -> None:
     ["S:53 > C:4000", "C:4000 > K:53"],
     ids=["a second answer", "a question"],
 )
-def test_a_packet_that_the_worker_must_decide_about_makes_it_a_row_of_the_tables(
+def test_a_packet_that_the_worker_must_decide_about_makes_it_a_flow_of_the_tables(
     coming: str,
 ) -> None:
     nat = table()
-    nat.learn([question(), answer()], 1.0)
+    nat.learn([query(), answer()], 1.0)
     shown = only(nat)
     wanted = flow(coming)
-    row = nat.adopt(key(wanted.src, wanted.dst), 1.0)
+    adopted = nat.adopt(key(wanted.src, wanted.dst), 1.0)
 
-    assert row is not None
-    assert (row.id, figures(row), len(nat), len(nat.learnt)) == (
+    assert adopted is not None
+    assert (adopted.id, figures(adopted), len(nat), len(nat.dns_flows)) == (
         shown.id,
         figures(shown),
         1,
         0,
     )
-    assert nat.tables[PRE, Proto.UDP][key(at("C:4000"), at("K:53"))] is row.rewrites[Step.U12]
-    nat.end(row)
+    assert nat.tables[PRE, Proto.UDP][key(at("C:4000"), at("K:53"))] is adopted.rewrites[Step.U12]
+    nat.end(adopted)
     assert len(nat) == 0
     assert not any(nat.tables.values())
 
 
 def test_nobody_elses_packet_makes_it_one() -> None:
     nat = table()
-    nat.learn([question()], 1.0)
+    nat.learn([query()], 1.0)
 
     for other in ("Z:53 > C:4000", "S:53 > C:4001", "S:54 > C:4000", "S:53 > D:4000"):
         wanted = flow(other)
         assert nat.adopt(key(wanted.src, wanted.dst), 1.0) is None
-    assert len(nat.learnt) == 1
+    assert len(nat.dns_flows) == 1
 
 
-def test_the_worker_knows_it_when_a_second_answer_or_question_comes() -> None:
+def test_the_worker_knows_it_when_a_second_answer_or_query_comes() -> None:
     nat = table()
     worker = Worker(nat)
     worker.policy = policy()
@@ -155,14 +155,14 @@ def test_the_worker_knows_it_when_a_second_answer_or_question_comes() -> None:
     assert got == packet("K:53 > C:4000")
     got = worker.handle(packet("C:4001 > K:53"), PRE, 1.0)
     assert got == packet("C:4001 > S:53")
-    nat.learn([question("C:4000"), answer("C:4000")], 1.0)
-    assert [figures(row)[0] for row in nat] == [[1, 2], [1, 0]]
+    nat.learn([query("C:4000"), answer("C:4000")], 1.0)
+    assert [figures(flow)[0] for flow in nat] == [[1, 2], [1, 0]]
     assert worker.handle(packet("S:53 > C:4002"), POST, 1.0) is Verdict.PASS
 
 
 def test_a_clients_own_conversation_from_the_same_port_is_moved() -> None:
     nat = table()
-    nat.learn([question()], 1.0)
+    nat.learn([query()], 1.0)
     rewrite = nat.saw_direct(Proto.UDP, at("C:4000"), at("S:53"), 1.0)
 
     assert rewrite is not None
@@ -172,19 +172,19 @@ def test_a_clients_own_conversation_from_the_same_port_is_moved() -> None:
 
 def test_a_port_that_was_learnt_is_not_free() -> None:
     nat = table()
-    nat.learn([question(service="K:53")], 1.0)
-    row = nat.open_forwarded(Proto.UDP, at("C:4000"), at("G:53"), at("S:53"), Source.CLIENT, 1.0)
+    nat.learn([query(service="K:53")], 1.0)
+    flow = nat.open_forwarded(Proto.UDP, at("C:4000"), at("G:53"), at("S:53"), Source.CLIENT, 1.0)
 
-    assert row.rewrites[Step.U12].src.port != 4000
+    assert flow.rewrites[Step.U12].src.port != 4000
 
 
-def test_a_row_of_the_worker_takes_what_the_kernel_tells_of_it() -> None:
+def test_a_flow_of_the_worker_takes_what_the_kernel_tells_of_it() -> None:
     nat = table()
-    row = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:53"), at("S:53"), Source.CLIENT, 1.0)
-    nat.learn([question(size=60), answer(size=90)], 2.0)
+    flow = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:53"), at("S:53"), Source.CLIENT, 1.0)
+    nat.learn([query(size=60), answer(size=90)], 2.0)
 
-    assert figures(row) == ([1, 1], [60, 90])
-    assert (row.state, row.seen_at, len(nat.learnt)) == (State.REPLIED, 2.0, 0)
+    assert figures(flow) == ([1, 1], [60, 90])
+    assert (flow.state, flow.seen_at, len(nat.dns_flows)) == (State.REPLIED, 2.0, 0)
 
 
 def test_an_answer_of_which_nothing_is_known_is_let_be() -> None:
@@ -196,7 +196,7 @@ def test_an_answer_of_which_nothing_is_known_is_let_be() -> None:
 
 def test_what_was_shown_is_let_go_without_a_collector() -> None:
     nat = table()
-    nat.learn([question()], 1.0)
+    nat.learn([query()], 1.0)
     gc.collect()
     gc.disable()
     try:
@@ -209,12 +209,12 @@ def test_what_was_shown_is_let_go_without_a_collector() -> None:
 
 def test_what_was_shown_can_be_ended() -> None:
     nat = table()
-    nat.learn([question("C:4000"), question("C:4001")], 1.0)
+    nat.learn([query("C:4000"), query("C:4001")], 1.0)
     shown = list(nat)
     nat.end(shown[0])
-    assert [row.id for row in nat] == [shown[1].id]
+    assert [flow.id for flow in nat] == [shown[1].id]
     nat.end(shown[0])
-    nat.learn([question("C:4000")], 1.0)
+    nat.learn([query("C:4000")], 1.0)
     nat.end(shown[0])  # of another flow between the same ports
     assert len(nat) == 2
 
@@ -224,32 +224,35 @@ def test_what_was_shown_can_be_ended() -> None:
 
 def test_the_oldest_make_room_within_the_limits() -> None:
     nat = table(flows=3, flows_per_client=2)
-    nat.learn([question("C:1001"), question("C:1002"), question("C:1003")], 1.0)
-    assert [row.client.port for row in nat] == [1002, 1003]
-    nat.learn([question("D:1001"), question("D:1002")], 2.0)
-    assert [str(row.client.port) for row in nat] == ["1003", "1001", "1002"]
+    nat.learn([query("C:1001"), query("C:1002"), query("C:1003")], 1.0)
+    assert [flow.client.port for flow in nat] == [1002, 1003]
+    nat.learn([query("D:1001"), query("D:1002")], 2.0)
+    assert [str(flow.client.port) for flow in nat] == ["1003", "1001", "1002"]
     assert nat.evicted == 2
     nat.open_tcp(at("N:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 3.0)
 
     assert (len(nat), nat.evicted) == (3, 3)
 
 
-def test_a_question_asked_twice_at_a_time_takes_one_place() -> None:
+def test_a_query_asked_twice_at_a_time_takes_one_place() -> None:
     nat = table(flows=2)
-    nat.learn([question("C:1001"), question("C:1002")], 1.0)
-    nat.learn([question("C:1003"), question("C:1003"), answer("C:1003")], 2.0)
+    nat.learn([query("C:1001"), query("C:1002")], 1.0)
+    nat.learn([query("C:1003"), query("C:1003"), answer("C:1003")], 2.0)
 
-    assert [(row.client.port, figures(row)[0]) for row in nat] == [(1002, [1, 0]), (1003, [2, 1])]
+    assert [(flow.client.port, figures(flow)[0]) for flow in nat] == [
+        (1002, [1, 0]),
+        (1003, [2, 1]),
+    ]
     assert nat.evicted == 1
 
 
-def test_a_clients_rows_count_with_what_is_learnt_of_it() -> None:
+def test_a_clients_flows_count_with_what_is_learnt_of_it() -> None:
     nat = table(flows_per_client=2)
-    row = nat.open_forwarded(Proto.UDP, at("C:5000"), at("K:7"), at("S:7"), Source.CLIENT, 1.0)
-    row.spoke_again = True
-    nat.learn([question("D:1001"), question("C:1001"), question("C:1002")], 1.0)
+    flow = nat.open_forwarded(Proto.UDP, at("C:5000"), at("K:7"), at("S:7"), Source.CLIENT, 1.0)
+    flow.spoke_again = True
+    nat.learn([query("D:1001"), query("C:1001"), query("C:1002")], 1.0)
 
-    assert [row.client for row in nat] == [at("C:5000"), at("D:1001"), at("C:1002")]
+    assert [flow.client for flow in nat] == [at("C:5000"), at("D:1001"), at("C:1002")]
 
 
 @given(
@@ -258,42 +261,44 @@ def test_a_clients_rows_count_with_what_is_learnt_of_it() -> None:
     st.integers(1, 5),
 )
 @example([("C", 1001), ("C", 1002), ("C", 1003), ("D", 1001)], 3, 1)
-@example([*[("C", 1001)] * BUSY, ("C", 1002), ("D", 1001)], 2, 1)  # C has a row, and gets no more
-def test_it_does_not_matter_how_many_questions_come_at_a_time(
+@example([*[("C", 1001)] * BUSY, ("C", 1002), ("D", 1001)], 2, 1)  # C has a flow, and gets no more
+def test_it_does_not_matter_how_many_queries_come_at_a_time(
     script: list[tuple[str, int]], flows: int, flows_per_client: int
 ) -> None:
-    questions = [question(f"{client}:{port}") for client, port in script]
+    queries = [query(f"{client}:{port}") for client, port in script]
     together, singly = (table(flows=flows, flows_per_client=flows_per_client) for _ in range(2))
-    together.learn(questions, 1.0)
-    for each in questions:
+    together.learn(queries, 1.0)
+    for each in queries:
         singly.learn([each], 1.0)
 
     for nat in (together, singly):
         assert len(nat) <= flows
-        assert max(Counter(row.client.addr for row in nat).values(), default=0) <= flows_per_client
-    assert [(row.id, row.client, figures(row)) for row in together] == [
-        (row.id, row.client, figures(row)) for row in singly
+        assert (
+            max(Counter(flow.client.addr for flow in nat).values(), default=0) <= flows_per_client
+        )
+    assert [(flow.id, flow.client, figures(flow)) for flow in together] == [
+        (flow.id, flow.client, figures(flow)) for flow in singly
     ]
     assert together.evicted == singly.evicted
 
 
-def test_where_rows_fill_the_table_nothing_is_learnt() -> None:
+def test_where_flows_fill_the_table_nothing_is_learnt() -> None:
     nat = table(flows=1)
-    row = nat.open_tcp(at("N:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 3.0)
-    row.accepted = True
-    nat.learn([question()], 1.0)
+    flow = nat.open_tcp(at("N:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 3.0)
+    flow.accepted = True
+    nat.learn([query()], 1.0)
 
-    assert only(nat) is row
+    assert only(nat) is flow
 
 
 def test_unanswered_ones_are_found_and_those_of_another_server() -> None:
     nat = table()
-    nat.learn([question("C:1001"), question("C:1002"), answer("C:1002")], 1.0)
-    nat.learnt.learns(frozenset({addr("K")}), addr("Z"))
-    nat.learn([question("C:1003")], 2.0)
+    nat.learn([query("C:1001"), query("C:1002"), answer("C:1002")], 1.0)
+    nat.dns_flows.learns(frozenset({addr("K")}), addr("Z"))
+    nat.learn([query("C:1003")], 2.0)
 
-    assert [row.client.port for row in nat.unanswered()] == [1001, 1003]
-    assert [row.client.port for row in nat.elsewhere(addr("Z"))] == [1001, 1002]
+    assert [flow.client.port for flow in nat.unanswered()] == [1001, 1003]
+    assert [flow.client.port for flow in nat.elsewhere(addr("Z"))] == [1001, 1002]
 
 
 @given(
@@ -303,24 +308,24 @@ def test_unanswered_ones_are_found_and_those_of_another_server() -> None:
     )
 )
 def test_learnt_flows_are_as_a_list_would_have_them(script: list[tuple[str, int]]) -> None:
-    flows = LearntFlows(count(1), (), {}, 100, lambda question: None)
+    flows = DnsFlows(count(1), (), {}, 100, lambda query: None)
     model: dict[bytes, float] = {}
     now = 0.0
     for verb, number in script:
         now += 1.3
-        question = bytes((number % 2,)) * 4 + bytes((number,)) * 8
-        known = flows.get(question)
-        assert (known is not None) == (question in model)
+        query = bytes((number % 2,)) * 4 + bytes((number,)) * 8
+        known = flows.get(query)
+        assert (known is not None) == (query in model)
         if (verb == "begin" and known is None) or (verb == "hear" and known is not None):
-            copy = PRE, bytes(12) + question + bytes(4)
+            copy = PRE, bytes(12) + query + bytes(4)
             assert flows.hear(iter([copy]), now, Beginning(now + 10, 1, 6, False)) is None
-            model[question] = now
+            model[query] = now
         elif verb == "oldest":
             assert flows.remove_oldest() == bool(model)
             model.pop(next(iter(model), b""), None)
         elif verb == "oldest of":
-            theirs = [each for each in model if each[:4] == question[:4]]
-            assert flows.remove_oldest(question[:4]) == bool(theirs)
+            theirs = [each for each in model if each[:4] == query[:4]]
+            assert flows.remove_oldest(query[:4]) == bool(theirs)
             if theirs:
                 del model[theirs[0]]
         flows.expire(now, 10)
