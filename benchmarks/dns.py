@@ -9,7 +9,6 @@ Each way has a lab of its own.  Nothing is pinned: client, relay and server shar
 
 import re
 import socket
-import sys
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -179,7 +178,7 @@ def new_ports(lab: Lab, to: str, seconds: float) -> Load:
     """Queries from a new port each."""
     client = lab.address("client")
     what = (to, str(paths.DNS), client, str(_WARM_UP), str(seconds))
-    command = (sys.executable, "-B", asker.__file__, *what)
+    command = (*ground.PYTHON, asker.__file__, *what)
     result = lab.run("client", *command, timeout=seconds + 30, env=ground.WITH_BENCHMARKS)
     answered, lost, wrong, took = result.stdout.split()
     if int(wrong) or not int(answered):

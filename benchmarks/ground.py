@@ -24,12 +24,13 @@ from shutil import which
 from typing import NamedTuple
 
 from benchmarks import processes, sender
+from knet.children import compiled_as_here
 from krelay.control import client
 from krelay.datapath import nfqueue
 from krelay.rules.ruleset import DEFAULT_QUEUE
 from vm import Lab, LabError
 
-PYTHON = (sys.executable, "-B", "-P")
+PYTHON = (sys.executable, *compiled_as_here(), "-P")
 """-P: only what is installed is imported, nothing that lies beside a program."""
 WITH_BENCHMARKS = {"PYTHONPATH": str(Path(__file__).parents[1])}
 """The environment of a program that imports from this package, which isn't installed."""

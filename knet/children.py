@@ -43,8 +43,20 @@ UMASK = 0o022
 
 def python(module: str, *arguments: str) -> tuple[str, ...]:
     """The command line that runs a module of ours by this Python."""
-    flags = "-IB" if sys.dont_write_bytecode else "-I"
-    return (sys.executable, flags, str(Path(isolated.__file__).resolve()), module, *arguments)
+    script = str(Path(isolated.__file__).resolve())
+    return (sys.executable, "-I", *compiled_as_here(), script, module, *arguments)
+
+
+def compiled_as_here() -> tuple[str, ...]:
+    """Python's options by which a child keeps compiled modules where this process keeps them.
+
+    `-I` has it read no variables, so it is told.  A folder that others may write to is passed on
+    to nobody, and then nothing is kept.
+    """
+    folder = sys.pycache_prefix
+    if sys.dont_write_bytecode or (folder and not is_trusted(folder)):
+        return ("-B",)
+    return ("-X", f"pycache_prefix={folder}") if folder else ()
 
 
 def environment(given: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -27,13 +27,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from knet.children import compiled_as_here
 from procfs_sim import DEFAULT_ROOT, DEFAULTS
 from tests.net.programs import server
 from vm import Lab, Program, Result, Topology, relay_topology
 
 T = TypeVar("T")
 
-PYTHON = (sys.executable, *(("-B",) if sys.dont_write_bytecode else ()))
+PYTHON = (sys.executable, *compiled_as_here())
 TOPOLOGY = relay_topology("172.20.5.0/24", "10.77.3.0/24", clients=2, servers=2, neighbours=1)
 """Nothing in it is a default: client .1, client2 .2, relay .254 | relay .2, server .1, server2 .3,
 neighbour .254."""
