@@ -31,38 +31,45 @@ settings.load_profile("krelay")
 
 SETTLE = 5.0  # seconds
 
-MEASURES = frozenset(
-    {
-        "benchmarks/test_alone.py",
-        "benchmarks/test_processes.py",
-        "krelay/test_any_bytes.py",
-        "krelay/control/test_server.py",
-        "knet/test_descriptors.py",
-        "krelay/nat/test_icmperror.py",
-        "krelay/daemon/test_keeper.py",
-        "knet/test_logsink.py",
-        "krelay/nat/test_limits.py",
-        "krelay/host/test_witness.py",
-        "net/test_cases.py",
-        "net/test_failing_calls.py",
-        "net/test_members.py",
-        "net/test_refusals.py",
-        "net/test_starting.py",
-        "net/test_trees.py",
-        "procfs_sim/test_ondisk.py",
-        "tcp_relay/relay/test_daemon.py",
-        "tcp_relay/test_failing_calls.py",
-        "tcp_relay/test_hostile.py",
-        "tcp_relay/test_rules.py",
-        "test_tprox.py",
-        "vm/test_lab.py",
-        "vm/test_machine.py",
-        "vm/test_power_cuts.py",
-        "vm/test_registers.py",
-    }
+LONGEST = (
+    "net/test_slow_peers.py",
+    "net/test_relay_ports.py",
+    "net/test_own_flows.py",
+    "net/test_stopped.py",
+    "net/test_wrong_setups.py",
+    "net/test_resources.py",
+    "net/test_cut_off.py",
+    "net/test_failing_calls.py",
+    "net/test_up.py",
+    "net/test_trees.py",
+    "tcp_relay/test_failing_calls.py",
+    "vm/test_power_cuts.py",
+    "net/test_commands.py",
+    "net/test_gateway_port.py",
+    "net/test_failed.py",
+    "net/test_dscp.py",
+    "net/test_faults.py",
+    "net/test_full_tables.py",
+    "net/test_datapaths.py",
+    "net/test_forward.py",
+    "net/test_refusals.py",
+    "net/test_arriving.py",
+    "net/test_flushed_rules.py",
+    "net/test_fast_path.py",
+    "net/test_relaying.py",
+    "net/test_tprox.py",
+    "net/test_growth.py",
+    "net/test_floods.py",
+    "krelay/demo/test_play.py",
+    "net/test_soak.py",
+    "net/test_firewall_tools.py",
+    "vm/test_crossing.py",
+    "krelay/test_day.py",
 )
-"""Files of which some tests measure how long something takes, or how much of the processor: they
-are `serial`."""
+"""Files whose tests take 30 seconds or more, the longest first; the last run's figures are in the
+cache (`durations`)."""
+DURATIONS = "KRELAY_DURATIONS"
+"""The variable that names the file where a run leaves how long each test took."""
 
 BIND_A_QUEUE = (
     "from netfilterqueue import NetfilterQueue as Q; q = Q(); q.bind(0, print); q.unbind()"
@@ -141,11 +148,30 @@ def pytest_configure(config: pytest.Config) -> None:
         apart.enter()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole files that take long begin first, so that several processes end together."""
     here = Path(__file__).parent
-    for item in items:
-        if item.path.is_relative_to(here) and str(item.path.relative_to(here)) in MEASURES:
-            item.add_marker(pytest.mark.serial)
+    rank = {here / name: number for number, name in enumerate(LONGEST)}
+    if missing := [path for path in rank if not path.exists()]:
+        raise pytest.UsageError(f"LONGEST of tests/conftest.py names what isn't there: {missing}")
+    items.sort(key=lambda item: (rank.get(item.path, len(rank)), "net" not in item.path.parts))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Adds how long everything took to what stands in the file already, the longest first."""
+    if (name := os.environ.get(DURATIONS)) is None:
+        return
+    file = Path(name)
+    lines = file.read_text().splitlines() if file.exists() else []
+    lines += [
+        f"{report.duration:8.2f} {report.when:8} {report.nodeid}"
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport)
+    ]
+    lines.sort(key=lambda line: float(line.split()[0]), reverse=True)
+    file.write_text("\n".join(lines) + "\n")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

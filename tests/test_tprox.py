@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from knet.children import compiled_as_here
 from tests.net.programs.server import blob
 from tests.tprox.ends import End, Ending, Failure, Text
 from tests.tprox.field import Field, Ground
@@ -26,7 +27,7 @@ from tests.tprox.scripts import SCRIPTS
 STALL = 3
 """Seconds: the limit of the proxies under test, for the phases that wait to be short."""
 AT_A_TIME = 5
-PYTHON = (sys.executable, *(("-B",) if sys.dont_write_bytecode else ()))
+PYTHON = (sys.executable, *compiled_as_here())
 TPROX = (*PYTHON, "-m", "tests.tprox", "--stall", str(STALL))
 
 SINGLE, TWO, TWENTY, BULK, MIX, ONE_WAY, EARLY, ACTIVE, FORWARD, REVERSE = (
@@ -89,6 +90,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
         yield {proxy: threads.submit(tprox, *command(proxy)) for proxy in FAILS if proxy in wanted}
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 @pytest.mark.parametrize("proxy", FAILS)
 def test_a_proxy_fails_where_its_fault_shows_and_nowhere_else(proxy: str, runs: Runs) -> None:
@@ -107,6 +109,7 @@ def test_a_proxy_fails_where_its_fault_shows_and_nowhere_else(proxy: str, runs: 
 # What is demanded of a proxy is what TCP gives
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 def test_a_direct_connection_passes_all_but_the_time_outs() -> None:
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)

@@ -10,6 +10,8 @@ import pytest
 from benchmarks import alone, ground, paths, processes
 from vm import Lab, LabError
 
+pytestmark = pytest.mark.serial
+
 _SHOW = "mount -t sysfs sysfs /sys && cat /sys/class/net/eth*/queues/rx-*/rps_cpus"
 
 

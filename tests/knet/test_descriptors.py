@@ -250,6 +250,7 @@ def test_a_descriptor_that_nobody_asked_for_ends_the_connection(
     link.close()
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(
     "message", [emit(Close(at("K:1"))), emit(Listening(16000, 1)), b"nonsense", b""]
 )
@@ -266,6 +267,7 @@ def test_closing_what_lingers_holds_nobody_up(world: World, message: bytes) -> N
     peer.close()
 
 
+@pytest.mark.serial
 def test_what_lingers_in_a_connection_that_is_lost_holds_nobody_up(world: World) -> None:
     link, (number, peer) = world.connect(), lingering()
     for _ in range(3):
@@ -282,6 +284,7 @@ def test_what_lingers_in_a_connection_that_is_lost_holds_nobody_up(world: World)
     peer.close()
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("old_kernel", [False, True])
 def test_nobody_holds_up_the_control_socket_by_what_he_hands_over(
     tmp_path: Path, old_kernel: bool, monkeypatch: pytest.MonkeyPatch

@@ -98,6 +98,7 @@ def test_lines_arrive_in_their_order(sinks: Sinks, ends: Ends) -> None:
     assert read(ends[0], len(b"".join(lines))) == b"".join(lines)
 
 
+@pytest.mark.serial
 def test_where_nobody_reads_no_write_waits_and_no_line_is_torn(sinks: Sinks, ends: Ends) -> None:
     sink = sinks(ends[1])
     began = time.monotonic()

@@ -72,6 +72,7 @@ def test_parsing_gives_a_value_or_bad_packet(packet: bytes) -> None:
         assert len(icmp.prohibited(packet, header)) <= icmp.MAX_ERROR
 
 
+@pytest.mark.serial
 @given(packets=st.lists(st.tuples(anything, st.sampled_from(Hook)), max_size=4))
 def test_the_worker_gives_a_verdict_in_time(packets: list[tuple[bytes, Hook]]) -> None:
     worker = live_worker()

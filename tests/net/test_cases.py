@@ -311,6 +311,7 @@ def test_flows_keep_gateway_port_server_source_and_service_they_began_with(
     tcp.close()
 
 
+@pytest.mark.serial
 def test_a_change_is_in_force_within_a_tenth_of_a_second(world: World) -> None:
     world.serve("server", "tcp/80", "tcp/8080")
     world.begin()

@@ -248,6 +248,7 @@ def test_who_gets_to_the_relay_socket_past_its_mode_is_told_the_group(grouped: W
     assert grouped.values("status")["tcp_relays"] == 1
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(
     ("gid", "path", "said"),
     [
@@ -272,6 +273,7 @@ def test_members_who_ask_as_often_as_they_can_keep_nobody_out(
     assert slowest < before + 0.5
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("said", ["", "show nat json\n", "show counters\n", "trace\n", "kill 1\n"])
 def test_members_who_come_without_pause_leave_packets_their_time(grouped: World, said: str) -> None:
     before = is_served(grouped)

@@ -90,6 +90,7 @@ def test_a_bad_value_is_refused_with_the_reason_and_the_one_in_force_stays(
     served.until(lambda: served.read("status/errors") == "", "no errors any more")
 
 
+@pytest.mark.serial
 def test_a_file_that_stays_empty_for_a_second_is_an_error(served: World) -> None:
     path = served.root / "real_ip"
     began = os.times().elapsed
@@ -103,6 +104,7 @@ def test_a_file_that_stays_empty_for_a_second_is_an_error(served: World) -> None
     put_back(served, "real_ip", served.server)
 
 
+@pytest.mark.serial
 def test_a_file_that_is_empty_for_a_moment_is_none(served: World) -> None:
     script = ": > $0/gport; sleep 0.3; echo 19000 > $0/gport"
     served.lab.run("relay", "sh", "-c", script, str(served.root))

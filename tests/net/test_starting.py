@@ -91,6 +91,7 @@ def test_a_value_that_is_set_meanwhile_is_in_force(world: World) -> None:
     assert "services=udp/7" in output
 
 
+@pytest.mark.serial
 def test_who_asks_where_nobody_starts_is_told_at_once(world: World) -> None:
     begun = time.monotonic()
     done = world.krelay("status", check=False)
@@ -100,6 +101,7 @@ def test_who_asks_where_nobody_starts_is_told_at_once(world: World) -> None:
     assert time.monotonic() - begun < 3
 
 
+@pytest.mark.serial
 def test_a_krelay_for_another_tree_is_not_waited_for(world: World) -> None:
     world.start_krelay(tree=world.lab.directory / "other")
     begun = time.monotonic()

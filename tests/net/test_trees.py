@@ -96,6 +96,7 @@ def warnings(program: Program) -> list[str]:
 # The disk
 
 
+@pytest.mark.serial
 def test_a_full_disk_ends_nothing_and_is_told_once(disk: Disk) -> None:
     world = disk.world
     connection = world.connect("client", 80)

@@ -774,6 +774,7 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.serial
 @needs_root
 @pytest.mark.parametrize(("act", "said"), READERS.values(), ids=READERS)
 @pytest.mark.parametrize("name", ["gport", "timeouts/udp"])

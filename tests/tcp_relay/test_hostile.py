@@ -354,6 +354,7 @@ def tell(text: str) -> None:
 # Many
 
 
+@pytest.mark.serial
 def test_thousands_of_idle_connections_need_little_memory_and_leave_the_active_ones_their_speed(
     proxies: Callable[..., Proxy],
 ) -> None:
@@ -385,6 +386,7 @@ def test_thousands_of_idle_connections_need_little_memory_and_leave_the_active_o
     assert ratio > 0.5
 
 
+@pytest.mark.serial
 def test_a_thousand_slow_senders_all_live_and_cost_little(proxies: Callable[..., Proxy]) -> None:
     proxy = proxies(*LIMITS)
     with crowd(proxy.port, HOSTILE) as sockets, select.epoll(HOSTILE) as poll:
@@ -499,6 +501,7 @@ def test_an_idle_tcp_relay_only_looks_up_once_a_second(
 # Hostile
 
 
+@pytest.mark.serial
 def test_a_thousand_clients_that_never_read_are_bounded_and_ended(
     proxies: Callable[..., Proxy], server: Server
 ) -> None:
@@ -513,6 +516,7 @@ def test_a_thousand_clients_that_never_read_are_bounded_and_ended(
     wait_for(lambda: server.ends(ended)["reset"] >= HOSTILE, f"resets: {server.ends(ended)}")
 
 
+@pytest.mark.serial
 def test_a_thousand_servers_that_never_read_are_bounded_and_ended(
     proxies: Callable[..., Proxy], server: Server
 ) -> None:
@@ -539,6 +543,7 @@ def check_bounded(proxy: Proxy, before: int, seconds: float, ends: Counter[str])
     assert grown > HOSTILE * BUFFER / 8, "they didn't fill what they could"
 
 
+@pytest.mark.serial
 def test_a_server_that_is_stopped_hangs_nobody_for_longer_than_the_limit(
     proxies: Callable[..., Proxy], server: Server
 ) -> None:

@@ -122,6 +122,7 @@ def until_closed_late(sock: socket.socket) -> None:
             sock.send(b"")
 
 
+@pytest.mark.serial
 def test_a_server_that_refuses_resets_the_client_promptly_and_is_logged(start: Start) -> None:
     port = free_port()
     proxy = start(port)
@@ -144,6 +145,7 @@ def test_a_server_that_doesnt_answer_resets_the_client_after_the_connect_limit(
     proxy.wait_for_log(f'reason=connect_failed detail="127.0.0.1:{port}: connection timed out"')
 
 
+@pytest.mark.serial
 def test_out_of_descriptors_running_connections_go_on_and_accepting_resumes_by_itself(
     start: Start,
 ) -> None:
@@ -177,6 +179,7 @@ def test_writing_to_the_gone_never_kills(start: Start) -> None:
         assert proxy.process.poll() is None
 
 
+@pytest.mark.serial
 def test_idle_connections_cost_no_time(start: Start) -> None:
     with Server(until_closed) as server, ExitStack() as stack:
         proxy = start(server.endpoint.port)
@@ -191,6 +194,7 @@ def test_idle_connections_cost_no_time(start: Start) -> None:
         assert proxy.cpu() - used <= 0.02
 
 
+@pytest.mark.serial
 def test_a_connection_that_waits_costs_no_time(start: Start) -> None:
     """Stalled, half-closed, or connecting: only timers."""
     done = threading.Event()

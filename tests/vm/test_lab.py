@@ -72,6 +72,7 @@ def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.serial
 @pytest.mark.net
 def test_run_tells_status_output_and_time() -> None:
     with Lab() as lab:
@@ -104,6 +105,7 @@ def enough_to_begin(lab: Lab) -> float:
     return round(0.2 + 5 * lab.run("client", "sh", "-c", "sleep 0 & echo $!").seconds, 1)
 
 
+@pytest.mark.serial
 @pytest.mark.net
 def test_a_command_that_takes_too_long_is_killed_with_its_children() -> None:
     with Lab() as lab:

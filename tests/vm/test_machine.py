@@ -46,6 +46,7 @@ def test_a_machine_has_a_kernel_of_its_own_and_the_topologys_network(lab: Lab) -
     )
 
 
+@pytest.mark.serial
 def test_run_tells_status_output_and_time(lab: Lab) -> None:
     script = "cat; echo oops >&2; exit 3"
     result = lab.run("client", "sh", "-c", script, input="hello", check=False)
@@ -73,6 +74,7 @@ def test_arguments_and_bytes_arrive_as_they_are(lab: Lab) -> None:
     assert back == subprocess.run(["md5sum", copy], capture_output=True, text=True).stdout
 
 
+@pytest.mark.serial
 def test_a_command_that_takes_too_long_is_killed_with_its_children(lab: Lab) -> None:
     limit = enough_to_begin(lab)
     began = time.monotonic()
@@ -202,6 +204,7 @@ def test_a_machine_is_killed_and_boots_again(lab: Lab) -> None:
         lab.boot("server")
 
 
+@pytest.mark.serial
 def test_a_panic_is_told_at_once_with_the_consoles_last_lines(lab: Lab) -> None:
     began = time.monotonic()
     with pytest.raises(LabError, match="the machine client has ended") as ended:

@@ -190,6 +190,7 @@ class TestStandIns:
         assert done.stderr.startswith(f"{who}: User-Mode Linux does not run on this machine: ")
         assert f"{SEGV}make demo VM=qemu, " in done.stderr
 
+    @pytest.mark.serial
     def test_it_is_told_when_the_kernel_stays_after_its_panic(self, stand_in: Stand) -> None:
         stand_in(f"echo '{PANIC}0000000b'; exec sleep 60")
         began = time.monotonic()

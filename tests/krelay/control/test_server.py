@@ -482,6 +482,7 @@ def test_in_a_turn_one_piece_of_one_answer_is_made_and_roots_first(
         assert taken(member)
 
 
+@pytest.mark.serial
 def test_answers_wait_while_there_is_other_work(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -603,6 +603,7 @@ def test_no_descriptor_is_left_by_losing_and_taking(rig: Rig) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.serial
 def test_a_lease_of_another_is_not_waited_for(rig: Rig) -> None:
     """A file server may have one (fcntl(2)); who opens the file then waits for 45 seconds."""
     rig.write("gport", "abc\n")

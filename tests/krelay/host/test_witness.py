@@ -106,6 +106,7 @@ def test_it_ends_with_a_krelay_that_is_killed() -> None:
     wait_for(lambda: not Path(f"/proc/{pid}").exists(), "its end")
 
 
+@pytest.mark.serial
 def test_one_that_is_stopped_is_waited_for_once_and_its_late_answers_are_nobodys(
     witness: Witness, listening: socket.socket
 ) -> None:

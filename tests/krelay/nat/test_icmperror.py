@@ -554,6 +554,7 @@ def test_any_bytes_give_a_verdict(message: bytes, hook: Hook) -> None:
         icmperror.translate(packet, header, hook, worker.nat.tables, frozenset({addr("S")}))
 
 
+@pytest.mark.serial
 def test_a_hundred_thousand_damaged_errors_take_no_time_and_raise_nothing() -> None:
     rng = Random(5508)
     good = []
@@ -576,6 +577,7 @@ def test_a_hundred_thousand_damaged_errors_take_no_time_and_raise_nothing() -> N
     assert slowest < 0.5  # a machine that is busy with others; none takes longer than others
 
 
+@pytest.mark.serial
 def test_the_largest_error_takes_milliseconds() -> None:
     before = error(SERVERS, packet=Template(flow("C:1 > S:1"), payload=bytes(65_479)))
     assert len(before) == 65_535

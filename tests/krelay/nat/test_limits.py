@@ -236,6 +236,7 @@ def unless_all_wait(found: Flow | None, among: list[Flow]) -> Flow | None:
     return found
 
 
+@pytest.mark.serial
 def test_the_first_of_many_is_found_as_fast_as_the_first_of_few(nat: NatTable) -> None:
     """Where each that comes takes the place of the oldest, in a table of any size."""
     costs = []

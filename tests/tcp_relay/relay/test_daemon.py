@@ -417,6 +417,7 @@ def test_it_waits_for_the_file_tree(tmp_path: Path) -> None:
         # Whether it found the default first depends on who is quicker.
 
 
+@pytest.mark.serial
 def test_running_out_of_descriptors_pauses_accepting_and_no_client_is_lost(
     relay: TcpRelay, krelay: FakeKrelay
 ) -> None:
@@ -457,6 +458,7 @@ def test_five_hundred_connections_leave_nothing_behind(relay: TcpRelay, krelay: 
     assert sorted(krelay.closes()) == sorted(request.relay for request in krelay.opens())
 
 
+@pytest.mark.serial
 def test_idle_connections_cost_no_time(relay: TcpRelay, krelay: FakeKrelay) -> None:
     with Server(until_closed) as server, ExitStack() as stack:
         krelay.reply = lambda request: opened_to(server.endpoint, request)
@@ -471,6 +473,7 @@ def test_idle_connections_cost_no_time(relay: TcpRelay, krelay: FakeKrelay) -> N
         assert relay.cpu() - used <= 0.02
 
 
+@pytest.mark.serial
 def test_silence_after_one_side_finished_costs_no_time(relay: TcpRelay, krelay: FakeKrelay) -> None:
     with relay.dial() as client:
         krelay_server_done = threading.Event()
