@@ -4,6 +4,7 @@
     guest     what a virtual machine is told, as text                      (pure)
     kmod      kernel modules in the order to insert them                   (pure)
     cpio      the archive that a kernel's first file system comes in       (pure)
+    errors    what goes wrong in a lab                                     (pure)
     ------------------------------------------------------------------------------
     netns     hosts as network namespaces of this kernel, and the cabling of machines
     kernels   what there is to boot on this machine, or why there is nothing

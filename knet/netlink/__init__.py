@@ -15,6 +15,11 @@
 
 Each message and each attribute begins at a multiple of four bytes.  Numbers of these headers are
 the host's own; those inside netfilter's attributes, and the resource id, the network's.
+
+rtnetlink  a host's addresses and routes
+sockdiag   its TCP sockets
+nftables   elements of maps, and rules with a text beside them
+nflog      copies of packets' heads
 """
 
 import struct

@@ -5,7 +5,7 @@ table      all flows, by what their packets look like in each direction
 tcpstate   how far a TCP connection has come, seen from the middle
 admission  which new flows are admitted, and which are evicted for them
 limits     rates, by client and over all
-learnt     flows that the kernel has learnt by itself
+dnsflows   flows that the kernel has learnt by itself
 ownflows   this host's own flows from relayed ports
 ports      the relay's own UDP ports
 icmperror  ICMP errors about relayed packets, translated
