@@ -30,4 +30,9 @@ How a process lives, and what it may:
     roles        who may use which socket
     trust        whether others can change a folder
     listeners    who listens on a port
+
+What is typed and shown:
+
+    relayoptions options of tcp-relay and tcpproxy, which `krelay up` takes as well
+    terminal     streams, lines as wide as the terminal
 """

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from knet import log, privileges
+from knet import log, privileges, relayoptions
 from knet.loop import Loop
 from knet.privileges import Account, NoAccount
 from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, ondisk
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="USER",
         help="started as root: run as this user, a name or UID:GID",
     )
-    options.add_relay_options(parser)
+    relayoptions.add_relay_options(parser)
     log.add_options(parser)
     asked = parser.parse_args(arguments)
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from knet import log
+from knet import log, relayoptions
 from knet.loop import Loop
 from tcp_relay.engine.engine import Engine
 from tcp_relay.engine.limits import SessionLimits
@@ -14,7 +14,6 @@ from tcp_relay.engine.listener import PER_TURN, Accepted, Listener
 from tcp_relay.engine.sockets import Socket, server_socket
 from tcp_relay.proxy.proxy import Proxy
 from tcp_relay.proxy.resolver import Resolver, host_name, service_port
-from tcp_relay.service import options
 from tcp_relay.service.service import RelayService, run_program
 
 EXAMPLE = """\
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--listen", metavar="ADDRESS", help="accept at this address only (all, IPv4 and IPv6)"
     )
-    options.add_options(parser)
+    relayoptions.add_options(parser)
     log.add_options(parser)
     asked = parser.parse_args(arguments)
     return run_program(

@@ -19,7 +19,7 @@ import pytest
 
 import tcp_relay.__main__ as relay_main
 import vm.__main__ as vm_main
-from krelay.cli import main
+from krelay.cli.parser import parser
 from procfs_sim.tree import DEFAULT_ROOT, DIRECTORIES, SETTINGS, STATUS, SettingRefused, parse
 from tcp_relay import tcpproxy
 from vm import DEFAULT, attended, draw
@@ -91,7 +91,7 @@ def parses(words: list[str], patch: pytest.MonkeyPatch) -> bool:
     program, *rest = words
     match Path(program).name, rest:
         case "krelay", [_, *_]:
-            _krelay(main._parser().parse_args(rest))
+            _krelay(parser().parse_args(rest))
         case "tcp-relay", _:
             patch.setattr(relay_main, "run_program", lambda *_, **__: 0)
             relay_main.main(rest)

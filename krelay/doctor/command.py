@@ -15,8 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from knet import children
-from krelay.cli import terminal
+from knet import children, terminal
 from krelay.control import client as control
 from krelay.doctor import checks, probe
 from krelay.doctor.facts import Facts

@@ -12,25 +12,24 @@ given up after `stall`.
 
 from dataclasses import dataclass
 
+from knet import relayoptions
+
 SILENCE = 25.0
 """Seconds without an answer after which a peer is lost; with the looks, less than 30."""
-
-MAX_HOLD = 64 << 20
-"""Bytes; what is read at once is as long as what may be held."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """Bytes, from 1 to MAX_HOLD, and seconds, above 0."""
+    """Bytes, from 1 to relayoptions.MAX_HOLD, and seconds, above 0."""
 
-    hold: int = 512 * 1024
+    hold: int = relayoptions.HOLD
     """Bytes held per direction at most, and read at once.
 
     The more at once, the less often anybody has to wake up: bulk gains up to here, and hardly
     beyond.  A thousand connections stalled both ways hold 1 GB.
     """
 
-    stall: float = 10.0
+    stall: float = relayoptions.STALL
     """Seconds that held bytes may wait for a sink that answers, and takes none of them."""
 
     @property
@@ -53,11 +52,11 @@ class SessionLimits:
         """Seconds between two looks at a sink for which bytes are held."""
         return min(self.stall / 8, 2.0)
 
-    half_close: float = 3600.0
+    half_close: float = relayoptions.HALF_CLOSE
     """Seconds of silence in the one direction that is left, after which nobody waits any more."""
 
-    connect: float = 10.0
+    connect: float = relayoptions.CONNECT
     """Seconds that a server has to accept: four SYNs, at 0, 1, 3 and 7 s (RFC 6298)."""
 
-    drain: float = 30.0
+    drain: float = relayoptions.DRAIN
     """Seconds that running connections have to end after SIGTERM."""

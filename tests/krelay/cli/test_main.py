@@ -386,7 +386,7 @@ def test_set_says_what_is_wrong_with_what_is_in_force_then(
 def test_what_never_comes_into_force_is_not_waited_for_for_ever(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("krelay.cli.main.IN_FORCE_WITHIN", 0.03)
+    monkeypatch.setattr("krelay.cli.asking.IN_FORCE_WITHIN", 0.03)
     answers(monkeypatch, '{"state": "running", "start": "1", "gport": "1"}')
 
     assert run("stop")[2].startswith("krelay stop: not stopped after 0 seconds; see the daemon's ")

@@ -151,7 +151,7 @@ def test_a_terminal_gets_lines_of_its_width_from_doctor_and_from_what_start_says
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, no_color=True, width=width)
     for name in ("console", "errors"):
-        monkeypatch.setattr(f"krelay.cli.terminal.{name}", lambda: console)
+        monkeypatch.setattr(f"knet.terminal.{name}", lambda: console)
     looks(monkeypatch, [LONG, GOOD])
     command.run(Path("/x"))
     command.say([LONG])

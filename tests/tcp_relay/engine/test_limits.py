@@ -4,7 +4,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from tcp_relay.engine.limits import MAX_HOLD, SessionLimits
+from knet.relayoptions import MAX_HOLD
+from tcp_relay.engine.limits import SessionLimits
 
 
 def test_the_defaults_are_those_that_are_documented() -> None:

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from krelay.cli.terminal import Rates, console, listing, nat_table, show, trace_line, watch_table
+from knet.terminal import console, show
+from krelay.cli.tables import Rates, listing, nat_table, trace_line, watch_table
 from krelay.control.language import flow_values
 from krelay.nat.flow import Timeouts
 from tests.krelay.control.test_language import relay
