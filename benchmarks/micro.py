@@ -28,12 +28,12 @@ from knet.wire import tcp
 from krelay.datapath import worker as worker_module
 from krelay.datapath.worker import Policy, Verdict, Worker
 from krelay.nat.admission import FlowLimits
-from krelay.nat.flow import Hook, Rewrite
+from krelay.nat.flow import Rewrite
 from krelay.nat.table import NatTable
-from krelay.nat.tcpstate import Side
 from krelay.registration.messages import Close, Open, emit, parse_request
 from krelay.registration.registry import Relays
 from krelay.registration.sockdiag import SocketDiag
+from krelay.steps import Hook, Side
 from krelay.trace.capture import Capture
 from krelay.trace.lines import Lines, Recorder
 

@@ -1,5 +1,6 @@
 """krelay: a relay that stands in front of a real server and keeps the client's address.
 
+    steps          hooks and steps: the words that all rooms share        (pure)
     nat/           the NAT table: which packet becomes which              (pure)
     rules/         krelay's own rules of the packet filter                (pure)
     datapath/      one packet in, one verdict out; the queue

@@ -21,10 +21,11 @@ from typing import Any, Protocol
 from knet.endpoint import Endpoint, Proto
 from knet.roles import ADMIN, VIEW, needs_admin
 from krelay.datapath.worker import PacketCounts, Verdict
-from krelay.nat.flow import Flow, Step
+from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
-from krelay.nat.tcpstate import Side, State
+from krelay.nat.tcpstate import State
 from krelay.registration.messages import GAUGES
+from krelay.steps import Side, Step
 from krelay.trace.lines import REWRITE, WORDS, Filter
 
 MAX_LINE = 4096

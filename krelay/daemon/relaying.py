@@ -43,7 +43,7 @@ from krelay.host import netfilter
 from krelay.host.links import LOOPBACK, HostView, LocalAddresses, Looker
 from krelay.host.netfilter import Backend, RulesDelayed, RulesUnavailable
 from krelay.nat.admission import FlowLimits
-from krelay.nat.flow import Flow, Step, Timeouts
+from krelay.nat.flow import Flow, Timeouts
 from krelay.nat.table import NatTable
 from krelay.offload.kernelpath import KernelPath
 from krelay.registration.gatewayports import GatewayPorts
@@ -52,6 +52,7 @@ from krelay.registration.registry import Relays
 from krelay.registration.sockdiag import SocketDiag
 from krelay.rules import ruleset
 from krelay.rules.ruleset import RuleSpec
+from krelay.steps import Step
 from krelay.trace.lines import Filter
 from procfs_sim.tree import Config, Service, in_force
 

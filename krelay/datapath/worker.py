@@ -66,12 +66,13 @@ from knet.wire import BadPacket, icmp, ipv4, tcp, udp
 from knet.wire.checksum import updated
 from krelay.nat import icmperror
 from krelay.nat.admission import Refusal
-from krelay.nat.flow import SENDERS, SIDES, Flow, Hook, Rewrite, Step, key
+from krelay.nat.flow import Flow, Rewrite, key
 from krelay.nat.limits import PerClientLimiter, RateLimiter, TopRefusedClients
 from krelay.nat.ports import FIRST_HIGH
 from krelay.nat.table import NatTable
-from krelay.nat.tcpstate import Side, State, TcpSegment, Through
+from krelay.nat.tcpstate import State, TcpSegment, Through
 from krelay.rules.ruleset import DSCP_STEPS
+from krelay.steps import SENDERS, SIDES, Hook, Side, Step
 
 
 class Verdict(Enum):

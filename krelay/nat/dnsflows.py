@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from knet.netlink.nflog import Copy
 from knet.timerwheel import Wheel
-from krelay.nat.flow import Hook
+from krelay.steps import Hook
 
 _SEARCHED = 64
 """Flows, the oldest, among which one of a client's is looked for."""

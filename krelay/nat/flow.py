@@ -7,13 +7,13 @@ ports are free is the table's matter (nat.py).
 
 import struct
 from dataclasses import dataclass, field
-from enum import IntEnum
 from math import inf
 from typing import NamedTuple
 
 from knet.endpoint import Endpoint, Proto, Source
 from knet.wire.checksum import ONES
-from krelay.nat.tcpstate import Side, State, Tracker
+from krelay.nat.tcpstate import State, Tracker
+from krelay.steps import SIDES, Side, Step
 
 CLOSED_LINGER = 10.0
 """Seconds a flow stays after tcp-relay closed both legs: lost FINs and ACKs are still repeated."""
@@ -30,49 +30,6 @@ EXCHANGE = 2.0
 Linux's connection tracking (stream_ts in net/netfilter/nf_conntrack_proto_udp.c)."""
 
 
-class Hook(IntEnum):
-    """Where a packet was caught, by the numbers of linux/netfilter.h."""
-
-    PREROUTING = 0
-    POSTROUTING = 4
-
-
-class Step(IntEnum):
-    """One rewriting of one packet, as the design numbers them."""
-
-    T1 = 0
-    T2 = 1
-    T3 = 2
-    T4 = 3
-    U1 = 4  # U1 to U4: UDP, and TCP that is forwarded
-    U2 = 5
-    U3 = 6
-    U4 = 7
-    U12 = 8
-    """U1 and U2 at once: with source=client one rewriting does both."""
-    U34 = 9
-    D1 = 10
-    D2 = 11
-
-    @property
-    def label(self) -> str:
-        """For people: `T1`, `U1,U2`."""
-        return {Step.U12: "U1,U2", Step.U34: "U3,U4"}.get(self, self.name)
-
-
-SIDES = {
-    Step.T1: Side.CLIENT,
-    Step.U1: Side.CLIENT,
-    Step.U12: Side.CLIENT,
-    Step.D1: Side.CLIENT,
-    Step.T4: Side.SERVER,
-    Step.U3: Side.SERVER,
-    Step.U34: Side.SERVER,
-    Step.D2: Side.SERVER,
-}
-"""Whose packets a step rewrites; those not listed see a packet a second time, or tcp-relay's."""
-SENDERS = SIDES | {Step.T2: Side.TO_CLIENT, Step.T3: Side.TO_SERVER}
-"""The same with tcp-relay's own; those not listed see a packet a second time."""
 NO_LEG, PAST_LEG = -1, -2
 """Flow.leg where no number is known."""
 

@@ -35,7 +35,8 @@ from typing import NamedTuple
 from knet.endpoint import Proto, Source
 from knet.wire import BadPacket, icmp, ipv4, udp
 from knet.wire.checksum import difference, updated
-from krelay.nat.flow import Hook, Rewrite, Step
+from krelay.nat.flow import Rewrite
+from krelay.steps import Hook, Step
 
 BROKEN = frozenset({"icmp_checksum", "icmp_quoted_checksum"})
 """Reasons for which an error is dropped (RFC 5508, REQ-3); for all others it goes on untouched."""

@@ -53,13 +53,9 @@ from krelay.nat.flow import (
     DNS_PORT,
     NO_LEG,
     PAST_LEG,
-    SENDERS,
-    SIDES,
     Flow,
     Footprint,
-    Hook,
     Rewrite,
-    Step,
     Table,
     Timeouts,
     answering,
@@ -68,7 +64,8 @@ from krelay.nat.flow import (
 )
 from krelay.nat.ownflows import OwnFlows
 from krelay.nat.ports import FIRST_HIGH, RelayPorts
-from krelay.nat.tcpstate import Side, State, Through
+from krelay.nat.tcpstate import State, Through
+from krelay.steps import SENDERS, SIDES, Hook, Side, Step
 
 HORIZON = 64
 """Seconds after which each flow is looked at, at the latest."""

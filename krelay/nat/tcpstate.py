@@ -24,10 +24,11 @@ never what becomes of a packet, only when the flow goes.
 """
 
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 from typing import NamedTuple
 
 from knet.wire.tcp import ACK, FIN, RST, SYN
+from krelay.steps import Side
 
 
 class State(StrEnum):
@@ -39,15 +40,6 @@ class State(StrEnum):
     CLOSED = "closed"
     UNREPLIED = "unreplied"
     REPLIED = "replied"
-
-
-class Side(IntEnum):
-    """Whose packet it is: a real end of the conversation's, or tcp-relay's own on a leg."""
-
-    CLIENT = 0
-    SERVER = 1
-    TO_CLIENT = 2
-    TO_SERVER = 3
 
 
 @dataclass(slots=True)

@@ -48,9 +48,10 @@ from typing import NamedTuple
 
 from knet.endpoint import Proto
 from knet.netlink.nftables import Count
-from krelay.nat.flow import BUSY, SIDES, Flow, Rewrite, Step
+from krelay.nat.flow import BUSY, Flow, Rewrite
 from krelay.nat.table import NatTable
 from krelay.rules.ruleset import CHANGES
+from krelay.steps import SIDES, Step
 
 HAND_AFTER = 0.05
 """Seconds for which a flow must have been fit to be handed over: what is over by then never is."""

@@ -20,9 +20,10 @@ from knet.endpoint import Proto
 from knet.netlink import nftables
 from knet.netlink.nftables import Count, Elements
 from knet.sockbuf import Direction, enlarge
-from krelay.nat.flow import SIDES, Rewrite, Step
+from krelay.nat.flow import Rewrite
 from krelay.offload.fastpath import Changes, begins, new_value
 from krelay.rules.ruleset import BEGINS, CHANGES, DSCP_STEPS, map_name
+from krelay.steps import SIDES, Step
 
 TOGETHER = 256
 """Elements in one transaction, or asked for at once: a millisecond.  Fewer where the kernel grants

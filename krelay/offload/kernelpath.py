@@ -22,7 +22,7 @@ from knet.networks import collapse, network
 from krelay.datapath.worker import Policy
 from krelay.host.links import LOOPBACK
 from krelay.host.netfilter import NO_MAPS, Backend
-from krelay.nat.flow import DNS_PORT, Flow, Step
+from krelay.nat.flow import DNS_PORT, Flow
 from krelay.nat.table import NatTable
 from krelay.offload.copies import Copies
 from krelay.offload.fastpath import FastPath
@@ -37,6 +37,7 @@ from krelay.rules.ruleset import (
     steps_handed,
     strays,
 )
+from krelay.steps import Step
 from krelay.trace.lines import Filter
 from procfs_sim.tree import Config
 

@@ -31,7 +31,7 @@ from knet.endpoint import Endpoint, Proto, Source
 from knet.wire import ipv4
 from krelay.datapath.worker import Policy
 from krelay.nat.admission import Refusal
-from krelay.nat.flow import PAST_LEG, Flow, Hook, Step, key
+from krelay.nat.flow import PAST_LEG, Flow, key
 from krelay.nat.ports import FIRST_HIGH
 from krelay.nat.table import NatTable
 from krelay.registration.inforce import MOST, InForce
@@ -53,6 +53,7 @@ from krelay.registration.messages import (
     Resume,
     Resumed,
 )
+from krelay.steps import Hook, Step
 
 ORPHAN_GRACE = 5.0
 """Seconds."""

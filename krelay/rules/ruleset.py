@@ -80,8 +80,9 @@ from typing import NamedTuple
 from knet.endpoint import Proto
 from knet.netlink.nflog import HEAD
 from knet.wire import icmp
-from krelay.nat.flow import DNS_PORT, SIDES, Footprint, Step
+from krelay.nat.flow import DNS_PORT, Footprint
 from krelay.nat.ownflows import UNREPLIED
+from krelay.steps import SIDES, Step
 
 ANYONE = IPv4Network("0.0.0.0/0")
 COMPARED_MOST = 4

@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 from knet.endpoint import Endpoint
 from knet.wire import icmp, pcapng
-from krelay.nat.flow import Hook, Rewrite, Step
+from krelay.nat.flow import Rewrite
+from krelay.steps import Hook, Step
 from krelay.trace.lines import WORDS, Untouched
 
 CLIENT, INSIDE, SERVER = 0, 1, 2

@@ -19,8 +19,9 @@ from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from knet.wire import BadPacket, icmp, ipv4, tcp, udp
 from krelay.datapath.worker import Verdict, Worker, flow_of, readdressed
 from krelay.nat.admission import FlowLimits, Refusal
-from krelay.nat.flow import Hook, key
+from krelay.nat.flow import key
 from krelay.nat.table import TRIES, NatTable
+from krelay.steps import Hook
 from tests.krelay.datapath.test_worker import live_worker, rewrite_to, traffic
 from tests.tools.packets import Template, addr, at
 from tests.tools.strategies import rewritings

@@ -6,7 +6,7 @@ K is known, V has just arrived, U nobody can tell of.  Q, C and D are others'.
 import pytest
 
 from knet.endpoint import Source
-from krelay.nat.flow import Hook
+from krelay.steps import Hook
 from tests.tools.packets import addr, policy, template
 from tests.tools.script import Host, describe
 

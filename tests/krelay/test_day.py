@@ -26,8 +26,9 @@ import pytest
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from krelay.datapath.worker import Policy, Verdict
 from krelay.nat.admission import AT_ONCE, FlowLimits
-from krelay.nat.flow import SIDES, Flow, Hook, Timeouts
+from krelay.nat.flow import Flow, Timeouts
 from krelay.registration.messages import Close, Open, Opened, Refused
+from krelay.steps import SIDES, Hook
 from tests.tools.kernel import Datapath
 from tests.tools.packets import ACK, FIN, PSH, RST, SYN, Template, addr, at, policy
 

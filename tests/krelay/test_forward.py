@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from knet.endpoint import Source
 from knet.wire import ipv4, tcp
 from krelay.datapath.worker import Verdict, probes
-from krelay.nat.flow import Hook, Timeouts
-from krelay.nat.tcpstate import Side, State
+from krelay.nat.flow import Timeouts
+from krelay.nat.tcpstate import State
+from krelay.steps import Hook, Side
 from tests.krelay.nat.test_table import left_behind
 from tests.tools.packets import at, policy, template
 from tests.tools.script import Host, describe, play

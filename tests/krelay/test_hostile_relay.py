@@ -22,7 +22,7 @@ import pytest
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from krelay.datapath.worker import Policy, Worker
 from krelay.nat.admission import FlowLimits
-from krelay.nat.flow import Flow, Hook, Rewrite, Step
+from krelay.nat.flow import Flow, Rewrite
 from krelay.nat.table import NatTable
 from krelay.registration.inforce import InForce
 from krelay.registration.messages import (
@@ -44,6 +44,7 @@ from krelay.registration.messages import (
     parse_request,
 )
 from krelay.registration.registry import GONE_KEPT, Relays, Send
+from krelay.steps import Hook, Step
 from tests.tools.packets import ACK, EVERY_PORT, RST, SYN, Template, addr, at, policy
 
 MESSAGES = 100_000 if os.environ.get("KRELAY_LONG") else 20_000

@@ -7,8 +7,8 @@ import pytest
 
 from knet.endpoint import Source
 from krelay.datapath.worker import Verdict
-from krelay.nat.flow import Hook
 from krelay.nat.ownflows import REPLIED, UNREPLIED
+from krelay.steps import Hook
 from tests.tools.packets import at, policy, template
 from tests.tools.script import Host, describe, play
 

@@ -14,8 +14,9 @@ import pytest
 
 from knet.endpoint import Endpoint, FiveTuple, Proto
 from krelay.nat.admission import FlowLimits
-from krelay.nat.flow import Hook, Timeouts
+from krelay.nat.flow import Timeouts
 from krelay.registration.messages import Close, Open, Report
+from krelay.steps import Hook
 from tests.tools.hours import garbage
 from tests.tools.kernel import Datapath
 from tests.tools.packets import ACK, FIN, RST, SYN, Template, addr, policy

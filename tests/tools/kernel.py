@@ -23,12 +23,13 @@ from knet.netlink.nflog import HEAD
 from knet.netlink.nftables import Count
 from krelay.datapath.worker import Policy, Verdict, Worker
 from krelay.nat.admission import FlowLimits
-from krelay.nat.flow import SIDES, Flow, Hook, Rewrite, Step
+from krelay.nat.flow import Flow, Rewrite
 from krelay.nat.table import NatTable
 from krelay.offload.fastpath import Changes, FastPath, begins
 from krelay.registration.registry import Relays, Send
 from krelay.rules import ruleset
 from krelay.rules.ruleset import RuleSpec
+from krelay.steps import SIDES, Hook, Step
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
 from tests.tools.sockets import OneUser
 

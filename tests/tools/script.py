@@ -36,11 +36,11 @@ from random import Random
 
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from krelay.datapath.worker import Policy, Verdict, Worker
-from krelay.nat.flow import Hook, Step
 from krelay.nat.table import NatTable
 from krelay.registration.inforce import InForce
 from krelay.registration.messages import Answer, Close, Open, Opened, Refused, Request, Resume
 from krelay.registration.registry import Relays
+from krelay.steps import Hook, Step
 from tests.tools import packets
 from tests.tools.packets import LETTERS, Template, addr, at, shown
 from tests.tools.sockets import OneUser

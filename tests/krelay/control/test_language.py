@@ -24,8 +24,9 @@ from krelay.control.language import (
     tcp_status_values,
 )
 from krelay.datapath.worker import PacketCounts
-from krelay.nat.flow import Flow, Step
+from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
+from krelay.steps import Step
 from krelay.trace.lines import Filter
 from tests.tools.packets import addr, at
 

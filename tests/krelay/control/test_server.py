@@ -28,8 +28,9 @@ from krelay.control.server import (
     ControlSocket,
 )
 from krelay.datapath.worker import Verdict, Worker
-from krelay.nat.flow import Flow, Hook, Step
+from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
+from krelay.steps import Hook, Step
 from krelay.trace.lines import Filter
 from tests.tools.captures import slow_read
 from tests.tools.packets import at, policy, template

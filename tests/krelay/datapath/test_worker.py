@@ -25,8 +25,9 @@ from krelay.datapath.worker import (
     readdressed,
 )
 from krelay.nat.admission import FlowLimits
-from krelay.nat.flow import Hook, Rewrite, Step, Timeouts, deltas, key
+from krelay.nat.flow import Rewrite, Timeouts, deltas, key
 from krelay.nat.table import NatTable
+from krelay.steps import Hook, Step
 from tests.tools.packets import (
     Template,
     addr,

@@ -14,8 +14,8 @@ from knet.wire import icmp, ipv4, tcp, udp
 from krelay.demo import evidence as evidence
 from krelay.demo.evidence import Cast, Check, Seen, ShownStep, Traced
 from krelay.nat.flow import Flow
-from krelay.nat.flow import Step as NatStep
 from krelay.nat.table import NatTable
+from krelay.steps import Step as NatStep
 from krelay.trace import lines
 
 CAST = Cast(client="10.0.0.1", relay="192.168.0.2", server="192.168.0.1", gport=16000)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from knet.endpoint import Endpoint, Proto, Source
 from krelay.nat.admission import AT_ONCE, LAST_PACKETS, ONE_SIDED, TRIMMED, FlowLimits, Refusal
-from krelay.nat.flow import EXCHANGE, Flow, Hook, Timeouts
+from krelay.nat.flow import EXCHANGE, Flow, Timeouts
 from krelay.nat.table import NatTable
-from krelay.nat.tcpstate import Side
+from krelay.steps import Hook, Side
 from tests.tools.packets import ACK, SYN, addr, at, policy, template
 from tests.tools.script import Host
 

@@ -14,9 +14,10 @@ from knet.endpoint import Proto, Source
 from krelay.datapath.worker import Verdict, Worker
 from krelay.nat.admission import FlowLimits
 from krelay.nat.dnsflows import Beginning, DnsFlows
-from krelay.nat.flow import BUSY, Flow, Hook, Step, Timeouts, key
+from krelay.nat.flow import BUSY, Flow, Timeouts, key
 from krelay.nat.table import NatTable
-from krelay.nat.tcpstate import Side, State
+from krelay.nat.tcpstate import State
+from krelay.steps import Hook, Side, Step
 from tests.tools.packets import addr, at, flow, policy, template
 
 PRE, POST = Hook.PREROUTING, Hook.POSTROUTING

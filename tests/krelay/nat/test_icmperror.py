@@ -24,7 +24,7 @@ from knet.endpoint import Proto, Source
 from knet.wire import BadPacket, icmp, ipv4
 from krelay.datapath.worker import Policy, Verdict, Worker
 from krelay.nat import icmperror
-from krelay.nat.flow import Hook, Step
+from krelay.steps import Hook, Step
 from tests.tools.errors import error
 from tests.tools.packets import (
     Template,

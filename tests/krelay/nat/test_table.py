@@ -13,11 +13,12 @@ from knet.endpoint import Endpoint, Proto, Source
 from knet.timerwheel import Wheel
 from krelay.nat.admission import FlowLimits, Refusal
 from krelay.nat.dnsflows import DnsFlows
-from krelay.nat.flow import CLOSED_LINGER, SIDES, Flow, Footprint, Hook, Step, Timeouts, key
+from krelay.nat.flow import CLOSED_LINGER, Flow, Footprint, Timeouts, key
 from krelay.nat.limits import PerClientLimiter, Spare
 from krelay.nat.ports import RelayPorts
 from krelay.nat.table import HORIZON, DirectFlows, NatTable
-from krelay.nat.tcpstate import Side, State
+from krelay.nat.tcpstate import State
+from krelay.steps import SIDES, Hook, Side, Step
 from tests.tools.packets import ACK, FIN, PSH, RST, SYN, addr, at
 
 K80, K443, K53 = at("K:80"), at("K:443"), at("K:53")

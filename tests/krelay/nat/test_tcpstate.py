@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krelay.nat.tcpstate import Side, State, TcpSegment, Through, Tracker
+from krelay.nat.tcpstate import State, TcpSegment, Through, Tracker
+from krelay.steps import Side
 from tests.tools.packets import FIN, SYN, flags_of, template
 
 SIDES = {"C": Side.CLIENT, "S": Side.SERVER, "c": Side.TO_CLIENT, "s": Side.TO_SERVER}

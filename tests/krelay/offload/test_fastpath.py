@@ -12,17 +12,7 @@ from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from knet.netlink.nftables import Count
 from krelay.datapath.worker import Verdict
 from krelay.nat.admission import FlowLimits
-from krelay.nat.flow import (
-    BUSY,
-    CLOSED_LINGER,
-    EXCHANGE,
-    SIDES,
-    Flow,
-    Hook,
-    Rewrite,
-    Step,
-    Timeouts,
-)
+from krelay.nat.flow import BUSY, CLOSED_LINGER, EXCHANGE, Flow, Rewrite, Timeouts
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State
 from krelay.offload.fastpath import (
@@ -38,6 +28,7 @@ from krelay.offload.fastpath import (
     is_simple,
 )
 from krelay.registration.messages import Close, Open, Opened
+from krelay.steps import SIDES, Hook, Step
 from tests.tools.kernel import Datapath
 from tests.tools.packets import ACK, FIN, PSH, RST, SYN, Template, addr, at, policy, template
 

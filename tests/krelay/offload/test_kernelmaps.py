@@ -21,12 +21,13 @@ from knet.rules.watch import RuleWatcher
 from knet.sockbuf import Direction, enlarge
 from krelay.host.netfilter import Nft
 from krelay.nat.admission import FlowLimits
-from krelay.nat.flow import SIDES, Flow, Rewrite, Step
+from krelay.nat.flow import Flow, Rewrite
 from krelay.nat.table import NatTable
 from krelay.offload import kernelmaps
 from krelay.offload.fastpath import Changes
 from krelay.offload.kernelmaps import TOGETHER, KernelMaps, MapsLost
 from krelay.rules.ruleset import RuleSpec, map_name
+from krelay.steps import SIDES, Step
 from vm import Lab
 
 pytestmark = pytest.mark.net

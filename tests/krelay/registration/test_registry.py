@@ -9,7 +9,7 @@ import pytest
 from knet.endpoint import Endpoint, Source
 from krelay.datapath.worker import Policy
 from krelay.nat.admission import FlowLimits
-from krelay.nat.flow import CLOSED_LINGER, Flow, Step
+from krelay.nat.flow import CLOSED_LINGER, Flow
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State
 from krelay.registration.inforce import InForce
@@ -29,6 +29,7 @@ from krelay.registration.messages import (
     Resumed,
 )
 from krelay.registration.registry import ABORT_WITHIN, GONE_KEPT, GPORTS_KEPT, ORPHAN_GRACE, Relays
+from krelay.steps import Step
 from tests.tools.packets import addr, at, policy
 from tests.tools.sockets import OneUser
 

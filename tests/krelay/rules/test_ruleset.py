@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knet.endpoint import Proto
-from krelay.nat.flow import SIDES, Footprint
+from krelay.nat.flow import Footprint
 from krelay.rules.ruleset import (
     ANYONE,
     BEGINS,
@@ -36,6 +36,7 @@ from krelay.rules.ruleset import (
     strays,
     wanted,
 )
+from krelay.steps import SIDES
 
 S, Z = IPv4Address("192.168.0.1"), IPv4Address("192.168.0.99")
 NET, OTHER = IPv4Network("192.168.0.0/24"), IPv4Network("10.9.0.0/16")

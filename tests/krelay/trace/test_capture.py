@@ -9,8 +9,8 @@ from knet.endpoint import Proto, Source
 from knet.wire import ipv4
 from knet.wire.checksum import checksum
 from krelay.datapath.worker import Verdict
-from krelay.nat.flow import Hook, Step
 from krelay.nat.table import NatTable
+from krelay.steps import Hook, Step
 from krelay.trace.capture import MOST_NAMES, PLACES, WHERE, Capture
 from krelay.trace.lines import Untouched, sight
 from tests.tools.captures import Read, assert_sound, need_tshark, slow_read, tshark

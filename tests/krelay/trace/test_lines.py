@@ -10,8 +10,9 @@ from knet.endpoint import Proto, Source
 from knet.wire import ipv4
 from knet.wire.checksum import checksum
 from krelay.datapath.worker import Verdict
-from krelay.nat.flow import Flow, Hook, Step
+from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
+from krelay.steps import Hook, Step
 from krelay.trace.lines import Filter, Lines, Untouched, line, sight, untouched_line
 from tests.tools.packets import addr, at, policy, template
 from tests.tools.script import RECORD_ROUTE, Host

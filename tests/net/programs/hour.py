@@ -22,8 +22,8 @@ from knet.endpoint import Endpoint, FiveTuple, Proto
 from knet.loop import Loop
 from krelay.daemon.daemon import Daemon
 from krelay.host.witness import Witness
-from krelay.nat.flow import Hook
 from krelay.registration.messages import Close, Open, Report, Request, emit
+from krelay.steps import Hook
 from tests.tools.hours import every, garbage, run_for, simulated
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
 
