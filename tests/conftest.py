@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,7 @@ LONGEST = (
 )
 """Files whose tests take 30 seconds or more, the longest first; the last run's figures are in the
 cache (`durations`)."""
+_BEGAN = pytest.StashKey[float]()
 DURATIONS = "KRELAY_DURATIONS"
 """The variable that names the file where a run leaves how long each test took."""
 
@@ -158,19 +161,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (rank.get(item.path, len(rank)), "net" not in item.path.parts))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    item.stash[_BEGAN] = _cpu()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Its end is told with what it used of the processor; so did what it started and waited for."""
+    report = yield
+    if report.when == "teardown":
+        report.user_properties.append(("cpu", _cpu() - item.stash[_BEGAN]))
+    return report
+
+
+def _cpu() -> float:
+    return sum(os.times()[:4])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Adds how long everything took to what stands in the file already, the longest first."""
+    """Adds what each test took to what stands in the file already, the longest first.
+
+    Seconds, those of the processor among them, and the test.
+    """
     if (name := os.environ.get(DURATIONS)) is None:
         return
+    seconds, cpu = defaultdict[str, float](float), defaultdict[str, float](float)
     file = Path(name)
-    lines = file.read_text().splitlines() if file.exists() else []
-    lines += [
-        f"{report.duration:8.2f} {report.when:8} {report.nodeid}"
-        for reports in terminalreporter.stats.values()
-        for report in reports
-        if isinstance(report, pytest.TestReport)
-    ]
-    lines.sort(key=lambda line: float(line.split()[0]), reverse=True)
+    for line in file.read_text().splitlines() if file.exists() else ():
+        took, used, test = line.split(maxsplit=2)
+        seconds[test], cpu[test] = float(took), float(used)
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid] += report.duration
+            cpu[report.nodeid] += sum(
+                float(str(used)) for what, used in report.user_properties if what == "cpu"
+            )
+    longest = sorted(seconds, key=lambda test: seconds[test], reverse=True)
+    lines = [f"{seconds[test]:8.2f} {cpu[test]:8.2f} {test}" for test in longest]
     file.write_text("\n".join(lines) + "\n")
 
 

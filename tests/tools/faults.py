@@ -34,7 +34,9 @@ SPARED = frozenset(
 """Calls that aren't made to fail: the interpreter's memory, locks, signals and end."""
 
 SETTLE = 0.05
-"""Seconds after a stimulus that belong to it: what the process does by and by."""
+"""Seconds of sleep after which the process is done with a stimulus."""
+SETTLED_WITHIN = 1.0
+"""Seconds after which it is, even if it never sleeps for so long."""
 PATIENCE = 10.0
 
 _LINE = re.compile(r"^(\w+)\((.*)")
@@ -78,7 +80,7 @@ def recorded(pid: int, stimulus: Callable[[], object]) -> list[Call]:
     """The calls that this thread makes meanwhile, each that differs by name and `on` once."""
     with _traced(pid) as lines:
         stimulus()
-        time.sleep(SETTLE)
+        _settle(pid)
     counts: Counter[str] = Counter()
     found: dict[tuple[str, str], Call] = {}
     for line in lines:
@@ -106,8 +108,29 @@ def broken(pid: int, call: Call, error: str) -> Iterator[Callable[[], Call | Non
 
     with _traced(pid, "-e", f"trace={call.name}", "-e", inject) as written:
         yield broke
-        time.sleep(SETTLE)
+        _settle(pid)
     lines += written
+
+
+def _settle(pid: int) -> None:
+    """Until the process sleeps; on a busy machine it may only now get to what was asked of it."""
+    give_up = time.monotonic() + SETTLED_WITHIN
+    before = None
+    while (now := _sleep(pid)) is None or now != before:
+        if time.monotonic() > give_up:
+            return
+        before = now
+        time.sleep(SETTLE)
+
+
+def _sleep(pid: int) -> str | None:
+    """Which of its sleeps the process is in, by their count; None: in none."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return ""
+    sleeps = status.partition("\nState:\t")[2].startswith("S")
+    return status.partition("\nvoluntary_ctxt_switches:")[2].split()[0] if sleeps else None
 
 
 @contextmanager
