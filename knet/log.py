@@ -218,6 +218,12 @@ class JsonFormatter(logging.Formatter):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--log-level` and `--log-json`, as `log_level` and `log_json`."""
+    add_level_option(parser)
+    parser.add_argument("--log-json", action="store_true", help="one JSON object a line")
+
+
+def add_level_option(parser: argparse.ArgumentParser) -> None:
+    """`--log-level`, as `log_level`."""
     parser.add_argument(
         "--log-level",
         choices=LEVELS,
@@ -225,7 +231,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="LEVEL",
         help=f"{', '.join(LEVELS)} (default: info)",
     )
-    parser.add_argument("--log-json", action="store_true", help="one JSON object a line")
 
 
 def set_up(

@@ -4,12 +4,12 @@ It only reads; no daemon is needed.  What a file holds right now is the value in
 has judged it.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from knet.usage import CommandParser
 from procfs_sim.ondisk import FileTree
 from procfs_sim.tree import (
     BLANKS,
@@ -47,18 +47,19 @@ def _cell(name: str, text: str | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m procfs_sim",
         description="Print the settings of a krelay file tree: file, value, what is accepted.",
         epilog="example: python -m procfs_sim --root /run/krelay",
     )
+    parser.add_version()
     parser.add_argument(
         "--root",
         type=Path,
         default=Path(os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT),
         help=f"the tree (default: ${ROOT_VARIABLE}, or {DEFAULT_ROOT})",
     )
-    root: Path = parser.parse_args(arguments).root
+    root: Path = parser.read(arguments).root
     try:
         if not root.is_dir():
             print(

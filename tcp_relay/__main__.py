@@ -9,6 +9,7 @@ from pathlib import Path
 from knet import log, privileges, relayoptions
 from knet.loop import Loop
 from knet.privileges import Account, NoAccount
+from knet.usage import CommandParser
 from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, ondisk
 from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.relay.daemon import TcpRelayDaemon
@@ -27,12 +28,13 @@ prints a table of them.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs tcp-relay; the exit status (0, 1, 2 for wrong usage, 130 after Ctrl-C)."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="tcp-relay",
         description="The TCP relay daemon of krelay, in the foreground.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_version()
     parser.add_argument(
         "--root",
         type=Path,
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     relayoptions.add_relay_options(parser)
     log.add_options(parser)
-    asked = parser.parse_args(arguments)
+    asked = parser.read(arguments)
 
     def serve(limits: SessionLimits, index: int, ready: Callable[[], None]) -> int:
         with Loop() as loop:

@@ -8,6 +8,7 @@ from functools import partial
 
 from knet import log, relayoptions
 from knet.loop import Loop
+from knet.usage import CommandParser
 from tcp_relay.engine.engine import Engine
 from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.engine.listener import PER_TURN, Accepted, Listener
@@ -28,12 +29,13 @@ finish, Ctrl-C resets them; SIGUSR1 prints a table of them.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs tcpproxy; the exit status (0, 1, 2 for wrong usage, 130 after Ctrl-C)."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="tcpproxy",
         description="A plain TCP proxy that survives hung peers.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_version()
     parser.add_argument(
         "host",
         metavar="DESTINATION-HOST",
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     relayoptions.add_options(parser)
     log.add_options(parser)
-    asked = parser.parse_args(arguments)
+    asked = parser.read(arguments)
     return run_program(
         parser.prog,
         asked,

@@ -10,42 +10,51 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 from knet import log, relayoptions
+from knet.usage import CommandParser
 from krelay.cli import serve, settings, show, upkeep
 from krelay.rules.ruleset import DEFAULT_QUEUE
 from procfs_sim.tree import DEFAULT_ROOT, ROOT_VARIABLE, SETTINGS, SettingRefused, server
 
+WITHOUT_TREE = ("demo",)
+"""Commands that serve a tree of their own."""
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+
+def parser() -> CommandParser:
+    """The parser of `krelay`.
+
+    What it reads has `run`, the function of the command, `parser`, the command's own, and `root`,
+    None where it was not given (`tree`).
+    """
+    parser = CommandParser(
         prog="krelay",
         description="A relay that stands in front of a real server and keeps the client's address.",
-        epilog="example: krelay up --real-ip 192.168.0.1",
+        epilog="example: krelay up --real-ip 192.168.0.1\n\n"
+        "`krelay COMMAND --help` shows the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_version()
+    _root_option(parser, default=None)
+    parser.nouns = {"command": "command"}
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
 
     def add(
         name: str,
         run: Callable[[argparse.Namespace], int],
         text: str,
         example: str,
-        parents: Sequence[argparse.ArgumentParser] = (),
-    ) -> argparse.ArgumentParser:
+        parents: Sequence[CommandParser] = (),
+    ) -> CommandParser:
         sub = commands.add_parser(
             name,
             parents=parents,
             help=text,
             description=text[0].upper() + text[1:] + ".",
             epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run, parser=sub)
-        if name != "demo":
-            sub.add_argument(
-                "--root",
-                type=Path,
-                default=Path(os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT),
-                metavar="DIR",
-                help=f"the file tree (default: ${ROOT_VARIABLE} or {DEFAULT_ROOT})",
-            )
+        if name not in WITHOUT_TREE:
+            _root_option(sub, default=argparse.SUPPRESS)  # one before the command stays
         return sub
 
     sub = add("daemon", serve.daemon, "serve in the foreground", "krelay daemon --log-level debug")
@@ -68,15 +77,17 @@ def parser() -> argparse.ArgumentParser:
     _values(sub)
     sub.add_argument("--datapath", metavar="PATH", help="what rewrites packets: auto, queue")
     _queue_option(sub)
-    sub.add_argument("--log-level", choices=log.LEVELS, default="info", metavar="LEVEL")
+    log.add_level_option(sub)
     _doctor_option(sub)
 
-    sub = add("start", settings.start, "write 1 into start and wait until relaying", "krelay start")
+    sub = add(
+        "start", settings.start, "start relaying, and wait until it is in force", "krelay start"
+    )
     _doctor_option(sub)
     add(
         "stop",
         settings.stop,
-        "write 0 into start and wait until the host is as before",
+        "stop relaying, and wait until the host is as before",
         "krelay stop",
     )
 
@@ -86,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
         "check and write a setting, wait for it",
         "krelay set gport 17000",
     )
+    sub.nouns = {"key": "setting"}
     sub.add_argument("key", metavar="KEY", choices=SETTINGS, help=", ".join(SETTINGS))
     sub.add_argument("value", metavar="VALUE", nargs="+", help="services may be several words")
     sub.add_argument(
@@ -96,9 +108,13 @@ def parser() -> argparse.ArgumentParser:
     _doctor_option(sub)
 
     sub = add("get", settings.get_value, "show a setting, or all", "krelay get real_ip")
+    sub.nouns = {"key": "setting"}
     sub.add_argument("key", metavar="KEY", nargs="?", choices=SETTINGS, help=", ".join(SETTINGS))
 
-    sub = add("status", show.status, "show how things are", "krelay status --json")
+    sub = add(
+        "status", show.status, "show the state, and what there is now", "krelay status state flows"
+    )
+    _names(sub)
     _json_option(sub)
     sub = add("nat", show.nat, "show the NAT table", "krelay nat proto=tcp client=10.0.0.1 --watch")
     _filters(sub)
@@ -112,13 +128,19 @@ def parser() -> argparse.ArgumentParser:
         "end the flows that lead to another server than real_ip; TCP: reset both sides",
         "krelay flush",
     )
-    sub = add("counters", show.counters, "show all counters", "krelay counters")
+    sub = add(
+        "counters",
+        show.counters,
+        "show what was counted since the daemon began",
+        "krelay counters T1 T2 --json",
+    )
+    _names(sub)
     _json_option(sub)
     sub = add(
         "trace",
         show.trace,
         "show each packet before and after",
-        "krelay trace service=tcp/80, krelay trace --pcap - | wireshark -k -i -",
+        "krelay trace service=tcp/80\n         krelay trace --pcap - | wireshark -k -i -",
     )
     _filters(sub, " verdict=rewrite,drop,pass (default: rewrite,drop)")
     sub.add_argument(
@@ -129,8 +151,9 @@ def parser() -> argparse.ArgumentParser:
     sub = add(
         "doctor",
         upkeep.doctor,
-        "check what relaying needs, and say how to mend what is wrong",
-        "krelay doctor --client 10.0.0.1 --fix, krelay doctor --real-ip 192.168.0.1 --gport 17000",
+        "check what relaying needs, and say how to fix what is wrong",
+        "krelay doctor --client 10.0.0.1 --fix\n"
+        "         krelay doctor --real-ip 192.168.0.1 --gport 17000",
     )
     _values(sub, "instead of the one in the file tree: ")
     sub.add_argument(
@@ -142,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--fix",
         action="store_true",
-        help="mend what is safe: kernel settings, what a killed krelay left; no rules of others",
+        help="fix what is safe: kernel settings, what a killed krelay left; no rules of others",
     )
     _queue_option(sub)
     _json_option(sub)
@@ -164,9 +187,30 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _relay_options() -> argparse.ArgumentParser:
+def tree(args: argparse.Namespace) -> Path:
+    """The file tree that was named, or $KRELAY_ROOT, or the usual one."""
+    return args.root or Path(os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT)
+
+
+def _root_option(parser: argparse.ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "--root",
+        type=_folder,
+        default=default,
+        metavar="DIR",
+        help=f"the file tree (default: ${ROOT_VARIABLE} or {DEFAULT_ROOT})",
+    )
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name is no folder's")
+    return Path(text)
+
+
+def _relay_options() -> CommandParser:
     """Those of tcp-relay that `krelay up` takes as well."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = CommandParser(add_help=False)
     relayoptions.add_relay_options(parser)
     return parser
 
@@ -195,7 +239,7 @@ def _group_id(text: str) -> int:
 
 def _flow_id(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not the id of a row, a number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not the id of a flow, a number")
     return int(text)
 
 
@@ -222,6 +266,10 @@ def _values(parser: argparse.ArgumentParser, what: str = "") -> None:
     )
 
 
+def _names(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="*", metavar="NAME", help="these values alone")
+
+
 def _doctor_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-doctor",
@@ -231,13 +279,10 @@ def _doctor_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _json_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
-def _filters(parser: argparse.ArgumentParser, more: str = "") -> None:
-    parser.add_argument(
-        "filter",
-        nargs="*",
-        metavar="FILTER",
-        help=f"proto=tcp|udp client=ADDR[:PORT] state=STATE service=tcp/80{more}",
-    )
+def _filters(parser: CommandParser, more: str = "") -> None:
+    text = f"proto=tcp|udp client=ADDR[:PORT] state=STATE service=tcp/80{more}"
+    parser.further = [f"{word.partition('=')[0]}=" for word in text.split() if "=" in word]
+    parser.add_argument("filter", nargs="*", metavar="FILTER", help=text)

@@ -5,16 +5,17 @@ import json
 import time
 from collections.abc import Sequence
 
+from knet.usage import meant
 from krelay.cli.asking import Failed, Misused, ask, print_lines
 
 
 def status(args: argparse.Namespace) -> int:
-    """`krelay status`.  Raises Failed."""
+    """`krelay status`.  Raises Failed, Misused."""
     return _show_values(args, "show status")
 
 
 def counters(args: argparse.Namespace) -> int:
-    """`krelay counters`.  Raises Failed."""
+    """`krelay counters`.  Raises Failed, Misused."""
     return _show_values(args, "show counters")
 
 
@@ -88,13 +89,20 @@ def trace(args: argparse.Namespace) -> int:
 
 def _show_values(args: argparse.Namespace, request: str) -> int:
     answer = ask(args.root, f"{request} json")[0]
+    values = json.loads(answer)
+    if args.name:
+        for name in args.name:
+            if name not in values:
+                raise Misused(f"{args.command} has no {name!r}{meant(name, values)}")
+        values = {name: values[name] for name in args.name}
+        answer = json.dumps(values)
     if args.json:
         print(answer)
     else:
         from knet import terminal
         from krelay.cli import tables
 
-        terminal.console().print(tables.listing(json.loads(answer)), soft_wrap=True)
+        terminal.console().print(tables.listing(values), soft_wrap=True)
     return 0
 
 

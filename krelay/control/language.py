@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from knet.endpoint import Endpoint, Proto
 from knet.roles import ADMIN, VIEW, needs_admin
+from knet.usage import meant
 from krelay.datapath.worker import PacketCounts, Verdict
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
@@ -46,6 +47,10 @@ VIEW_HELP = tuple(
     line.replace("[pcap] ", "") for line in HELP if not line.startswith(("kill", "flush"))
 )
 """What is left of it for who may only look."""
+
+SHOWN = ("nat", "status", "counters", "config")
+"""What `show` shows."""
+FILTERS = ("proto=", "client=", "state=", "service=")
 
 Value = str | int | float | list[int] | dict[str, int]
 Values = Mapping[str, Value]
@@ -112,8 +117,9 @@ def answer(
             return _listing(relay.counters(), rest)
         case ["show", "config", *rest]:
             return _listing(relay.config_in_force(), rest)
-        case ["show", *_]:
-            raise BadRequest("show what? one of nat, status, counters, config")
+        case ["show", *rest]:
+            hint = meant(rest[0], SHOWN) if rest else ""
+            raise BadRequest(f"show what? one of {', '.join(SHOWN)}{hint}")
         case ["kill", number] if number.isascii() and number.isdigit():
             flow = relay.nat.get(int(number))
             if flow is None:
@@ -129,12 +135,13 @@ def answer(
         case ["trace", *rest]:
             return parse_trace(rest)
         case [word, *_]:
-            raise BadRequest(f"{_short(word)} is no command; try help")
+            known = dict.fromkeys(line.split()[0] for line in HELP)
+            raise BadRequest(f"{_short(word)} is no command{meant(word, known) or '; try help'}")
     raise AssertionError(words)
 
 
-def parse_filter(words: Iterable[str]) -> Filter:
-    """The flows that these words select.  Raises BadRequest."""
+def parse_filter(words: Iterable[str], *, known: Sequence[str] = FILTERS) -> Filter:
+    """The flows that these words select; `known` may be meant by others.  Raises BadRequest."""
     found: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
@@ -153,9 +160,8 @@ def parse_filter(words: Iterable[str]) -> Filter:
                     raise BadRequest(f"service is written tcp/80, not {_short(value)}")
                 found["service"] = (_proto(proto), int(port))
             case _:
-                raise BadRequest(
-                    f"{_short(word)} is no filter; there are proto=, client=, state=, service="
-                )
+                hint = meant(name, known) or f"; there are {', '.join(FILTERS)}"
+                raise BadRequest(f"{_short(word)} is no filter{hint}")
     return Filter(**found)
 
 
@@ -166,7 +172,7 @@ def parse_trace(words: Sequence[str]) -> Trace:
     verdicts = frozenset(chosen[-1].removeprefix("verdict=").split(",") if chosen else ())
     if unknown := sorted(verdicts - {REWRITE, *WORDS.values()}):
         raise BadRequest(f"verdict is one or more of rewrite,drop,pass, not {_short(unknown[0])}")
-    default = Trace(parse_filter(rest), pcap="pcap" in words)
+    default = Trace(parse_filter(rest, known=(*FILTERS, "verdict=")), pcap="pcap" in words)
     return replace(default, verdicts=verdicts) if chosen else default
 
 

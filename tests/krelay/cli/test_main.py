@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from knet.version import VERSION
 from krelay.cli.main import main
 from krelay.control import client
 from krelay.control.client import NoDaemon, Rejected
 from krelay.doctor.findings import Finding, Level
+from procfs_sim.__main__ import main as procfs_sim
 from procfs_sim.ondisk import FileTree
 from procfs_sim.tree import DEFAULTS, SETTINGS, in_force
+from tcp_relay import tcpproxy
+from tcp_relay.__main__ import main as tcp_relay
 
 COMMANDS = [  # those of the contract
     *("daemon", "up", "start", "stop", "set", "get", "status", "nat", "counters", "trace"),
@@ -88,11 +92,13 @@ def answers(monkeypatch: pytest.MonkeyPatch, *lines: str) -> list[str]:
 def test_wrong_usage_is_2_and_shows_the_usage(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(words)
+    try:
+        status: object = main(words)
+    except SystemExit as end:
+        status = end.code
     out, err = capsys.readouterr()
 
-    assert (end.value.code, out) == (2, "")
+    assert (status, out) == (2, "")
     assert err.startswith("usage: krelay")
 
 
@@ -139,6 +145,100 @@ def test_each_command_is_in_the_list(capsys: pytest.CaptureFixture[str]) -> None
     listed = [line.split()[:1] for line in capsys.readouterr().out.splitlines()]
 
     assert all([command] in listed for command in COMMANDS)
+
+
+def test_without_a_command_the_help_is_shown_and_it_is_2(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    expected = capsys.readouterr().out
+
+    for words in ([], ["--root", str(root)]):
+        assert main(words) == 2
+        assert capsys.readouterr() == ("", expected)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_may_be_asked_for_by_a_word(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for words in (["help", command], [command, "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0
+        texts.append(capsys.readouterr().out)
+
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("program", [main, tcp_relay, tcpproxy.main, procfs_sim])
+def test_the_version_is_that_of_all_packages(
+    program: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--version", "-V"):
+        with pytest.raises(SystemExit) as end:
+            program([option])
+
+        assert end.value.code == 0
+        assert capsys.readouterr().out.endswith(f" {VERSION}\n")
+
+
+MEANT = [
+    ("stauts", "no command 'stauts'; did you mean status or start?"),
+    ("version", "no command 'version'; did you mean --version?"),
+    ("--hlep", "unrecognized arguments: --hlep; did you mean --help?"),
+    ("set real-ip 1.2.3.4", "no setting 'real-ip'; did you mean real_ip?"),
+    ("get Gport", "no setting 'Gport'; did you mean gport?"),
+    ("get udp", "no setting 'udp'; did you mean timeouts/udp?"),
+    ("set gport=17000", "no setting 'gport=17000'; did you mean gport 17000?"),
+    ("get gport x", "unrecognized arguments: x"),
+    ("nat clinet=10.0.0.1", "'clinet=10.0.0.1' is no filter; did you mean client=?"),
+    ("nat --client=1.2.3.4", "unrecognized arguments: --client=1.2.3.4; did you mean client=?"),
+    ("trace verdcit=drop", "'verdcit=drop' is no filter; did you mean verdict=?"),
+    ("status --jsno", "unrecognized arguments: --jsno; did you mean --json?"),
+    ("status --watch", "unrecognized arguments: --watch"),
+    ("up --real_ip 1.2.3.4", "unrecognized arguments: --real_ip 1.2.3.4; did you mean --real-ip?"),
+    (
+        "daemon --log-level warn",
+        "argument --log-level: invalid choice: 'warn' "
+        "(choose from 'debug', 'info', 'warning', 'error'); did you mean warning?",
+    ),
+    ("--root= get", "argument --root: an empty name is no folder's"),
+    ("--root /x demo", "demo has a file tree of its own; leave out --root"),
+]
+
+
+@pytest.mark.parametrize(("typed", "said"), MEANT)
+def test_a_wrong_word_is_told_what_was_probably_meant(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: object = main(typed.split())
+    except SystemExit as end:
+        status = end.code
+    out, err = capsys.readouterr()
+
+    assert (status, out) == (2, "")
+    assert err.startswith("usage: krelay")
+    assert err.splitlines()[-1].partition(": error: ")[2] == said
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_tree_is_named_before_or_after_the_command(
+    before: bool, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "gport").write_text("17001\n")
+    tree, command = ["--root", str(root)], ["get", "gport"]
+
+    assert main([*tree, *command] if before else [*command, *tree]) == 0
+    assert capsys.readouterr() == ("17001\n", "")
+
+
+def test_of_two_trees_the_one_after_the_command_is_meant(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--root", "/nowhere", "get", "gport", "--root", str(root)]) == 0
+    assert capsys.readouterr() == ("16000\n", "")
 
 
 def test_the_tree_is_taken_from_the_environment_if_no_other_is_named(
@@ -278,6 +378,19 @@ def test_figures_are_shown_for_people_or_as_they_came(
     assert "\x1b" not in out
     run("status")
     assert asked == ["show counters json"] * 2 + ["show status json"]
+
+
+def test_some_figures_may_be_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, '{"T1": 3, "T2": 4, "dropped_table_full": 0}')
+
+    assert run("counters", "T2", "T1") == (0, "T2  4\nT1  3\n", "")
+    assert run("status", "T2", "--json") == (0, '{"T2": 4}\n', "")
+    status, out, err = run("counters", "T2", "dropped_tabel_full")
+    assert (status, out) == (2, "")
+    assert err.endswith(
+        "krelay counters: error: counters has no 'dropped_tabel_full'; "
+        "did you mean dropped_table_full?\n"
+    )
 
 
 def test_what_tcp_relays_count_is_shown_in_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
