@@ -155,7 +155,7 @@ class ControlSocket:
         def untouched(packet: bytes, hook: int, verdict: Verdict, reason: str) -> None:
             if WORDS[verdict] not in wanted:
                 return
-            from_server = worker.policy is not None and packet[12:16] == worker.policy.server
+            from_server = worker.policy is not None and packet[12:16] in worker.policy.backends
             answers = tuple(worker.answers)
             what = Untouched(packet, hook, verdict, reason, answers, from_server)
             for client in tracers:

@@ -511,9 +511,9 @@ class Relaying:
         if wanted in served or self._gport not in served:
             self._gport = wanted
         policy = self._worker.policy = self._policy()
-        self.relays.remember(
-            InForce(policy.gport, policy.server, policy.source, policy.tcp - policy.forwarded)
-        )
+        terminated = policy.tcp - policy.forwarded
+        for backend in sorted(policy.backends):
+            self.relays.remember(InForce(policy.gport, backend, policy.source, terminated))
 
     def _take_view(self, view: HostView) -> None:
         self._view = view

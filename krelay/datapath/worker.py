@@ -90,6 +90,7 @@ class Policy:
     served: frozenset[int]
     """Gateway ports where tcp-relays listen, and nobody else can get what is led there."""
     server: bytes
+    """What new flows are led to; ask `backend_for` and `backends`."""
     source: Source
     tcp: frozenset[int]
     """Relayed ports."""
@@ -109,16 +110,26 @@ class Policy:
     """Those of `udp` whose server may answer from any of its ports."""
     answers: bool = True
     """Whether who is refused for want of room is told so, by RST or ICMP, or never hears of it."""
+    backends: frozenset[bytes] = field(init=False, repr=False, compare=False)
+    """The addresses that `backend_for` can give."""
     _beside: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
     """The same as numbers: mask and address."""
 
     def __post_init__(self) -> None:
         numbers = tuple((int(net.netmask), int(net.network_address)) for net in self.beside)
         object.__setattr__(self, "_beside", numbers)
+        object.__setattr__(self, "backends", frozenset((self.server,)))
 
     def serves(self, proto: Proto, port: int) -> bool:
         """Whether new flows to this port of the relay are relayed."""
         return port in (self.tcp if proto is _TCP else self.udp)
+
+    def backend_for(self, service: Endpoint, client: Endpoint) -> Endpoint:
+        """The server that a new flow of this client to this service of the relay is led to.
+
+        It is the same for all clients and services yet; its port is the service's.
+        """
+        return Endpoint(self.server, service.port)
 
     def may_be_client(self, addr: bytes) -> bool:
         """Whether a packet may come from there; the kernel drops others only behind PREROUTING.
@@ -130,7 +141,7 @@ class Policy:
 
     def source_for(self, client: bytes) -> Source:
         """Whose address the server must see, so that its answers come back through the relay."""
-        if self.source is _RELAY or client == self.server:
+        if self.source is _RELAY or client in self.backends:
             return _RELAY
         number = int.from_bytes(client)
         for mask, net in self._beside:
@@ -421,7 +432,7 @@ class Worker:
                         return self._begins_itself(proto, dst, src, now, opens=True)
                 if not forwarded:
                     return self._open_tcp(src, dst, now).rewrites[_T1]
-                if self._ends_here(packet, header, policy.server, now):
+                if self._ends_here(packet, header, policy.backend_for(dst, src).addr, now):
                     return self._drop("not_forwarded")
                 flow = self._open_forwarded(proto, src, dst, now)
                 return flow.by(_CLIENT) or Verdict.PASS
@@ -473,7 +484,7 @@ class Worker:
         end = dst if hook == _PREROUTING else src
         if end.addr in policy.own:
             return True
-        if end.addr == policy.server:
+        if end.addr in policy.backends:
             return False
         matters = policy.serves(proto, end.port) or (proto is _TCP and self._is_gateway(end.port))
         if not matters or self._is_minded(proto, end):
@@ -524,7 +535,7 @@ class Worker:
         """Asks who a server's packet goes to whether he is in a connection with this host."""
         policy = self.policy
         assert policy is not None
-        if server.addr != policy.server or server.port not in policy.forwarded:
+        if server.addr not in policy.backends or server.port not in policy.forwarded:
             return
         if policy.source_for(client.addr) is not Source.CLIENT:
             return
@@ -565,7 +576,7 @@ class Worker:
         elif (
             header.total > mtu
             and header.fragment & ipv4.DONT_FRAGMENT
-            and server == self.policy.server
+            and server in self.policy.backends
         ):
             error = icmp.too_big(packet, header, mtu)
         else:
@@ -580,7 +591,7 @@ class Worker:
     def _is_minded(self, proto: Proto, end: Endpoint) -> bool:
         """Whether new flows or flows that live lead to this port of this server."""
         assert self.policy is not None
-        if end.addr == self.policy.server and self.policy.serves(proto, end.port):
+        if end.addr in self.policy.backends and self.policy.serves(proto, end.port):
             return True
         addr, port = end
         for each in self.nat.footprints:  # no generator: this is asked of each new connection
@@ -593,7 +604,7 @@ class Worker:
         assert self.policy is not None
         if proto is Proto.UDP:
             return self._is_minded(proto, dst)
-        if dst.addr == self.policy.server and dst.port in self.policy.forwarded:
+        if dst.addr in self.policy.backends and dst.port in self.policy.forwarded:
             return True
         wanted = (dst.port, dst.addr)
         return any(f.forwarded and (f.port, f.server) == wanted for f in self.nat.footprints)
@@ -613,7 +624,7 @@ class Worker:
         assert policy is not None
         if policy.gport not in policy.served:
             raise Refusal(_NO_RELAY)
-        server = Endpoint(policy.server, service.port)
+        server = policy.backend_for(service, client)
         source = policy.source_for(client.addr)
         return self.nat.open_tcp(client, service, server, source, policy.gport, now)
 
@@ -626,7 +637,7 @@ class Worker:
             proto,
             client,
             service,
-            Endpoint(policy.server, service.port),
+            policy.backend_for(service, client),
             policy.source_for(client.addr),
             now,
             relay_addr=policy.towards,

@@ -164,7 +164,7 @@ class KernelPath:
         addresses = [IPv4Address(each) for each in own if each[0] != LOOPBACK]
         if not addresses:  # the network isn't up yet
             return None
-        strangers = [network(each) for each in (*own, policy.server, *self._traced_clients)]
+        strangers = [network(each) for each in (*own, *policy.backends, *self._traced_clients)]
         strangers += [*policy.beside, *NO_CLIENTS]
         return Learning(
             config.real_ip,

@@ -326,7 +326,7 @@ class Day:
             proto,
             client,
             service,
-            Endpoint(self.policy.server, service.port),
+            self.policy.backend_for(service, client),
             self.policy.source_for(client.addr),
             self.now,
             id=flow.id,
@@ -618,11 +618,11 @@ class Day:
                 case 1:
                     self.policy = replace(self.policy, server=self.rng.choice((OLD, NEW)))
                     for flow in self.nat.unanswered():
-                        if flow.server.addr != self.policy.server:
+                        if flow.server.addr not in self.policy.backends:
                             self.nat.end(flow)
                     self.flows = [
                         flow for flow in self.flows
-                        if flow.state != "unreplied" or flow.server.addr == self.policy.server
+                        if flow.state != "unreplied" or flow.server.addr in self.policy.backends
                     ]  # fmt: skip
                 case 2:
                     self.timeouts = Timeouts(*(t * self.rng.choice((0.5, 1)) for t in Timeouts()))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, UDP
 
-from knet.endpoint import FiveTuple, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from knet.wire import BadPacket, ipv4
 from krelay.datapath.worker import (
     ANSWERS_AT_ONCE,
@@ -250,6 +250,13 @@ def test_the_server_itself_is_relayed_with_source_relay_also_behind_a_router() -
     """Whatever subnets are beside it."""
     for client, source in (("S", Source.RELAY), ("N", Source.CLIENT), ("C", Source.CLIENT)):
         assert policy(beside=()).source_for(addr(client)) is source
+
+
+def test_new_flows_are_led_to_the_backend_with_the_services_port() -> None:
+    service, client = Endpoint(addr("K"), 443), Endpoint(addr("C"), 40000)
+    assert policy().backend_for(service, client) == Endpoint(addr("S"), 443)
+    assert policy().backends == {addr("S")}
+    assert replace(policy(), server=addr("Z")).backends == {addr("Z")}
 
 
 def test_a_relay_port_that_is_the_clients_own_direct_connections_is_refused() -> None:

@@ -132,7 +132,8 @@ class Stories:
         for port in (53, 7, 99):
             self._packet(Proto.UDP, client, Endpoint(own, port), 0, PRE)
             if rng.random() < 0.5:
-                self._packet(Proto.UDP, Endpoint(policy.server, port), client, 0, POST)
+                server = policy.backend_for(Endpoint(own, port), client)
+                self._packet(Proto.UDP, server, client, 0, POST)
         for port in (80, 443, policy.gport):
             flags = rng.choice((SYN, SYN, SYN, ACK, FIN | ACK, RST))
             self._packet(Proto.TCP, client, Endpoint(own, port), flags, PRE)
