@@ -43,6 +43,7 @@ from krelay.host import netfilter
 from krelay.host.links import LOOPBACK, HostView, LocalAddresses, Looker
 from krelay.host.netfilter import Backend, RulesDelayed, RulesUnavailable
 from krelay.nat.admission import FlowLimits
+from krelay.nat.events import IdleObserver
 from krelay.nat.flow import Flow, Timeouts
 from krelay.nat.table import NatTable
 from krelay.offload.kernelpath import KernelPath
@@ -96,7 +97,7 @@ REMOVE_AFTER = (0.0, 0.02, 0.05, 0.1, 0.2)
 _log = Log("relaying")
 
 
-class Relaying:
+class Relaying(IdleObserver):
     """Switches relaying on and off as the config says; `on_change` is called when state changes.
 
     `resumable` is the text that a krelay before, if it was killed, left of what was in force;
@@ -117,7 +118,7 @@ class Relaying:
         holder: Callable[[Iterable[int]], Holder | None] = listeners.holder,
     ) -> None:
         self.nat: NatTable = worker.nat
-        self.nat.on_footprint = lambda: loop.call_soon(self._refresh_rules)
+        self.nat.observers.add(self)
         self._diag = SocketDiag()
         worker.has_connection = self._has_connection
         worker.asks_host = addresses.has
@@ -133,7 +134,6 @@ class Relaying:
             loop, self.nat, name, queue_num, self._make_maps_anew, worker.saw_elsewhere
         )
         self.relays.before_answers = self.kernel.hurry
-        self.nat.on_marked = self.relays.marked
         self.queue: Queue | None = None
         self.openings: Queue | None = None
         """That of the SYNs to services."""
@@ -323,6 +323,10 @@ class Relaying:
             self.nat.end(flow)
         else:
             self.relays.abort(flow, self._loop.now)
+
+    def needs_rules(self) -> None:
+        """A flow needs rules that aren't there: they are made in the next turn of the loop."""
+        self._loop.call_soon(self._refresh_rules)
 
     def step_counts(self) -> list[int]:
         """Packets rewritten by each Step, by the worker and by the kernel."""

@@ -698,7 +698,7 @@ class Worker:
         """
         flow, step = rewrite.flow, rewrite.step
         if flow.leg is None and step in (_T3, _T4):
-            self.nat.hear_ends()  # it may have begun past the worker
+            self.nat.observers.needs_ends()  # it may have begun past the worker
         if step is _T3:
             number = int.from_bytes(packet[at + tcp.SEQ : at + tcp.SEQ + 4])
             if flow.leg is None and flow.closed_at is None:
@@ -755,7 +755,7 @@ class Worker:
         terminated = flow.service.port not in self.policy.forwarded
         if terminated and self.policy.gport not in self.policy.served:
             raise Refusal(_NO_RELAY)
-        self.nat.on_displaced(flow)  # what the kernel has seen of it is told with that
+        self.nat.observers.displaced(flow)  # what the kernel has seen of it is told with that
         if flow.is_forwarded or not flow.accepted:
             # The port it had towards the server is wanted again; or that towards tcp-relay, which
             # never heard of it: this host has reset what it can't place, and now it tries again.

@@ -2,6 +2,7 @@
 
 flow       one flow: its packets' rewrites, its counts, its timeouts
 table      all flows, by what their packets look like in each direction
+events     what the table tells its observers
 tcpstate   how far a TCP connection has come, seen from the middle
 admission  which new flows are admitted, and which are evicted for them
 limits     rates, by client and over all

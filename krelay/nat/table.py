@@ -48,6 +48,7 @@ from knet.wire.checksum import ONES
 from knet.wire.tcp import ACK, FIN
 from krelay.nat.admission import Admission, FlowLimits, Refusal
 from krelay.nat.dnsflows import Beginning, DnsFlow, DnsFlows
+from krelay.nat.events import NatObserver, Observers
 from krelay.nat.flow import (
     BUSY,
     DNS_PORT,
@@ -115,7 +116,12 @@ class NatTable:
     """
 
     def __init__(
-        self, limits: FlowLimits | None = None, timeouts: Timeouts | None = None, *, rng: Random
+        self,
+        limits: FlowLimits | None = None,
+        timeouts: Timeouts | None = None,
+        *,
+        rng: Random,
+        observers: Iterable[NatObserver] = (),
     ) -> None:
         self.tables: dict[tuple[Hook, Proto], Table] = {
             (hook, proto): {} for hook in Hook for proto in Proto
@@ -126,29 +132,8 @@ class NatTable:
         """What the live flows need of the rules."""
         self.footprint_changes = 0
         """How often one has come or gone."""
-        self.on_footprint: Callable[[], None] = lambda: None
-        """Called when a flow needs something of the rules that no flow needed before."""
-        self.on_changed: Callable[[Flow], None] = lambda flow: None
-        """Called when a flow's state has changed, or its port towards the server, or it is busy."""
-        self.on_closed: Callable[[Flow, float], None] = lambda flow, now: None
-        """Called when both legs of a flow have been closed."""
-        self.on_ended: Callable[[Flow], None] = lambda flow: None
-        """Called before a flow goes, or gives up its port towards the server."""
-        self.on_displaced: Callable[[Flow], None] = lambda flow: None
-        """Called before another flow's packets come to read as those of this flow do.  Nobody but
-        the worker may rewrite such packets when this returns."""
-        self.on_mark: Callable[[Rewrite], None] = lambda rewrite: None
-        """Called before an end's packets have another DSCP than before."""
-        self.on_marked: Callable[[Flow], None] = lambda flow: None
-        """Called when an end of terminated TCP sends with another DSCP (`Flow.dscps`)."""
-        self.on_late: Callable[[list[Flow]], None] = lambda flows: None
-        """Called before flows go for their silence: some may have been heard of elsewhere
-        (`heard`)."""
-        self.ask_kernel: Callable[[bytes, bytes], bytes | None] = lambda client, port: None
-        """Called when it matters whether the kernel has learnt a flow of this client's address and
-        port of which nothing has been told yet: the address of this host that was asked."""
-        self.hear_ends: Callable[[], None] = lambda: None
-        """Called when it matters how far tcp-relay's connections have come (`begun`, `ended`)."""
+        self.observers = Observers(observers)
+        """Told of what becomes of flows; those that need the table first are added later."""
         self._timeouts = timeouts or Timeouts()
         self._rng = rng
         self._flows: dict[int, Flow] = {}
@@ -278,7 +263,7 @@ class NatTable:
         to_gateway = key(inside, Endpoint(service.addr, gport))
         self._add(flow, _T1T2, _PRE_POST, key(client, service), to_gateway, now)
         self._enter(flow)
-        self.on_changed(flow)
+        self.observers.changed(flow)
         return flow
 
     def succeed(self, flow: Flow, now: float) -> Flow:
@@ -336,7 +321,7 @@ class NatTable:
         self._by_relay[relay] = flow
         self._reserve(flow, at)
         self._add(flow, _T3T4, _POST_PRE, key(relay, flow.server), at, now)
-        self.on_changed(flow)
+        self.observers.changed(flow)
 
     def open_forwarded(
         self,
@@ -489,7 +474,7 @@ class NatTable:
         if flow is not None:
             if proto is _TCP or flow.client != peer:
                 return
-            self.on_late([flow])
+            self.observers.before_expiry([flow])
             if flow.state is not State.UNREPLIED:
                 return
             self.end(flow)
@@ -621,13 +606,13 @@ class NatTable:
         """Both legs are closed: the flow goes soon, but not before the last packets are through."""
         if flow.closed_at is None and flow.id in self._flows:
             if flow.leg is None and flow.relay is not None and flow.gport is not None:
-                self.hear_ends()
+                self.observers.needs_ends()
                 self._leave(flow)
             flow.closed_at = now
             flow.tracker.closed = True
             self._admission.closed(flow)
             self.schedule(flow)
-            self.on_closed(flow, now)
+            self.observers.closed(flow, now)
 
     def orphaned(self, flow: Flow) -> None:
         """Whose tcp-relay is gone, its port towards the server is anybody's: no connection may
@@ -637,14 +622,14 @@ class NatTable:
 
     def _leave(self, flow: Flow) -> None:
         if flow.leg is None:
-            self.on_displaced(flow)  # one SYN might go past the worker
+            self.observers.displaced(flow)  # one SYN might go past the worker
             flow.leg = NO_LEG
         else:
             flow.leg = PAST_LEG
 
     def give_up(self, flow: Flow, now: float) -> None:
         """Another than its tcp-relay uses its port towards the server: both its legs are gone."""
-        self.on_displaced(flow)
+        self.observers.displaced(flow)
         self.detach(flow)
         self.close(flow, now)
 
@@ -666,7 +651,7 @@ class NatTable:
         if flow.gport is None:
             self._admission.changed(flow)
         self.schedule(flow)
-        self.on_changed(flow)
+        self.observers.changed(flow)
 
     def heard(self, rewrite: Rewrite, packets: int, size: int, now: float) -> None:
         """So many packets, and bytes in all, were rewritten elsewhere, the last just now.
@@ -700,10 +685,10 @@ class NatTable:
         if paid > now:
             return
         flow.marked_at = paid
-        self.on_mark(rewrite)
+        self.observers.before_mark(rewrite)
         rewrite.tos = tos
-        self.on_changed(flow)
-        self.on_marked(flow)
+        self.observers.changed(flow)
+        self.observers.marked(flow)
 
     def shook_hands(self, flow: Flow) -> None:
         """The kernel has the client's connection, which tcp-relay has accepted."""
@@ -719,7 +704,7 @@ class NatTable:
         if flow.proto is _UDP and not flow.spoke_again:
             self._heard_datagrams(rewrite, now)
         if rewrite.packets >= BUSY:
-            self.on_changed(flow)
+            self.observers.changed(flow)
 
     def _heard_datagrams(self, rewrite: Rewrite, now: float) -> None:
         """A flow of UDP is confirmed when its client speaks again after an answer."""
@@ -730,7 +715,7 @@ class NatTable:
         if side is _SERVER and flow.answered_at is None:
             there = flow.by(Side.CLIENT)
             if there is not None and there.packets >= BUSY:
-                self.on_late([flow])  # what the kernel has seen of it was before
+                self.observers.before_expiry([flow])  # what the kernel has seen of it was before
             flow.answered_at = now
             if there is not None:
                 there.tell_at = there.packets + 1
@@ -757,7 +742,7 @@ class NatTable:
         if self._flows.pop(flow.id, None) is None:
             self._end_shown(flow)
             return
-        self.on_ended(flow)
+        self.observers.ended(flow)
         for rewrite in flow.rewrites.values():
             if rewrite.table.get(rewrite.old) is rewrite:
                 del rewrite.table[rewrite.old]
@@ -811,7 +796,7 @@ class NatTable:
                 else:
                     self._look_again(flow, when)
         if late:
-            self.on_late(late)
+            self.observers.before_expiry(late)
         for flow in late:
             when = flow.expires_at(self._timeouts)
             if when <= now:
@@ -852,7 +837,7 @@ class NatTable:
         """
         if int.from_bytes(at[10:]) != DNS_PORT or self.dns_flows.asked_as(at) is not None:
             return
-        asked = self.ask_kernel(at[:4], at[8:10])
+        asked = self.observers.learnt_address(at[:4], at[8:10])
         if asked is not None:
             query = at[:4] + asked + at[8:]
             if self._of_query(query) is None and self._has_made_room(query, now):
@@ -877,7 +862,7 @@ class NatTable:
             self._reserve(flow, outside)
             flow.footprint = Footprint(Proto.UDP, dport, None, dns_flow.server, False, False)
             self._enter(flow)
-            self.on_changed(flow)
+            self.observers.changed(flow)
         else:  # no circles, which nobody would cut
             there.flow = back.flow = _SHOWN
             there.table = back.table = {}
@@ -903,7 +888,7 @@ class NatTable:
         """Hears what the kernel has counted for a flow, if it may have any of it."""
         if flow.proto is _UDP and all(each.packets < BUSY for each in flow.rewrites.values()):
             return False
-        self.on_late([flow])
+        self.observers.before_expiry([flow])
         return True
 
     def _relayed(self) -> Iterator[Flow]:
@@ -935,7 +920,7 @@ class NatTable:
             self.footprints[flow.footprint] = others + 1
             self.footprint_changes += not others
             if not others:
-                self.on_footprint()
+                self.observers.needs_rules()
         return flow
 
     def _add(
@@ -956,14 +941,14 @@ class NatTable:
         ip_delta, l4_delta = forth = deltas(old, new)
         table, step = tables[hooks[0], proto], steps[0]
         if old in table:
-            self.on_displaced(table[old].flow)
+            self.observers.displaced(table[old].flow)
         table[old] = rewrites[step] = Rewrite(flow, step, table, old, new, forth, now)
 
         old, new = answering(new), answering(old)
         back = -ip_delta % ONES, -l4_delta % ONES
         table, step = tables[hooks[1], proto], steps[1]
         if old in table:
-            self.on_displaced(table[old].flow)
+            self.observers.displaced(table[old].flow)
         table[old] = rewrites[step] = answers = Rewrite(flow, step, table, old, new, back, now)
         if proto is _UDP and flow.service.port != DNS_PORT:
             answers.tell_at = 1  # the first answer matters (_heard_datagrams)
@@ -990,7 +975,7 @@ class NatTable:
         """tcp-relay won't use its port towards the server, if it has one."""
         if flow.relay is None:
             return
-        self.on_ended(flow)
+        self.observers.ended(flow)
         if self._by_relay.get(flow.relay) is flow:
             del self._by_relay[flow.relay]
         for step in (Step.T3, Step.T4):

@@ -48,6 +48,7 @@ from typing import NamedTuple
 
 from knet.endpoint import Proto
 from knet.netlink.nftables import Count
+from krelay.nat.events import IdleObserver
 from krelay.nat.flow import BUSY, Flow, Rewrite
 from krelay.nat.table import NatTable
 from krelay.rules.ruleset import CHANGES
@@ -83,7 +84,7 @@ class Changes(NamedTuple):
     over: list[Rewrite]
 
 
-class FastPath:
+class FastPath(IdleObserver):
     """What of the flows in `nat` the kernel has."""
 
     def __init__(
@@ -112,11 +113,7 @@ class FastPath:
         self._ring: deque[Flow] = deque()
         self._in_ring: set[Flow] = set()
         self._retiring: deque[tuple[float, Flow]] = deque()
-        nat.on_ended = self.take_back
-        nat.on_displaced = self._displaced
-        nat.on_mark = self._marked
-        nat.on_closed = self._closed
-        nat.on_changed = self.consider
+        nat.observers.add(self)
 
     def __len__(self) -> int:
         """Rewrites that the kernel has, or will have."""
@@ -152,7 +149,7 @@ class FastPath:
         self._forget()
         self.room = 0
 
-    def consider(self, flow: Flow) -> None:
+    def changed(self, flow: Flow) -> None:
         """Hands over what of this flow is fit for it now, and takes back what isn't."""
         if not self.room:
             return
@@ -168,6 +165,10 @@ class FastPath:
             handed = [self._hand(each) for each in islice(flow.rewrites.values(), before, None)]
             if all(handed):
                 self._whole[flow] = before + len(handed)
+
+    def ended(self, flow: Flow) -> None:
+        """The flow is about to go: nothing of it is the kernel's any more."""
+        self.take_back(flow)
 
     def take_back(self, flow: Flow) -> None:
         """Nothing of this flow is the kernel's any more."""
@@ -348,21 +349,23 @@ class FastPath:
         """Whether the kernel has it, or will have."""
         return rewrite in self._handed or rewrite in self._over or rewrite in self._first
 
-    def _closed(self, flow: Flow, now: float) -> None:
+    def closed(self, flow: Flow, now: float) -> None:
+        """What isn't the kernel's yet never will be; what is retires soon."""
         for rewrite in flow.rewrites.values():
             self._withdraw(rewrite)
         if flow in self._in_ring:
             self._retiring.append((now + RETIRE, flow))
 
-    def _displaced(self, flow: Flow) -> None:
+    def displaced(self, flow: Flow) -> None:
+        """The kernel has nothing of this flow when this returns."""
         self.take_back(flow)
         if any(rewrite in self._back for rewrite in flow.rewrites.values()):
             self._at_once()
 
-    def _marked(self, rewrite: Rewrite) -> None:
+    def before_mark(self, rewrite: Rewrite) -> None:
         """The key by which the kernel has this is about to change."""
         if rewrite in self._handed or rewrite in self._back:
-            self._displaced(rewrite.flow)
+            self.displaced(rewrite.flow)
 
     def _heard(self, rewrite: Rewrite, before: Count, count: Count, now: float) -> None:
         packets = count.packets - before.packets
@@ -371,7 +374,7 @@ class FastPath:
 
     def _consider_all(self) -> None:
         for flow in self._nat.workers:
-            self.consider(flow)
+            self.changed(flow)
 
     def _forget(self) -> None:
         for each in (self._handed, self._over, self._first, self._back, self._filled, self._ring):

@@ -22,6 +22,7 @@ from knet.networks import collapse, network
 from krelay.datapath.worker import Policy
 from krelay.host.links import LOOPBACK
 from krelay.host.netfilter import NO_MAPS, Backend
+from krelay.nat.events import IdleObserver
 from krelay.nat.flow import DNS_PORT, Flow
 from krelay.nat.table import NatTable
 from krelay.offload.copies import Copies
@@ -66,7 +67,7 @@ SawStray = Callable[[bytes, int, float], Endpoint | None]
 _log = Log("kernel")
 
 
-class KernelPath:
+class KernelPath(IdleObserver):
     """The kernel's part for the flows of `nat`, by the nft table and the log group of these names.
 
     `on_lost` is called when the maps aren't as they were left: the rules are to be made afresh.
@@ -110,9 +111,7 @@ class KernelPath:
         """Packets that the kernel has rewritten by maps which are no more."""
         self._steps_seen: Counter[Step] = Counter()
         """Those by the maps that are, when last asked."""
-        nat.on_late = self.count
-        nat.ask_kernel = self._learnt_address
-        nat.hear_ends = self._read_ends
+        nat.observers.add(self)
 
     @property
     def tells_ends(self) -> bool:
@@ -277,6 +276,14 @@ class KernelPath:
         except MapsLost as error:
             self._lost(error)
 
+    def before_expiry(self, flows: list[Flow]) -> None:
+        """As `count`."""
+        self.count(flows)
+
+    def needs_ends(self) -> None:
+        """What the kernel has copied of SYNs and FINs is taken note of."""
+        self._read_ends()
+
     def steps(self) -> Counter[Step]:
         """Packets that the kernel has rewritten by itself since krelay began, by step."""
         counted = Counter(self._steps_before)
@@ -413,7 +420,7 @@ class KernelPath:
             self._failures.tell(self._loop.now, "copies can't be read; trying again", error)
             return []
 
-    def _learnt_address(self, client: bytes, port: bytes) -> bytes | None:
+    def learnt_address(self, client: bytes, port: bytes) -> bytes | None:
         """The address of this host that was asked, if the kernel has learnt such a query."""
         if self._maps is None or self._learning is None:
             return None

@@ -31,6 +31,7 @@ from knet.endpoint import Endpoint, Proto, Source
 from knet.wire import ipv4
 from krelay.datapath.worker import Policy
 from krelay.nat.admission import Refusal
+from krelay.nat.events import IdleObserver
 from krelay.nat.flow import PAST_LEG, Flow, key
 from krelay.nat.ports import FIRST_HIGH
 from krelay.nat.table import NatTable
@@ -94,7 +95,7 @@ class _Link:
     """Where it has listened, in that order."""
 
 
-class Relays:
+class Relays(IdleObserver):
     """The tcp-relays that are connected, and which flow is whose.
 
     `policy` is what new flows get now, None while nothing is relayed.
@@ -115,6 +116,7 @@ class Relays:
         self.in_force: list[InForce] = []
         """What those may have begun with, the latest last."""
         self._nat = nat
+        nat.observers.add(self)
         self._policy = policy
         self._kernel = kernel
         self._links: dict[Send, _Link] = {}
@@ -184,7 +186,7 @@ class Relays:
         self._reports.lost(send)
         link = self._links.pop(send, None)
         flows = [flow_id for flow_id, owner in self._owner.items() if owner is send]
-        self._nat.hear_ends()
+        self._nat.observers.needs_ends()
         for flow_id in flows:
             del self._owner[flow_id]
             if (flow := self._nat.of_id(flow_id)) is not None:
@@ -197,7 +199,7 @@ class Relays:
 
         A flow whose client hasn't completed its handshake has no legs, and ends at once.
         """
-        self._nat.on_late([flow])
+        self._nat.observers.before_expiry([flow])
         flow.abort_asked = True
         owner = self._owner.get(flow.id)
         if owner is not None and flow.relay is not None:
@@ -234,7 +236,8 @@ class Relays:
         link, policy = self._links.get(send), self._policy()
         flow = self._nat.accepted(request.client, request.gport)
         if flow is not None and not flow.tracker.client_acked:
-            self._nat.on_late([flow])  # what the kernel rewrote by itself may be news
+            # what the kernel rewrote by itself may be news
+            self._nat.observers.before_expiry([flow])
         if flow is None or not flow.tracker.client_acked:
             return Refused(request.id, "no row for this client")
         if link is None or request.gport not in link.gports:

@@ -30,6 +30,7 @@ from krelay.registration.registry import Relays, Send
 from krelay.rules import ruleset
 from krelay.rules.ruleset import RuleSpec
 from krelay.steps import SIDES, Hook, Step
+from tests.tools.observing import observe
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
 from tests.tools.sockets import OneUser
 
@@ -303,11 +304,14 @@ class Datapath:
         self.told = 0
         """How often the kernel was told of something at once."""
         self.fast = FastPath(self.nat, self._pend, self._take_back_now)
-        self.nat.on_late = self.count
-        self.nat.hear_ends = self.hear
         self._spec: RuleSpec | None = None
         self._needs_more = False
-        self.nat.on_footprint = self._need_more
+        observe(
+            self.nat,
+            before_expiry=self.count,
+            needs_ends=self.hear,
+            needs_rules=self._need_more,
+        )
         self.refresh()
 
     def set(self, policy: Policy) -> None:

@@ -28,6 +28,7 @@ from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Rewrite, Timeouts, deltas, key
 from krelay.nat.table import NatTable
 from krelay.steps import Hook, Step
+from tests.tools.observing import observe
 from tests.tools.packets import (
     Template,
     addr,
@@ -1820,7 +1821,7 @@ class Marks:
         self.worker = Worker(self.nat)
         self.worker.policy = policy()
         self.told: list[tuple[int, int]] = []
-        self.nat.on_marked = lambda flow: self.told.append(flow.dscps)
+        observe(self.nat, marked=lambda flow: self.told.append(flow.dscps))
 
     def send(self, text: str, tos: int, hook: Hook, now: float, flags: int = 0x10) -> None:
         packet = bytearray(template(f"{text} [.]").build())

@@ -18,6 +18,7 @@ from krelay.nat.flow import BUSY, Flow, Timeouts, key
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State
 from krelay.steps import Hook, Side, Step
+from tests.tools.observing import observe
 from tests.tools.packets import addr, at, flow, policy, template
 
 PRE, POST = Hook.PREROUTING, Hook.POSTROUTING
@@ -82,7 +83,7 @@ def test_a_flow_is_asked_again_and_its_flow_stays_the_same() -> None:
 def test_a_port_that_asks_again_and_again_gets_a_flow_that_can_be_handed_over() -> None:
     nat = table()
     changed: list[Flow] = []
-    nat.on_changed = changed.append
+    observe(nat, changed=changed.append)
     nat.learn([query(), answer()] * (BUSY - 1), 1.0)
     assert (len(nat.dns_flows), changed) == (1, [])
     nat.learn([query(), answer()], 2.0)
@@ -148,9 +149,8 @@ def test_the_worker_knows_it_when_a_second_answer_or_query_comes() -> None:
     worker = Worker(nat)
     worker.policy = policy()
     # Copies are still on their way; the kernel knows already.
-    nat.ask_kernel = lambda client, port: {4000: addr("K"), 4001: addr("K")}.get(
-        int.from_bytes(port)
-    )
+    known = {4000: addr("K"), 4001: addr("K")}
+    observe(nat, learnt_address=lambda client, port: known.get(int.from_bytes(port)))
 
     got = worker.handle(packet("S:53 > C:4000"), POST, 1.0)
     assert got == packet("K:53 > C:4000")

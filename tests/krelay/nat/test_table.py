@@ -19,6 +19,7 @@ from krelay.nat.ports import RelayPorts
 from krelay.nat.table import HORIZON, DirectFlows, NatTable
 from krelay.nat.tcpstate import State
 from krelay.steps import SIDES, Hook, Side, Step
+from tests.tools.observing import observe
 from tests.tools.packets import ACK, FIN, PSH, RST, SYN, addr, at
 
 K80, K443, K53 = at("K:80"), at("K:443"), at("K:53")
@@ -698,7 +699,7 @@ def test_a_flow_is_found_as_tcp_relay_sees_it(nat: NatTable) -> None:
 
 def test_footprints_are_counted_and_new_ones_are_told(nat: NatTable) -> None:
     told: list[dict[Footprint, int]] = []
-    nat.on_footprint = lambda: told.append(dict(nat.footprints))
+    observe(nat, needs_rules=lambda: told.append(dict(nat.footprints)))
     tcp = Footprint(Proto.TCP, 80, 16000, S80.addr, False)
     udp = Footprint(Proto.UDP, 53, None, S53.addr, False)
 

@@ -30,6 +30,7 @@ from krelay.offload.fastpath import (
 from krelay.registration.messages import Close, Open, Opened
 from krelay.steps import SIDES, Hook, Step
 from tests.tools.kernel import Datapath
+from tests.tools.observing import observe
 from tests.tools.packets import ACK, FIN, PSH, RST, SYN, Template, addr, at, policy, template
 
 PRE, POST = Hook.PREROUTING, Hook.POSTROUTING
@@ -263,7 +264,7 @@ def test_clients_own_connections_stay_with_the_worker() -> None:
     connected(d)
     assert by(d, PRE, *["C:45678 > S:80 [.]"] * 5) == ["worker"] * 5
     moved = next(flow for flow in d.nat if flow.service == flow.server)
-    d.fast.consider(moved)
+    d.fast.changed(moved)
     d.turn()
     assert handed(d, moved) == frozenset()
 
@@ -526,7 +527,7 @@ def test_a_port_that_is_used_again_is_the_new_connections_at_once() -> None:
     got = d.packet(template("C:40000 > K:80 [.]"), PRE)
     assert isinstance(got, bytes)
     assert int.from_bytes(got[22:24]) == 17000
-    d.fast.consider(flow)
+    d.fast.changed(flow)
     by(d, POST, *["K:16000 > C:40000 [.]"] * BUSY)
     d.turn()
     assert handed(d, flow) == {Step.T1}
@@ -716,7 +717,7 @@ def test_each_flow_has_its_turn_within_its_bound_while_others_come_and_go() -> N
                 Proto.UDP, client, at("K:53"), at("S:53"), Source.CLIENT, now
             )
             flow.rewrites[Step.U12].packets = BUSY
-            d.fast.consider(flow)
+            d.fast.changed(flow)
             flows.append(flow)
             seen[flow] = now
         rng.shuffle(flows)
@@ -756,7 +757,7 @@ def asked_once(d: Datapath, number: int) -> Flow:
     client = Endpoint(bytes((10, 0, *number.to_bytes(2))), 4000)
     flow = d.nat.open_forwarded(Proto.UDP, client, at("K:53"), at("S:53"), Source.CLIENT, 0)
     flow.rewrites[Step.U12].packets = BUSY
-    d.fast.consider(flow)
+    d.fast.changed(flow)
     d.turn()
     return flow
 
@@ -1078,7 +1079,7 @@ def ripening(seen_at: float) -> tuple[FastPath, Flow]:
     fast.begin(10)
     flow = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:7"), at("S:7"), Source.CLIENT, seen_at)
     flow.rewrites[Step.U12].packets = BUSY
-    fast.consider(flow)
+    fast.changed(flow)
     return fast, flow
 
 
@@ -1165,7 +1166,7 @@ def test_a_connection_that_goes_on_is_handed_over_as_a_whole_when_it_has_lasted(
     fast, flow = beginning()
     flow.rewrites[Step.T3].packets = 1
     fast.take_back(flow)
-    fast.consider(flow)
+    fast.changed(flow)
 
     assert not fast.hurries
     assert fast.changes(10, 10.0) is None
@@ -1190,10 +1191,10 @@ def test_a_step_without_a_map_stays_with_the_worker() -> None:
     fast.begin(10)
     fast.made([(Proto.UDP, Step.U34), (Proto.TCP, Step.U12)])
     fast.take_back(flow)
-    fast.consider(flow)
+    fast.changed(flow)
     assert not fast.waits
     fast.made([(Proto.UDP, Step.U12)])
-    fast.consider(flow)
+    fast.changed(flow)
 
     assert fast.waits
 
@@ -1207,7 +1208,7 @@ def test_what_changes_its_dscp_is_given_back_before_and_handed_over_after() -> N
     assert handed(d, flow) == ALL
     at_the_time: list[tuple[int, frozenset[Step]]] = []
     rewrite = flow.rewrites[Step.T4]
-    d.nat.on_marked = lambda _: at_the_time.append((rewrite.tos, handed(d, flow)))
+    observe(d.nat, marked=lambda _: at_the_time.append((rewrite.tos, handed(d, flow))))
 
     d.nat.mark(rewrite, 46 << 2, d.now)
 

@@ -30,6 +30,7 @@ from krelay.registration.messages import (
 )
 from krelay.registration.registry import ABORT_WITHIN, GONE_KEPT, GPORTS_KEPT, ORPHAN_GRACE, Relays
 from krelay.steps import Step
+from tests.tools.observing import observe
 from tests.tools.packets import addr, at, policy
 from tests.tools.sockets import OneUser
 
@@ -310,7 +311,10 @@ def test_a_client_whose_connection_another_has_or_nobody_is_nobodys(
 def test_a_handshake_that_the_kernel_rewrote_is_heard_of_when_it_matters(world: World) -> None:
     flow = world.client()
     flow.tracker.client_acked = False
-    world.nat.on_late = lambda flows: world.nat.heard(flows[0].rewrites[Step.T1], 1, 40, 0)
+    observe(
+        world.nat,
+        before_expiry=lambda flows: world.nat.heard(flows[0].rewrites[Step.T1], 1, 40, 0),
+    )
 
     assert world.relays.handle(OPEN, world.one, 0) == Opened(1, S, Source.CLIENT)
 

@@ -1,0 +1,138 @@
+"""What the NAT table tells of its flows, and what it asks, while packets are handled.
+
+An observer is an object with the methods of NatObserver: the offload, which keeps a copy of the
+flows in the kernel, is one; metrics or a second relay would be others.  Most observers care for a
+few of the events, and inherit the rest from IdleObserver.
+
+Each call is made in the midst of a change of the table, so an observer may read the table and may
+call `NatTable.heard`, but must neither make nor end flows, and raises nothing.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from krelay.nat.flow import Flow, Rewrite
+
+
+class NatObserver(Protocol):
+    """Is told of what becomes of flows, and asked for what has been counted elsewhere."""
+
+    def changed(self, flow: Flow) -> None:
+        """A flow's state has changed, or its port towards the server, or it is busy."""
+
+    def marked(self, flow: Flow) -> None:
+        """An end of terminated TCP sends with another DSCP (`Flow.dscps`)."""
+
+    def closed(self, flow: Flow, now: float) -> None:
+        """Both legs of a flow have been closed."""
+
+    def ended(self, flow: Flow) -> None:
+        """A flow is about to go, or to give up its port towards the server."""
+
+    def displaced(self, flow: Flow) -> None:
+        """Another flow's packets are about to read as those of this flow do.  When this returns,
+        nothing but the worker may rewrite such packets."""
+
+    def before_mark(self, rewrite: Rewrite) -> None:
+        """An end's packets are about to have another DSCP than before."""
+
+    def before_expiry(self, flows: list[Flow]) -> None:
+        """These flows are about to go for their silence, or are judged by what was heard of them:
+        an observer tells now what it has counted (`NatTable.heard`)."""
+
+    def needs_rules(self) -> None:
+        """A flow needs something of the rules that no flow needed before."""
+
+    def needs_ends(self) -> None:
+        """It matters now how far tcp-relay's connections have come: an observer tells it
+        (`NatTable.begun`, `NatTable.ended`)."""
+
+    def learnt_address(self, client: bytes, port: bytes) -> bytes | None:
+        """It matters whether the kernel has learnt a flow of this client's address and port, of
+        which nothing was told yet: the address of this host that was asked, or None."""
+
+
+class IdleObserver(NatObserver):
+    """Cares for nothing: to be inherited from."""
+
+    def changed(self, flow: Flow) -> None:
+        return
+
+    def marked(self, flow: Flow) -> None:
+        return
+
+    def closed(self, flow: Flow, now: float) -> None:
+        return
+
+    def ended(self, flow: Flow) -> None:
+        return
+
+    def displaced(self, flow: Flow) -> None:
+        return
+
+    def before_mark(self, rewrite: Rewrite) -> None:
+        return
+
+    def before_expiry(self, flows: list[Flow]) -> None:
+        return
+
+    def needs_rules(self) -> None:
+        return
+
+    def needs_ends(self) -> None:
+        return
+
+    def learnt_address(self, client: bytes, port: bytes) -> bytes | None:
+        return None
+
+
+class Observers(NatObserver):
+    """Passes each event on to all of its observers, in the order in which they were added."""
+
+    def __init__(self, observers: Iterable[NatObserver] = ()) -> None:
+        self._all = tuple(observers)
+
+    def add(self, observer: NatObserver) -> None:
+        """It is told from now on, after those that were there before."""
+        self._all = (*self._all, observer)
+
+    def changed(self, flow: Flow) -> None:
+        for each in self._all:
+            each.changed(flow)
+
+    def marked(self, flow: Flow) -> None:
+        for each in self._all:
+            each.marked(flow)
+
+    def closed(self, flow: Flow, now: float) -> None:
+        for each in self._all:
+            each.closed(flow, now)
+
+    def ended(self, flow: Flow) -> None:
+        for each in self._all:
+            each.ended(flow)
+
+    def displaced(self, flow: Flow) -> None:
+        for each in self._all:
+            each.displaced(flow)
+
+    def before_mark(self, rewrite: Rewrite) -> None:
+        for each in self._all:
+            each.before_mark(rewrite)
+
+    def before_expiry(self, flows: list[Flow]) -> None:
+        for each in self._all:
+            each.before_expiry(flows)
+
+    def needs_rules(self) -> None:
+        for each in self._all:
+            each.needs_rules()
+
+    def needs_ends(self) -> None:
+        for each in self._all:
+            each.needs_ends()
+
+    def learnt_address(self, client: bytes, port: bytes) -> bytes | None:
+        """The first answer that isn't None."""
+        answers = (each.learnt_address(client, port) for each in self._all)
+        return next((found for found in answers if found is not None), None)
