@@ -2,6 +2,7 @@
 
     endpoint     who talks to whom: addresses, ports, five-tuples
     networks     subnets, without the circle of `ipaddress`
+    localports   local ports that the kernel keeps back
     timerwheel   what is to be looked at, by the second in which to do so
     wire/        packets as bytes: IPv4, TCP, UDP, ICMP, their checksums, capture files
     netlink/     netlink messages as bytes: routes, sockets, rules, the packet log
@@ -35,6 +36,6 @@ What is typed and shown:
 
     usage        `--version`, and which word a wrong one was meant to be
     version      the version of all packages
-    relayoptions options of tcp-relay and tcpproxy, which `krelay up` takes as well
+    relayoptions  options of tcp-relay and tcpproxy, which `krelay up` takes as well
     terminal     streams, lines as wide as the terminal
 """

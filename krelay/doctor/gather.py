@@ -22,7 +22,7 @@ from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Any
 
-from knet import children, listeners, trust
+from knet import children, listeners, localports, trust
 from knet.sockbuf import Direction
 from krelay.control import client as control
 from krelay.doctor import iptrules, nftrules
@@ -30,7 +30,6 @@ from krelay.doctor.facts import LOOPBACK, Facts, Leftover, LinkFacts, ListenerFa
 from krelay.doctor.firewall import Chain, Chains, Rule
 from krelay.host import netfilter, processes, tracking, treelock
 from krelay.host.cleanup import SOCKETS
-from krelay.nat import ports
 from krelay.rules import ruleset
 from procfs_sim import ondisk
 from procfs_sim.ondisk import FileTree
@@ -342,7 +341,7 @@ class _Gatherer:
             tracked=_tracked(),
             timers=tracking.timers(),
             port_range=(low, high),
-            reserved_ports=ports.reserved(FilePath(ports.RESERVED).read_text()),
+            reserved_ports=localports.reserved(FilePath(localports.RESERVED).read_text()),
         )
 
     def _listeners(self) -> None:

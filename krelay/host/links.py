@@ -21,10 +21,9 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network
 from typing import NamedTuple
 
-from knet import netlink
+from knet import localports, netlink
 from knet.netlink import Message, rtnetlink
 from knet.networks import network
-from krelay.nat import ports
 
 _GROUPS = 0x1 | 0x10 | 0x40
 """RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE (linux/rtnetlink.h)."""
@@ -67,7 +66,7 @@ class Looker:
         self._reserved_text = b""
         self._reserved_ports: frozenset[int] = frozenset()
         try:
-            self._reserved = os.open(ports.RESERVED, os.O_RDONLY | os.O_CLOEXEC)
+            self._reserved = os.open(localports.RESERVED, os.O_RDONLY | os.O_CLOEXEC)
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
             self._socket.settimeout(PATIENCE)
         except BaseException:
@@ -100,7 +99,7 @@ class Looker:
         """HostView.reserved, now: nobody tells of changes.  Raises OSError."""
         text = os.pread(self._reserved, _LIST, 0)
         if text != self._reserved_text:
-            self._reserved_ports = ports.reserved(text.decode())
+            self._reserved_ports = localports.reserved(text.decode())
             self._reserved_text = text
         return self._reserved_ports
 

@@ -25,9 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from knet import localports
 from knet.endpoint import Endpoint
 from knet.log import Log, Throttle
-from krelay.nat import ports
 from krelay.registration.messages import (
     Abort,
     Answer,
@@ -300,7 +300,7 @@ def _own_ports(index: int, of: int) -> Sequence[int]:
     """
     share = _own_range(index, of)
     try:
-        reserved = ports.reserved(Path(ports.RESERVED).read_text())
+        reserved = localports.reserved(Path(localports.RESERVED).read_text())
     except (OSError, ValueError):
         return share
     return [port for port in share if port not in reserved] or share

@@ -2,11 +2,10 @@
 
 from random import Random
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krelay.nat.ports import FIRST_HIGH, FreePorts, RelayPorts, reserved
+from krelay.nat.ports import FIRST_HIGH, FreePorts, RelayPorts
 
 A, B = b"\xc0\xa8\0\x02", b"\x0a\0\0\xfe"
 
@@ -89,25 +88,6 @@ def test_a_port_of_zero_gets_a_real_one() -> None:
 
     assert port
     assert (port < FIRST_HIGH, port % 2) == (True, 0)
-
-
-@pytest.mark.parametrize(
-    ("text", "ports"),
-    [
-        ("\n", set()),
-        ("80\n", {80}),
-        ("8080,9148-9150\n", {8080, 9148, 9149, 9150}),
-        ("1-65535", set(range(1, 65536))),
-    ],
-)
-def test_reserved_ports_are_read_as_the_kernel_writes_them(text: str, ports: set[int]) -> None:
-    assert reserved(text) == ports
-
-
-@pytest.mark.parametrize("text", ["x", "1 2", "1-2-3", "40000\t40001\n"])
-def test_what_is_no_list_of_ports_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="invalid literal"):
-        reserved(text)
 
 
 def test_a_shared_port_is_free_when_all_have_given_it_back() -> None:
