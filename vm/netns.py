@@ -172,7 +172,7 @@ def set_link(topology: Topology, prefix: str, host: str, interface: str, *, up: 
     The routes that the kernel forgets with an interface that goes down come back with it.
     """
     with inside(f"{prefix}-{host}"), IPRoute() as netlink:
-        index = _index(netlink, interface)
+        index = _index(interface)
         try:
             netlink.link("set", index=index, state="up" if up else "down")
             if up and netlink.get_addr(index=index, family=socket.AF_INET):
@@ -193,6 +193,7 @@ def _create(name: str) -> int:
 
 
 def _make_wires(topology: Topology, netlink: dict[str, Any], handles: dict[str, int]) -> None:
+    """Called, and left, inside the switch if there is one."""
     for number, wire in enumerate(topology.wires):
         if not wire.switched:
             near, far = wire.ends
@@ -202,12 +203,12 @@ def _make_wires(topology: Topology, netlink: dict[str, Any], handles: dict[str, 
         bridge = f"br{number}"
         # Without snooping the bridge is a plain switch: it says nothing and holds nothing back.
         switch.link("add", ifname=bridge, kind="bridge", br_mcast_snooping=0)
-        master = _index(switch, bridge)
+        master = _index(bridge)
         switch.link("set", index=master, state="up")
         for end in wire.ends:
             port = f"{number}-{end.host}"
             _make_pair(switch, port, end.mtu, handles[end.host], end.name)
-            switch.link("set", index=_index(switch, port), master=master, state="up")
+            switch.link("set", index=_index(port), master=master, state="up")
 
 
 def _make_pair(netlink: Any, name: str, mtu: int | None, far: int, far_name: str) -> None:
@@ -218,7 +219,7 @@ def _make_pair(netlink: Any, name: str, mtu: int | None, far: int, far_name: str
 
 def _cable(topology: Topology, host: str, netlink: Any) -> None:
     """Joins each end of a wire to a tap device."""
-    netlink.link("set", index=_index(netlink, "lo"), state="up")
+    netlink.link("set", index=_index("lo"), state="up")
     if (BRIDGE_NETFILTER / "bridge-nf-call-iptables").exists():
         for family in ("iptables", "ip6tables", "arptables"):
             (BRIDGE_NETFILTER / f"bridge-nf-call-{family}").write_text("0")
@@ -226,10 +227,10 @@ def _cable(topology: Topology, host: str, netlink: Any) -> None:
         size = {} if end.mtu is None else {"mtu": end.mtu}
         bridge = end.name.replace("eth", "br")
         netlink.link("add", ifname=bridge, kind="bridge", br_mcast_snooping=0)
-        master = _index(netlink, bridge)
+        master = _index(bridge)
         _make_tap(guest.tap(end))
         for name in (guest.tap(end), end.name):
-            netlink.link("set", index=_index(netlink, name), master=master, state="up", **size)
+            netlink.link("set", index=_index(name), master=master, state="up", **size)
         netlink.link("set", index=master, state="up")
 
 
@@ -244,7 +245,7 @@ def _make_tap(name: str) -> None:
 
 
 def _configure(topology: Topology, host: str, netlink: Any) -> None:
-    netlink.link("set", index=_index(netlink, "lo"), state="up")
+    netlink.link("set", index=_index("lo"), state="up")
     interfaces = topology.interfaces(host)
     for interface in interfaces:
         _address(netlink, interface)
@@ -256,7 +257,7 @@ def _configure(topology: Topology, host: str, netlink: Any) -> None:
 
 
 def _address(netlink: Any, interface: Interface) -> None:
-    index = _index(netlink, interface.name)
+    index = _index(interface.name)
     for address in interface.addresses:
         fast = {"flags": IFA_F_NODAD} if address.version == 6 else {}
         length = address.network.prefixlen
@@ -264,11 +265,12 @@ def _address(netlink: Any, interface: Interface) -> None:
     netlink.link("set", index=index, state="up")
 
 
-def _index(netlink: Any, name: str) -> int:
-    found = netlink.link_lookup(ifname=name)
-    if not found:
-        raise OSError(errno.ENODEV, f"no interface {name}")
-    return int(found[0])
+def _index(name: str) -> int:
+    """The number of an interface in this thread's namespace.  Raises OSError."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        raise OSError(errno.ENODEV, f"no interface {name}") from None
 
 
 def _about(key: str, names: list[str]) -> bool:

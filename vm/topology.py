@@ -120,13 +120,15 @@ class Topology:
 
     hosts: tuple[Host, ...]
     links: tuple[Link | Segment, ...]
+    wires: tuple[Wire, ...] = field(init=False, repr=False, compare=False)
+    """What joins the hosts, in the order of the links; that is how eth0, eth1 are counted."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hosts", tuple(self.hosts))
         object.__setattr__(self, "links", tuple(self.links))
         _check_hosts(self.hosts)
-        wires = self.wires
-        _check_wires(wires)
+        object.__setattr__(self, "wires", self._wires())
+        _check_wires(self.wires)
         for host in self.hosts:
             _check_host(host, self.interfaces(host.name))
 
@@ -135,9 +137,7 @@ class Topology:
         """The hosts' names, in order."""
         return tuple(host.name for host in self.hosts)
 
-    @property
-    def wires(self) -> tuple[Wire, ...]:
-        """What joins the hosts, in the order of the links; that is how eth0, eth1 are counted."""
+    def _wires(self) -> tuple[Wire, ...]:
         used = dict.fromkeys(self.names, 0)
         wires = []
         for link in self.links:
