@@ -168,6 +168,7 @@ def test_a_flow_that_is_killed_ends_at_once(busy: World) -> None:
     busy.until(lambda: not elements(busy), "nothing in the kernel", AGREES_WITHIN)
 
 
+@pytest.mark.serial
 def test_a_flow_that_falls_silent_expires_neither_early_nor_late(busy: World) -> None:
     timeout = 3
     busy.put(timeouts__udp=timeout)

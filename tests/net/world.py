@@ -104,7 +104,8 @@ class World:
 
     def serve(self, host: str, *services: str, address: str = "0.0.0.0") -> Program:
         """Our own server, serving these: tcp/80."""
-        program = self.lab.start(host, *PYTHON, server.__file__, address, *services)
+        python = (*PYTHON, "-I", "-S")  # it needs nothing but the standard library
+        program = self.lab.start(host, *python, server.__file__, address, *services)
         for service in services:
             proto, _, port = service.partition("/")
             self.lab.wait_listening(host, proto, int(port), self.patience)
@@ -276,10 +277,11 @@ class World:
     def soon(self, condition: Callable[[], T | None], what: str) -> T:
         """What a condition on krelay's figures found: at once where every packet visits krelay.
 
-        What the kernel did by itself may be missing from them for AGREES_WITHIN.
+        What the kernel did by itself may be missing from them for a while, AGREES_WITHIN where the
+        machine isn't busy.
         """
         if self.in_kernel:
-            return self.until(condition, what, AGREES_WITHIN)
+            return self.until(condition, what)
         found = condition()
         assert found, what
         return found
