@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks import ground, processes
-from vm import Lab
+from krelay_vm import Lab
 
 Meter = Callable[[], float]
 """Seconds that the relay's core has been busy, since some time in the past."""

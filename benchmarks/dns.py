@@ -17,7 +17,7 @@ from benchmarks.figures import Goal
 from benchmarks.ground import AUTO, DATAPATHS, QUEUE, CannotMeasure, Progress, Wish
 from benchmarks.paths import DNAT, FORWARD
 from benchmarks.sender import ADDRESSES
-from vm import Lab
+from krelay_vm import Lab
 
 TITLE = "DNS, questions and answers per second"
 NEW, KEPT = "{}: a new port each", "{}: dnsperf, ports kept"

@@ -20,7 +20,7 @@ from benchmarks import ground, paths, processes, sender
 from benchmarks.figures import Goal
 from benchmarks.ground import AUTO, DATAPATHS, QUEUE, CannotMeasure, Progress, Wish
 from benchmarks.paths import DNAT
-from vm import Lab
+from krelay_vm import Lab
 
 TITLE = "Few and many live flows"
 FEW, MANY = 10, 50_000

@@ -28,7 +28,7 @@ from knet.children import compiled_as_here
 from krelay.control import client
 from krelay.datapath import nfqueue
 from krelay.rules.ruleset import DEFAULT_QUEUE
-from vm import Lab, LabError
+from krelay_vm import Lab, LabError
 
 PYTHON = (sys.executable, *compiled_as_here(), "-P")
 """-P: only what is installed is imported, nothing that lies beside a program."""

@@ -19,7 +19,7 @@ from benchmarks import echo, ground, peers, processes
 from benchmarks.figures import Goal
 from benchmarks.ground import CannotMeasure, Progress, Wish
 from benchmarks.peers import Peer
-from vm import Lab
+from krelay_vm import Lab
 
 TITLE = "Thousands of idle connections"
 WAYS = (peers.HAPROXY, peers.NGINX, peers.TCPPROXY)

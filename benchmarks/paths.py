@@ -7,7 +7,7 @@ krelay and of the kernel's connection tracking live equally long.
 from collections.abc import Mapping
 
 from benchmarks import ground, scapy_worker
-from vm import Lab
+from krelay_vm import Lab
 
 FORWARD, DNAT, SCAPY = "plain forwarding", "conntrack DNAT", "scapy"
 """Of krelay see ground.DATAPATHS."""

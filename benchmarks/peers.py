@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import ground
-from vm import Lab, Program
+from krelay_vm import Lab, Program
 
 HAPROXY_CONFIG = """\
 global

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from vm import Program
+from krelay_vm import Program
 
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _KIB = 1024

@@ -15,7 +15,7 @@ from benchmarks import alone, ground, peers, web
 from benchmarks.figures import Goal
 from benchmarks.ground import Progress, Wish
 from benchmarks.peers import Peer
-from vm import Lab
+from krelay_vm import Lab
 
 TITLE = "TCP: plain proxies, and proxies that keep the client's address"
 DOWN, UP = "{}: download", "{}: upload"

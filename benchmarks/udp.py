@@ -14,7 +14,7 @@ from benchmarks import alone, ground, paths, sender
 from benchmarks.figures import Goal
 from benchmarks.ground import AUTO, QUEUE, Progress, Wish
 from benchmarks.paths import DNAT, SCAPY
-from vm import Lab
+from krelay_vm import Lab
 
 SIZES = (sender.SMALL, 1400)
 """Bytes of a packet."""

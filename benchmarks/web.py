@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import bulk, ground
 from benchmarks.ground import CannotMeasure
-from vm import Lab
+from krelay_vm import Lab
 
 HTTP, SINK = 80, 81
 PORTS = (HTTP, SINK)

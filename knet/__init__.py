@@ -34,8 +34,8 @@ How a process lives, and what it may:
 
 What is typed and shown:
 
-    usage        `--version`, and which word a wrong one was meant to be
-    version      the version of all packages
+    usage         `--version`, and which word a wrong one was meant to be
+    version       the version of all packages
     relayoptions  options of tcp-relay and tcpproxy, which `krelay up` takes as well
-    terminal     streams, lines as wide as the terminal
+    terminal      streams, lines as wide as the terminal
 """

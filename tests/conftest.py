@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from krelay_vm import Host, Lab, LabError, Topology, kernels, registry
 from tests.tools import apart
-from vm import Host, Lab, LabError, Topology, kernels, registry
 
 # A shared machine may be slow at any moment, so no example has a deadline (pytest-timeout holds the
 # whole test); and a run of CI that is repeated does the same again.

@@ -17,12 +17,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+import krelay_vm.__main__ as vm_main
 import tcp_relay.__main__ as relay_main
-import vm.__main__ as vm_main
 from krelay.cli.parser import parser
+from krelay_vm import DEFAULT, attended, draw
 from procfs_sim.tree import DEFAULT_ROOT, DIRECTORIES, SETTINGS, STATUS, SettingRefused, parse
 from tcp_relay import tcpproxy
-from vm import DEFAULT, attended, draw
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,7 +98,7 @@ def parses(words: list[str], patch: pytest.MonkeyPatch) -> bool:
         case "tcpproxy", [_, *_]:
             patch.setattr(tcpproxy, "run_program", lambda *_, **__: 0)
             tcpproxy.main(rest)
-        case "python", ["-m", "vm", _, *_] as arguments:
+        case "python", ["-m", "krelay_vm", _, *_] as arguments:
             _vm(arguments[2:], patch)
         case "python", ["-m", module, *_]:
             assert importlib.util.find_spec(module), module
@@ -168,8 +168,19 @@ def test_the_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ["krelay", "daemon"],
         ["tcp-relay"],
         ["tcpproxy", "www.example.org", "80", "8080"],
-        ["python", "-m", "vm", "capture", "client-relay", "client.pcapng"],
-        ["python", "-m", "vm", "up", "--client", "uml", "--relay", "qemu", "--server", "netns"],
+        ["python", "-m", "krelay_vm", "capture", "client-relay", "client.pcapng"],
+        [
+            "python",
+            "-m",
+            "krelay_vm",
+            "up",
+            "--client",
+            "uml",
+            "--relay",
+            "qemu",
+            "--server",
+            "netns",
+        ],
         ["make", "setup"],
     ):
         assert words in ours
@@ -184,10 +195,10 @@ def test_the_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         "krelay up --real-ip 192.168.0.1000",
         "tcp-relay --bogus",
         "tcpproxy host 80",
-        "python -m vm up --backend kvm",
-        "python -m vm up --gateway uml",
-        "python -m vm exec gateway ls",
-        "python -m vm capture client-server x.pcapng",
+        "python -m krelay_vm up --backend kvm",
+        "python -m krelay_vm up --gateway uml",
+        "python -m krelay_vm exec gateway ls",
+        "python -m krelay_vm capture client-server x.pcapng",
         "make install",
     ],
 )

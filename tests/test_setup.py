@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vm import guest
+from krelay_vm import guest
 
 ROOT = Path(__file__).parents[1]
 SETUP = ROOT / "tools" / "setup"

@@ -1,4 +1,7 @@
-"""vm: virtual hosts for demos and tests.
+"""krelay_vm: virtual hosts for demos and tests.
+
+The folder is vm/; the package is found by the link krelay_vm beside it, which is also its name
+where it is installed: in site-packages `vm` is another project's.
 
     topology  a network as data, everything derived from hosts and links   (pure)
     guest     what a virtual machine is told, as text                      (pure)
@@ -13,19 +16,19 @@
     registry  which labs are on this machine
     lab       a network while a `with` block runs, and the programs in it
     attended  what a person does with a lab at a terminal
-    __main__  the same for people: python -m vm
+    __main__  the same for people: python -m krelay_vm
 
 Nothing of a lab touches the root namespace: no device, no address, no rule.  Of krelay only the
 formats are imported, knet.wire.
 
-    >>> from vm import DEFAULT
+    >>> from krelay_vm import DEFAULT
     >>> DEFAULT.interface("relay", towards="server").address
     '192.168.0.2'
 """
 
-from vm.errors import LabError, LabTimeout
-from vm.lab import Lab, Program, Result
-from vm.topology import (
+from krelay_vm.errors import LabError, LabTimeout
+from krelay_vm.lab import Lab, Program, Result
+from krelay_vm.topology import (
     DEFAULT,
     Host,
     Interface,

@@ -1,6 +1,6 @@
-"""python -m vm: labs for people.  Only `up` makes a lab that outlives its process.
+"""python -m krelay_vm: labs for people.  Only `up` makes a lab that outlives its process.
 
-What can be done with a lab at a terminal is in `vm.attended`.
+What can be done with a lab at a terminal is in `krelay_vm.attended`.
 
 Exit status: 0 done, 1 it failed (one line on stderr), 2 wrong usage, 130 Ctrl-C; `exec` ends as its
 command does.
@@ -12,11 +12,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vm import attended, guest, netns, registry
-from vm.errors import LabError
-from vm.lab import Lab, boot_to_stay, build, machines, remove
-from vm.registry import Record
-from vm.topology import DEFAULT, Topology, TopologyError, draw, parse
+from krelay_vm import attended, guest, netns, registry
+from krelay_vm.errors import LabError
+from krelay_vm.lab import Lab, boot_to_stay, build, machines, remove
+from krelay_vm.registry import Record
+from krelay_vm.topology import DEFAULT, Topology, TopologyError, draw, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown and options.command != "up":
         parser.error(f"unknown: {' '.join(unknown)}")
     if options.command == "exec" and not options.argv:
-        parser.error("exec needs a COMMAND, as in: python -m vm exec client ip addr")
+        parser.error("exec needs a COMMAND, as in: python -m krelay_vm exec client ip addr")
     try:
         if os.geteuid() != 0:
             raise LabError("needs root (network namespaces); try with sudo")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "down":
                 _down(options.name, everything=options.all, stale=options.stale)
     except (LabError, TopologyError, OSError) as error:
-        print(f"python -m vm: {error}", file=sys.stderr)
+        print(f"python -m krelay_vm: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -97,9 +97,9 @@ def _up(name: str | None, topology: Topology, backends: Mapping[str, str]) -> No
         raise
     print(f"{draw(topology)}\n\nlab {record.name} is up", flush=True)
     for host in record.hosts[:1]:
-        print(f"run a command in it:  python -m vm exec --name {record.name} {host} ip addr")
-        print(f"enter a host:         python -m vm console --name {record.name} {host}")
-    print(f"remove it:            python -m vm down --name {record.name}")
+        print(f"run a command in it:  python -m krelay_vm exec --name {record.name} {host} ip addr")
+        print(f"enter a host:         python -m krelay_vm console --name {record.name} {host}")
+    print(f"remove it:            python -m krelay_vm down --name {record.name}")
 
 
 def _host(record: Record, host: str) -> str:
@@ -155,27 +155,28 @@ def _chosen(name: str | None) -> Record:
             names = ", ".join(record.name for record in records)
             raise LabError(f"there are several labs, {names}: say which with --name")
         if not records:
-            raise LabError("there is no lab; make one with: python -m vm up")
+            raise LabError("there is no lab; make one with: python -m krelay_vm up")
         return records[0]
     for record in records:
         if record.name == name:
             return record
-    raise LabError(f"there is no lab {name}; python -m vm list shows those there are")
+    raise LabError(f"there is no lab {name}; python -m krelay_vm list shows those there are")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m vm",
+        prog="python -m krelay_vm",
         description="Virtual hosts, in network namespaces or as virtual machines, apart from this "
         "machine's own network.",
-        epilog="example: python -m vm up && python -m vm exec client ip route && python -m vm down",
+        epilog="example: python -m krelay_vm up && "
+        "python -m krelay_vm exec client ip route && python -m krelay_vm down",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     up = commands.add_parser(
         "up",
         help="build a lab that stays",
-        epilog="example: python -m vm up --client uml --relay netns --server qemu",
+        epilog="example: python -m krelay_vm up --client uml --relay netns --server qemu",
         allow_abbrev=False,
     )
     up.add_argument("--name", help="what to call it (default: made up)")
@@ -204,8 +205,8 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "exec",
         help="run a command in a host, and end as it does",
-        usage="python -m vm exec [-h] [--name NAME] HOST COMMAND...",
-        epilog="example: python -m vm exec relay ip addr",
+        usage="python -m krelay_vm exec [-h] [--name NAME] HOST COMMAND...",
+        epilog="example: python -m krelay_vm exec relay ip addr",
     )
     run.add_argument("--name", help="which lab (default: the only one that stays)")
     run.add_argument("host", metavar="HOST")
@@ -214,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     shell = commands.add_parser(
         "console",
         help="a shell on a host",
-        epilog="example: python -m vm console server",
+        epilog="example: python -m krelay_vm console server",
     )
     shell.add_argument("--name", help="which lab (default: the only one that stays)")
     shell.add_argument("host", metavar="HOST")
@@ -222,18 +223,18 @@ def _parser() -> argparse.ArgumentParser:
     capture = commands.add_parser(
         "capture",
         help="write what passes a link to a file, for Wireshark, until Ctrl-C",
-        epilog="example: python -m vm capture client-relay client.pcapng",
+        epilog="example: python -m krelay_vm capture client-relay client.pcapng",
     )
     capture.add_argument("--name", help="which lab (default: the only one that stays)")
     capture.add_argument("link", metavar="LINK", help="two hosts on it, client-relay")
     capture.add_argument("file", metavar="FILE", type=Path)
 
     commands.add_parser(
-        "list", help="show the labs on this machine", epilog="example: python -m vm list"
+        "list", help="show the labs on this machine", epilog="example: python -m krelay_vm list"
     )
 
     down = commands.add_parser(
-        "down", help="remove a lab", epilog="example: python -m vm down --stale"
+        "down", help="remove a lab", epilog="example: python -m krelay_vm down --stale"
     )
     which = down.add_mutually_exclusive_group()
     which.add_argument("--name", help="which lab (default: the only one that stays)")

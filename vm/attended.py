@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from knet.wire import pcapng
-from vm import guest, netns
-from vm.errors import LabError
-from vm.lab import listening_to
-from vm.machine import Job, Machine
-from vm.registry import Record
-from vm.topology import Topology
+from krelay_vm import guest, netns
+from krelay_vm.errors import LabError
+from krelay_vm.lab import listening_to
+from krelay_vm.machine import Job, Machine
+from krelay_vm.registry import Record
+from krelay_vm.topology import Topology
 
 LEAVE = b"\x1d"
 """Ctrl-], as in telnet."""
@@ -161,7 +161,7 @@ def capture(record: Record, link: str, file: Path) -> int:
     try:
         links = json.loads(_links_file(record).read_text())
     except OSError:
-        raise LabError(f"lab {record.name} was not made by: python -m vm up") from None
+        raise LabError(f"lab {record.name} was not made by: python -m krelay_vm up") from None
     if link not in links:
         raise LabError(f"lab {record.name} has no link {link!r}; there are {', '.join(links)}")
     host, interface = links[link]
@@ -171,7 +171,7 @@ def capture(record: Record, link: str, file: Path) -> int:
         file.open("wb", buffering=0) as out,
     ):
         packets.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        out.write(pcapng.section(application="python -m vm"))
+        out.write(pcapng.section(application="python -m krelay_vm"))
         out.write(pcapng.interface(f"{host} {interface}"))
         for number in (signal.SIGINT, signal.SIGTERM):  # a shell has background jobs ignore SIGINT
             signal.signal(number, signal.default_int_handler)

@@ -2,7 +2,7 @@ r"""What a virtual machine is told: its command line, its first program, and eve
 
 A host of a topology sits on one of three backends: `netns`, a namespace of this kernel, `uml`, a
 User-Mode Linux, or `qemu`, an emulated PC with Debian's kernel.  Here are the two that have kernels
-of their own, as text; `vm.machine` starts them and `vm.kernels` finds them.
+of their own, as text; `krelay_vm.machine` starts them and `krelay_vm.kernels` finds them.
 
 A machine has no disk.  Its root is this machine's own `/`, read-only, so every program and virtual
 environment is there; /run, /var/tmp and /dev/shm are its own.  The lab's directory is there at its
@@ -31,7 +31,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from vm.topology import Interface, Topology
+from krelay_vm.topology import Interface, Topology
 
 BACKENDS = ("netns", "uml", "qemu")
 """Where a host can sit; the first is the default."""

@@ -18,14 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from vm import cpio, guest, kmod
-from vm.errors import LabError
+from krelay_vm import cpio, guest, kmod
+from krelay_vm.errors import LabError
 
 UML_MODULES = Path("/usr/lib/uml/modules")
 TUN = Path("/dev/net/tun")
 XSTATE = Path(__file__).with_name("xstate.c")
 COMPILER = ("gcc", "-O2", "-shared", "-fPIC")
-INSTEAD = "make demo VM=qemu, krelay demo --vm qemu, python -m vm up --backend qemu"
+INSTEAD = "make demo VM=qemu, krelay demo --vm qemu, python -m krelay_vm up --backend qemu"
 """What to type where User-Mode Linux doesn't run."""
 
 

@@ -15,9 +15,10 @@ together with its children.  They are started by nsenter and setpriv, which exec
 is the program's: no code runs between fork and exec, which with threads about would be unsafe.
 They write to a file, not to a pipe: nobody has to read along.
 
-A host may also be a virtual machine (`vm.machine`), `Lab(backends={"client": "uml"})`: the same
-calls run, start and end what is in it.  It has its host's name and addresses, its wires and their
-captures are as they would be, and it ends with the lab like a program.  Only `enter` can't be had.
+A host may also be a virtual machine (`krelay_vm.machine`), `Lab(backends={"client": "uml"})`: the
+same calls run, start and end what is in it.  It has its host's name and addresses, its wires and
+their captures are as they would be, and it ends with the lab like a program.  Only `enter` can't be
+had.
 """
 
 import os
@@ -37,11 +38,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Protocol, Self, TypeVar
 
-from vm import guest, kernels, netns, registry
-from vm.errors import LabError, LabTimeout
-from vm.machine import Job, Machine, boot_all
-from vm.registry import Owner, Record
-from vm.topology import DEFAULT, Topology
+from krelay_vm import guest, kernels, netns, registry
+from krelay_vm.errors import LabError, LabTimeout
+from krelay_vm.machine import Job, Machine, boot_all
+from krelay_vm.registry import Owner, Record
+from krelay_vm.topology import DEFAULT, Topology
 
 T = TypeVar("T")
 

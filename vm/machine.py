@@ -4,7 +4,7 @@ The machine runs in its host's network namespace, where the wire ends and its ta
 whatever ends the processes of a namespace ends it.  Its serial line is a named pipe in and a file
 out: no process has to sit at the other end, several may use it at once, and it outlives the process
 that started it.  A request is one short line, which a pipe takes whole (pipe(7)); everything else
-passes through files (`vm.guest`).
+passes through files (`krelay_vm.guest`).
 
 Waiting is asking again: the file that is waited for, and each time whether the machine lives.
 
@@ -24,11 +24,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from vm import guest, kernels, kmod, netns
-from vm.errors import LabError, LabTimeout
-from vm.guest import Streams
-from vm.registry import Owner
-from vm.topology import Topology
+from krelay_vm import guest, kernels, kmod, netns
+from krelay_vm.errors import LabError, LabTimeout
+from krelay_vm.guest import Streams
+from krelay_vm.registry import Owner
+from krelay_vm.topology import Topology
 
 T = TypeVar("T")
 

@@ -34,8 +34,8 @@ from typing import Any
 from pyroute2 import IPRoute, NetlinkError
 from pyroute2 import netns as pyroute2_netns
 
-from vm import guest
-from vm.topology import SWITCH, Interface, Topology
+from krelay_vm import guest
+from krelay_vm.topology import SWITCH, Interface, Topology
 
 RUN = Path("/run/netns")
 """Where names of namespaces live (ip-netns(8))."""

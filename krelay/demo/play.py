@@ -1,11 +1,11 @@
 """`krelay demo`: a client, a relay and a server on this one machine, and what happens between them.
 
-The three hosts are network namespaces (vm.Lab), or with `--vm` virtual machines, each with a kernel
-of its own: nothing of this machine's own network is touched.  On the server run dnsmasq and nginx
-as anybody has them, on the relay the two daemons as a service manager would start them; what is
-done with them is done as a person would, with echo, dig and curl, and shown.  Meanwhile both wires
-are captured.  What is then claimed is not what the demo knows it has set up but what was seen; see
-demo_evidence.
+The three hosts are network namespaces (krelay_vm.Lab), or with `--vm` virtual machines, each with a
+kernel of its own: nothing of this machine's own network is touched.  On the server run dnsmasq and
+nginx as anybody has them, on the relay the two daemons as a service manager would start them; what
+is done with them is done as a person would, with echo, dig and curl, and shown.  Meanwhile both
+wires are captured.  What is then claimed is not what the demo knows it has set up but what was
+seen (evidence.py).
 
 Leaving by whatever way (the end, a failure, Ctrl-C, SIGTERM) closes the lab, and with it goes
 everything: all programs run inside it, and all files are in its directory.
@@ -31,8 +31,8 @@ from knet import children
 from krelay.demo import evidence
 from krelay.demo.evidence import Cast, Check, Seen, ShownStep, Traced
 from krelay.demo.page import DemoFailed, Page, console, nat_table, step_table
+from krelay_vm import DEFAULT, Lab, LabError, LabTimeout, Program, draw, guest, netns
 from procfs_sim import DEFAULT_ROOT
-from vm import DEFAULT, Lab, LabError, LabTimeout, Program, draw, guest, netns
 
 TOOLS = ("dnsmasq", "nginx", "dig", "curl", "socat")
 NAME, ADDRESS = "www.demo.example", "192.0.2.80"
@@ -287,7 +287,7 @@ class Play:
         self._echo("1", "start")
         self._wait(self._is_running, "relaying", [])
         python = shlex.quote(sys.executable)
-        vm, name = f"{python} -m vm", f"--name {self._lab.name}"
+        vm, name = f"{python} -m krelay_vm", f"--name {self._lab.name}"
         krelay = f"{vm} exec {name} relay {python} -m krelay"
         page.title("Relaying again until you press Enter. In another terminal, as root:")
         for command in (

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks import alone, ground, paths, processes
-from vm import Lab, LabError
+from krelay_vm import Lab, LabError
 
 pytestmark = pytest.mark.serial
 

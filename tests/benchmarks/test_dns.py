@@ -5,8 +5,8 @@ import pytest
 from benchmarks import dns, ground, paths
 from benchmarks.dns import Load, parse_dnsperf
 from benchmarks.ground import CannotMeasure, Progress, Wish
+from krelay_vm import Lab
 from tests.benchmarks.needs import need
-from vm import Lab
 
 DNSPERF = """\
 Statistics:

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import flows, ground, paths
 from benchmarks.ground import CannotMeasure, Progress, Wish
-from vm import Lab
+from krelay_vm import Lab
 
 MEMINFO = """\
 MemTotal:        8000000 kB

@@ -9,8 +9,8 @@ import pytest
 from benchmarks import alone, idle, peers, proxies, web
 from benchmarks.ground import CannotMeasure, Progress, Wish
 from benchmarks.peers import Peer
+from krelay_vm import Lab
 from tests.benchmarks.needs import need
-from vm import Lab
 
 WAYS = (*peers.PLAIN, *proxies.BULK_ONLY, *peers.KEEPING)
 

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import ground, paths, udp
 from benchmarks.ground import CannotMeasure, parse_visits
-from vm import Lab
+from krelay_vm import Lab
 
 QUEUES = """\
   16000   1234     0 2 65535     0     0     4711  1

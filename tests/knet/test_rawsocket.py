@@ -9,8 +9,8 @@ import pytest
 
 from knet.endpoint import Endpoint, FiveTuple, Proto
 from knet.rawsocket import RawSender
+from krelay_vm import Lab
 from tests.tools.packets import Template
-from vm import Lab
 
 pytestmark = pytest.mark.net
 

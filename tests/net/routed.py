@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from krelay_vm import Host, Link, Topology
 from procfs_sim import DEFAULTS
 from tests.net.world import World
-from vm import Host, Link, Topology
 
 MTU = 1300
 """Of the narrow link, which is nobody's own who speaks through the relay."""

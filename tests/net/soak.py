@@ -27,10 +27,10 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from krelay_vm import Program
 from procfs_sim import DEFAULTS
 from tests.net.programs import server
 from tests.net.world import GPORT, World, control_socket, echo, greet
-from vm import Program
 
 QUARTERS = 4
 RESTARTS = (0, 2)

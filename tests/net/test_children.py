@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from knet.privileges import DYNAMIC
+from krelay_vm import Program
 from tests.net.world import PYTHON, World
-from vm import Program
 
 pytestmark = [
     pytest.mark.net,
@@ -18,7 +18,15 @@ pytestmark = [
 
 KRELAY = (*PYTHON, "-P", "-m", "krelay")
 """As the installed command: without the caller's folder."""
-MODULES = ("tcp_relay", "procfs_sim", "vm", "rich", "pyroute2", "netfilterqueue", "inotify_simple")
+MODULES = (
+    "tcp_relay",
+    "procfs_sim",
+    "krelay_vm",
+    "rich",
+    "pyroute2",
+    "netfilterqueue",
+    "inotify_simple",
+)
 BEFORE_US = ("krelay", "sitecustomize", "usercustomize", "subprocess", "json", "runpy")
 """Modules that Python loads from PYTHONPATH before a line of ours is read."""
 TOOLS = ("nft", "iptables", "iptables-save", "iptables-restore", "ip", "sysctl", "sh", "nsenter")

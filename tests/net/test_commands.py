@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from krelay_vm import Program
 from tests.net.world import PYTHON, World, control_socket, greet
-from vm import Program
 
 pytestmark = pytest.mark.net
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from krelay_vm import Program
 from tests.net.world import Download, World, echo, greet
-from vm import Program
 
 pytestmark = [pytest.mark.net, pytest.mark.slow]
 

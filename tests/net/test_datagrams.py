@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
+from krelay_vm import relay_topology
 from tests.net.world import World, echo, greet
-from vm import relay_topology
 
 pytestmark = pytest.mark.net
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from krelay_vm import Program
 from tests.net.test_doctor_firewalls import doctor, type_as_root
 from tests.net.world import GPORT, PYTHON, SERVICES, World
-from vm import Program
 
 pytestmark = [pytest.mark.net, pytest.mark.one_datapath("what it finds is the host's")]
 

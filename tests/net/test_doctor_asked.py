@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from krelay_vm import Program
 from tests.net.test_doctor import finding, listen
 from tests.net.test_doctor_firewalls import about_rules
 from tests.net.world import GPORT, PYTHON, SERVICES, World
-from vm import Program
 
 pytestmark = [pytest.mark.net, pytest.mark.one_datapath("what it finds is the host's")]
 

@@ -15,8 +15,8 @@ import pytest
 from krelay.doctor import command, gather
 from krelay.doctor.findings import Level
 from krelay.rules.ruleset import instance_of
+from krelay_vm import Result
 from tests.net.world import PATIENCE, PYTHON, World, greet
-from vm import Result
 
 pytestmark = [pytest.mark.net, pytest.mark.one_datapath("what it finds is the host's")]
 

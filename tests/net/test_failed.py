@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from krelay.rules.ruleset import openings
+from krelay_vm import Program
 from tests.net.world import GPORT, PYTHON, World, greet
-from vm import Program
 
 pytestmark = pytest.mark.net
 

@@ -15,10 +15,10 @@ from contextlib import suppress
 
 import pytest
 
+from krelay_vm.errors import LabTimeout
 from tests.net.world import GPORT, World, control_socket, echo, greet
 from tests.tools import faults
 from tests.tools.faults import ERRORS, Call
-from vm.errors import LabTimeout
 
 pytestmark = [
     pytest.mark.net,

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from krelay_vm import Program, Result
 from tests.net.world import GPORT, PYTHON, World
-from vm import Program, Result
 
 pytestmark = pytest.mark.net
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from krelay_vm import Program, Result
 from tests.net.test_doctor_firewalls import about_rules
 from tests.net.world import GPORT, PYTHON, World
-from vm import Program, Result
 
 pytestmark = [
     pytest.mark.net,

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
+from krelay_vm import Program
 from tests.net.programs import flood
 from tests.net.test_resources import memory
 from tests.net.world import PYTHON, World
-from vm import Program
 
 pytestmark = [pytest.mark.net, pytest.mark.slow]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from krelay_vm import Program
 from tests.net.world import GPORT, World, greet
-from vm import Program
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 SQUAT = """

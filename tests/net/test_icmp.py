@@ -9,13 +9,13 @@ from typing import NamedTuple
 import pytest
 from scapy.utils import checksum
 
+from krelay_vm import relay_topology
 from tests.net.routed import MTU, hearing, is_error, routed, send, watching
 from tests.net.test_cases import ping
 from tests.net.test_firewall import FIREWALL
 from tests.net.world import GPORT, World, echo, greet, upload
 from tests.tools.errors import error
 from tests.tools.packets import template
-from vm import relay_topology
 
 pytestmark = pytest.mark.net
 

@@ -17,9 +17,9 @@ import pytest
 
 from knet.unixsock import RESERVE
 from krelay.control import client
+from krelay_vm import Program
 from tests.net.test_resources import descriptors
 from tests.net.world import PYTHON, World, control_socket
-from vm import Program
 
 pytestmark = [
     pytest.mark.net,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from krelay.daemon.daemon import NICENESS
+from krelay_vm import Program
 from tests.net.world import PYTHON, World, greet
-from vm import Program
 
 pytestmark = pytest.mark.net
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from krelay_vm import Program, relay_topology
 from tests.net.test_commands import children
 from tests.net.world import PYTHON, World
-from vm import Program, relay_topology
 
 pytestmark = [pytest.mark.net, pytest.mark.one_datapath("it is about processes")]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from krelay_vm import Program
 from tests.net.world import PYTHON, World, control_socket, greet, upload
 from tests.tools.captures import Read, assert_sound, need_tshark, slow_read, tshark
-from vm import Program
 
 pytestmark = pytest.mark.net
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from krelay_vm import Program, Result
 from tests.net.world import GPORT, PYTHON, SERVICES, World, echo, greet
 from tests.tools.nobody import NOBODY, Nobody
-from vm import Program, Result
 
 pytestmark = pytest.mark.net
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from krelay_vm import Program
 from tests.net.test_commands import children, up
 from tests.net.test_doctor import sysctl
 from tests.net.test_failed import served
 from tests.net.world import GPORT, PYTHON, World, greet
-from vm import Program
 
 pytestmark = pytest.mark.net
 

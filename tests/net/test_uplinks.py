@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from krelay_vm import Host, Link, Segment, Topology
 from tests.net.test_doctor import finding
 from tests.net.test_doctor_firewalls import doctor, type_as_root
 from tests.net.world import World
-from vm import Host, Link, Segment, Topology
 
 pytestmark = pytest.mark.net
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from krelay_vm import Program
 from tests.net.world import GPORT, PYTHON, World
-from vm import Program
 
 pytestmark = pytest.mark.net
 

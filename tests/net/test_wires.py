@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from knet.wire import pcapng
+from krelay_vm import DEFAULT
 from tests.net.world import World
 from tests.test_docs import table
 from tests.tools.captures import count, need_tshark, tshark
-from vm import DEFAULT
 
 pytestmark = pytest.mark.net
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from krelay_vm import Program, Topology
 from tests.net import test_redirects, test_uplinks
 from tests.net.test_closed_output import CLOSED, killed
 from tests.net.test_closed_output import is_reset as is_told
@@ -22,7 +23,6 @@ from tests.net.test_doctor_firewalls import DOCKER, doctor, type_as_root
 from tests.net.test_firewall import MASQUERADE
 from tests.net.test_tracking_timers import README, Sip, guard, is_forgotten
 from tests.net.world import GPORT, World, greet
-from vm import Program, Topology
 
 pytestmark = pytest.mark.net
 

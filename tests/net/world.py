@@ -28,9 +28,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from knet.children import compiled_as_here
+from krelay_vm import Lab, Program, Result, Topology, relay_topology
 from procfs_sim import DEFAULT_ROOT, DEFAULTS
 from tests.net.programs import server
-from vm import Lab, Program, Result, Topology, relay_topology
 
 T = TypeVar("T")
 

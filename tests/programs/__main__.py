@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from krelay_vm import LabError
 from tests.programs import packages, runner
 from tests.programs.report import Row, as_json, page
 from tests.programs.table import CLIENTS, Client
 from tests.programs.ways import DATAPATHS, SOURCES, ways
-from vm import LabError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,12 +7,12 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from krelay_vm import LabError, Program
 from tests.net.world import GPORT, PYTHON, World
 from tests.programs import packages
 from tests.programs.report import Row
 from tests.programs.table import PYPI, SERVERS, Client, Server
 from tests.programs.ways import KINDS, Run, Way, port, read, services, unlike, wrong
-from vm import LabError, Program
 
 PEERS = Path(__file__).with_name("peers")
 FIRST_STEP = {"terminated": "T1", "forwarded": "U1", "relayed": "U1"}

@@ -5,12 +5,12 @@ from typing import Any, cast
 
 import pytest
 
+from krelay_vm import LabError, LabTimeout, Result
 from tests.net.world import World
 from tests.programs import runner
 from tests.programs.runner import Trial
 from tests.programs.table import Client, Server
 from tests.programs.ways import ways
-from vm import LabError, LabTimeout, Result
 
 SERVER = Server("server", ("tcp/7", "udp/7"), "serve", setup="prepare")
 ASKS = Client("asks", "asker", "echo", "tcp", "ask $TO", (r"yes",))

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from krelay_vm.lab import listens
 from tests.tprox.ends import Failure
-from vm.lab import listens
 
 GRACE = 5.0
 """Seconds to begin listening in, and to end in."""

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from krelay_vm import LabError, TopologyError, guest, relay_topology
+from krelay_vm.errors import LabTimeout
 from procfs_sim import DEFAULTS
 from tests.net.world import World
-from vm import LabError, TopologyError, guest, relay_topology
-from vm.errors import LabTimeout
 
 ENDS = guest.BACKENDS[1:]
 RELAYS = guest.BACKENDS

@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from vm import cpio
-from vm.cpio import Entry
+from krelay_vm import cpio
+from krelay_vm.cpio import Entry
 
 FILES = [
     Entry("bin", cpio.FOLDER),

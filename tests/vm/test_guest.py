@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vm import DEFAULT, Host, Link, Topology, guest
-from vm.guest import Streams
+from krelay_vm import DEFAULT, Host, Link, Topology, guest
+from krelay_vm.guest import Streams
 
 ODD = Topology(
     hosts=(Host("a", sysctls={"net.ipv4.conf.default.rp_filter": 2}), Host("b", gateway="fd00::1")),

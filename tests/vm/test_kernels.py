@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from krelay_vm import LabError, guest, kernels
 from tests.conftest import why_no_net, why_no_qemu, why_no_vm
-from vm import LabError, guest, kernels
 
 ROOT = Path(__file__).parents[2]
 TUN = "/dev/net/tun is not there or not ours to open: its network interfaces can't be made"
@@ -136,7 +136,7 @@ def test_without_tun_tests_are_skipped_with_that_reason_and_commands_say_it() ->
     assert "passed" not in tests.stdout
     assert tests.stdout.count(TUN) >= 1
     for command in (
-        ("-m", "vm", "up", "--backend", "uml"),
+        ("-m", "krelay_vm", "up", "--backend", "uml"),
         ("-m", "krelay", "demo", "--vm", "uml"),
     ):
         said = run(no_tun, *command)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vm import kmod
+from krelay_vm import kmod
 
 
 def module(depends: str) -> bytes:

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import pytest
 
-from vm import DEFAULT, Lab, LabError, LabTimeout, TopologyError, netns, registry
-from vm.lab import listens
+from krelay_vm import DEFAULT, Lab, LabError, LabTimeout, TopologyError, netns, registry
+from krelay_vm.lab import listens
 
 TABLE = """\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
@@ -252,7 +252,7 @@ def test_nothing_is_left_after_an_exception(error: type[BaseException]) -> None:
 
 OWNER = """
 import signal, sys, threading
-from vm import Lab
+from krelay_vm import Lab
 if "ignoring" in sys.argv:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with Lab() as lab:

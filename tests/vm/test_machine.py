@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from krelay_vm import DEFAULT, Host, Lab, LabError, LabTimeout, Link, Topology, registry
+from krelay_vm.machine import Machine
 from tests.vm.test_lab import alive, enough_to_begin, traces, until
-from vm import DEFAULT, Host, Lab, LabError, LabTimeout, Link, Topology, registry
-from vm.machine import Machine
 
 KERNELS = [
     pytest.param("uml", marks=pytest.mark.vm),
@@ -272,7 +272,7 @@ def test_what_its_first_program_complains_of_is_in_the_error() -> None:
 
 OWNER = """
 import sys
-from vm import Lab
+from krelay_vm import Lab
 lab = Lab(backends="uml")
 print("begun", flush=True)
 with lab:

@@ -1,4 +1,4 @@
-"""python -m vm, as a person types it."""
+"""python -m krelay_vm, as a person types it."""
 
 import os
 import signal
@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from scapy.utils import PcapNgReader
 
+from krelay_vm import Lab, netns, registry
+from krelay_vm.__main__ import main
 from tests.vm.test_lab import until
-from vm import Lab, netns, registry
-from vm.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 
 
 def vm(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs `python -m vm` to its end."""
+    """Runs `python -m krelay_vm` to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "vm", *arguments],
+        [sys.executable, "-m", "krelay_vm", *arguments],
         input=stdin,
         capture_output=True,
         text=True,
@@ -48,7 +48,7 @@ def test_every_help_shows_an_example(
         main([*command, "--help"])
 
     assert ended.value.code == 0
-    assert "example: python -m vm" in capsys.readouterr().out
+    assert "example: python -m krelay_vm" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
         main(arguments)
 
     assert ended.value.code == 2
-    assert "usage: python -m vm" in capsys.readouterr().err
+    assert "usage: python -m krelay_vm" in capsys.readouterr().err
 
 
 def test_without_root_one_line_says_so(
@@ -81,7 +81,7 @@ def test_without_root_one_line_says_so(
 
     assert main(["up"]) == 1
     assert capsys.readouterr().err == (
-        "python -m vm: needs root (network namespaces); try with sudo\n"
+        "python -m krelay_vm: needs root (network namespaces); try with sudo\n"
     )
 
 
@@ -106,7 +106,7 @@ def test_a_lab_stays_from_up_to_down(name: str) -> None:
     assert (again.returncode, again.stdout) == (1, "")
     assert (
         again.stderr
-        == f"python -m vm: there is a lab {name} already, or something else of that name\n"
+        == f"python -m krelay_vm: there is a lab {name} already, or something else of that name\n"
     )
 
     down = vm("down", "--name", name)
@@ -120,7 +120,7 @@ def test_down_ends_what_runs_in_the_lab(name: str) -> None:
     vm("up", "--name", name)
     command = ["exec", "--name", name, "client", "sh", "-c", "echo in; sleep 60"]
     with subprocess.Popen(
-        [sys.executable, "-m", "vm", *command], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-m", "krelay_vm", *command], stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as inside:
         assert inside.stdout is not None
         assert inside.stdout.readline() == "in\n"
@@ -158,7 +158,7 @@ def test_what_fails_is_told_in_one_line(arguments: tuple[str, ...], complaint: s
     done = vm(*arguments)
 
     assert done.returncode == 1
-    assert done.stderr.startswith("python -m vm: ")
+    assert done.stderr.startswith("python -m krelay_vm: ")
     assert complaint in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -188,7 +188,9 @@ def test_a_lab_that_is_in_use_is_not_taken_down() -> None:
 
 @pytest.mark.net
 def test_down_stale_removes_what_a_killed_process_left() -> None:
-    script = "from vm import Lab; lab = Lab().__enter__(); print(lab.name, flush=True); input()"
+    script = (
+        "from krelay_vm import Lab; lab = Lab().__enter__(); print(lab.name, flush=True); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", script],
         stdin=subprocess.PIPE,
@@ -212,7 +214,7 @@ def test_a_capture_at_a_link_is_a_file_for_wireshark(name: str, tmp_path: Path) 
     file = tmp_path / "link.pcapng"
     send = "import socket; socket.socket(type=2).sendto(b'ping from here', ('10.0.0.254', 9))"
     with subprocess.Popen(
-        [sys.executable, "-m", "vm", "capture", "--name", name, "client-relay", str(file)],
+        [sys.executable, "-m", "krelay_vm", "capture", "--name", name, "client-relay", str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -259,7 +261,7 @@ def test_machines_stay_from_up_to_down(name: str, backend: str) -> None:
     failed = vm(*command, "sh", "-c", "echo oops >&2; exit 7")
     assert (failed.returncode, failed.stderr) == (7, "oops\n")
     with subprocess.Popen(
-        [sys.executable, "-m", "vm", "console", "--name", name, "client"],
+        [sys.executable, "-m", "krelay_vm", "console", "--name", name, "client"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ROOT,

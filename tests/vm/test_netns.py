@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from vm import Host, Lab, LabError, Link, Segment, Topology, netns, relay_topology
-from vm.netns import inside
+from krelay_vm import Host, Lab, LabError, Link, Segment, Topology, netns, relay_topology
+from krelay_vm.netns import inside
 
 SERVE = """
 import socket

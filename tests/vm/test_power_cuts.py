@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from krelay_vm import Program
 from tests.net.world import World
 from tests.vm.crossing import TOPOLOGY, files, serve
-from vm import Program
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

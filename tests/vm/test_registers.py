@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from krelay_vm import Host, Lab, LabError, Topology, guest, kernels
+from krelay_vm.kernels import COMPILER
+from krelay_vm.machine import Machine, Unsuited
 from tests.vm.test_lab import traces
-from vm import Host, Lab, LabError, Topology, guest, kernels
-from vm.kernels import COMPILER
-from vm.machine import Machine, Unsuited
 
 ROOT = Path(__file__).parents[2]
 PANIC = "Kernel panic - not syncing: Attempted to kill init! exitcode=0x"
@@ -171,8 +171,8 @@ class TestStandIns:
     @pytest.mark.parametrize(
         ("command", "who"),
         [
-            (("vm", "up", "--backend", "uml"), "python -m vm"),
-            (("vm", "up", "--server", "uml"), "python -m vm"),
+            (("krelay_vm", "up", "--backend", "uml"), "python -m krelay_vm"),
+            (("krelay_vm", "up", "--server", "uml"), "python -m krelay_vm"),
             (("krelay", "demo", "--vm", "uml"), "krelay demo"),
         ],
     )

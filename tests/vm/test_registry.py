@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vm import registry
-from vm.registry import Owner, Record
+from krelay_vm import registry
+from krelay_vm.registry import Owner, Record
 
 
 @pytest.fixture(autouse=True)

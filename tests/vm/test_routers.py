@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from krelay_vm import kernels
 from tests.net.world import PYTHON, World
-from vm import kernels
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 

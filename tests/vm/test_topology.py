@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vm.topology import (
+from krelay_vm.topology import (
     DEFAULT,
     Host,
     Link,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from knet.rules.watch import RuleWatcher, taken_from
 from krelay.host import netfilter
 from krelay.host.netfilter import Backend, Iptables
+from krelay_vm import Lab
 from tests.krelay.host.test_netfilter import SPEC
-from vm import Lab
 
 NEW_RULE, DELETE_TABLE, DELETE_CHAIN, DELETE_RULE, NEW_GENERATION = 6, 2, 5, 8, 15
 MINE = "table ip mine {\n chain c {\n type filter hook input priority 0;\n accept\n }\n}\n"

@@ -18,7 +18,7 @@ from krelay.datapath.worker import Verdict, Worker
 from krelay.host.netfilter import probe
 from krelay.nat.table import NatTable
 from krelay.rules.ruleset import RuleSpec
-from vm import Lab
+from krelay_vm import Lab
 
 pytestmark = pytest.mark.net
 

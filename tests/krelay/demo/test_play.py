@@ -21,7 +21,7 @@ import pytest
 
 from krelay.demo import play
 from krelay.demo.evidence import Cast
-from vm import netns, registry
+from krelay_vm import netns, registry
 
 ROOT = Path(__file__).parents[3]
 WITHIN = 60.0

@@ -21,7 +21,7 @@ import pytest
 
 from krelay.doctor import iptrules, nftrules
 from krelay.doctor.firewall import Chains, Packet, judge
-from vm import Lab
+from krelay_vm import Lab
 
 pytestmark = [pytest.mark.net, pytest.mark.slow]
 

@@ -16,7 +16,7 @@ import pytest
 
 from knet import netlink
 from krelay.host.links import MOST_LOCAL, HostView, LinkWatcher, LocalAddresses, Looker
-from vm import Lab
+from krelay_vm import Lab
 
 pytestmark = pytest.mark.net
 

@@ -22,7 +22,7 @@ from krelay.host.netfilter import (
 )
 from krelay.rules import ruleset
 from krelay.rules.ruleset import RuleSpec
-from vm import Lab
+from krelay_vm import Lab
 
 SPEC = RuleSpec(
     name="krelay-test",

@@ -12,7 +12,7 @@ from knet.netlink import nflog
 from knet.netlink.nflog import Copy
 from krelay.offload import copies
 from krelay.offload.copies import Copies
-from vm import Lab
+from krelay_vm import Lab
 
 pytestmark = pytest.mark.net
 

@@ -28,7 +28,7 @@ from krelay.offload.fastpath import Changes
 from krelay.offload.kernelmaps import TOGETHER, KernelMaps, MapsLost
 from krelay.rules.ruleset import RuleSpec, map_name
 from krelay.steps import SIDES, Step
-from vm import Lab
+from krelay_vm import Lab
 
 pytestmark = pytest.mark.net
 

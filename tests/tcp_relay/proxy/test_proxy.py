@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from knet.loop import Loop
+from krelay_vm import Lab
 from tcp_relay.engine import portqueue
 from tcp_relay.engine.engine import Engine
 from tcp_relay.engine.limits import SessionLimits
@@ -34,7 +35,6 @@ from tests.tcp_relay.helpers import (
     turns,
     was_reset,
 )
-from vm import Lab
 
 LIMITS = SessionLimits(connect=60.0)
 
