@@ -141,6 +141,10 @@ class Loop:
         self._epoll.register(fd, mask)
         self._handlers[fd] = handler
 
+    def set_handler(self, fd: int, handler: Callable[[int], object]) -> None:
+        """Calls this one instead from now on, for a descriptor that is registered."""
+        self._handlers[fd] = handler
+
     def modify(self, fd: int, mask: int) -> None:
         """Waits for `mask` from now on; an edge-triggered descriptor is looked at afresh."""
         self._epoll.modify(fd, mask)

@@ -64,7 +64,6 @@ EXCEPTIONS = {
     "krelay/control/server.py: lines": 460,
     "krelay/demo/play.py: lines": 480,
     "krelay/datapath/worker.py: lines": 883,
-    "tcp_relay/engine/pump.py: lines": 697,
     "krelay.daemon.keeper.TreeKeeper: methods": 28,
     "krelay.daemon.relaying.Relaying: methods": 61,
     "krelay.datapath.worker.Worker: methods": 35,
@@ -72,7 +71,6 @@ EXCEPTIONS = {
     "krelay.nat.table.NatTable: methods": 68,
     "krelay.offload.fastpath.FastPath: methods": 32,
     "krelay.offload.kernelpath.KernelPath: methods": 31,
-    "tcp_relay.engine.pump.Pump: methods": 41,
     "krelay_vm.lab.Lab: methods": 32,
     "class _Link is there 2 times": 1,
 }

@@ -4,7 +4,8 @@ channel    one direction: bytes, then the end of file (pure)
 session    both directions of one relayed connection (pure)
 limits     what a session may take (pure)
 counts     what has been relayed, and live sessions as a table (pure)
-pump       the two sockets of one session, and the bytes between them
+legs       both sockets of one session: connected, watched, closed
+pump       the bytes between them
 engine     what all sessions of a process share
 listener   accepting, bounded per turn
 sockets    sockets of both legs, and how they close

@@ -35,7 +35,7 @@ class Live(Protocol):
     def not_connected(self) -> None:
         """The server has not accepted in time."""
 
-    def look(self) -> None:
+    def check_deadline(self) -> None:
         """Nothing may have moved for long: ends it if that is too long, or waits again."""
 
     def check(self) -> None:
@@ -61,10 +61,12 @@ class Engine:
         self.connecting: FixedTimeoutQueue[Live] = FixedTimeoutQueue(
             loop, limits.connect, _not_connected
         )
-        self.stalled: FixedTimeoutQueue[Live] = FixedTimeoutQueue(loop, limits.look, _look)
+        self.stalled: FixedTimeoutQueue[Live] = FixedTimeoutQueue(
+            loop, limits.deadline_check, _check_deadline
+        )
         """Those that hold bytes; for how long they may is for them to know."""
         self.half_closed: FixedTimeoutQueue[Live] = FixedTimeoutQueue(
-            loop, limits.half_close, _look
+            loop, limits.half_close, _check_deadline
         )
         self.watched: FixedTimeoutQueue[Live] = FixedTimeoutQueue(loop, limits.check, _check)
         """Those that move, or did a moment ago."""
@@ -79,7 +81,7 @@ class Engine:
     def use_stall(self, seconds: float) -> None:
         """From now on; also those who are stalled already."""
         self.limits = replace(self.limits, stall=seconds)
-        self.stalled.seconds = self.limits.look
+        self.stalled.seconds = self.limits.deadline_check
         self.watched.seconds = self.limits.check
 
     def stood_still(self, seconds: float) -> None:
@@ -100,12 +102,12 @@ class Engine:
     def __len__(self) -> int:
         return len(self._live)
 
-    def born(self, connection: Live) -> None:
+    def opened(self, connection: Live) -> None:
         """A client was accepted."""
         self.counts.accepted += 1
         self._live[connection] = None
 
-    def died(self, connection: Live, end: End) -> None:
+    def closed(self, connection: Live, end: End) -> None:
         """It has ended, and both its descriptors are free."""
         del self._live[connection]
         self.counts.ended(end)
@@ -135,5 +137,5 @@ def _check(connection: Live) -> None:
     connection.check()
 
 
-def _look(connection: Live) -> None:
-    connection.look()
+def _check_deadline(connection: Live) -> None:
+    connection.check_deadline()

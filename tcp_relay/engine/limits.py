@@ -48,7 +48,7 @@ class SessionLimits:
         return min(self.silence / 4, 2.5)
 
     @property
-    def look(self) -> float:
+    def deadline_check(self) -> float:
         """Seconds between two looks at a sink for which bytes are held."""
         return min(self.stall / 8, 2.0)
 

@@ -55,6 +55,8 @@ class Session:
 
     up: Channel = field(default_factory=Channel)
     down: Channel = field(default_factory=Channel)
+    why: str = ""
+    """How the first side was lost, in words."""
 
     def fed_by(self, side: SessionSide) -> Channel:
         """The channel whose source is that side."""
@@ -64,7 +66,7 @@ class Session:
         """The channel whose sink is that side."""
         return self.up if side else self.down
 
-    def lost(self, side: SessionSide, now: float) -> None:
+    def lost(self, side: SessionSide, now: float, why: str = "") -> None:
         """Reading from `side` failed: its connection is gone, in both directions.
 
         What came from there before is still delivered, then the reset.
@@ -73,6 +75,7 @@ class Session:
         channel.got_eof = channel.got_reset = True
         channel.at = now
         self.drained_by(side).cut()
+        self.why = why
 
     @property
     def is_smooth(self) -> bool:
@@ -120,6 +123,16 @@ class Session:
         if stalled is not None and now >= stalled:
             return End.RESET if self.is_resetting else End.STALLED
         return End.FORGOTTEN if forgotten is not None and now >= forgotten else None
+
+    def overdue_in_words(self, end: End, limits: SessionLimits) -> str:
+        """Why that is its end, as it stands in logs."""
+        if end is End.STALLED:
+            channel, sink = (self.up, SERVER) if self.up.held else (self.down, CLIENT)
+            return f"the {sink} took none of {len(channel.held)} bytes for {limits.stall:g} s"
+        if end is End.FORGOTTEN:
+            side = CLIENT if self.up.sent_eof else SERVER
+            return f"the {side} has finished, and nothing came for {limits.half_close:g} s"
+        return self.why
 
     def _stalled_at(self, limits: SessionLimits) -> float | None:
         waiting = [

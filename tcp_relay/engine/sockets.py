@@ -99,6 +99,25 @@ def _linger(sock: Socket, how: bytes) -> None:
         raise OSError(ctypes.get_errno(), "can't set SO_LINGER")
 
 
+def error_of(sock: Socket) -> int:
+    """The error that it has, an errno, which it has no more then (SO_ERROR); 0: none."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except OSError as error:
+        return error.errno or 0
+
+
+def error_ahead(sock: Socket) -> int:
+    """The error, an errno, that a read would meet, and meets all the same afterwards; 0: none."""
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return 0
+    except OSError as error:
+        return 0 if error.errno in HOST_FAILS else error.errno or 0
+    return 0
+
+
 def set_dscp(sock: Socket, dscp: int) -> None:
     """Its packets have this DSCP from now on; ECN is left to the kernel (ip(7), IP_TOS)."""
     with suppress(OSError):  # it changes no byte of what is relayed

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tcp_relay.engine.engine import Engine
+from tcp_relay.engine.legs import Legs
 from tcp_relay.engine.portqueue import PortWaitQueue
-from tcp_relay.engine.pump import Pump
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import HOST_FAILS, NO_ROOM, Socket, close, in_words, server_socket
 from tcp_relay.engine.timeouts import FixedTimeoutQueue
@@ -32,10 +32,10 @@ class Proxy:
         self.family = int(socket.AF_INET)
         """Of the first address, when a name was last resolved."""
         limit = engine.limits.connect
-        self.asked: FixedTimeoutQueue[Pump] = FixedTimeoutQueue(
+        self.asked: FixedTimeoutQueue[Legs] = FixedTimeoutQueue(
             engine.loop,
             limit,
-            lambda pump: pump.end(End.CONNECT_FAILED, f"no answer to the name within {limit:g} s"),
+            lambda legs: legs.end(End.CONNECT_FAILED, f"no answer to the name within {limit:g} s"),
         )
         self.line = PortWaitQueue(engine.loop, MEND)
 
@@ -51,7 +51,7 @@ class Proxy:
 class Attempt:
     """A client's connection on its way to the destination, and its names afterwards."""
 
-    __slots__ = ("_address", "_last_error", "_left", "_peer", "_proxy", "_pump", "_spare")
+    __slots__ = ("_address", "_last_error", "_left", "_legs", "_peer", "_proxy", "_spare")
 
     def __init__(self, proxy: Proxy, client: Socket, spare: Socket, peer: tuple[Any, ...]) -> None:
         self._proxy = proxy
@@ -60,18 +60,18 @@ class Attempt:
         self._address: Address | None = None
         self._left: list[Address] = []
         self._last_error = ""
-        self._pump: Pump | None = Pump(proxy.engine, self, client)
+        self._legs: Legs | None = Legs(proxy.engine, self, client)
 
     def begin(self) -> None:
         """Asks for the addresses."""
         self._proxy.resolver.ask(self._resolved)
-        if self._address is None and self._pump is not None:
-            self._pump.wait(self._proxy.asked)
+        if self._address is None and self._legs is not None:
+            self._legs.wait(self._proxy.asked)
 
     def connect(self) -> None:
         """Tries the address that is its turn."""
-        pump = self._pump
-        if pump is None:  # ended meanwhile
+        legs = self._legs
+        if legs is None:  # ended meanwhile
             return
         assert self._address is not None
         family, sockaddr = self._address
@@ -80,23 +80,23 @@ class Attempt:
             if spare is None or spare.family != family:
                 if spare is not None:
                     close(spare)  # first: its descriptor may be the last one
-                pump.drop_server()
+                legs.drop_server()
                 spare = server_socket(family)
         except OSError as error:
             if error.errno in HOST_FAILS:
                 self._wait_in_line(error)
             else:
-                pump.end(End.CONNECT_FAILED, f"no socket: {in_words(error.errno)}")
+                legs.end(End.CONNECT_FAILED, f"no socket: {in_words(error.errno)}")
             return
-        pump.use_server(spare)
-        pump.connect(sockaddr)
+        legs.use_server(spare)
+        legs.connect(sockaddr)
 
     def connected(self) -> None:
-        """From the pump."""
+        """From the legs."""
         self._left = []
 
     def connect_failed(self, error: int) -> None:
-        """From the pump."""
+        """From the legs."""
         assert self._address is not None
         if error in _NO_PORT and _is_routed(self._address):
             self._wait_in_line()
@@ -108,8 +108,8 @@ class Attempt:
         self._next()
 
     def ended(self) -> None:
-        """From the pump."""
-        self._pump = None  # which refers to this: without a collector a circle is for ever
+        """From the legs."""
+        self._legs = None  # which refers to this: without a collector a circle is for ever
         if self._spare is not None:
             close(self._spare)
             self._spare = None
@@ -120,19 +120,19 @@ class Attempt:
         return {"client": _name(self._peer), "server": server}
 
     def _resolved(self, result: "list[Address] | OSError") -> None:
-        if self._pump is None:
+        if self._legs is None:
             return
         if isinstance(result, OSError):
-            self._pump.end(End.CONNECT_FAILED, str(result))
+            self._legs.end(End.CONNECT_FAILED, str(result))
             return
         self._left = list(result)
         self._proxy.family = result[0][0]
         self._next()
 
     def _next(self) -> None:
-        assert self._pump is not None
+        assert self._legs is not None
         if not self._left:
-            self._pump.end(End.CONNECT_FAILED, self._last_error)
+            self._legs.end(End.CONNECT_FAILED, self._last_error)
             return
         self._address = self._left.pop(0)
         if self._proxy.line:
@@ -141,8 +141,8 @@ class Attempt:
             self.connect()
 
     def _wait_in_line(self, error: OSError | None = None) -> None:
-        assert self._pump is not None
-        self._pump.wait_in(self._proxy.line, self.connect, error)
+        assert self._legs is not None
+        self._legs.wait_in(self._proxy.line, self.connect, error)
 
 
 def _is_routed(address: Address) -> bool:

@@ -18,8 +18,8 @@ from typing import Protocol
 from knet.endpoint import Endpoint, Source
 from krelay.registration.messages import NO_ADDRESS, PORT_TAKEN, Dscps, Opened, Refused
 from tcp_relay.engine.engine import Engine
+from tcp_relay.engine.legs import Legs
 from tcp_relay.engine.portqueue import PortWaitQueue
-from tcp_relay.engine.pump import Pump
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import HOST_FAILS, NO_ROOM, Socket, in_words, server_socket
 from tcp_relay.engine.timeouts import FixedTimeoutQueue
@@ -39,7 +39,7 @@ class Desk(Protocol):
 
     keeps_dscp: bool
     """Whether each leg sends with the DSCP with which the other end does."""
-    asked: FixedTimeoutQueue[Pump]
+    asked: FixedTimeoutQueue[Legs]
     """Where those wait who have asked krelay."""
     line: PortWaitQueue
     """Where those wait who found no relay port."""
@@ -61,14 +61,14 @@ class Desk(Protocol):
 
 
 class Connection:
-    """A client's connection.  Owns both sockets through its pump."""
+    """A client's connection.  Owns both sockets through its legs."""
 
     __slots__ = (
         "__weakref__",
         "_desk",
         "_dscp",
+        "_legs",
         "_may_have_row",
-        "_pump",
         "_socket",
         "_tries",
         "client",
@@ -105,7 +105,7 @@ class Connection:
         self._socket = client
         self._tries = 0
         self._may_have_row = False
-        self._pump = Pump(engine, self, client)
+        self._legs = Legs(engine, self, client)
 
     @property
     def host(self) -> str:
@@ -125,7 +125,7 @@ class Connection:
         """Binds `server`, which is taken over, and has krelay asked."""
         self._tries += 1
         self.is_in_line = False
-        self._pump.use_server(server)
+        self._legs.use_server(server)
         try:
             relay = self._bind(server)
         except OSError as error:
@@ -135,7 +135,7 @@ class Connection:
             self._desk.unregister(self, tell=False)  # krelay will hear of the new port instead
         self.relay = relay
         self._may_have_row = True
-        self._pump.wait(self._desk.asked)
+        self._legs.wait(self._desk.asked)
         if not self._desk.register(self):
             self.relay = None
             self._another_port()
@@ -146,14 +146,14 @@ class Connection:
         self.origin, self.seen = answer.origin, answer.seen
         self._dscp = UNMARKED  # of a new socket
         self.marked(answer.dscp)
-        self._pump.connect((answer.server.host, answer.server.port))
+        self._legs.connect((answer.server.host, answer.server.port))
 
     def marked(self, dscp: Dscps) -> None:
         """The client sends with the first DSCP, the server with the second: so does this host to
         the other one.  ECN is each leg's own (RFC 3168, section 6.1)."""
         if dscp != self._dscp and self._desk.keeps_dscp and self.server is not None:
             self._dscp = dscp
-            self._pump.send_with(*dscp)
+            self._legs.send_with(*dscp)
 
     def refused(self, answer: Refused) -> None:
         """krelay has no row, or has it no more."""
@@ -169,22 +169,22 @@ class Connection:
     def abort(self, end: End, detail: str, tell: bool = True) -> None:
         """Resets both sides; `tell` krelay."""
         self._may_have_row &= tell
-        self._pump.end(end, detail)
+        self._legs.end(end, detail)
 
     def connected(self) -> None:
-        """From the pump."""
+        """From the legs."""
 
     def connect_failed(self, error: int) -> None:
-        """From the pump."""
+        """From the legs."""
         if error in _TRY_ANOTHER_PORT:
             self._another_port()
         elif error in NO_ROOM:
             self._no_socket(OSError(error, os.strerror(error)))
         else:
-            self._pump.end(End.CONNECT_FAILED, f"server: {in_words(error)}")
+            self._legs.end(End.CONNECT_FAILED, f"server: {in_words(error)}")
 
     def ended(self) -> None:
-        """From the pump."""
+        """From the legs."""
         self._desk.unregister(self, self._may_have_row)
 
     def names(self) -> Mapping[str, object]:
@@ -218,15 +218,15 @@ class Connection:
     def _another_port(self) -> None:
         # The former port stays registered until then, in case this ends before.
         self.server = self.source = None
-        self._pump.drop_server()
+        self._legs.drop_server()
         if self._tries % PORT_TRIES:
             self._begin_again()
         else:
             self.is_in_line = True
-            self._pump.wait_in(self._desk.line, self._begin_again)
+            self._legs.wait_in(self._desk.line, self._begin_again)
 
     def _begin_again(self) -> None:
-        if not self._pump.alive:
+        if not self._legs.alive:
             return
         try:
             server = server_socket()
@@ -239,11 +239,11 @@ class Connection:
         """There is none now, or none that can be bound; if that passes, it is waited for."""
         if error.errno in _PASSES:
             self.server = self.source = None
-            self._pump.drop_server()
+            self._legs.drop_server()
             self.is_in_line = True
-            self._pump.wait_in(self._desk.line, self._begin_again, error)
+            self._legs.wait_in(self._desk.line, self._begin_again, error)
         else:
             self._refuse(f"no relay port: {in_words(error.errno)}")
 
     def _refuse(self, detail: str) -> None:
-        self._pump.end(End.KILLED if self._pump.is_connected else End.REFUSED, detail)
+        self._legs.end(End.KILLED if self._legs.is_connected else End.REFUSED, detail)

@@ -44,8 +44,8 @@ from krelay.registration.messages import (
     Resumed,
 )
 from tcp_relay.engine.engine import Engine
+from tcp_relay.engine.legs import Legs
 from tcp_relay.engine.portqueue import PortWaitQueue
-from tcp_relay.engine.pump import Pump
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import HOST_FAILS, Socket
 from tcp_relay.engine.timeouts import FixedTimeoutQueue
@@ -87,7 +87,7 @@ class Relay:
         """Towards which the own address is chosen."""
         self._engine = engine
         self._loop = loop = engine.loop
-        self.asked: FixedTimeoutQueue[Pump] = FixedTimeoutQueue(loop, ASK_TIMEOUT, _not_answered)
+        self.asked: FixedTimeoutQueue[Legs] = FixedTimeoutQueue(loop, ASK_TIMEOUT, _not_answered)
         self.line = PortWaitQueue(loop, MEND)
         self._by_relay: dict[Endpoint, Connection] = {}
         self._by_id: dict[int, Connection] = {}
@@ -264,8 +264,8 @@ class Relay:
             )
 
 
-def _not_answered(pump: Pump) -> None:
-    pump.end(End.REFUSED, "krelay doesn't answer")
+def _not_answered(legs: Legs) -> None:
+    legs.end(End.REFUSED, "krelay doesn't answer")
 
 
 class _Unknown(Exception):

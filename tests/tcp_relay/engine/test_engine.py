@@ -9,7 +9,7 @@ from tests.tcp_relay.helpers import run_for
 
 
 class Connection:
-    """Keeps what it is told, and tells the engine as a pump does."""
+    """Keeps what it is told, and tells the engine as legs do."""
 
     def __init__(self, engine: Engine, name: str = "10.0.0.1:40000") -> None:
         self.session = Session()
@@ -18,16 +18,16 @@ class Connection:
         self.ends: list[tuple[End, str]] = []
         self.looks = 0
         self.times_out = self.checks = 0
-        engine.born(self)
+        engine.opened(self)
 
     def end(self, end: End, detail: str = "") -> None:
         self.ends.append((end, detail))
-        self.engine.died(self, end)
+        self.engine.closed(self, end)
 
     def not_connected(self) -> None:
         self.times_out += 1
 
-    def look(self) -> None:
+    def check_deadline(self) -> None:
         self.looks += 1
 
     def check(self) -> None:

@@ -15,8 +15,8 @@ from knet.loop import Loop
 from krelay_vm import Lab
 from tcp_relay.engine import portqueue
 from tcp_relay.engine.engine import Engine
+from tcp_relay.engine.legs import Legs
 from tcp_relay.engine.limits import SessionLimits
-from tcp_relay.engine.pump import Pump
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import accept, set_options
 from tcp_relay.proxy.proxy import Attempt, Proxy
@@ -233,16 +233,16 @@ def test_each_family_is_relayed_to_each(rig: Rig, client_host: str, server_host:
 def ports(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many local ports are taken: so many connects fail."""
     left = {"taken": 0}
-    real = Pump.connect
+    real = Legs.connect
 
-    def connect(self: Pump, address: tuple[Any, ...]) -> None:
+    def connect(self: Legs, address: tuple[Any, ...]) -> None:
         if left["taken"]:
             left["taken"] -= 1
             self._owner.connect_failed(errno.EADDRNOTAVAIL)
         else:
             real(self, address)
 
-    monkeypatch.setattr(Pump, "connect", connect)
+    monkeypatch.setattr(Legs, "connect", connect)
     monkeypatch.setattr(portqueue, "RETRY", 0.01)
     return left
 
@@ -318,7 +318,7 @@ def test_a_host_without_free_ports_refuses_nobody(tmp_path: Path) -> None:
 
 def test_nothing_of_an_ended_attempt_waits_for_the_collector(ports: dict[str, int]) -> None:
     def attempts() -> int:
-        return sum(isinstance(thing, (Attempt, Pump)) for thing in gc.get_objects())
+        return sum(isinstance(thing, (Attempt, Legs)) for thing in gc.get_objects())
 
     gc.collect()
     gc.disable()

@@ -12,9 +12,9 @@ from knet.endpoint import Endpoint, Source
 from knet.loop import Loop
 from krelay.registration.messages import NO_ADDRESS, PORT_TAKEN, Opened, Refused
 from tcp_relay.engine.engine import Engine
+from tcp_relay.engine.legs import Legs
 from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.engine.portqueue import PortWaitQueue
-from tcp_relay.engine.pump import Pump
 from tcp_relay.engine.session import End
 from tcp_relay.engine.sockets import server_socket, set_options
 from tcp_relay.engine.timeouts import FixedTimeoutQueue
@@ -39,8 +39,8 @@ class Desk:
     keeps_dscp = True
 
     def __init__(self, engine: Engine) -> None:
-        self.asked: FixedTimeoutQueue[Pump] = FixedTimeoutQueue(
-            engine.loop, ASK_TIMEOUT, lambda pump: pump.end(End.REFUSED, "no answer")
+        self.asked: FixedTimeoutQueue[Legs] = FixedTimeoutQueue(
+            engine.loop, ASK_TIMEOUT, lambda legs: legs.end(End.REFUSED, "no answer")
         )
         self.line = PortWaitQueue(engine.loop, "more ports")
         self.registered: list[Endpoint] = []
@@ -202,8 +202,8 @@ def test_the_service_is_the_servers_port_at_the_relays_address(rig: Rig) -> None
         assert Endpoint.of(*address) == rig.desk.registered[0]
 
 
-def _pumps() -> int:
-    return sum(isinstance(thing, Pump) for thing in gc.get_objects())
+def _legs() -> int:
+    return sum(isinstance(thing, Legs) for thing in gc.get_objects())
 
 
 endings: list[Callable[[Connection], None]] = [
@@ -223,8 +223,8 @@ def test_nothing_of_an_ended_connection_waits_for_the_collector(
     try:
         with rig.loop, rig.client:
             connection = rig.connection
-            pumps = _pumps()
-            assert pumps
+            legs = _legs()
+            assert legs
             del rig.connection
             connection.begin(server_socket())
             end(connection)
@@ -233,6 +233,6 @@ def test_nothing_of_an_ended_connection_waits_for_the_collector(
             held = weakref.ref(connection)
             del connection
             assert held() is None
-            assert _pumps() < pumps
+            assert _legs() < legs
     finally:
         gc.enable()
