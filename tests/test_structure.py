@@ -53,7 +53,7 @@ MOST_LINES, MOST_METHODS, MOST_ROOMS = 450, 25, 12
 
 EXCEPTIONS = {
     "procfs_sim/ondisk.py: lines": 578,
-    "vm/lab.py: lines": 672,
+    "vm/lab.py: lines": 673,
     "vm/topology.py: lines": 467,
     "krelay/nat/table.py: lines": 1082,
     "krelay/doctor/passages.py: lines": 460,
