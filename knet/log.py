@@ -20,6 +20,8 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
@@ -135,6 +137,14 @@ class Failures:
         throttle = self._throttles.setdefault(key, Throttle(self._interval))
         if (before := throttle.admit(now)) is not None:
             self._log.warning(message, error=error, at=place, again=before or None, **fields)
+
+    @contextmanager
+    def going_on(self, now: float) -> Iterator[None]:
+        """A call of the host that fails in here is told, and what follows is done all the same."""
+        try:
+            yield
+        except OSError as error:
+            self.tell(now, "a call failed; going on", error)
 
 
 def stood_still(log: Log, seconds: float) -> None:

@@ -28,15 +28,16 @@ from krelay.control.language import Values
 from krelay.control.server import ControlSocket
 from krelay.daemon.keeper import CannotKeep, TreeKeeper
 from krelay.daemon.relaying import Relaying
-from krelay.datapath.nfqueue import figures
 from krelay.datapath.worker import Worker
 from krelay.host import netfilter, tracking
 from krelay.host.links import LinkWatcher, LocalAddresses, Looker
 from krelay.host.witness import Witness
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
+from krelay.registration import inforce
 from krelay.registration.server import RelaySocket
 from krelay.rules import ruleset
+from krelay.steps import Step
 from krelay.trace.lines import Filter
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import SETTINGS, Config, in_force
@@ -128,7 +129,7 @@ class Daemon:
         loop.on_signal(signal.SIGTERM, self._leave)
         loop.on_signal(signal.SIGINT, self._interrupted)
         loop.on_signal(signal.SIGHUP, self._keeper.read_again)
-        self._relaying.prepare(self._state.config.start)
+        self._relaying.rules.clear_stale(self._state.config.start)
         self._take(outcome)
         self._relaying.settle(self._state.config, outcome.changed)
         self._keeper.publish()
@@ -156,7 +157,6 @@ class Daemon:
     def status(self) -> Values:
         """One value each of everything that is not a counter."""
         now = self._loop.now
-        served = [figures(queue.number) for queue in self._relaying.queues]
         tcp = self.nat.count(Proto.TCP)
         return {
             "state": self._relaying.state,
@@ -173,12 +173,12 @@ class Daemon:
             "tcp_relays": len(self._relay_socket.pids) if self._relay_socket else 0,
             **language.tcp_status_values(self._relaying.relays.totals),
             "gateway_port": self._relaying.gateway,
-            "rules": self._relaying.rules,
+            "rules": self._relaying.rules.made_by,
             "datapath": self._relaying.datapath,
-            "own_packets": self._relaying.own_packets,
+            "own_packets": str(self._relaying.own_packets),
             "conntrack": tracking.in_words(self._state.config),
             "queue": self._queue_num,
-            "queue_waiting": sum(each.waiting for each in served if each),
+            "queue_waiting": self._relaying.queues.waiting,
             **language.other_port_values(self._worker.other_ports),
             "recovering": round(max(0.0, self._worker.recovering_until - now), 1),
             "pid": os.getpid(),
@@ -186,7 +186,7 @@ class Daemon:
 
     def _retry(self) -> Values:
         """When relaying that has failed is tried again; nothing where it hasn't."""
-        wait = self._relaying.retry_in
+        wait = self._relaying.attempts.retry_in(self._loop.now)
         return {} if wait is None else {"retry_in": round(wait, 1)}
 
     def counters(self) -> Values:
@@ -194,11 +194,11 @@ class Daemon:
 
         A tcp-relay's are since it began itself, which may be longer ago.
         """
-        queues = self._relaying.queues
-        queue_dropped, socket_dropped = self._relaying.dropped()
+        queues = self._relaying.queues.bound
+        queue_dropped, socket_dropped = self._relaying.queues.dropped()
         return language.counter_values(
             self._worker.counts,
-            steps=self._relaying.step_counts(),
+            steps=self._steps(),
             evicted=self.nat.evicted,
             own_flows_evicted=self.nat.own_flows.evicted,
             refused=self._worker.refused.top(),
@@ -208,8 +208,13 @@ class Daemon:
             socket_dropped=socket_dropped,
             copies_lost=self._relaying.kernel.copies_lost,
             log_lines_lost=lines_lost(),
-            own_packets_stopped=self._relaying.own_packets_stopped,
+            own_packets_stopped=self._relaying.own_packets.stopped,
         ) | language.tcp_counter_values(self._relaying.relays.totals)
+
+    def _steps(self) -> list[int]:
+        """Packets rewritten by each Step, by the worker and by the kernel."""
+        by_kernel, by_worker = self._relaying.kernel.steps(), self._worker.counts.steps
+        return [by_worker[step] + by_kernel[step] for step in Step]
 
     def config_in_force(self) -> Values:
         """The generation and each setting's text."""
@@ -231,20 +236,21 @@ class Daemon:
 
     def kill(self, flow: Flow) -> None:
         """Ends a flow: a TCP one by resetting both its legs."""
-        self._relaying.end(flow)
+        self._relaying.flows.end(flow)
 
     def flush(self) -> int:
         """Ends the flows to any server but the one in force, like `kill`; how many those were."""
         flows = self.nat.elsewhere(self._state.config.real_ip.packed)
         for flow in flows:
-            self._relaying.end(flow)
+            self._relaying.flows.end(flow)
         return len(flows)
 
     # The file tree
 
     def _judged(self, outcome: Outcome) -> None:
         self._take(outcome)
-        again = "start" in outcome.judged and self._relaying.failed  # written once more: try again
+        # Written once more where relaying has failed: try again.
+        again = "start" in outcome.judged and self._relaying.attempts.reason is not None
         if (outcome.changed or again) and not self._leaving:
             self._relaying.settle(self._state.config, outcome.changed)
         self._keeper.publish()
@@ -294,7 +300,7 @@ class Daemon:
             "status/state": self._relaying.state + "\n",
             "status/applied": applied_text(self._state.config, self._state.generation),
             "status/errors": errors_text(self._state.errors),
-            "status/resumable": self._relaying.resumable,
+            "status/resumable": inforce.text(self._relaying.relays.in_force),
         }
 
     # Signals, links, the second

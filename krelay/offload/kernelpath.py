@@ -2,8 +2,9 @@
 
 Two things go from here to the kernel and back: flows that are handed over and what it has counted
 for them (fastpath.py decides, kernelmaps.py speaks), and copies of the queries that it learns
-(nflog.py, learnt.py).  The rules that look into the maps are put in with all others (relaying.py);
-whoever does that says so: `leave` before the maps go, `enter` when they are there.
+(nflog.py, learnt.py).  The rules that look into the maps are put in with all others
+(daemon/rulekeeper.py); whoever does that says so: `leave` before the maps go, `enter` when they are
+there.
 """
 
 import errno

@@ -66,6 +66,11 @@ class InForce(NamedTuple):
         return found
 
 
+def text(in_force: Iterable[InForce]) -> str:
+    """The file that `InForce.parse` reads."""
+    return "".join(f"{each.text()}\n" for each in in_force)
+
+
 def _ranges(ports: Iterable[int]) -> str:
     runs: list[list[int]] = []
     for port in sorted(ports):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from knet.wire.tcp import SYN
-from krelay.daemon import relaying
+from krelay.daemon import rulekeeper
 from krelay.rules import ruleset
 from procfs_sim.tree import DEFAULT_ROOT
 from tests.net.routed import watching
@@ -172,7 +172,7 @@ def test_the_older_interface_is_looked_at_every_few_seconds(world: World) -> Non
     world.lab.run("relay", "iptables-legacy", "-t", "raw", "-F")
     world.lab.run("relay", "iptables-legacy", "-t", "mangle", "-F")
 
-    within = 2 * relaying.LOOK_EVERY
+    within = 2 * rulekeeper.LOOK_EVERY
     world.until(lambda: OURS in world.krelay_process.output, "rules put back", timeout=within)
     assert world.who("client", 80).startswith(f"{world.client}:")
     assert world.who_udp("client", 7).startswith(f"{world.client}:")
