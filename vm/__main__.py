@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from krelay_vm import attended, guest, netns, registry
+from krelay_vm.build import boot_to_stay, build, machines, remove, remove_leftovers
 from krelay_vm.errors import LabError
-from krelay_vm.lab import Lab, boot_to_stay, build, machines, remove
 from krelay_vm.registry import Record
-from krelay_vm.topology import DEFAULT, Topology, TopologyError, draw, parse
+from krelay_vm.topology import DEFAULT, Topology, TopologyError, draw
+from krelay_vm.topologyfile import parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,7 +132,7 @@ def _list() -> None:
 
 def _down(name: str | None, *, everything: bool, stale: bool) -> None:
     if everything or stale:
-        removed = Lab.remove_leftovers()
+        removed = remove_leftovers()
         if everything:
             stay = [record for record in registry.records() if record.owner is None]
             for record in stay:

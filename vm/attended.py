@@ -18,10 +18,10 @@ from typing import BinaryIO
 from knet.wire import pcapng
 from krelay_vm import guest, netns
 from krelay_vm.errors import LabError
-from krelay_vm.lab import listening_to
 from krelay_vm.machine import Job, Machine
 from krelay_vm.registry import Record
 from krelay_vm.topology import Topology
+from krelay_vm.wires import listening_to
 
 LEAVE = b"\x1d"
 """Ctrl-], as in telnet."""

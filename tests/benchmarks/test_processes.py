@@ -13,7 +13,7 @@ import pytest
 from benchmarks import processes
 from benchmarks.processes import Memory, parse_cores, parse_rollup, parse_stat
 from krelay_vm import Program
-from krelay_vm.lab import Local
+from krelay_vm.program import Local
 
 STAT = "123 (odd) (name 4 5) S 1 77 88 0 -1 4194560 1 2 3 4 100 20 3000 {} 20 0 1 0 5 6 7 8 9"
 

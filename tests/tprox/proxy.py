@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from krelay_vm.lab import listens
+from krelay_vm.wires import listens
 from tests.tprox.ends import Failure
 
 GRACE = 5.0

@@ -14,7 +14,8 @@ from typing import Any, Self
 import pytest
 
 from krelay_vm import DEFAULT, Lab, LabError, LabTimeout, TopologyError, netns, registry
-from krelay_vm.lab import listens
+from krelay_vm.build import leftovers, remove_leftovers
+from krelay_vm.wires import listens
 
 TABLE = """\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
@@ -317,14 +318,14 @@ def test_a_signal_somebody_has_decided_about_stays_theirs() -> None:
 @pytest.mark.net
 def test_a_killed_owners_programs_die_and_the_rest_is_removed_as_a_leftover() -> None:
     with Child() as child:
-        assert child.lab not in Lab.leftovers()
+        assert child.lab not in leftovers()
         child.process.kill()
         child.process.wait(10)
         until(lambda: not alive(child.program))
 
-        assert child.lab in Lab.leftovers()
+        assert child.lab in leftovers()
         assert len(traces(child.lab)) == len(DEFAULT.names) + 2
-        assert child.lab in Lab.remove_leftovers()
+        assert child.lab in remove_leftovers()
         assert traces(child.lab) == []
 
 
@@ -349,7 +350,7 @@ def test_a_program_whose_owner_is_gone_before_it_begins_does_not_begin(
         child.process.wait(10)
         until(lambda: not alive(child.program))
 
-        assert child.lab in Lab.remove_leftovers()
+        assert child.lab in remove_leftovers()
 
 
 @pytest.mark.net

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from krelay_vm import DEFAULT, Host, Lab, LabError, LabTimeout, Link, Topology, registry
+from krelay_vm.build import remove_leftovers
 from krelay_vm.machine import Machine
 from tests.vm.test_lab import alive, enough_to_begin, traces, until
 
@@ -308,7 +309,7 @@ def test_machines_end_with_their_owner(number: signal.Signals) -> None:
         until(lambda: not any(map(alive, machines)))
 
     if number == signal.SIGKILL:
-        assert name in Lab.remove_leftovers()
+        assert name in remove_leftovers()
     assert traces(name) == []
 
 

@@ -12,6 +12,7 @@ from scapy.utils import PcapNgReader
 
 from krelay_vm import Lab, netns, registry
 from krelay_vm.__main__ import main
+from krelay_vm.build import leftovers
 from tests.vm.test_lab import until
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +96,7 @@ def test_a_lab_stays_from_up_to_down(name: str) -> None:
     assert f"{name}  stays  client relay server\n" in vm("list").stdout
     shown = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     assert f"{name}-relay" in shown
-    assert name not in Lab.leftovers()
+    assert name not in leftovers()
 
     command = ("exec", "--name", name, "server")
     assert "192.168.0.1/24" in vm(*command, "ip", "addr").stdout

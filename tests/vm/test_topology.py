@@ -15,9 +15,9 @@ from krelay_vm.topology import (
     Topology,
     TopologyError,
     draw,
-    parse,
     relay_topology,
 )
+from krelay_vm.topologyfile import parse
 
 A, B, C = Host("a"), Host("b"), Host("c")
 CABLE = Link("a 10.0.0.1/24", "b 10.0.0.2/24")
