@@ -4,6 +4,7 @@
     networks     subnets, without the circle of `ipaddress`
     localports   local ports that the kernel keeps back
     timerwheel   what is to be looked at, by the second in which to do so
+    ratelimit    how often something may happen, and to whom it was refused
     wire/        packets as bytes: IPv4, TCP, UDP, ICMP, their checksums, capture files
     netlink/     netlink messages as bytes: routes, sockets, rules, the packet log
 

@@ -62,12 +62,12 @@ from enum import Enum
 from ipaddress import IPv4Network
 
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source
+from knet.ratelimit import PerClientLimiter, RateLimiter, TopRefusedClients
 from knet.wire import BadPacket, icmp, ipv4, tcp, udp
 from knet.wire.checksum import updated
 from krelay.nat import icmperror
 from krelay.nat.admission import Refusal
 from krelay.nat.flow import Flow, Rewrite, key
-from krelay.nat.limits import PerClientLimiter, RateLimiter, TopRefusedClients
 from krelay.nat.ports import FIRST_HIGH
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State, TcpSegment, Through

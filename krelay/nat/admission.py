@@ -32,9 +32,10 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from knet.endpoint import Endpoint, Proto
+from knet.ratelimit import PerClientLimiter
 from krelay.nat.dnsflows import DnsFlows
+from krelay.nat.eviction import LOOKS, Spare
 from krelay.nat.flow import Flow
-from krelay.nat.limits import LOOKS, PerClientLimiter, Spare
 
 RESERVED = 4
 """One part in so many of `limits/flows` is TCP's."""

@@ -16,9 +16,9 @@ from typing import TypeAlias
 from knet import descriptors
 from knet.log import Failures, Log, Throttle
 from knet.loop import HOST_FAILS, Loop
+from knet.ratelimit import RateLimiter
 from knet.roles import RELAY
 from knet.unixsock import Crowd, Peer, UnixListener, last_descriptor
-from krelay.nat.limits import RateLimiter
 from krelay.registration.gatewayports import GatewayPorts
 from krelay.registration.messages import (
     MAX_MESSAGE,

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knet.endpoint import Endpoint, Proto, Source
+from knet.ratelimit import PerClientLimiter
 from knet.timerwheel import Wheel
 from krelay.nat.admission import FlowLimits, Refusal
 from krelay.nat.dnsflows import DnsFlows
+from krelay.nat.eviction import Spare
 from krelay.nat.flow import CLOSED_LINGER, Flow, Footprint, Timeouts, key
-from krelay.nat.limits import PerClientLimiter, Spare
 from krelay.nat.ports import RelayPorts
 from krelay.nat.table import HORIZON, DirectFlows, NatTable
 from krelay.nat.tcpstate import State
