@@ -15,8 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -71,8 +71,8 @@ LONGEST = (
 """Files whose tests take 30 seconds or more, the longest first; the last run's figures are in the
 cache (`durations`)."""
 _BEGAN = pytest.StashKey[float]()
-DURATIONS = "KRELAY_DURATIONS"
-"""The variable that names the file where a run leaves how long each test took."""
+KEPT = os.environ.pop("KRELAY_KEPT", None)  # runs that tests make leave nothing there
+"""The folder where a run leaves how long each test took, and why some were skipped."""
 
 BIND_A_QUEUE = (
     "from netfilterqueue import NetfilterQueue as Q; q = Q(); q.bind(0, print); q.unbind()"
@@ -183,26 +183,43 @@ def _cpu() -> float:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Adds what each test took to what stands in the file already, the longest first.
+    """Adds to what earlier stages have left: what each test took, and why tests were skipped."""
+    if KEPT is not None:
+        reports = [
+            report
+            for report in chain.from_iterable(terminalreporter.stats.values())
+            if isinstance(report, pytest.TestReport)
+        ]
+        _keep_durations(Path(KEPT, "durations"), reports)
+        _keep_reasons(Path(KEPT, "skipped"), reports)
 
-    Seconds, those of the processor among them, and the test.
-    """
-    if (name := os.environ.get(DURATIONS)) is None:
-        return
+
+def _keep_durations(file: Path, reports: Iterable[pytest.TestReport]) -> None:
+    """The longest first: seconds, those of the processor among them, and the test."""
     seconds, cpu = defaultdict[str, float](float), defaultdict[str, float](float)
-    file = Path(name)
     for line in file.read_text().splitlines() if file.exists() else ():
         took, used, test = line.split(maxsplit=2)
         seconds[test], cpu[test] = float(took), float(used)
-    for report in chain.from_iterable(terminalreporter.stats.values()):
-        if isinstance(report, pytest.TestReport):
-            seconds[report.nodeid] += report.duration
-            cpu[report.nodeid] += sum(
-                float(str(used)) for what, used in report.user_properties if what == "cpu"
-            )
+    for report in reports:
+        seconds[report.nodeid] += report.duration
+        cpu[report.nodeid] += sum(
+            float(str(used)) for what, used in report.user_properties if what == "cpu"
+        )
     longest = sorted(seconds, key=lambda test: seconds[test], reverse=True)
     lines = [f"{seconds[test]:8.2f} {cpu[test]:8.2f} {test}" for test in longest]
     file.write_text("\n".join(lines) + "\n")
+
+
+def _keep_reasons(file: Path, reports: Iterable[pytest.TestReport]) -> None:
+    """How many were skipped for each reason."""
+    reasons = Counter[str]()
+    for line in file.read_text().splitlines() if file.exists() else ():
+        count, reason = line.split(maxsplit=1)
+        reasons[reason] = int(count)
+    for report in reports:
+        if report.skipped and isinstance(report.longrepr, tuple):
+            reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1
+    file.write_text("".join(f"{count:6} {reason}\n" for reason, count in reasons.most_common()))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
