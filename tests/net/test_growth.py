@@ -13,9 +13,9 @@ pytestmark = pytest.mark.net
 HOUR = 3600
 STORIES = {
     "idle": (),
-    "asked": ("control", "traces", "rows"),
-    "relaying": ("rows", "relays", "traces"),
-    "all": ("control", "traces", "rows", "relays", "settings", "links", "rules", "tree"),
+    "asked": ("control", "traces", "flows"),
+    "relaying": ("flows", "relays", "traces"),
+    "all": ("control", "traces", "flows", "relays", "settings", "links", "rules", "tree"),
 }
 
 

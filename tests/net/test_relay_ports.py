@@ -27,8 +27,8 @@ from tests.net.world import PYTHON, World
 pytestmark = [pytest.mark.net, pytest.mark.slow]
 
 LONG = bool(os.environ.get("KRELAY_LONG"))
-RATE, SECONDS = (1500, 180) if LONG else (400, 8)
-PORTS = 28_232 if LONG else 2000
+RATE, SECONDS = (1500, 180) if LONG else (400, 4)
+PORTS = 28_232 if LONG else 1000
 FEW = 200
 FIRST_PORT = 32_768
 PORT = 80

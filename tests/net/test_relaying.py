@@ -1,6 +1,10 @@
-"""Relaying as users know it: HTTP, DNS and bulk data, with addresses and ports of their own."""
+"""Relaying as users know it: HTTP, DNS and bulk data, with addresses and ports of their own.
+
+KRELAY_LONG=1 has four times as much of the bulk.
+"""
 
 import hashlib
+import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +18,9 @@ from tests.net.world import World, upload
 pytestmark = pytest.mark.net
 
 MB = 1 << 20
+LONG = bool(os.environ.get("KRELAY_LONG"))
+BULK, OF_EACH = (200 * MB, 2 * MB) if LONG else (50 * MB, MB // 2)
+"""Bytes of a connection alone, and of one of fifty."""
 
 LOSSY = """
 table ip lossy {
@@ -120,24 +127,20 @@ def test_unanswered_datagrams_go_to_the_new_server_at_once(world: World) -> None
     assert world.exchange(sock, b"heard", (world.relay, 7)) == b"heard"
 
 
-def test_200_megabytes_arrive_intact_each_way(world: World) -> None:
+def test_bulk_arrives_intact_each_way(world: World) -> None:
     world.serve("server", "tcp/80")
     world.begin()
-    size = 200 * MB
-
-    world.download("client", 80, seed=2, size=size).finish()
-    upload(world.connect("client", 80), 3, size)
+    world.download("client", 80, seed=2, size=BULK).finish()
+    upload(world.connect("client", 80), 3, BULK)
 
 
 @pytest.mark.slow
-def test_200_megabytes_arrive_intact_each_way_though_packets_are_lost(world: World) -> None:
+def test_bulk_arrives_intact_each_way_though_packets_are_lost(world: World) -> None:
     world.serve("server", "tcp/80")
     world.begin()
-    size = 200 * MB
-
     with lossy(world, "client", "server"):
-        world.download("client", 80, seed=4, size=size).finish()
-        upload(world.connect("client", 80), 5, size)
+        world.download("client", 80, seed=4, size=BULK).finish()
+        upload(world.connect("client", 80), 5, BULK)
 
 
 def both_ways(world: World, seed: int, size: int) -> None:
@@ -159,7 +162,7 @@ def both_ways(world: World, seed: int, size: int) -> None:
     assert hashlib.sha256(got[:size]).hexdigest() == digest(seed, size)
 
 
-@pytest.mark.parametrize(("loss", "size"), [(False, 2 * MB), (True, MB)])
+@pytest.mark.parametrize(("loss", "size"), [(False, OF_EACH), (True, OF_EACH // 2)])
 def test_fifty_connections_at_once_each_keep_their_own_content(
     world: World, loss: bool, size: int
 ) -> None:
