@@ -35,6 +35,8 @@ ADDRESS = 4
 """Bytes of an address."""
 
 ADDRESSES = slice(12, 20)
+FLOW_KEY = slice(12, 24)
+"""Addresses, and the ports behind them, of a packet without options (knet.endpoint.FlowKey)."""
 CHECK = slice(10, 12)
 
 FRAGMENT_MASK = 0x3FFF

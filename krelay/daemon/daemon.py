@@ -167,7 +167,7 @@ class Daemon:
             "flows": len(self.nat),
             "flows_tcp": tcp,
             "flows_udp": len(self.nat) - tcp,
-            "flows_unconfirmed": self.nat.unconfirmed,
+            "flows_unconfirmed": self.nat.admission.unconfirmed,
             "own_flows": len(self.nat.own_flows),
             "traces": self._control.traces,
             "tcp_relays": len(self._relay_socket.pids) if self._relay_socket else 0,
@@ -199,7 +199,7 @@ class Daemon:
         return language.counter_values(
             self._worker.counts,
             steps=self._steps(),
-            evicted=self.nat.evicted,
+            evicted=self.nat.admission.evicted,
             own_flows_evicted=self.nat.own_flows.evicted,
             refused=self._worker.refused.top(),
             errors=sum(queue.errors for queue in queues),
@@ -338,15 +338,15 @@ class Daemon:
 
     def _warn_of_evictions(self, now: float) -> None:
         """Says so while flows are evicted: somebody floods, or a limit is too low."""
-        if self.nat.evicted == self._evicted or self._eviction_warning.admit(now) is None:
+        if self.nat.admission.evicted == self._evicted or self._eviction_warning.admit(now) is None:
             return
         _log.warning(
             "a limit is reached; unconfirmed flows are evicted",
-            evicted=self.nat.evicted - self._evicted,
+            evicted=self.nat.admission.evicted - self._evicted,
             flows=len(self.nat),
-            unconfirmed=self.nat.unconfirmed,
+            unconfirmed=self.nat.admission.unconfirmed,
         )
-        self._evicted = self.nat.evicted
+        self._evicted = self.nat.admission.evicted
 
 
 def serve(root: Path, queue_num: int, witness: Witness, relay_gid: int | None = None) -> int:

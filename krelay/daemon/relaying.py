@@ -170,7 +170,7 @@ class Relaying(IdleObserver):
         self._config = config
         self.nat.limits = apply.limits(config)
         if (timeouts := apply.timeouts(config)) != self.nat.timeouts:
-            self.nat.set_timeouts(timeouts)
+            self.nat.timeouts = timeouts
         if config.start:
             if self._stopping:
                 self._end()  # and begin afresh: no state in between is shown
@@ -226,7 +226,7 @@ class Relaying(IdleObserver):
         self.nat.expire(now)
         self.relays.on_time(now)
         with suppress(OSError):
-            self.nat.reserved = self._looker.reserved()
+            self.nat.mappings.reserved = self._looker.reserved()
         if self.attempts.due(now):
             self._start()
             self._on_change()
@@ -313,7 +313,7 @@ class Relaying(IdleObserver):
 
     def _take_view(self, view: HostView) -> None:
         self._host.view = view
-        self.nat.reserved = view.reserved
+        self.nat.mappings.reserved = view.reserved
         self.gateways.check()
 
     # Whom T1 leads to

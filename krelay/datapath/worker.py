@@ -61,13 +61,22 @@ from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Network
 
-from knet.endpoint import Endpoint, FiveTuple, Proto, Source
+from knet.endpoint import (
+    Endpoint,
+    FiveTuple,
+    FlowKey,
+    Proto,
+    Source,
+    flow_key,
+    key_addrs,
+    key_ports,
+)
 from knet.ratelimit import PerClientLimiter, RateLimiter, TopRefusedClients
 from knet.wire import BadPacket, icmp, ipv4, tcp, udp
 from knet.wire.checksum import updated
 from krelay.nat import icmperror
 from krelay.nat.admission import Refusal
-from krelay.nat.flow import Flow, Rewrite, key
+from krelay.nat.flow import Flow, Rewrite
 from krelay.nat.ports import FIRST_HIGH
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State, TcpSegment, Through
@@ -256,7 +265,7 @@ class Worker:
                         rewrite.seen_at = now
                         rewrite.packets += 1
                         if rewrite.packets >= rewrite.tell_at:
-                            self.nat.counted(rewrite, now)
+                            self.nat.tracking.counted(rewrite, now)
                         rewrite.bytes += size
                         self.counts.steps[rewrite.step] += 1
                         if l4_check:
@@ -287,7 +296,7 @@ class Worker:
                             self._marked(rewrite, tos, flags, now)
                         rewrite.packets += 1
                         if rewrite.packets >= rewrite.tell_at:
-                            self.nat.counted(rewrite, now)
+                            self.nat.tracking.counted(rewrite, now)
                         rewrite.bytes += size
                         self.counts.steps[rewrite.step] += 1
                         l4_check = packet[36] << 8 | packet[37]
@@ -366,7 +375,7 @@ class Worker:
             return self._refuse(packet, header, hook, refusal.reason, now)
         rewrite.packets += 1
         if rewrite.packets >= rewrite.tell_at:
-            self.nat.counted(rewrite, now)
+            self.nat.tracking.counted(rewrite, now)
         rewrite.bytes += header.total
         self.counts.steps[rewrite.step] += 1
         new = readdressed(packet, header, rewrite)
@@ -397,7 +406,7 @@ class Worker:
     def _adopt_quoted(self, packet: bytes, header: ipv4.Header, now: float) -> bool:
         """Whether this error is about a packet of a flow that the kernel has learnt: a flow now."""
         quote = icmp.quoted(packet, header)
-        return quote.proto == udp.PROTO and self.nat.adopt(quote.answers, now) is not None
+        return quote.proto == udp.PROTO and self.nat.learning.adopt(quote.answers, now) is not None
 
     def _stranger(
         self, packet: bytes, header: ipv4.Header, proto: Proto, hook: int, now: float
@@ -420,7 +429,9 @@ class Worker:
             if policy.serves(proto, dst.port):
                 if not policy.may_be_client(src.addr):
                     return self._pass("bad_source")
-                if self.nat.own_flows and self.nat.is_own_reply(proto, dst, src, now):
+                if self.nat.own_flows and self.nat.own_flows.replied(
+                    proto, flow_key(dst, src), now
+                ):
                     return self._pass("own")
                 if self._is_minded(proto, src):
                     return self._drop("server_itself")
@@ -452,7 +463,7 @@ class Worker:
             if opens and _told_by(packet, at) in self._answered:
                 return self._pass("own")  # of `_ask_client`, who may ask several times
             if self._is_forwarded_to(proto, dst) or self._is_seen_low(proto, src, dst):
-                if self.nat.was_killed(proto, src, dst):
+                if self.nat.mappings.was_killed(proto, src, dst):
                     return self._pass("own")  # our RST, or the SYN before it
                 moved = self.nat.saw_direct(proto, src, dst, now, Hook.POSTROUTING)
                 if moved is not None:
@@ -460,12 +471,14 @@ class Worker:
             elif is_tcp and not opens:
                 return self._stray(now)
             return self._begins_itself(proto, src, dst, now, opens=opens)
-        if self._is_forwarded_to(proto, dst) and self.nat.is_free(proto, key(src, dst)):
+        if self._is_forwarded_to(proto, dst) and self.nat.mappings.is_free(
+            proto, flow_key(src, dst)
+        ):
             # Nobody has sent this: its flow has ended between the two hooks.
             return self._drop("no_row")
         if is_tcp and now < self.recovering_until and not flags & tcp.RST:
             self._ask_client(src, dst, now)
-        known = None if is_tcp else self.nat.adopt(key(src, dst), now)
+        known = None if is_tcp else self.nat.learning.adopt(flow_key(src, dst), now)
         if known is None and not is_tcp:
             return self._elsewhere(src, dst, now)
         return (known and known.by(Side.SERVER)) or self._stray(now)
@@ -516,8 +529,7 @@ class Worker:
 
         Such a service isn't allowed it (`Policy.any_port`), so the client most likely ignores it.
         """
-        server = Endpoint(packet[12:16], int.from_bytes(packet[20:22]))
-        client = Endpoint(packet[16:20], int.from_bytes(packet[22:24]))
+        server, client = FlowKey.unpack(packet[ipv4.FLOW_KEY])
         asked = self.nat.asked_elsewhere(server, client)
         if asked is not None:
             self.other_ports[asked.port] += 1
@@ -539,11 +551,11 @@ class Worker:
             return
         if policy.source_for(client.addr) is not Source.CLIENT:
             return
-        if (Proto.TCP, key(client, server)) in self.nat.direct:
+        if (Proto.TCP, flow_key(client, server)) in self.nat.direct:
             return
         for own in sorted(policy.own):
             if own[0] != 127 and self._answer_pace.admits(now):
-                query = _syn(key(client, Endpoint(own, server.port)))
+                query = _syn(flow_key(client, Endpoint(own, server.port)))
                 self.answers.append(query)
                 self._remember(query)
 
@@ -781,14 +793,14 @@ class Worker:
         if tracker.reset and not reset:
             flow.reset_at = now
         if tracker.state is not before or tracker.reset is not reset:
-            self.nat.changed(flow)
+            self.nat.tracking.changed(flow)
 
     def _marked(self, rewrite: Rewrite, tos: int, flags: int, now: float) -> None:
         """This packet has another DSCP, or another ECN field, than the one before it."""
         if rewrite.step not in DSCP_STEPS or not (tos ^ rewrite.tos) & _DSCP:
             rewrite.tos = tos
         elif not flags & tcp.RST:  # which many hosts send with none
-            self.nat.mark(rewrite, tos, now)
+            self.nat.tracking.mark(rewrite, tos, now)
 
     def _stray(self, now: float) -> Verdict:
         """A packet that is nobody's, or that of a flow which a killed krelay knew."""
@@ -827,8 +839,8 @@ def asks(flow: Flow) -> list[bytes]:
 
 def _syn(coming: bytes) -> bytes:
     """A SYN to where packets of these addresses and ports come from."""
-    sport, dport = int.from_bytes(coming[8:10]), int.from_bytes(coming[10:12])
-    return tcp.build(coming[4:8], coming[:4], dport, sport, tcp.SYN, window=ipv4.MAX_TOTAL)
+    to, of = FlowKey.unpack(coming)
+    return tcp.build(of.addr, to.addr, of.port, to.port, tcp.SYN, window=ipv4.MAX_TOTAL)
 
 
 def _segment(packet: bytes, at: int, flags: int) -> TcpSegment:
@@ -873,9 +885,9 @@ def readdressed(packet: bytes, header: ipv4.Header, rewrite: Rewrite) -> bytes:
         (
             packet[: ipv4.CHECK.start],
             check.to_bytes(2),
-            new[:8],
+            key_addrs(new),
             packet[ipv4.ADDRESSES.stop : at],
-            new[8:],
+            key_ports(new),
             packet[at + 4 : where],
             update(field, rewrite.l4_delta).to_bytes(2),
             packet[where + 2 :],

@@ -14,8 +14,10 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from itertools import chain, islice
 from typing import NamedTuple
 
+from knet.endpoint import key_src, with_dst
 from knet.netlink.nflog import Copy
 from knet.timerwheel import Wheel
+from knet.wire import ipv4
 from krelay.steps import Hook
 
 _SEARCHED = 64
@@ -25,7 +27,7 @@ _FETCHED = 1024
 
 
 class DnsFlow:
-    """One flow: the query's twelve bytes of addresses and ports are its key in the table."""
+    """One flow: the query's flow key finds it in the table."""
 
     __slots__ = (
         "answered",
@@ -113,7 +115,7 @@ class DnsFlows:
         dns_flows = self._dns_flows
         if not dns_flows:
             return None
-        found = (outside[:4] + address + outside[8:] for address in self.addresses)
+        found = (with_dst(outside, address) for address in self.addresses)
         return next((query for query in found if query in dns_flows), None)
 
     def of_client(self, client: bytes) -> int:
@@ -136,7 +138,7 @@ class DnsFlows:
         for copy in copies:
             hook, head = copy
             if hook == _PREROUTING:
-                query = head[12:24]
+                query = head[_FLOW_KEY]
                 dns_flow = get(query)
                 if dns_flow is not None:
                     dns_flow.asked += 1
@@ -148,7 +150,7 @@ class DnsFlows:
                 if query in flows:
                     left = copy
                     break
-                client = query[:4]
+                client = query[_SRC]
                 count = of_client(client, 0)
                 surplus = count + of_others(client, 0) - per_client
                 if surplus >= 0 or len(begun) >= room:
@@ -177,18 +179,20 @@ class DnsFlows:
     def begin(self, query: bytes, now: float, beginning: Beginning) -> None:
         """One more, of which nothing has been told yet."""
         self._dns_flows[query] = DnsFlow(next(self._ids), self._server, now, 0, 0)
-        self._per_client[query[:4]] += 1
+        self._per_client[key_src(query)] += 1
         self._due.put(self._due.second(beginning.until), [query])
 
-    def remove(self, query: bytes) -> DnsFlow | None:
-        """Takes one out, if it is there."""
-        dns_flow = self._dns_flows.pop(query, None)
-        if dns_flow is not None:
-            client = query[:4]
+    def remove(self, query: bytes, flow_id: int | None = None) -> DnsFlow | None:
+        """Takes one out, if it is there, and has this number if one is given."""
+        dns_flow = self._dns_flows.get(query)
+        if dns_flow is not None and (flow_id is None or flow_id == dns_flow.id):
+            del self._dns_flows[query]
+            client = key_src(query)
             self._per_client[client] -= 1
             if not self._per_client[client]:
                 del self._per_client[client]
-        return dns_flow
+            return dns_flow
+        return None
 
     def remove_oldest(self, client: bytes | None = None) -> bool:
         """Takes out the one that began first, of this client if it is among the first of all.
@@ -207,7 +211,7 @@ class DnsFlows:
             for at, (query, dns_flow) in enumerate(oldest):
                 if dns_flows.get(query) is not dns_flow:
                     continue
-                if client is None or query[:4] == client:
+                if client is None or key_src(query) == client:
                     del oldest[at]
                     self.remove(query)
                     self.displaced += 1
@@ -242,5 +246,6 @@ class DnsFlows:
 
 
 _PREROUTING = int(Hook.PREROUTING)
+_FLOW_KEY, _SRC = ipv4.FLOW_KEY, slice(0, ipv4.ADDRESS)
 _ENDS = struct.Struct("12x4s4s2s2s4x")
-"""Addresses and ports of a packet, by its head."""
+"""Addresses and ports of a packet, by its head: the kernel learns IPv4 alone."""

@@ -11,6 +11,7 @@ call `NatTable.heard`, but must neither make nor end flows, and raises nothing.
 from collections.abc import Iterable
 from typing import Protocol
 
+from knet.endpoint import Endpoint
 from krelay.nat.flow import Flow, Rewrite
 
 
@@ -47,9 +48,9 @@ class NatObserver(Protocol):
         """It matters now how far tcp-relay's connections have come: an observer tells it
         (`NatTable.begun`, `NatTable.ended`)."""
 
-    def learnt_address(self, client: bytes, port: bytes) -> bytes | None:
-        """It matters whether the kernel has learnt a flow of this client's address and port, of
-        which nothing was told yet: the address of this host that was asked, or None."""
+    def learnt_address(self, client: Endpoint) -> bytes | None:
+        """It matters whether the kernel has learnt a flow of this client's, of which nothing was
+        told yet: the address of this host that was asked, or None."""
 
 
 class IdleObserver(NatObserver):
@@ -82,7 +83,7 @@ class IdleObserver(NatObserver):
     def needs_ends(self) -> None:
         return
 
-    def learnt_address(self, client: bytes, port: bytes) -> bytes | None:
+    def learnt_address(self, client: Endpoint) -> bytes | None:
         return None
 
 
@@ -132,7 +133,7 @@ class Observers(NatObserver):
         for each in self._all:
             each.needs_ends()
 
-    def learnt_address(self, client: bytes, port: bytes) -> bytes | None:
+    def learnt_address(self, client: Endpoint) -> bytes | None:
         """The first answer that isn't None."""
-        answers = (each.learnt_address(client, port) for each in self._all)
+        answers = (each.learnt_address(client) for each in self._all)
         return next((found for found in answers if found is not None), None)

@@ -5,12 +5,11 @@ packet path needs of a flow are its Rewrites; which packets are whose, how long 
 ports are free is the table's matter (nat.py).
 """
 
-import struct
 from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
 
-from knet.endpoint import Endpoint, Proto, Source
+from knet.endpoint import Endpoint, FlowKey, Proto, Source
 from knet.wire.checksum import ONES
 from krelay.nat.tcpstate import State, Tracker
 from krelay.steps import SIDES, Side, Step
@@ -58,22 +57,8 @@ class Footprint(NamedTuple):
     """UDP whose server may answer from any of its ports."""
 
 
-_KEY = struct.Struct("!4s4sHH")
-
-
-def key(src: Endpoint, dst: Endpoint) -> bytes:
-    """The twelve bytes of a packet from `src` to `dst`: both addresses, then both ports."""
-    return _KEY.pack(src.addr, dst.addr, src.port, dst.port)
-
-
-def answering(at: bytes) -> bytes:
-    """The twelve bytes of a packet that answers one with these."""
-    src, dst, sport, dport = _KEY.unpack(at)
-    return _KEY.pack(dst, src, dport, sport)
-
-
 Table = dict[bytes, "Rewrite"]
-"""The rewrites of one hook and protocol, by the twelve bytes that packets carry there."""
+"""The rewrites of one hook and protocol, by the flow key that packets carry there."""
 
 
 class Rewrite:
@@ -132,12 +117,12 @@ class Rewrite:
     @property
     def src(self) -> Endpoint:
         """The source that packets leave with."""
-        return Endpoint(self.new[:4], int.from_bytes(self.new[8:10]))
+        return FlowKey.unpack(self.new).src
 
     @property
     def dst(self) -> Endpoint:
         """The destination that packets leave with."""
-        return Endpoint(self.new[4:8], int.from_bytes(self.new[10:12]))
+        return FlowKey.unpack(self.new).dst
 
 
 def deltas(old: bytes, new: bytes) -> tuple[int, int]:

@@ -32,7 +32,7 @@ No error makes a flow, ends one or keeps one alive (RFC 4787 REQ-12, RFC 5382 RE
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from knet.endpoint import Proto, Source
+from knet.endpoint import Proto, Source, key_addrs, key_dst, key_ports, key_src, reverse_key
 from knet.wire import BadPacket, icmp, ipv4, udp
 from knet.wire.checksum import difference, updated
 from krelay.nat.flow import Rewrite
@@ -104,15 +104,16 @@ def _reversed(
 
     All checksums are updated, none is made anew.
     """
-    src, dst = rewrite.new[4:8], rewrite.new[:4]
+    was = reverse_key(rewrite.new)
+    src, dst = key_src(was), key_dst(was)
     hidden = rewrite.flow.source is Source.RELAY and dst != quote.dst and not is_own
     sender = dst if header.src == quote.dst or hidden else header.src
     changed = bytearray(packet)
 
     check = quote.at + ipv4.CHECK.start
     _update(changed, check, updated, rewrite.ip_delta)
-    changed[quote.at + 12 : quote.at + 20] = src + dst
-    changed[quote.l4 : quote.l4 + 4] = rewrite.new[10:12] + rewrite.new[8:10]
+    changed[quote.at + 12 : quote.at + 20] = key_addrs(was)
+    changed[quote.l4 : quote.l4 + 4] = key_ports(was)
     if quote.check is not None:
         update = udp.updated_check if quote.proto == udp.PROTO else updated
         _update(changed, quote.check, update, rewrite.l4_delta)

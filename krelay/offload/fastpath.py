@@ -370,7 +370,7 @@ class FastPath(IdleObserver):
     def _heard(self, rewrite: Rewrite, before: Count, count: Count, now: float) -> None:
         packets = count.packets - before.packets
         if packets > 0:
-            self._nat.heard(rewrite, packets, count.bytes - before.bytes, now)
+            self._nat.tracking.heard(rewrite, packets, count.bytes - before.bytes, now)
 
     def _consider_all(self) -> None:
         for flow in self._nat.workers:

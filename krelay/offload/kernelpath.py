@@ -15,11 +15,12 @@ from contextlib import suppress
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 
-from knet.endpoint import Endpoint, Proto, Source
+from knet.endpoint import Endpoint, FlowKey, Proto, Source
 from knet.log import Failures, Log, Throttle
 from knet.loop import Loop, Timer
 from knet.netlink.nflog import TOGETHER, Copy
 from knet.networks import collapse, network
+from knet.wire import ipv4
 from krelay.datapath.worker import Policy
 from krelay.host.links import LOOPBACK
 from krelay.host.netfilter import NO_MAPS, Backend
@@ -179,7 +180,7 @@ class KernelPath(IdleObserver):
 
     def _is_full(self, config: Config) -> bool:
         """Of confirmed flows."""
-        return len(self._nat) - self._nat.unconfirmed >= config.limits_flows
+        return len(self._nat) - self._nat.admission.unconfirmed >= config.limits_flows
 
     # When the rules come and go
 
@@ -385,7 +386,7 @@ class KernelPath(IdleObserver):
     def _read_copies(self, _: int = 0) -> None:
         """What the kernel tells of queries and answers that it has relayed."""
         if copies := self._read(self._copies, COPIES_TOGETHER):
-            self._nat.learn(copies, self._loop.now)
+            self._nat.learning.learn(copies, self._loop.now)
 
     def _read_ends(self) -> None:
         """What the kernel tells of SYNs and FINs of tcp-relay's that it has relayed.
@@ -393,9 +394,9 @@ class KernelPath(IdleObserver):
         It is read when it matters, and by turns: to wake for each would cost more than to read it.
         """
         while copies := self._read(self._begun, ENDS_TOGETHER):
-            self._nat.begun(copies)
+            self._nat.tracking.begun(copies)
         while copies := self._read(self._ends, ENDS_TOGETHER):
-            self._nat.ended(copies)
+            self._nat.tracking.ended(copies)
 
     def _read_strays(self, _: int = 0) -> None:
         """What servers send from ports that nobody has asked: clients wait for it in vain."""
@@ -406,7 +407,7 @@ class KernelPath(IdleObserver):
             _log.warning(
                 "a server answers from another port than it was asked at",
                 service=f"udp/{asked.port}",
-                server=Endpoint(head[12:16], int.from_bytes(head[20:22])),
+                server=FlowKey.unpack(head[ipv4.FLOW_KEY]).src,
                 again=before or None,
                 mend=f"write udp/{asked.port}+any-port into services, if that is its way (TFTP)",
             )
@@ -421,13 +422,13 @@ class KernelPath(IdleObserver):
             self._failures.tell(self._loop.now, "copies can't be read; trying again", error)
             return []
 
-    def learnt_address(self, client: bytes, port: bytes) -> bytes | None:
+    def learnt_address(self, client: Endpoint) -> bytes | None:
         """The address of this host that was asked, if the kernel has learnt such a query."""
         if self._maps is None or self._learning is None:
             return None
         addresses = dict(zip(LEARNT, self._learning.addresses, strict=False))
         try:
-            found = self._maps.learnt(list(addresses), client, port)
+            found = self._maps.learnt(list(addresses), client.addr, client.port.to_bytes(2))
         except MapsLost as error:
             self._lost(error)
             return None

@@ -27,12 +27,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from knet.endpoint import Endpoint, Proto, Source
+from knet.endpoint import Endpoint, Proto, Source, flow_key
 from knet.wire import ipv4
 from krelay.datapath.worker import Policy
 from krelay.nat.admission import Refusal
 from krelay.nat.events import IdleObserver
-from krelay.nat.flow import PAST_LEG, Flow, key
+from krelay.nat.flow import PAST_LEG, Flow
 from krelay.nat.ports import FIRST_HIGH
 from krelay.nat.table import NatTable
 from krelay.registration.inforce import MOST, InForce
@@ -156,7 +156,7 @@ class Relays(IdleObserver):
         flows, ends = [], []
         for each in requests:
             if isinstance(each, Open):
-                flow = self._nat.accepted(each.client, each.gport)
+                flow = self._nat.mappings.accepted(each.client, each.gport)
                 if flow is not None and not flow.tracker.client_acked:
                     flows.append(flow)
                     ends.append((Endpoint(flow.service.addr, each.gport), each.client))
@@ -164,7 +164,7 @@ class Relays(IdleObserver):
             return
         for flow, uid in zip(flows, self._kernel.carriers(ends), strict=True):
             if uid == link.uid:
-                self._nat.shook_hands(flow)
+                self._nat.tracking.shook_hands(flow)
 
     def handle(self, request: Request, send: Send, now: float) -> Answer | None:
         """The answer to a request that came from there, but for those that come with sockets."""
@@ -234,7 +234,7 @@ class Relays(IdleObserver):
 
     def _open(self, request: Open, send: Send, now: float) -> Answer:
         link, policy = self._links.get(send), self._policy()
-        flow = self._nat.accepted(request.client, request.gport)
+        flow = self._nat.mappings.accepted(request.client, request.gport)
         if flow is not None and not flow.tracker.client_acked:
             # what the kernel rewrote by itself may be news
             self._nat.observers.before_expiry([flow])
@@ -271,13 +271,13 @@ class Relays(IdleObserver):
         return Opened(request.id, flow.server, flow.source, origin, seen, flow.dscps)
 
     def _resume(self, request: Resume, send: Send, now: float) -> Answer:
-        known = self._nat.of_relay_port(request.relay)
+        known = self._nat.mappings.of_relay_port(request.relay)
         if known is not None and _is_same(known, request):
             if not self._may_have(known, send):
                 return Refused(request.id, "can't be resumed: another tcp-relay has it")
             self._has(known, send)  # the socket was lost, not the table
             return Resumed(request.id, known.dscps)
-        other = self._nat.accepted(request.client, request.gport)
+        other = self._nat.mappings.accepted(request.client, request.gport)
         if other is not None and other.closed_at is None:
             return Refused(request.id, "can't be resumed: another row has this client")
         service = request.service or Endpoint(request.relay.addr, request.server.port)
@@ -311,7 +311,7 @@ class Relays(IdleObserver):
         flow.leg = PAST_LEG
         for step in (Step.T1, Step.T2, Step.T3, Step.T4):
             flow.rewrites[step].watched = False
-        self._nat.schedule(flow)
+        self._nat.expiry.schedule(flow)
         self._has(flow, send)
         return Resumed(request.id)
 
@@ -345,7 +345,7 @@ class Relays(IdleObserver):
             each.allows(gport, server, source) for each in self.in_force
         ):
             return "this was never in force"
-        taken = self._nat.tables[Hook.PREROUTING, Proto.TCP].get(key(origin, service))
+        taken = self._nat.tables[Hook.PREROUTING, Proto.TCP].get(flow_key(origin, service))
         if taken is not None and taken.flow.closed_at is None:
             return "another row has this client"
         link = self._links.get(send)
@@ -361,7 +361,7 @@ class Relays(IdleObserver):
         return None
 
     def _close(self, relay: Endpoint, send: Send, now: float) -> Answer | None:
-        flow = self._nat.of_relay_port(relay)
+        flow = self._nat.mappings.of_relay_port(relay)
         if flow is None:
             return None
         if self._owner.get(flow.id) is not send:

@@ -4,7 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knet.endpoint import Endpoint, FiveTuple, Proto, Source
+from knet.endpoint import (
+    Endpoint,
+    FiveTuple,
+    FlowKey,
+    Proto,
+    Source,
+    flow_key,
+    key_addrs,
+    key_dst,
+    key_ports,
+    key_src,
+    reverse_key,
+    with_dst,
+)
 from tests.tools.strategies import addresses, endpoints, flows
 
 
@@ -86,3 +99,27 @@ def test_a_flow_reads_as_people_write_it() -> None:
 def test_protocols_and_sources_are_the_words_of_the_contract() -> None:
     assert {str(proto): int(proto) for proto in Proto} == {"tcp": 6, "udp": 17}
     assert set(Source) == {"client", "relay"}
+
+
+ports = st.integers(0, 0xFFFF)
+either_family = st.sampled_from((4, 16)).flatmap(
+    lambda size: st.tuples(
+        *[st.builds(Endpoint, st.binary(min_size=size, max_size=size), ports)] * 3
+    )
+)
+
+
+@given(either_family)
+def test_a_flow_key_of_either_family_is_read_as_it_is_written(
+    ends: tuple[Endpoint, Endpoint, Endpoint],
+) -> None:
+    src, dst, other = ends
+    key = flow_key(src, dst)
+
+    assert key == src.addr + dst.addr + src.wire[-2:] + dst.wire[-2:]
+    assert FlowKey.unpack(key) == FlowKey(src, dst)
+    assert FlowKey(src, dst).pack() == key
+    assert reverse_key(key) == flow_key(dst, src) == FlowKey(src, dst).reverse().pack()
+    assert (key_src(key), key_dst(key)) == (src.addr, dst.addr)
+    assert key_addrs(key) + key_ports(key) == key
+    assert with_dst(key, other.addr) == flow_key(src, Endpoint(other.addr, dst.port))

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from scapy.layers.inet import IP, in4_chksum
 from scapy.utils import checksum
 
-from knet.endpoint import Endpoint, FiveTuple, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source, flow_key
 from knet.wire import BadPacket, icmp, ipv4, tcp, udp
 from krelay.datapath.worker import Verdict, Worker, flow_of, readdressed
 from krelay.nat.admission import FlowLimits, Refusal
-from krelay.nat.flow import key
-from krelay.nat.table import TRIES, NatTable
+from krelay.nat.mappings import TRIES
+from krelay.nat.table import NatTable
 from krelay.steps import Hook
 from tests.krelay.datapath.test_worker import live_worker, rewrite_to, traffic
 from tests.tools.packets import Template, addr, at
@@ -160,7 +160,7 @@ def test_a_client_whose_ports_are_all_taken_is_refused_after_a_bounded_search(
 
     assert refusal.value.reason == "no_port"
     assert looked <= 2 * TRIES + 2
-    assert key(at("C:40000"), server) in nat.direct._seen[Proto.UDP]
+    assert flow_key(at("C:40000"), server) in nat.direct._seen[Proto.UDP]
 
 
 def test_udp_and_tcp_builders_agree_with_scapy() -> None:

@@ -452,9 +452,9 @@ class Day:
         assert self.path.steps() == {step: n for step, n in self.steps.items() if n}
         assert counts.passed == self.passed
         assert counts.dropped == self.dropped
-        assert self.nat.evicted == self.evicted
+        assert self.nat.admission.evicted == self.evicted
         per_client = Counter(flow.client.addr for flow in self.flows if flow.closed_at is None)
-        admission = self.nat._admission
+        admission = self.nat.admission
         assert admission._of_relayed + admission._of_others == per_client
         footprints = Counter(flow.footprint for flow in self.nat)
         assert self.nat.footprints == footprints
@@ -626,7 +626,7 @@ class Day:
                     ]  # fmt: skip
                 case 2:
                     self.timeouts = Timeouts(*(t * self.rng.choice((0.5, 1)) for t in Timeouts()))
-                    self.nat.set_timeouts(self.timeouts)
+                    self.nat.timeouts = self.timeouts
                 case 3:
                     self.nat.limits = FlowLimits(self.rng.choice((100, 150, 300)), 40)
                 case 4:

@@ -417,7 +417,7 @@ def test_one_that_is_over_makes_room_at_a_limit_when_its_last_packets_are_throug
     assert client_begins(host, 40001, 2.9) == "drop client_full"
     assert client_begins(host, 40001, 3) == "C:40001 > S:443"
     assert [flow.client.port for flow in host.nat] == [40001]
-    assert host.nat.evicted == 1
+    assert host.nat.admission.evicted == 1
 
 
 def test_one_that_lives_is_half_closed_or_is_to_be_told_of_its_end_makes_no_room() -> None:

@@ -347,7 +347,7 @@ class Field:
         assert len(self.nat) <= FLOWS
         if isinstance(answer, Opened):
             assert isinstance(request, Open)
-            opened = self.nat.of_relay_port(request.relay)
+            opened = self.nat.mappings.of_relay_port(request.relay)
             assert opened is not None
             assert opened.tracker.client_acked
             assert answer.server == opened.server

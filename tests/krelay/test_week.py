@@ -59,7 +59,7 @@ class Week:
             if second % 600 == 0 and second < DAY - 3 * 3600:
                 for _ in range(self._rng.randrange(30)):
                     self._talk()
-                path.nat.set_timeouts(Timeouts(udp=300 + second // 600 % 2))
+                path.nat.timeouts = Timeouts(udp=300 + second // 600 % 2)
             if second % 600 == 9:
                 path.count(path.fast.due(path.now, 1))
                 path.turn()

@@ -370,8 +370,8 @@ class Datapath:
     def hear(self) -> None:
         """Takes note of the copies that the kernel has made."""
         copies = self.kernel.copies
-        self.nat.begun(copies.pop(ruleset.begun(QUEUE), []))
-        self.nat.ended(copies.pop(ruleset.ends(QUEUE), []))
+        self.nat.tracking.begun(copies.pop(ruleset.begun(QUEUE), []))
+        self.nat.tracking.ended(copies.pop(ruleset.ends(QUEUE), []))
         self.turn()
 
     def turn(self, most: int = 512) -> None:

@@ -118,7 +118,7 @@ class Host:
             words = rest.replace("@", "").split()
             client, gport, relay = at(words[0]), int(words[1]), at(words[3])
             self.relays.listens(self._tcp_relay, gport)
-            if verb == "open" and (flow := self.nat.accepted(client, gport)) is not None:
+            if verb == "open" and (flow := self.nat.mappings.accepted(client, gport)) is not None:
                 flow.tracker.client_acked = True  # most scripts leave out the client's first ACK
             request = Open(1, client, gport, relay)
             if verb == "resume":

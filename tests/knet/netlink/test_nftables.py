@@ -5,12 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knet import netlink
+from knet.endpoint import flow_key
 from knet.netlink import nftables
 from knet.netlink.nftables import Count, Elements
-from krelay.nat.flow import key
 from tests.tools.packets import at
 
-KEY = key(at("C:4000"), at("K:53"))
+KEY = flow_key(at("C:4000"), at("K:53"))
 """10.0.0.1:4000 > 192.168.0.2:53"""
 TABLE_AND_SET = "0b000100 6b72656c 61790000 0c000200 7564702d 75313200"
 """NFTA_SET_ELEM_LIST_TABLE "krelay", NFTA_SET_ELEM_LIST_SET "udp-u12"."""

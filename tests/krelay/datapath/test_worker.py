@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, UDP
 
-from knet.endpoint import Endpoint, FiveTuple, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source, flow_key
 from knet.wire import BadPacket, ipv4
 from krelay.datapath.worker import (
     ANSWERS_AT_ONCE,
@@ -25,7 +25,7 @@ from krelay.datapath.worker import (
     readdressed,
 )
 from krelay.nat.admission import FlowLimits
-from krelay.nat.flow import Rewrite, Timeouts, deltas, key
+from krelay.nat.flow import Rewrite, Timeouts, deltas
 from krelay.nat.table import NatTable
 from krelay.steps import Hook, Step
 from tests.tools.observing import observe
@@ -728,7 +728,7 @@ def test_who_connects_from_a_port_that_tcp_relay_has_left_is_himself() -> None:
     """
     )
     assert host.nat.tables[Hook.POSTROUTING, Proto.TCP].keys() == {
-        key(at("K:16000"), at("C:40000"))
+        flow_key(at("K:16000"), at("C:40000"))
     }
 
 
@@ -990,7 +990,7 @@ def test_packets_keep_a_flow_alive_and_resets_do_not() -> None:
 
 def test_a_flow_that_is_closing_goes_by_its_new_timeout_at_once() -> None:
     host = play(CONNECTED)
-    host.nat.set_timeouts(Timeouts(tcp_transitory=2))
+    host.nat.timeouts = Timeouts(tcp_transitory=2)
     host.nat.expire(1)
     assert host.run(1, "post", "K:45678 > S:80 [R]") == "C:45678 > S:80"
 
@@ -1065,7 +1065,7 @@ def test_a_full_table_refuses_new_flows_and_disturbs_none() -> None:
     )
 
     assert host.worker.counts.dropped == {"table_full": 2}
-    assert host.nat.evicted == 0
+    assert host.nat.admission.evicted == 0
 
 
 def test_a_client_that_has_its_share_is_refused_and_others_are_not() -> None:
@@ -1205,7 +1205,7 @@ def test_half_open_connections_make_room_the_oldest_first() -> None:
     """
     )
 
-    assert host.nat.evicted == 1
+    assert host.nat.admission.evicted == 1
 
 
 def test_an_acknowledgement_that_the_relays_host_resets_keeps_no_flow() -> None:
@@ -1283,7 +1283,7 @@ def test_a_client_at_its_limit_makes_room_for_itself_and_leaves_others_alone() -
     1     post  K:16000 > C:4001 [S.]         => K:80 > C:4001
     """)
 
-    assert host.nat.evicted == 1
+    assert host.nat.admission.evicted == 1
 
 
 def test_answers_to_refused_packets_are_paced() -> None:

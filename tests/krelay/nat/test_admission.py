@@ -163,7 +163,7 @@ class Both:
         match kind:
             case "query":
                 head = template(f"{client} > K:53").build()[:28]
-                nat.learn([(int(Hook.PREROUTING), head)], now)
+                nat.learning.learn([(int(Hook.PREROUTING), head)], now)
             case "half-open":
                 nat.open_tcp(client, at("K:80"), at("S:80"), Source.CLIENT, 16000, now)
             case "forwarded" | "through" | "over":
@@ -172,7 +172,7 @@ class Both:
                     flow.tracker.resumed()
                 if kind == "over":
                     flow.tracker.client_ended = flow.tracker.server_ended = True
-                nat.changed(flow)
+                nat.tracking.changed(flow)
             case "datagram" | "answered" | "one-sided" | "talk":
                 flow = self._forwarded(Proto.UDP, client, 7)
                 there, back = flow.by(Side.CLIENT), flow.by(Side.SERVER)
@@ -182,9 +182,9 @@ class Both:
                     flow.answered_at = now
                 if kind == "one-sided":
                     flow.answered_at = now - EXCHANGE
-                    nat._admission.confirmed(flow)  # found out at once, or their order is open
+                    nat.admission.confirmed(flow)  # found out at once, or their order is open
                 if kind == "talk":
-                    nat.heard(there, 1, 30, now)
+                    nat.tracking.heard(there, 1, 30, now)
             case "connection" | "closed":
                 flow = nat.open_tcp(client, at("K:80"), at("S:80"), Source.CLIENT, 16000, now)
                 nat.attach(flow, at(f"K:{client.port + 10_000}"), now)
@@ -198,8 +198,8 @@ class Both:
 
     def agree(self) -> None:
         assert sorted(flow.id for flow in self.nat) == sorted(self.model.flows)
-        assert self.nat.evicted == self.model.evicted
-        assert self.nat._admission._udp + len(self.nat.dns_flows) == self.model.live(UDP)
+        assert self.nat.admission.evicted == self.model.evicted
+        assert self.nat.admission._udp + len(self.nat.dns_flows) == self.model.live(UDP)
 
 
 verbs = st.tuples(
@@ -232,7 +232,7 @@ def test_who_is_refused_and_who_goes_is_as_a_list_would_have_it(
             both.set(limits[HOSTS.index(host) % len(limits)]._replace(new_flows_per_client=rate))
             lowered = True
         elif verb == "tick":
-            both.nat._admission.trim(both.now)
+            both.nat.admission.trim(both.now)
             both.model.trim(both.now)
         else:
             event(both.begins(verb, host) or "begun")
@@ -269,10 +269,10 @@ def test_a_flow_that_was_confirmed_is_remembered_for_nothing() -> None:
         flow.spoke_again = True
     both.nat.expire(both.now + 64)
 
-    admission = both.nat._admission
+    admission = both.nat.admission
     spares = admission._datagrams, admission._relayed, admission._forwarded
     assert [len(spare) for spare in spares] == [0, 0, 0]
-    assert both.nat.unconfirmed == len(both.nat.dns_flows) == 1
+    assert both.nat.admission.unconfirmed == len(both.nat.dns_flows) == 1
 
 
 # Floods, for so long that a flow's timeout is over several times
@@ -382,7 +382,7 @@ def test_no_flood_from_forged_addresses_keeps_anybody_out(kind: str) -> None:
             assert flood.host.run(flood.now, "post", f"S:7 > {client}") == f"{service} > {client}"
     counts = flood.host.worker.counts
     assert {"table_full", "client_full"}.isdisjoint(counts.dropped)
-    assert flood.host.nat.evicted > 1000 or kind == "query"  # it fills no table so slowly
+    assert flood.host.nat.admission.evicted > 1000 or kind == "query"  # it fills no table so slowly
     assert len(flood.host.nat) <= 240
 
 
@@ -405,7 +405,7 @@ def test_queries_forged_in_a_clients_name_behind_those_of_many_keep_it_from_noth
     for name, number in (("10.9.9.{}", 200), ("D", 300)):
         clients = [f"{name.format(1 + n % 250)}:{2000 + n}" for n in range(number)]
         heads = [template(f"{client} > K:53").build()[:28] for client in clients]
-        nat.learn([(int(Hook.PREROUTING), head) for head in heads], flood.now)
+        nat.learning.learn([(int(Hook.PREROUTING), head) for head in heads], flood.now)
     assert nat.dns_flows.of_client(addr("D")) == 100
     for port in range(500, 510):
         assert flood.served("D", port) == ALL
@@ -525,14 +525,14 @@ def test_where_all_ports_are_taken_the_oldest_unconfirmed_flow_gives_up_its_own(
             Proto.UDP, client, at("K:7"), at("S:7"), Source.RELAY, 0.0, relay_addr=addr("K")
         )
 
-    free = nat._relay_ports[Proto.UDP]
+    free = nat.mappings._relay_ports[Proto.UDP]
     taken = [begin(Endpoint(addr("D"), 5000 + number)) for number in range(4)]
     while free.take(addr("K"), 1024, lambda port: True) is not None:
         pass
     taken[0].spoke_again = True
     first = begin(at("C:6000"))
     assert [flow.id for flow in nat] == [taken[0].id, *(flow.id for flow in taken[2:]), first.id]
-    assert nat.evicted == 1
+    assert nat.admission.evicted == 1
     for flow in nat:
         flow.spoke_again = True
     with pytest.raises(Refusal, match="no_port"):

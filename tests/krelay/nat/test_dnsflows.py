@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from knet.endpoint import Proto, Source
+from knet.endpoint import Proto, Source, flow_key
 from krelay.datapath.worker import Verdict, Worker
 from krelay.nat.admission import FlowLimits
 from krelay.nat.dnsflows import Beginning, DnsFlows
-from krelay.nat.flow import BUSY, Flow, Timeouts, key
+from krelay.nat.flow import BUSY, Flow, Timeouts
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State
 from krelay.steps import Hook, Side, Step
@@ -58,9 +58,9 @@ def figures(flow: Flow) -> tuple[list[int], list[int]]:
 
 def test_a_query_and_its_answer_are_a_flow() -> None:
     nat = table()
-    nat.learn([query(size=60)], 5.0)
+    nat.learning.learn([query(size=60)], 5.0)
     before = only(nat)
-    nat.learn([answer(size=90)], 6.0)
+    nat.learning.learn([answer(size=90)], 6.0)
     flow = only(nat)
 
     assert (before.state, flow.state) == (State.UNREPLIED, State.REPLIED)
@@ -75,7 +75,7 @@ def test_a_query_and_its_answer_are_a_flow() -> None:
 
 def test_a_flow_is_asked_again_and_its_flow_stays_the_same() -> None:
     nat = table()
-    nat.learn([query(), answer(), query()], 1.0)
+    nat.learning.learn([query(), answer(), query()], 1.0)
 
     assert figures(only(nat))[0] == [2, 1]
 
@@ -84,9 +84,9 @@ def test_a_port_that_asks_again_and_again_gets_a_flow_that_can_be_handed_over() 
     nat = table()
     changed: list[Flow] = []
     observe(nat, changed=changed.append)
-    nat.learn([query(), answer()] * (BUSY - 1), 1.0)
+    nat.learning.learn([query(), answer()] * (BUSY - 1), 1.0)
     assert (len(nat.dns_flows), changed) == (1, [])
-    nat.learn([query(), answer()], 2.0)
+    nat.learning.learn([query(), answer()], 2.0)
 
     flow = only(nat)
     assert (len(nat.dns_flows), changed) == (0, [flow])
@@ -96,8 +96,8 @@ def test_a_port_that_asks_again_and_again_gets_a_flow_that_can_be_handed_over() 
 
 def test_it_goes_when_it_has_been_silent_for_so_long() -> None:
     nat = table()
-    nat.learn([query("C:4000"), query("C:4001")], 1.0)
-    nat.learn([answer("C:4001")], 15.0)
+    nat.learning.learn([query("C:4000"), query("C:4001")], 1.0)
+    nat.learning.learn([answer("C:4001")], 15.0)
     nat.expire(1.0 + TIMEOUT - 0.1)
     assert len(nat) == 2
     nat.expire(1.0 + TIMEOUT + 1)
@@ -116,10 +116,10 @@ def test_a_packet_that_the_worker_must_decide_about_makes_it_a_flow_of_the_table
     coming: str,
 ) -> None:
     nat = table()
-    nat.learn([query(), answer()], 1.0)
+    nat.learning.learn([query(), answer()], 1.0)
     shown = only(nat)
     wanted = flow(coming)
-    adopted = nat.adopt(key(wanted.src, wanted.dst), 1.0)
+    adopted = nat.learning.adopt(flow_key(wanted.src, wanted.dst), 1.0)
 
     assert adopted is not None
     assert (adopted.id, figures(adopted), len(nat), len(nat.dns_flows)) == (
@@ -128,7 +128,9 @@ def test_a_packet_that_the_worker_must_decide_about_makes_it_a_flow_of_the_table
         1,
         0,
     )
-    assert nat.tables[PRE, Proto.UDP][key(at("C:4000"), at("K:53"))] is adopted.rewrites[Step.U12]
+    assert (
+        nat.tables[PRE, Proto.UDP][flow_key(at("C:4000"), at("K:53"))] is adopted.rewrites[Step.U12]
+    )
     nat.end(adopted)
     assert len(nat) == 0
     assert not any(nat.tables.values())
@@ -136,11 +138,11 @@ def test_a_packet_that_the_worker_must_decide_about_makes_it_a_flow_of_the_table
 
 def test_nobody_elses_packet_makes_it_one() -> None:
     nat = table()
-    nat.learn([query()], 1.0)
+    nat.learning.learn([query()], 1.0)
 
     for other in ("Z:53 > C:4000", "S:53 > C:4001", "S:54 > C:4000", "S:53 > D:4000"):
         wanted = flow(other)
-        assert nat.adopt(key(wanted.src, wanted.dst), 1.0) is None
+        assert nat.learning.adopt(flow_key(wanted.src, wanted.dst), 1.0) is None
     assert len(nat.dns_flows) == 1
 
 
@@ -150,20 +152,20 @@ def test_the_worker_knows_it_when_a_second_answer_or_query_comes() -> None:
     worker.policy = policy()
     # Copies are still on their way; the kernel knows already.
     known = {4000: addr("K"), 4001: addr("K")}
-    observe(nat, learnt_address=lambda client, port: known.get(int.from_bytes(port)))
+    observe(nat, learnt_address=lambda client: known.get(client.port))
 
     got = worker.handle(packet("S:53 > C:4000"), POST, 1.0)
     assert got == packet("K:53 > C:4000")
     got = worker.handle(packet("C:4001 > K:53"), PRE, 1.0)
     assert got == packet("C:4001 > S:53")
-    nat.learn([query("C:4000"), answer("C:4000")], 1.0)
+    nat.learning.learn([query("C:4000"), answer("C:4000")], 1.0)
     assert [figures(flow)[0] for flow in nat] == [[1, 2], [1, 0]]
     assert worker.handle(packet("S:53 > C:4002"), POST, 1.0) is Verdict.PASS
 
 
 def test_a_clients_own_conversation_from_the_same_port_is_moved() -> None:
     nat = table()
-    nat.learn([query()], 1.0)
+    nat.learning.learn([query()], 1.0)
     rewrite = nat.saw_direct(Proto.UDP, at("C:4000"), at("S:53"), 1.0)
 
     assert rewrite is not None
@@ -173,7 +175,7 @@ def test_a_clients_own_conversation_from_the_same_port_is_moved() -> None:
 
 def test_a_port_that_was_learnt_is_not_free() -> None:
     nat = table()
-    nat.learn([query(service="K:53")], 1.0)
+    nat.learning.learn([query(service="K:53")], 1.0)
     flow = nat.open_forwarded(Proto.UDP, at("C:4000"), at("G:53"), at("S:53"), Source.CLIENT, 1.0)
 
     assert flow.rewrites[Step.U12].src.port != 4000
@@ -182,7 +184,7 @@ def test_a_port_that_was_learnt_is_not_free() -> None:
 def test_a_flow_of_the_worker_takes_what_the_kernel_tells_of_it() -> None:
     nat = table()
     flow = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:53"), at("S:53"), Source.CLIENT, 1.0)
-    nat.learn([query(size=60), answer(size=90)], 2.0)
+    nat.learning.learn([query(size=60), answer(size=90)], 2.0)
 
     assert figures(flow) == ([1, 1], [60, 90])
     assert (flow.state, flow.seen_at, len(nat.dns_flows)) == (State.REPLIED, 2.0, 0)
@@ -190,14 +192,14 @@ def test_a_flow_of_the_worker_takes_what_the_kernel_tells_of_it() -> None:
 
 def test_an_answer_of_which_nothing_is_known_is_let_be() -> None:
     nat = table()
-    nat.learn([answer()], 1.0)
+    nat.learning.learn([answer()], 1.0)
 
     assert len(nat) == 0
 
 
 def test_what_was_shown_is_let_go_without_a_collector() -> None:
     nat = table()
-    nat.learn([query()], 1.0)
+    nat.learning.learn([query()], 1.0)
     gc.collect()
     gc.disable()
     try:
@@ -210,12 +212,12 @@ def test_what_was_shown_is_let_go_without_a_collector() -> None:
 
 def test_what_was_shown_can_be_ended() -> None:
     nat = table()
-    nat.learn([query("C:4000"), query("C:4001")], 1.0)
+    nat.learning.learn([query("C:4000"), query("C:4001")], 1.0)
     shown = list(nat)
     nat.end(shown[0])
     assert [flow.id for flow in nat] == [shown[1].id]
     nat.end(shown[0])
-    nat.learn([query("C:4000")], 1.0)
+    nat.learning.learn([query("C:4000")], 1.0)
     nat.end(shown[0])  # of another flow between the same ports
     assert len(nat) == 2
 
@@ -225,33 +227,33 @@ def test_what_was_shown_can_be_ended() -> None:
 
 def test_the_oldest_make_room_within_the_limits() -> None:
     nat = table(flows=3, flows_per_client=2)
-    nat.learn([query("C:1001"), query("C:1002"), query("C:1003")], 1.0)
+    nat.learning.learn([query("C:1001"), query("C:1002"), query("C:1003")], 1.0)
     assert [flow.client.port for flow in nat] == [1002, 1003]
-    nat.learn([query("D:1001"), query("D:1002")], 2.0)
+    nat.learning.learn([query("D:1001"), query("D:1002")], 2.0)
     assert [str(flow.client.port) for flow in nat] == ["1003", "1001", "1002"]
-    assert nat.evicted == 2
+    assert nat.admission.evicted == 2
     nat.open_tcp(at("N:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 3.0)
 
-    assert (len(nat), nat.evicted) == (3, 3)
+    assert (len(nat), nat.admission.evicted) == (3, 3)
 
 
 def test_a_query_asked_twice_at_a_time_takes_one_place() -> None:
     nat = table(flows=2)
-    nat.learn([query("C:1001"), query("C:1002")], 1.0)
-    nat.learn([query("C:1003"), query("C:1003"), answer("C:1003")], 2.0)
+    nat.learning.learn([query("C:1001"), query("C:1002")], 1.0)
+    nat.learning.learn([query("C:1003"), query("C:1003"), answer("C:1003")], 2.0)
 
     assert [(flow.client.port, figures(flow)[0]) for flow in nat] == [
         (1002, [1, 0]),
         (1003, [2, 1]),
     ]
-    assert nat.evicted == 1
+    assert nat.admission.evicted == 1
 
 
 def test_a_clients_flows_count_with_what_is_learnt_of_it() -> None:
     nat = table(flows_per_client=2)
     flow = nat.open_forwarded(Proto.UDP, at("C:5000"), at("K:7"), at("S:7"), Source.CLIENT, 1.0)
     flow.spoke_again = True
-    nat.learn([query("D:1001"), query("C:1001"), query("C:1002")], 1.0)
+    nat.learning.learn([query("D:1001"), query("C:1001"), query("C:1002")], 1.0)
 
     assert [flow.client for flow in nat] == [at("C:5000"), at("D:1001"), at("C:1002")]
 
@@ -268,9 +270,9 @@ def test_it_does_not_matter_how_many_queries_come_at_a_time(
 ) -> None:
     queries = [query(f"{client}:{port}") for client, port in script]
     together, singly = (table(flows=flows, flows_per_client=flows_per_client) for _ in range(2))
-    together.learn(queries, 1.0)
+    together.learning.learn(queries, 1.0)
     for each in queries:
-        singly.learn([each], 1.0)
+        singly.learning.learn([each], 1.0)
 
     for nat in (together, singly):
         assert len(nat) <= flows
@@ -280,23 +282,23 @@ def test_it_does_not_matter_how_many_queries_come_at_a_time(
     assert [(flow.id, flow.client, figures(flow)) for flow in together] == [
         (flow.id, flow.client, figures(flow)) for flow in singly
     ]
-    assert together.evicted == singly.evicted
+    assert together.admission.evicted == singly.admission.evicted
 
 
 def test_where_flows_fill_the_table_nothing_is_learnt() -> None:
     nat = table(flows=1)
     flow = nat.open_tcp(at("N:5000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 3.0)
     flow.accepted = True
-    nat.learn([query()], 1.0)
+    nat.learning.learn([query()], 1.0)
 
     assert only(nat) is flow
 
 
 def test_unanswered_ones_are_found_and_those_of_another_server() -> None:
     nat = table()
-    nat.learn([query("C:1001"), query("C:1002"), answer("C:1002")], 1.0)
+    nat.learning.learn([query("C:1001"), query("C:1002"), answer("C:1002")], 1.0)
     nat.dns_flows.learns(frozenset({addr("K")}), addr("Z"))
-    nat.learn([query("C:1003")], 2.0)
+    nat.learning.learn([query("C:1003")], 2.0)
 
     assert [flow.client.port for flow in nat.unanswered()] == [1001, 1003]
     assert [flow.client.port for flow in nat.elsewhere(addr("Z"))] == [1001, 1002]

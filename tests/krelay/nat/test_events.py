@@ -6,6 +6,7 @@ from krelay.nat.events import IdleObserver, NatObserver
 from krelay.nat.table import NatTable
 from tests.krelay.nat.test_table import open_tcp
 from tests.tools.observing import observe
+from tests.tools.packets import at
 
 EVENTS = [name for name in vars(NatObserver) if not name.startswith("_")]
 
@@ -40,8 +41,8 @@ def test_every_event_reaches_every_observer() -> None:
 
 def test_the_first_address_that_an_observer_knows_counts() -> None:
     nat = NatTable(rng=Random(1))
-    assert nat.observers.learnt_address(b"C", b"p") is None
+    assert nat.observers.learnt_address(at("C:1")) is None
     for answer in (None, b"K", b"L"):
         observe(nat, learnt_address=lambda *_, answer=answer: answer)
 
-    assert nat.observers.learnt_address(b"C", b"p") == b"K"
+    assert nat.observers.learnt_address(at("C:1")) == b"K"

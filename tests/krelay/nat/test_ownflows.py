@@ -2,8 +2,8 @@
 
 import pytest
 
-from knet.endpoint import Endpoint, Proto
-from krelay.nat.flow import Timeouts, key
+from knet.endpoint import Endpoint, Proto, flow_key
+from krelay.nat.flow import Timeouts
 from krelay.nat.ownflows import REPLIED, UNREPLIED, OwnFlows
 
 UDP, TCP = Proto.UDP, Proto.TCP
@@ -12,7 +12,7 @@ TIMEOUTS = Timeouts(tcp_transitory=240, tcp_established=7440)
 
 def sent(number: int) -> bytes:
     """A packet of this host to the peer with this number."""
-    return key(Endpoint.parse("192.168.0.2:123"), Endpoint.parse(f"203.0.113.9:{number}"))
+    return flow_key(Endpoint.parse("192.168.0.2:123"), Endpoint.parse(f"203.0.113.9:{number}"))
 
 
 @pytest.mark.parametrize("proto", Proto)

@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knet.endpoint import Endpoint, Proto, Source
+from knet.endpoint import Endpoint, Proto, Source, flow_key
 from knet.ratelimit import PerClientLimiter
 from knet.timerwheel import Wheel
 from krelay.nat.admission import FlowLimits, Refusal
+from krelay.nat.direct import DirectFlows
 from krelay.nat.dnsflows import DnsFlows
 from krelay.nat.eviction import Spare
-from krelay.nat.flow import CLOSED_LINGER, Flow, Footprint, Timeouts, key
+from krelay.nat.expiry import HORIZON
+from krelay.nat.flow import CLOSED_LINGER, Flow, Footprint, Timeouts
 from krelay.nat.ports import RelayPorts
-from krelay.nat.table import HORIZON, DirectFlows, NatTable
+from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State
 from krelay.steps import SIDES, Hook, Side, Step
 from tests.tools.observing import observe
@@ -82,7 +84,10 @@ def left_behind(nat: NatTable) -> dict[str, int]:
     """Every table of the table that isn't empty.  (Those by hook and by protocol are fixed.)"""
     protos = len(Proto)
     fixed = {"tables": len(Hook) * protos, "_outside": protos, "_relay_ports": protos}
-    tables = vars(nat) | vars(nat._admission)
+    parts = (nat, nat.admission, nat.mappings, nat.expiry)
+    tables = {name: value for part in parts for name, value in vars(part).items()}
+    for elsewhere in ("_direct", "_dns_flows", "_flows"):  # the table's own, by other names
+        del tables[elsewhere]
     sizes = {name: held(value) - fixed.get(name, 0) for name, value in tables.items()}
     return {name: size for name, size in sizes.items() if size}
 
@@ -109,7 +114,7 @@ def busy() -> NatTable:
         assert nat.answered_elsewhere(at("S:7000"), at(seen), 0)
     over = nat.open_forwarded(Proto.TCP, at("C:45000"), K80, S80, Source.CLIENT, 0)
     over.tracker.reset = True
-    nat.changed(over)
+    nat.tracking.changed(over)
     return nat
 
 
@@ -119,7 +124,7 @@ def busy() -> NatTable:
 def test_the_busy_table_fills_every_table() -> None:
     """What the tests below find empty was not empty before."""
     assert set(left_behind(busy())) == {
-        "tables", "direct", "footprints", "_flows", "_of_others", "_of_relayed", "_closed",
+        "tables", "direct", "footprints", "flows", "_of_others", "_of_relayed", "_closed",
         "_outside", "_inside", "_by_relay", "_asked_by", "_due", "_relay_ports", "_datagrams",
         "_relayed", "_forwarded", "_over", "_new_flows",
     }  # fmt: skip
@@ -156,11 +161,11 @@ def test_flows_that_end_early_leave_nothing_once_the_horizon_is_over() -> None:
     for now in range(100):
         flow = open_tcp(nat, now=now)
         flow.tracker.resumed()
-        nat.schedule(flow)
+        nat.expiry.schedule(flow)
         nat.close(flow, now)
         nat.end(flow)
         nat.expire(now)
-        assert len(nat._due) <= 4 * HORIZON
+        assert len(nat.expiry._due) <= 4 * HORIZON
 
     nat.expire(100 + HORIZON)
     assert left_behind(nat) == {}
@@ -287,7 +292,7 @@ def _packet(nat: NatTable, known: Known, who: str, flags: int, now: float) -> No
         if flags & RST and side in own and not known.reset:
             flow.reset_at = known.reset_at = now
         if flow.tracker.state is not before:
-            nat.schedule(flow)
+            nat.expiry.schedule(flow)
         if side in own:
             known.reset |= bool(flags & RST)
             if not flags & RST:
@@ -329,7 +334,7 @@ def test_the_default_timeouts_are_those_of_the_contract(opened: Any, timeout: in
 def _established(nat: NatTable) -> Flow:
     flow = open_tcp(nat)
     flow.tracker.resumed()
-    nat.schedule(flow)
+    nat.expiry.schedule(flow)
     return flow
 
 
@@ -338,7 +343,7 @@ def test_other_timeouts_are_in_force_at_once_also_for_flows_that_live() -> None:
     short, long = open_udp(nat), _established(nat)
     nat.expire(10)
 
-    nat.set_timeouts(SHORT)
+    nat.timeouts = SHORT
 
     assert nat.timeouts == SHORT
     assert nat.expire(10) == []
@@ -349,7 +354,7 @@ def test_other_timeouts_are_in_force_at_once_also_for_flows_that_live() -> None:
 def test_longer_timeouts_let_flows_live_longer() -> None:
     nat = table()
     flow = open_udp(nat)
-    nat.set_timeouts(Timeouts(udp_dns=1000))
+    nat.timeouts = Timeouts(udp_dns=1000)
 
     assert nat.expire(999) == []
     assert nat.expire(1001) == [flow]
@@ -378,7 +383,7 @@ def test_closing_a_flow_that_has_ended_is_harmless() -> None:
 def test_a_direct_conversation_is_forgotten_when_it_has_been_silent_for_hours() -> None:
     nat = table()
     nat.saw_direct(Proto.TCP, at("C:45678"), S80, 0)
-    at_server = (Proto.TCP, key(at("C:45678"), S80))
+    at_server = (Proto.TCP, flow_key(at("C:45678"), S80))
 
     nat.expire(7440)
     assert at_server in nat.direct
@@ -389,7 +394,7 @@ def test_a_direct_conversation_is_forgotten_when_it_has_been_silent_for_hours() 
 def test_a_direct_query_is_forgotten_sooner_than_a_connection() -> None:
     nat = table()
     nat.saw_direct(Proto.UDP, at("C:4000"), S53, 0)
-    at_server = (Proto.UDP, key(at("C:4000"), S53))
+    at_server = (Proto.UDP, flow_key(at("C:4000"), S53))
 
     nat.expire(300)
     assert at_server in nat.direct
@@ -407,7 +412,7 @@ def test_a_refused_second_attach_leaves_the_server_leg() -> None:
     with pytest.raises(Refusal, match="port_taken"):
         nat.attach(flow, at("K:45679"), 1)
     assert flow.rewrites == before
-    assert nat.of_relay_port(at("K:45678")) is flow
+    assert nat.mappings.of_relay_port(at("K:45678")) is flow
 
 
 def test_a_port_used_again_towards_another_service_comes_in_from_another_port() -> None:
@@ -498,7 +503,7 @@ def test_each_clients_flows_are_counted_without_those_closed(
             case "end" if number < len(flows):
                 nat.end(flows[number])
 
-        counts = nat._admission._of_relayed + nat._admission._of_others
+        counts = nat.admission._of_relayed + nat.admission._of_others
         counted = {name: counts[addr(name)] for name in "CD"}
         assert counted == {
             name: sum(flow.client.addr == addr(name) and flow.closed_at is None for flow in nat)
@@ -583,7 +588,7 @@ def test_a_relay_port_that_another_flow_uses_is_refused_until_that_flow_is_close
     nat.attach(second, at("K:45678"), 2)
 
     assert nat.get(first.id) is None
-    assert nat.of_relay_port(at("K:45678")) is second
+    assert nat.mappings.of_relay_port(at("K:45678")) is second
 
 
 def test_two_clients_flows_may_not_share_what_the_kernel_could_not_bind(nat: NatTable) -> None:
@@ -592,8 +597,8 @@ def test_two_clients_flows_may_not_share_what_the_kernel_could_not_bind(nat: Nat
     nat.attach(first, at("K:45678"), 0)
     nat.attach(second, at("K:45679"), 0)
 
-    assert nat.of_relay_port(at("K:45678")) is first
-    assert nat.of_relay_port(at("K:45679")) is second
+    assert nat.mappings.of_relay_port(at("K:45678")) is first
+    assert nat.mappings.of_relay_port(at("K:45679")) is second
 
 
 def test_attaching_again_moves_the_server_leg_and_forgets_the_old(nat: NatTable) -> None:
@@ -601,8 +606,8 @@ def test_attaching_again_moves_the_server_leg_and_forgets_the_old(nat: NatTable)
     nat.attach(flow, at("K:45678"), 0)
     nat.attach(flow, at("K:45679"), 0)
 
-    assert nat.of_relay_port(at("K:45678")) is None
-    assert nat.of_relay_port(at("K:45679")) is flow
+    assert nat.mappings.of_relay_port(at("K:45678")) is None
+    assert nat.mappings.of_relay_port(at("K:45679")) is flow
     assert len(nat.tables[Hook.POSTROUTING, Proto.TCP]) == 2
     assert len(nat.tables[Hook.PREROUTING, Proto.TCP]) == 2
     nat.end(flow)
@@ -614,7 +619,7 @@ def test_attaching_again_from_the_same_port_changes_nothing(nat: NatTable) -> No
     nat.attach(flow, at("K:45678"), 0)
     nat.attach(flow, at("K:45678"), 0)
 
-    assert nat.of_relay_port(at("K:45678")) is flow
+    assert nat.mappings.of_relay_port(at("K:45678")) is flow
 
 
 def test_with_source_relay_the_client_port_may_be_the_relay_port(nat: NatTable) -> None:
@@ -627,7 +632,7 @@ def test_with_source_relay_the_client_port_may_be_the_relay_port(nat: NatTable) 
 @pytest.mark.parametrize("source", list(Source))
 def test_a_low_port_is_seen_by_the_server_as_a_low_one(nat: NatTable, source: Source) -> None:
     host = "C" if source is Source.CLIENT else "K"
-    nat.reserved = frozenset({779})
+    nat.mappings.reserved = frozenset({779})
     flows = []
     for number, (client, service) in enumerate(
         [("C:777", K80), ("C:777", at("G:80")), ("C:1023", K80), ("C:1024", K80), ("D:777", K80)]
@@ -643,7 +648,7 @@ def test_a_low_port_is_seen_by_the_server_as_a_low_one(nat: NatTable, source: So
     low = [each for number, each in enumerate(seen) if number != 3]
     assert all(each is not None and each.port < 1024 for each in low)
     assert len(set(seen)) == 5
-    assert all(flow.rewrites[Step.T4].old == key(S80, flow.seen or K80) for flow in flows)
+    assert all(flow.rewrites[Step.T4].old == flow_key(S80, flow.seen or K80) for flow in flows)
 
 
 def test_a_low_port_stays_with_its_connection_and_is_given_back(nat: NatTable) -> None:
@@ -688,11 +693,11 @@ def test_where_no_low_port_is_left_a_high_one_serves(nat: NatTable) -> None:
 def test_a_flow_is_found_as_tcp_relay_sees_it(nat: NatTable) -> None:
     first, second = open_tcp(nat), open_tcp(nat, port=443)
 
-    assert nat.accepted(at("C:40000"), 16000) is first
+    assert nat.mappings.accepted(at("C:40000"), 16000) is first
     assert second.inside is not None
-    assert nat.accepted(second.inside, 16000) is second
-    assert nat.accepted(at("C:40000"), 17000) is None
-    assert nat.accepted(at("D:40000"), 16000) is None
+    assert nat.mappings.accepted(second.inside, 16000) is second
+    assert nat.mappings.accepted(at("C:40000"), 17000) is None
+    assert nat.mappings.accepted(at("D:40000"), 16000) is None
 
 
 # Footprints
@@ -752,7 +757,7 @@ def test_the_two_sides_of_a_udp_flow_count_the_packets_of_two_hosts(source: Sour
 
     assert client is not None
     assert server is not None
-    assert client.old == key(at("C:4000"), K53)
+    assert client.old == flow_key(at("C:4000"), K53)
     assert server.old[:4] == S53.addr
     assert {SIDES[client.step], SIDES[server.step]} == {Side.CLIENT, Side.SERVER}
 
@@ -794,7 +799,7 @@ def test_60000_flows_of_source_relay_have_a_port_each_and_beyond_all_ports_it_is
 @pytest.mark.parametrize("proto", Proto)
 def test_no_flow_gets_a_port_that_the_host_has_reserved(proto: Proto) -> None:
     nat = NatTable(rng=Random(1))
-    nat.reserved = frozenset(range(4000, 65536)) | frozenset(range(1024))
+    nat.mappings.reserved = frozenset(range(4000, 65536)) | frozenset(range(1024))
 
     def relay_port(port: int) -> int:
         client = at(f"C:{port}")
@@ -806,7 +811,7 @@ def test_no_flow_gets_a_port_that_the_host_has_reserved(proto: Proto) -> None:
     got = [relay_port(port) for port in range(5000, 5050)]
     assert len(set(got)) == 50
     assert all(1024 <= port < 4000 for port in got)
-    nat.reserved = frozenset(range(65536))
+    nat.mappings.reserved = frozenset(range(65536))
     with pytest.raises(Refusal, match="no_port"):
         relay_port(3000)
 
@@ -874,8 +879,8 @@ def test_answers_from_other_ports_keep_to_the_limits_of_the_client() -> None:
     first = nat.answered_elsewhere(at("S:7000"), at("C:6900"), 1)
     assert first is not None
     confirm(first)
-    nat._admission.confirmed(first)
-    nat._admission.confirmed(next(iter(nat)))
+    nat.admission.confirmed(first)
+    nat.admission.confirmed(next(iter(nat)))
     with pytest.raises(Refusal, match="client_full"):
         nat.answered_elsewhere(at("S:7001"), at("C:6900"), 1)
 

@@ -74,7 +74,7 @@ def opened(datapath: Datapath, client: str = "C:40000") -> Flow:
     whose = ["kernel" if datapath.room else "worker"]
     assert by(datapath, POST, f"K:16000 > {client} [S.]") == whose
     assert by(datapath, PRE, f"{client} > K:80 [.]") == whose
-    flow = datapath.nat.accepted(at(client), 16000)
+    flow = datapath.nat.mappings.accepted(at(client), 16000)
     assert flow is not None
     return flow
 
@@ -154,7 +154,7 @@ def test_of_connections_that_are_only_begun_a_number_is_handed_over() -> None:
         by(d, PRE, f"C:{port} > K:80 [S]")
     assert len(d.kernel) == 2 * HALF_OPEN
     assert by(d, PRE, "D:5001 > K:80 [S]", "D:5001 > K:80 [.]") == ["worker"] * 2
-    late = d.nat.accepted(at("D:5001"), 16000)
+    late = d.nat.mappings.accepted(at("D:5001"), 16000)
     assert late is not None
     assert handed(d, late) == frozenset()
 
@@ -188,7 +188,7 @@ def test_a_copy_that_is_of_no_flow_is_ignored() -> None:
     d = datapath()
     flow = connected(d)
     for text in ("K:80 > D:40000 [F.]", "C:9 > S:80 [F.]", "K:16000 > C:40000 [F.]"):
-        d.nat.ended([(POST, template(text).build()[:28])])
+        d.nat.tracking.ended([(POST, template(text).build()[:28])])
     assert (flow.tracker.client_ended, flow.tracker.server_ended) == (False, False)
 
 
@@ -453,12 +453,12 @@ def test_what_the_kernel_has_learnt_by_itself_is_not_handed_to_it() -> None:
     d.nat.dns_flows.learns(d.policy.own, d.policy.server)
     head = template("C:4000 > K:53").build()[:28]
     answer = template("K:53 > C:4000").build()[:28]
-    d.nat.learn([(PRE, head)] + [(POST, answer)] * BUSY, 0)
+    d.nat.learning.learn([(PRE, head)] + [(POST, answer)] * BUSY, 0)
     assert len(d.nat) == 1
     d.fast.traced(lambda flow: False)
     d.restart()
     assert (len(d.fast), d.fast.changes(10)) == (0, None)
-    adopted = d.nat.adopt(head[12:24], 0)
+    adopted = d.nat.learning.adopt(head[12:24], 0)
     d.restart()
     assert adopted is not None
     assert handed(d, adopted) == {Step.U34}
@@ -521,7 +521,7 @@ def test_a_port_that_is_used_again_is_the_new_connections_at_once() -> None:
     d.set(replace(d.policy, gport=17000))
     assert by(d, PRE, "C:40000 > K:80 [S]") == ["worker"]
     assert handed(d, flow) == {Step.T1}  # by its addresses and ports, which are the new one's
-    again = d.nat.accepted(at("C:40000"), 17000)
+    again = d.nat.mappings.accepted(at("C:40000"), 17000)
     assert again is not None
     assert handed(d, again) == {Step.T1, Step.T2}
     got = d.packet(template("C:40000 > K:80 [.]"), PRE)
@@ -842,7 +842,7 @@ class Twins:
         self.by_kernel = 0
         self.timeouts = Timeouts(*rng.choice(((9, 4, 6, 12), (300, 20, 240, 7440))))
         for each in self.both:
-            each.nat.set_timeouts(self.timeouts)
+            each.nat.timeouts = self.timeouts
 
     def run(self, events: int) -> None:
         """So many things happen."""
@@ -875,7 +875,7 @@ class Twins:
         assert self.slow.steps() == self.fast.steps()
         for name in ("passed", "dropped"):
             assert getattr(self.slow.worker.counts, name) == getattr(self.fast.worker.counts, name)
-        assert self.slow.nat.evicted == self.fast.nat.evicted
+        assert self.slow.nat.admission.evicted == self.fast.nat.admission.evicted
         assert len(self.fast.kernel) == len(self.fast.fast)
 
     # What happens
@@ -932,7 +932,7 @@ class Twins:
         port = self.rng.choice((40000, 40001, *range(50000, 50006)))
         assert flow.inside
         assert flow.gport
-        held = self.slow.nat.of_relay_port(Endpoint(addr("K"), port))
+        held = self.slow.nat.mappings.of_relay_port(Endpoint(addr("K"), port))
         if held is not None and held.closed_at is None:
             return  # its host wouldn't have given it
         self.ask(Open(1, flow.inside, flow.gport, Endpoint(addr("K"), port)))
@@ -1210,7 +1210,7 @@ def test_what_changes_its_dscp_is_given_back_before_and_handed_over_after() -> N
     rewrite = flow.rewrites[Step.T4]
     observe(d.nat, marked=lambda _: at_the_time.append((rewrite.tos, handed(d, flow))))
 
-    d.nat.mark(rewrite, 46 << 2, d.now)
+    d.nat.tracking.mark(rewrite, 46 << 2, d.now)
 
     assert at_the_time == [(46 << 2, frozenset())]
     assert flow.dscps == (0, 46)

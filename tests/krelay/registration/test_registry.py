@@ -113,7 +113,7 @@ def test_without_a_flow_nobody_is_served(world: World, request_: Open) -> None:
         world.client()
 
     assert world.relays.handle(request_, world.one, 0) == Refused(1, "no row for this client")
-    assert world.nat.of_relay_port(Y) is None
+    assert world.nat.mappings.of_relay_port(Y) is None
 
 
 def test_where_the_inside_port_differs_the_answer_tells_the_clients_own(world: World) -> None:
@@ -251,7 +251,7 @@ def test_what_another_uses_cannot_be_resumed_and_leaves_no_flow(world: World) ->
 
     assert answer == Refused(2, "can't be resumed: port_taken")
     assert list(world.nat) == [flow]
-    assert world.nat.of_relay_port(Y) is flow
+    assert world.nat.mappings.of_relay_port(Y) is flow
 
 
 def test_a_closed_flow_is_no_obstacle_to_who_resumes_between_its_ports(world: World) -> None:
@@ -260,10 +260,10 @@ def test_a_closed_flow_is_no_obstacle_to_who_resumes_between_its_ports(world: Wo
 
     assert world.relays.handle(RESUME, world.one, 2) == Resumed(2)
 
-    again = world.nat.of_relay_port(Y)
+    again = world.nat.mappings.of_relay_port(Y)
     assert again is not None
     assert again is not flow
-    assert world.nat.accepted(C, 16000) is again
+    assert world.nat.mappings.accepted(C, 16000) is again
 
 
 def test_a_refused_resume_takes_nothing_from_the_flow_that_lives(world: World) -> None:
@@ -274,7 +274,7 @@ def test_a_refused_resume_takes_nothing_from_the_flow_that_lives(world: World) -
     answer = world.relays.handle(Resume(2, C, 16000, at("K:40000"), S), world.two, 1)
 
     assert isinstance(answer, Refused)
-    assert world.nat.accepted(C, 16000) is flow
+    assert world.nat.mappings.accepted(C, 16000) is flow
     assert all(table[at_].flow is flow for table, at_ in found)
 
 
@@ -313,7 +313,7 @@ def test_a_handshake_that_the_kernel_rewrote_is_heard_of_when_it_matters(world: 
     flow.tracker.client_acked = False
     observe(
         world.nat,
-        before_expiry=lambda flows: world.nat.heard(flows[0].rewrites[Step.T1], 1, 40, 0),
+        before_expiry=lambda flows: world.nat.tracking.heard(flows[0].rewrites[Step.T1], 1, 40, 0),
     )
 
     assert world.relays.handle(OPEN, world.one, 0) == Opened(1, S, Source.CLIENT)
@@ -353,7 +353,7 @@ def test_a_relay_port_that_another_flow_has_is_taken_also_for_another_client(wor
     answer = world.relays.handle(Open(5, at("D:40000"), 16000, Y), world.two, 1)
 
     assert answer == Refused(5, PORT_TAKEN)
-    assert world.nat.of_relay_port(Y) is flow
+    assert world.nat.mappings.of_relay_port(Y) is flow
     assert all(rewrite.table[rewrite.old] is rewrite for rewrite in flow.rewrites.values())
 
 
@@ -413,7 +413,7 @@ def test_what_never_can_have_been_is_not_resumed(
 def test_the_port_that_the_server_sees_is_resumed_with_its_connection(world: World) -> None:
     low = replace(RESUME, client=at("C:777"), seen=at("C:778"))
     assert world.relays.handle(low, world.one, 0) == Resumed(2)
-    flow = world.nat.of_relay_port(Y)
+    flow = world.nat.mappings.of_relay_port(Y)
     assert flow is not None
     assert flow.seen == at("C:778")
 
@@ -421,7 +421,7 @@ def test_the_port_that_the_server_sees_is_resumed_with_its_connection(world: Wor
     assert isinstance(world.relays.handle(other, world.one, 0), Refused)
     high = replace(RESUME, client=at("C:779"), relay=at("K:45679"))
     assert world.relays.handle(high, world.one, 0) == Resumed(2)
-    flow = world.nat.of_relay_port(at("K:45679"))
+    flow = world.nat.mappings.of_relay_port(at("K:45679"))
     assert flow is not None
     assert flow.seen == at("C:45679")
 

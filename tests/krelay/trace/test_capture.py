@@ -244,7 +244,7 @@ def test_an_error_that_the_relay_made_was_on_no_wire_before() -> None:
 
 def test_what_is_lost_stands_in_the_next_frame_of_each_place_and_at_the_end() -> None:
     found = recorded("pre C:40000 > K:80 [S]")
-    rewrites = found.host.nat.accepted(at("C:40000"), 16000).rewrites  # type: ignore[union-attr]
+    rewrites = found.host.nat.mappings.accepted(at("C:40000"), 16000).rewrites  # type: ignore[union-attr]
     for _ in range(3):
         found.capture.missed(rewrites[Step.T1])
     dropped = Untouched(b"", Hook.PREROUTING, Verdict.DROP, "truncated", from_server=True)

@@ -1,0 +1,159 @@
+"""DNS flows, which the kernel has learnt by itself, as the table sees them.
+
+Copies of packets tell of them (dnsflows.py holds what they say).  A whole flow is made of one when
+it is to be shown, and when a packet comes that the worker must decide about: then it is adopted.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from knet.endpoint import (
+    Endpoint,
+    FlowKey,
+    Proto,
+    Source,
+    flow_key,
+    key_dst,
+    key_src,
+    reverse_key,
+    with_dst,
+)
+from knet.wire import ipv4
+from krelay.nat.admission import Refusal
+from krelay.nat.dnsflows import Beginning, DnsFlow
+from krelay.nat.flow import DNS_PORT, Flow, Footprint, Rewrite
+from krelay.nat.store import FlowStore, Tables
+from krelay.nat.tracking import FlowTracking
+from krelay.steps import Hook, Side, Step
+
+
+class DnsLearning:
+    """What becomes of DNS flows."""
+
+    def __init__(self, store: FlowStore, tracking: FlowTracking) -> None:
+        self._store = store
+        self._tracking = tracking
+        self._dns_flows = store.dns_flows
+
+    def __iter__(self) -> Iterator[tuple[bytes, DnsFlow]]:
+        return iter(self._dns_flows)
+
+    def learn(self, copies: Iterable[tuple[int, bytes]], now: float) -> None:
+        """The kernel has relayed these packets: the hook of each, and its first 28 bytes.
+
+        Queries are copied as they came (PREROUTING), answers as they went on (POSTROUTING).
+        """
+        coming, admission = iter(copies), self._store.admission
+        while True:
+            room, displaces = admission.unasked(), admission.learnt_make_room()
+            together = self._beginning(now, room, displaces=displaces)
+            copy = self._dns_flows.hear(coming, now, together)
+            if copy is None:
+                return
+            hook, head = copy
+            is_query = hook == _PRE
+            key = head[ipv4.FLOW_KEY]
+            query = key if is_query else reverse_key(key)
+            there = self.of_query(query)
+            if there is not None:
+                rewrite = there if is_query else there.flow.by(Side.SERVER)
+                if rewrite is not None:
+                    self._tracking.heard(rewrite, 1, head[2] << 8 | head[3], now)
+            elif (
+                not is_query
+                or self._dns_flows.get(query) is not None
+                or self._has_made_room(query, now)
+            ):
+                self._dns_flows.hear(iter((copy,)), now, self._beginning(now, 1))
+
+    def of_query(self, query: bytes) -> Rewrite | None:
+        """The rewrite of a client's datagrams with this flow key."""
+        return self._store.tables[Hook.PREROUTING, Proto.UDP].get(query)
+
+    def adopt(self, key: bytes, now: float) -> Flow | None:
+        """The flow of what was learnt, if a packet with this flow key is a query or an answer of
+        it; from then on it is the worker's."""
+        if not self._dns_flows.addresses:
+            return None
+        if key_dst(key) in self._dns_flows.addresses:
+            self._catch_up(key, now)
+            return self.adopt_query(key)
+        query = reverse_key(key)  # but for the address that was asked
+        self._catch_up(query, now)
+        found = self._dns_flows.asked_as(query)
+        dns_flow = self._dns_flows.get(found) if found is not None else None
+        if found is None or dns_flow is None or dns_flow.server != key_src(key):
+            return None
+        return self.adopt_query(found)
+
+    def adopt_query(self, query: bytes) -> Flow | None:
+        """The flow of what was learnt of this query; from then on it is the worker's."""
+        dns_flow = self._dns_flows.remove(query)
+        return None if dns_flow is None else self.flow_of(query, dns_flow, enter=True)
+
+    def flow_of(self, query: bytes, dns_flow: DnsFlow, *, enter: bool = False) -> Flow:
+        """The flow that tells of a learnt flow; only if it enters the table are its packets its."""
+        client, service = FlowKey.unpack(query)
+        server = Endpoint(dns_flow.server, service.port)
+        flow = Flow(
+            dns_flow.id, Proto.UDP, client, service, server, Source.CLIENT, dns_flow.began_at
+        )
+        store, outside = self._store, flow_key(client, server)
+        tables = store.tables if enter else _nowhere()
+        store.add(flow, _U12U34, _PRE_POST, query, outside, dns_flow.began_at, tables)
+        there, back = flow.rewrites[Step.U12], flow.rewrites[Step.U34]
+        there.packets, there.bytes = dns_flow.asked, dns_flow.asked_bytes
+        back.packets, back.bytes = dns_flow.answered, dns_flow.answered_bytes
+        there.seen_at = dns_flow.heard_at
+        if enter:
+            store.mappings.reserve(flow, outside)
+            flow.footprint = Footprint(Proto.UDP, service.port, None, dns_flow.server, False, False)
+            store.enter(flow)
+            store.observers.changed(flow)
+        else:  # no circles, which the collector would have to cut
+            there.flow = back.flow = _SHOWN
+            there.table = back.table = {}
+        return flow
+
+    def expire(self, now: float) -> None:
+        """Takes out those that were silent for too long."""
+        self._dns_flows.expire(now, self._store.timeouts.udp_dns)
+
+    def _beginning(self, now: float, room: int, *, displaces: bool = False) -> Beginning:
+        until = now + self._store.timeouts.udp_dns
+        return Beginning(until, room, self._store.limits.flows_per_client, displaces)
+
+    def _has_made_room(self, query: bytes, now: float) -> bool:
+        """Whether there is room for this flow, perhaps since another was evicted for it."""
+        try:
+            client = Endpoint(key_src(query), 0)
+            self._store.admission.make_room(Proto.UDP, client, now, is_learnt=True)
+        except Refusal:
+            return False
+        return True
+
+    def _catch_up(self, key: bytes, now: float) -> None:
+        """Asks the kernel where the first of these two ends may have been learnt, but isn't known.
+
+        Copies take some milliseconds; what must be decided meanwhile is asked for.
+        """
+        client, server = FlowKey.unpack(key)
+        if server.port != DNS_PORT or self._dns_flows.asked_as(key) is not None:
+            return
+        asked = self._store.observers.learnt_address(client)
+        if asked is not None:
+            query = with_dst(key, asked)
+            if self.of_query(query) is None and self._has_made_room(query, now):
+                self._dns_flows.begin(query, now, self._beginning(now, 1))  # its copy counts later
+
+
+_PRE = Hook.PREROUTING
+_PRE_POST = Hook.PREROUTING, Hook.POSTROUTING
+_U12U34 = (Step.U12, Step.U34)
+_NOWHERE = Endpoint(b"", 0)
+_SHOWN = Flow(0, Proto.UDP, _NOWHERE, _NOWHERE, _NOWHERE, Source.CLIENT, 0.0)
+"""Whose the rewrites are that were made to be shown."""
+
+
+def _nowhere() -> Tables:
+    """Tables in which nothing is looked up."""
+    return {(hook, Proto.UDP): {} for hook in Hook}
