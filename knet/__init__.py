@@ -21,8 +21,7 @@ What a daemon is made of:
 
 How a process lives, and what it may:
 
-    process      it ends with the process that started it
-    notify       it tells the service manager that it serves
+    process      it ends with the process that started it, and says when it serves
     collector    when the cyclic collector runs
     children     programs are started, and what they inherit
     isolated     a module is run by name, from where ours lie

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from random import SystemRandom
 
-from knet import listeners, notify, privileges, unixsock
+from knet import listeners, privileges, process, unixsock
 from knet.collector import Collector
 from knet.endpoint import Proto
 from knet.log import Failures, Log, Throttle, lines_lost, stood_still
@@ -359,7 +359,7 @@ def serve(root: Path, queue_num: int, witness: Witness, relay_gid: int | None = 
         loop.on_absence = partial(stood_still, _log)
         daemon = Daemon(loop, root, witness, queue_num, relay_gid)
         _give_up(relay_gid)
-        if (problem := notify.ready()) is not None:
+        if (problem := process.tell_ready()) is not None:
             _log.warning("the service manager can't be told", error=problem)
         daemon.collector = Collector(lambda: len(daemon.nat) * BLOCKS_OF_A_ROW)
         return daemon.run()

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
 
-from knet import notify, process
+from knet import process
 from knet.log import Failures, Log, Throttle
 from knet.loop import Loop, Timer
 
@@ -300,7 +300,7 @@ class _Parent:
 
 
 def _tell_manager() -> None:
-    if (problem := notify.ready()) is not None:
+    if (problem := process.tell_ready()) is not None:
         log.warning("the service manager can't be told", error=problem)
 
 

@@ -1,7 +1,8 @@
-"""Children and their parent's death: before, while and after they ask for word of it."""
+"""Children and their parent's death: before, while and after they ask for word of it; READY=1."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Self
 
 import pytest
 
+from knet.process import tell_ready
 from tests.tcp_relay.helpers import BOUND, wait_for
 
 # A parent whose child says its pid and waits; `late` lets the child wait for the parent's death
@@ -106,3 +108,49 @@ def test_without_it_a_child_would_stay(notes: Path) -> None:
 
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+# The service manager.
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_ready_arrives_at_a_path_and_at_an_abstract_name(
+    abstract: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"@krelay-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address.replace("@", "\0") if abstract else address)
+        manager.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+
+        assert tell_ready() is None
+        assert manager.recv(100) == b"READY=1"
+        with pytest.raises(BlockingIOError):
+            manager.recv(100)
+
+
+@pytest.mark.parametrize("address", [None, "", "relative", "vsock:2:1234"])
+def test_without_an_address_that_is_understood_nothing_is_sent(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    if address is not None:
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+    monkeypatch.setattr("socket.socket", None)
+
+    assert tell_ready() is None
+
+
+def test_a_manager_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    assert tell_ready() == "No such file or directory"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+
+    assert tell_ready() == "Connection refused"
+
+
+def test_a_name_that_is_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/" + "x" * 200)
+
+    assert tell_ready() == "AF_UNIX path too long"
