@@ -56,7 +56,6 @@ EXCEPTIONS = {
     "krelay/doctor/passages.py: lines": 460,
     "krelay/doctor/checks.py: lines": 724,
     "krelay/doctor/gather.py: lines": 623,
-    "krelay/rules/ruleset.py: lines": 901,
     "krelay/control/server.py: lines": 460,
     "krelay/demo/play.py: lines": 480,
     "krelay/datapath/worker.py: lines": 895,

@@ -1,4 +1,7 @@
-"""Rules of the packet filter, whoever made them.
+"""Rules of the packet filter, whoever makes them.
 
-watch  says when somebody takes rules out of tables that are watched
+rows      rules as values; the texts of nft and iptables come from them (pure)
+ports     ranges of ports, and sets, as both tools write them (pure)
+iptables  input for iptables-restore (pure)
+watch     says when another program takes rules out of tables that are watched
 """

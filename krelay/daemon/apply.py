@@ -7,8 +7,7 @@ from krelay.datapath.worker import Policy
 from krelay.host.links import HostView
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Footprint, Timeouts
-from krelay.rules import ruleset
-from krelay.rules.ruleset import Learning, RuleSpec
+from krelay.rules.spec import Learning, RuleSpec, wanted
 from procfs_sim.tree import Config, Service
 
 
@@ -68,7 +67,7 @@ def rules(
     `room`: how many flows can be offloaded in each step.  `has_maps`, `follows_dscp`: what the
     packet filter can; `tells_ends`, `tells_strays`: what of it the worker can be told.
     """
-    return ruleset.wanted(
+    return wanted(
         name=name,
         queue=queue,
         tcp=((s.first, s.last) for s in config.terminated),

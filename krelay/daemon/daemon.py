@@ -36,7 +36,7 @@ from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.registration import inforce
 from krelay.registration.server import RelaySocket
-from krelay.rules import ruleset
+from krelay.rules.spec import DEFAULT_QUEUE
 from krelay.steps import Step
 from krelay.trace.lines import Filter
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
@@ -75,7 +75,7 @@ class Daemon:
         loop: Loop,
         root: Path,
         witness: Witness,
-        queue_num: int = ruleset.DEFAULT_QUEUE,
+        queue_num: int = DEFAULT_QUEUE,
         relay_gid: int | None = None,
     ) -> None:
         self._loop = loop

@@ -9,7 +9,7 @@ from knet.log import Failures, Log, Throttle
 from knet.loop import PAUSE, Loop
 from krelay.datapath.nfqueue import Queue, figures
 from krelay.datapath.worker import Worker
-from krelay.rules import ruleset
+from krelay.rules.spec import openings
 
 MAX_OPENINGS = 1024
 """SYNs that wait before the kernel drops more; a client repeats its own after a second."""
@@ -74,7 +74,7 @@ class Queues:
         self._dropped_before, self._overflows_told = (0, 0), 0
         self._add(
             Queue(
-                ruleset.openings(self._number),
+                openings(self._number),
                 self._worker,
                 self._send,
                 most=MAX_OPENINGS,

@@ -21,7 +21,7 @@ from krelay.host.links import HostView
 from krelay.host.netfilter import Backend, RulesDelayed, RulesUnavailable
 from krelay.nat.table import NatTable
 from krelay.offload.kernelpath import KernelPath
-from krelay.rules.ruleset import RuleSpec
+from krelay.rules.spec import RuleSpec
 from procfs_sim.tree import Config
 
 LOOK_AFTER = 0.02

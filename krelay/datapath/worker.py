@@ -80,7 +80,7 @@ from krelay.nat.flow import Flow, Rewrite
 from krelay.nat.ports import FIRST_HIGH
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State, TcpSegment, Through
-from krelay.rules.ruleset import DSCP_STEPS
+from krelay.rules.steprows import DSCP_STEPS
 from krelay.steps import SENDERS, SIDES, Hook, Side, Step
 
 

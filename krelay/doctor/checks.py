@@ -8,6 +8,7 @@ and what a dead krelay left.
 from collections.abc import Callable, Iterable
 from shlex import quote
 
+from knet.rules.ports import merged
 from krelay.doctor import passages
 from krelay.doctor.facts import Facts, Leftover, ListenerFacts, Path, Uplink
 from krelay.doctor.findings import Finding, Level
@@ -526,7 +527,7 @@ def own_ports(facts: Facts) -> list[Finding]:
     )
     if high + 1 - low - sum(low <= port <= high for port in reserved) < PORTS_WANTED:
         return [Finding(check, WARNING, f"{text}; relay fewer ports")]
-    spans = ruleset.merged((port, port) for port in reserved)
+    spans = merged((port, port) for port in reserved)
     listed = ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans)
     mend = f"sysctl -w net.ipv4.ip_local_reserved_ports={listed}"
     return [Finding(check, WARNING, text, mend)]

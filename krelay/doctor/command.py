@@ -22,7 +22,7 @@ from krelay.doctor.facts import Facts
 from krelay.doctor.findings import Finding, Level
 from krelay.doctor.gather import gather
 from krelay.host import processes, treelock
-from krelay.rules import ruleset
+from krelay.rules.spec import DEFAULT_QUEUE
 
 STYLES = {
     Level.OK: "green",
@@ -42,7 +42,7 @@ _PAUSE = 0.02
 def run(
     root: Path,
     client: IPv4Address | None = None,
-    queue_num: int = ruleset.DEFAULT_QUEUE,
+    queue_num: int = DEFAULT_QUEUE,
     asked: Mapping[str, Any] = MappingProxyType({}),
     *,
     fix: bool = False,
@@ -72,7 +72,7 @@ def run(
 def look(
     root: Path,
     client: IPv4Address | None = None,
-    queue_num: int = ruleset.DEFAULT_QUEUE,
+    queue_num: int = DEFAULT_QUEUE,
     asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Finding]:
     """All findings, those of the probe included."""

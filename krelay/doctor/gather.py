@@ -30,7 +30,7 @@ from krelay.doctor.facts import LOOPBACK, Facts, Leftover, LinkFacts, ListenerFa
 from krelay.doctor.firewall import Chain, Chains, Rule
 from krelay.host import netfilter, processes, tracking, treelock
 from krelay.host.cleanup import SOCKETS
-from krelay.rules import ruleset
+from krelay.rules.spec import DEFAULT_QUEUE, instance_of, queue_of
 from procfs_sim import ondisk
 from procfs_sim.ondisk import FileTree
 from procfs_sim.tree import SETTINGS, Config, SettingRefused, conflicts, parse
@@ -59,7 +59,7 @@ CHEAP = frozenset({"privileges", "file tree", "krelay", "queue", "rules", "liste
 def gather(
     root: FilePath,
     client: IPv4Address | None = None,
-    queue_num: int = ruleset.DEFAULT_QUEUE,
+    queue_num: int = DEFAULT_QUEUE,
     asked: Mapping[str, Any] = MappingProxyType({}),
     *,
     cheap: bool = False,
@@ -381,7 +381,7 @@ class _Gatherer:
             chains += tuple(
                 replace(chain, rules=tuple(r for r in chain.rules if not _leads_to_ours(r)))
                 for chain in found
-                if not ruleset.instance_of(chain.name)
+                if not instance_of(chain.name)
             )
         from krelay.datapath.nfqueue import figures, figures_shown
 
@@ -405,7 +405,7 @@ class _Gatherer:
         listing, text = _listed()
         self._made_by_iptables = nftrules.made_by_iptables(listing)
         found = nftrules.chains(listing, text)
-        ours = [c for c in found if c.family == "ip" and ruleset.instance_of(c.table)]
+        ours = [c for c in found if c.family == "ip" and instance_of(c.table)]
         chains = tuple(chain for chain in found if chain not in ours)
         return chains, _instances("nft", ours)
 
@@ -460,7 +460,7 @@ def _listed() -> tuple[dict[str, Any], str]:
         if (table := entry.get("table")) is None:
             continue
         family, name = table["family"], table["name"]
-        terse = ("--terse",) if family == "ip" and ruleset.instance_of(name) else ()
+        terse = ("--terse",) if family == "ip" and instance_of(name) else ()
         shown = json.loads(_run("nft", "-j", *terse, "list", "table", family, name))
         entries += shown["nftables"]
         texts.append(_run("nft", "-a", *terse, "list", "table", family, name))
@@ -468,17 +468,17 @@ def _listed() -> tuple[dict[str, Any], str]:
 
 
 def _leads_to_ours(rule: Rule) -> bool:
-    return rule.verdict.kind == "jump" and bool(ruleset.instance_of(rule.verdict.target))
+    return rule.verdict.kind == "jump" and bool(instance_of(rule.verdict.target))
 
 
 def _instances(tool: str, chains: Iterable[Chain]) -> list[Leftover]:
     """The krelays that have these chains, and the queues they feed."""
     texts: dict[str, str] = {}
     for chain in chains:
-        name = ruleset.instance_of(chain.table if tool == "nft" else chain.name)
+        name = instance_of(chain.table if tool == "nft" else chain.name)
         if name is not None:
             texts[name] = "\n".join([texts.get(name, ""), *(rule.text for rule in chain.rules)])
-    return [Leftover(name, tool, ruleset.queue_of(text)) for name, text in sorted(texts.items())]
+    return [Leftover(name, tool, queue_of(text)) for name, text in sorted(texts.items())]
 
 
 def _is_vrf(link: Any) -> bool:

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from krelay.doctor.firewall import NEVER, UNSURE, Chain, Chains, Match, Rule, RuleVerdict
-from krelay.rules.ruleset import instance_of
+from krelay.rules.spec import instance_of
 
 FAMILIES = ("ip", "inet", "netdev")
 

@@ -31,8 +31,10 @@ from typing import Any, Protocol
 
 from knet import children, netlink
 from knet.netlink import nftables
+from knet.rules import iptables
 from krelay.rules import ruleset
-from krelay.rules.ruleset import Learning, RuleSpec
+from krelay.rules.queued import OPENINGS, WORKER
+from krelay.rules.spec import Learning, RuleSpec, instance_name, openings
 from procfs_sim.tree import DEFAULT_ROOT
 
 TIMEOUT = 10.0
@@ -87,7 +89,7 @@ _LOCK_WITHIN = 1
 
 def instance(root: Path) -> str:
     """The name of the rules of the krelay that serves this tree, however the tree is spelt."""
-    return ruleset.instance_name(os.path.realpath(root), os.path.realpath(DEFAULT_ROOT))
+    return instance_name(os.path.realpath(root), os.path.realpath(DEFAULT_ROOT))
 
 
 class Backend(Protocol):
@@ -161,8 +163,8 @@ class Nft:
         if self.with_xt and afresh:
             try:
                 _send_rules(
-                    nftables.queue_rule(spec.name, ruleset.WORKER, spec.queue),
-                    nftables.queue_rule(spec.name, ruleset.OPENINGS, ruleset.openings(spec.queue)),
+                    nftables.queue_rule(spec.name, WORKER, spec.queue),
+                    nftables.queue_rule(spec.name, OPENINGS, openings(spec.queue)),
                 )
             except OSError as error:
                 self.remove(spec.name)
@@ -191,7 +193,7 @@ class Nft:
         shown = json.loads(_run(("nft", "-j", "--terse", "list", "table", "ip", spec.name)))
         found = Counter(e["rule"]["chain"] for e in shown["nftables"] if "rule" in e)
         wanted = ruleset.nft_rules(spec, with_xt=self.with_xt)
-        queues = {ruleset.WORKER, ruleset.OPENINGS} if self.with_xt else set()
+        queues = {WORKER, OPENINGS} if self.with_xt else set()
         return found == Counter(
             {chain: len(rules) + (chain in queues) for chain, rules in wanted.items()}
         )
@@ -216,10 +218,23 @@ class Iptables:
     def install(
         self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
     ) -> None:
-        """One commit a table; see ruleset.  If the second is refused, the first is taken back."""
+        """One commit a table; see ruleset.  If the second is refused, the first is taken back.
+
+        Rules have no labels where the kernel, or the tool, has no `comment` match.
+        """
         hung, _ = self._found(spec.name)
         try:
             self._restore(ruleset.iptables_install(spec, hung))
+        except RulesDelayed:
+            self.remove(spec.name)
+            raise
+        except RulesUnavailable:
+            self.remove(spec.name)
+            self._install_unlabelled(spec)
+
+    def _install_unlabelled(self, spec: RuleSpec) -> None:
+        try:
+            self._restore(iptables.unlabelled(ruleset.iptables_install(spec, frozenset())))
         except RulesUnavailable:
             self.remove(spec.name)
             raise

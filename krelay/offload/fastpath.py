@@ -51,7 +51,7 @@ from knet.netlink.nftables import Count
 from krelay.nat.events import IdleObserver
 from krelay.nat.flow import BUSY, Flow, Rewrite
 from krelay.nat.table import NatTable
-from krelay.rules.ruleset import CHANGES
+from krelay.rules.steprows import STEP_ROWS
 from krelay.steps import SIDES, Step
 
 HAND_AFTER = 0.05
@@ -74,7 +74,7 @@ _FIELDS = {
     "sport": slice(8, 10),
     "dport": slice(10, 12),
 }
-_CHANGED = {step: _FIELDS[change.field] for step, change in CHANGES.items()}
+_CHANGED = {step: _FIELDS[change.field] for step, change in STEP_ROWS.items()}
 
 
 class Changes(NamedTuple):

@@ -22,7 +22,8 @@ from knet.netlink.nftables import Count, Elements
 from knet.sockbuf import Direction, enlarge
 from krelay.nat.flow import Rewrite
 from krelay.offload.fastpath import Changes, begins, new_value
-from krelay.rules.ruleset import BEGINS, CHANGES, DSCP_STEPS, map_name
+from krelay.rules.offloaded import BEGINS, map_name
+from krelay.rules.steprows import DSCP_STEPS, STEP_ROWS
 from krelay.steps import SIDES, Step
 
 TOGETHER = 256
@@ -57,7 +58,7 @@ class KernelMaps:
         self._elements = {
             (proto, step): Elements(table, map_name(proto, step))
             for proto in Proto
-            for step in CHANGES
+            for step in STEP_ROWS
         }
         self._begins = Elements(table, BEGINS)
         self._socket, self._together = _connected()

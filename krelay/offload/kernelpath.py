@@ -30,16 +30,9 @@ from krelay.nat.table import NatTable
 from krelay.offload.copies import Copies
 from krelay.offload.fastpath import FastPath
 from krelay.offload.kernelmaps import KernelMaps, MapsLost
-from krelay.rules.ruleset import (
-    LEARNING_MOST,
-    LEARNT,
-    Learning,
-    RuleSpec,
-    begun,
-    ends,
-    steps_handed,
-    strays,
-)
+from krelay.rules.dnslearning import LEARNING_MOST, LEARNT
+from krelay.rules.offloaded import steps_offloaded
+from krelay.rules.spec import Learning, RuleSpec, begun, ends, strays
 from krelay.steps import Step
 from krelay.trace.lines import Filter
 from procfs_sim.tree import Config
@@ -204,7 +197,7 @@ class KernelPath(IdleObserver):
         The netlink port from which the maps will be changed, if that is new.  Raises OSError.
         """
         self._learning = spec.learning
-        self.fast.made(steps_handed(spec))
+        self.fast.made(steps_offloaded(spec))
         if spec.learning is not None:
             self._read_copies()
             addresses = frozenset(each.packed for each in spec.learning.addresses)

@@ -1,4 +1,9 @@
-"""krelay's own rules of the packet filter.  Pure.
+"""krelay's own rules of the packet filter, as rows.  Pure.
 
-ruleset  which packets go to the queue, as a value and as text for nft or iptables
+spec         what is to be queued, as a value; names, queues and log groups
+steprows     the table of steps: which packets take a step, and what it changes in them
+queued       rows by which packets reach the worker
+offloaded    rows by which the kernel relays offloaded flows itself, and their maps (nft)
+dnslearning  rows by which the kernel relays DNS queries without asking first (nft)
+ruleset      all of them together, as text for nft or iptables
 """

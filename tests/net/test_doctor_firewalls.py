@@ -14,7 +14,7 @@ import pytest
 
 from krelay.doctor import command, gather
 from krelay.doctor.findings import Level
-from krelay.rules.ruleset import instance_of
+from krelay.rules.spec import instance_of
 from krelay_vm import Result
 from tests.net.world import PATIENCE, PYTHON, World, greet
 

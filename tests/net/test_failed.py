@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from krelay.rules.ruleset import openings
+from krelay.rules.spec import openings
 from krelay_vm import Program
 from tests.net.world import GPORT, PYTHON, World, greet
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from krelay.offload.kernelpath import MOST_LOSSES
-from krelay.rules.ruleset import instance_name
+from krelay.rules.spec import instance_name
 from procfs_sim.tree import DEFAULT_ROOT
 from tests.net.test_cases import flow_of
 from tests.net.test_datapaths import udp_flow, visits

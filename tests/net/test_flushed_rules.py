@@ -7,7 +7,7 @@ import pytest
 
 from knet.wire.tcp import SYN
 from krelay.daemon import rulekeeper
-from krelay.rules import ruleset
+from krelay.rules.spec import instance_name
 from procfs_sim.tree import DEFAULT_ROOT
 from tests.net.routed import watching
 from tests.net.world import PYTHON, World, answers, echo, greet
@@ -71,7 +71,7 @@ def test_rules_that_are_flushed_come_back_and_a_connection_at_rest_goes_on(
     idle = world.connect("client", 80)
     greet(idle)
     before = world.rules()
-    table = ruleset.instance_name(str(world.root), DEFAULT_ROOT)
+    table = instance_name(str(world.root), DEFAULT_ROOT)
     assert (f"table ip {table} " in before) is (flushes is NFT)
     for number, (name, command) in enumerate(flushes.items()):
         world.lab.run("relay", "sh", "-c", command.format(table=table))

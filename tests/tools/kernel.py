@@ -28,7 +28,8 @@ from krelay.nat.table import NatTable
 from krelay.offload.fastpath import Changes, FastPath, begins
 from krelay.registration.registry import Relays, Send
 from krelay.rules import ruleset
-from krelay.rules.ruleset import RuleSpec
+from krelay.rules.offloaded import BEGINS
+from krelay.rules.spec import RuleSpec, begun, ends, wanted
 from krelay.steps import SIDES, Hook, Step
 from tests.tools.observing import observe
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
@@ -50,6 +51,7 @@ _LOOK_UP = re.compile(
     r"map @(?P<map>[\w-]+) (?:log group (?P<group>\d+) snaplen 28 )?counter name (?P=map) accept"
 )
 _VERDICT = re.compile(r"goto (?P<chain>(?:pre|post)-(?:tcp|udp))|accept")
+_LABEL = re.compile(r' comment "[^"]*"$')
 QUEUE = 1600
 _FLAGS = {"fin": FIN, "syn": SYN, "rst": RST, "ack": ACK}
 
@@ -176,7 +178,7 @@ class FakeKernel:
                 raise Refused("the map is full")
             elements[_key(rewrite.old)] = Element(_value(rewrite))
             if begins(rewrite):
-                self.sets[ruleset.BEGINS].add(_key(rewrite.old))
+                self.sets[BEGINS].add(_key(rewrite.old))
         return final
 
     def read(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
@@ -236,7 +238,7 @@ def _rules(spec: RuleSpec) -> dict[str, list[FastRule]]:
 
 def _rule(line: str) -> FastRule | None:
     """The rule; None for one that leads to the worker in the end, or is about other packets."""
-    guards, rest = [], line
+    guards, rest = [], _LABEL.sub("", line)
     while match := _MATCH.match(rest):
         guards.append(_guard(match))
         rest = rest[match.end() :]
@@ -332,7 +334,7 @@ class Datapath:
             return
         policy = self.policy
         self._needs_more = False
-        spec = ruleset.wanted(
+        spec = wanted(
             name="krelay",
             queue=QUEUE,
             tcp=((port, port) for port in policy.tcp - policy.forwarded),
@@ -370,8 +372,8 @@ class Datapath:
     def hear(self) -> None:
         """Takes note of the copies that the kernel has made."""
         copies = self.kernel.copies
-        self.nat.tracking.begun(copies.pop(ruleset.begun(QUEUE), []))
-        self.nat.tracking.ended(copies.pop(ruleset.ends(QUEUE), []))
+        self.nat.tracking.begun(copies.pop(begun(QUEUE), []))
+        self.nat.tracking.ended(copies.pop(ends(QUEUE), []))
         self.turn()
 
     def turn(self, most: int = 512) -> None:

@@ -6,7 +6,7 @@ from knet.endpoint import Proto, Source
 from krelay.daemon import apply
 from krelay.host.links import HostView
 from krelay.nat.flow import Footprint
-from krelay.rules.ruleset import RuleSpec
+from krelay.rules.spec import RuleSpec
 from procfs_sim.tree import Config, parse
 
 OWN = IPv4Address("192.168.0.2").packed

@@ -17,7 +17,7 @@ from krelay.datapath.nfqueue import Queue, QueueUnavailable, figures
 from krelay.datapath.worker import Verdict, Worker
 from krelay.host.netfilter import probe
 from krelay.nat.table import NatTable
-from krelay.rules.ruleset import RuleSpec
+from krelay.rules.spec import RuleSpec
 from krelay_vm import Lab
 
 pytestmark = pytest.mark.net

@@ -90,7 +90,7 @@ def test_the_tree_and_the_rules_are_named_when_they_go(
         remove = staticmethod(rules.remove)
 
     monkeypatch.setattr("krelay.host.netfilter.CANDIDATES", [Backend])
-    monkeypatch.setattr("krelay.rules.ruleset.instance_name", lambda *_: "krelay-ours")
+    monkeypatch.setattr("krelay.host.netfilter.instance_name", lambda *_: "krelay-ours")
     rules.append("krelay-ours")
     (tree / "notes").touch()
     assert clean(tree) == ["rules of krelay-ours (nft)", f"file tree {tree}, but not notes"]

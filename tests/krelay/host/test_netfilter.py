@@ -21,7 +21,7 @@ from krelay.host.netfilter import (
     same_rules,
 )
 from krelay.rules import ruleset
-from krelay.rules.ruleset import RuleSpec
+from krelay.rules.spec import RuleSpec
 from krelay_vm import Lab
 
 SPEC = RuleSpec(
@@ -160,6 +160,30 @@ def test_when_the_second_table_is_refused_the_first_is_taken_back(
     with pytest.raises(RulesUnavailable, match="nosuchmatch"):
         Iptables("iptables").install(SPEC)
 
+    assert rules() == ""
+
+
+@pytest.mark.net
+def test_iptables_without_comments_has_the_rules_without_labels(
+    relay: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore = Iptables._restore
+
+    def lacks_comments(self: Iptables, text: str) -> None:
+        if "--comment" in text:
+            raise RulesUnavailable("No chain/target/match by that name.")
+        restore(self, text)
+
+    backend = Iptables("iptables")
+    backend.install(SPEC)
+    labelled = subprocess.run(["iptables-save"], capture_output=True, text=True).stdout
+    assert '--comment "ICMP error"' in labelled
+    assert "--comment T3 " in labelled
+    monkeypatch.setattr(Iptables, "_restore", lacks_comments)
+    backend.install(SPEC)
+    assert backend.intact(SPEC)
+    assert "comment" not in subprocess.run(["iptables-save"], capture_output=True, text=True).stdout
+    backend.remove(SPEC.name)
     assert rules() == ""
 
 

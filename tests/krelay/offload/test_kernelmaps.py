@@ -26,7 +26,8 @@ from krelay.nat.table import NatTable
 from krelay.offload import kernelmaps
 from krelay.offload.fastpath import Changes
 from krelay.offload.kernelmaps import TOGETHER, KernelMaps, MapsLost
-from krelay.rules.ruleset import RuleSpec, map_name
+from krelay.rules.offloaded import map_name
+from krelay.rules.spec import RuleSpec
 from krelay.steps import SIDES, Step
 from krelay_vm import Lab
 

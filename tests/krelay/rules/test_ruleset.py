@@ -3,40 +3,31 @@
 import re
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
-from itertools import pairwise
 from textwrap import dedent
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from knet.endpoint import Proto
+from knet.rules.ports import MULTIPORT_MOST, Ports, merged
+from knet.rules.rows import ANYONE, U32_MOST
 from krelay.nat.flow import Footprint
-from krelay.rules.ruleset import (
-    ANYONE,
-    BEGINS,
-    MULTIPORT_MOST,
-    U32_MOST,
+from krelay.rules import ruleset
+from krelay.rules.offloaded import BEGINS, map_name, steps_offloaded
+from krelay.rules.ruleset import chains, iptables_remove, nft_remove
+from krelay.rules.spec import (
     Learning,
-    Ports,
     RuleSpec,
     begun,
-    chains,
     ends,
     instance_name,
-    iptables_install,
-    iptables_remove,
-    map_name,
-    merged,
-    nft_install,
-    nft_remove,
-    nft_rules,
     queue_of,
-    steps_handed,
     strays,
     wanted,
 )
-from krelay.steps import SIDES
+from krelay.steps import SIDES, Step
 
 S, Z = IPv4Address("192.168.0.1"), IPv4Address("192.168.0.99")
 NET, OTHER = IPv4Network("192.168.0.0/24"), IPv4Network("10.9.0.0/16")
@@ -57,6 +48,29 @@ port_ranges = st.lists(
     st.tuples(st.integers(1, 400), st.integers(0, 30)).map(lambda r: (r[0], r[0] + r[1])),
     max_size=60,
 )
+
+
+def unlabelled(rule: str) -> str:
+    """The rule without its label.  The comment of a place for a queue is none."""
+    if rule.startswith("drop comment"):
+        return rule
+    return re.sub(r' comment "[^"]*"| -m comment --comment "[^"]*"', "", rule)
+
+
+def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
+    """What nft is told to do by chain, without labels."""
+    made = ruleset.nft_rules(spec, with_xt=with_xt)
+    return {chain: list(map(unlabelled, lines)) for chain, lines in made.items()}
+
+
+def nft_install(spec: RuleSpec, **options: Any) -> str:
+    """The transaction, without labels."""
+    return "\n".join(map(unlabelled, ruleset.nft_install(spec, **options).split("\n")))
+
+
+def iptables_install(spec: RuleSpec, hung: frozenset[str]) -> str:
+    """The input of iptables-restore, without labels."""
+    return "\n".join(map(unlabelled, ruleset.iptables_install(spec, hung).split("\n")))
 
 
 def rules(text: str, hook: str) -> list[str]:
@@ -340,9 +354,9 @@ def test_the_fast_path_comes_before_every_rule_that_queues() -> None:
 def test_every_map_is_there_once_and_as_large_as_wished() -> None:
     spec = replace(SPEC, room=1000, forwarded=((443, 443),))
     text = nft_install(spec)
-    steps = {map_name(proto, step): step for proto, step in steps_handed(spec)}
+    steps = {map_name(proto, step): step for proto, step in steps_offloaded(spec)}
 
-    assert len(steps) == len(steps_handed(spec)) == 16
+    assert len(steps) == len(steps_offloaded(spec)) == 16
     for name, step in steps.items():
         counted = " counter;" if step in SIDES else ""  # what flows show
         assert len(re.findall(rf"  map {name} {{ type .* size 1000;{counted} }}", text)) == 1
@@ -381,9 +395,9 @@ def test_the_iptables_rules_of_prerouting() -> None:
         -p tcp dports 16000,17000 to-us Q
         -p tcp --tcp-flags SYN,ACK SYN dports 80,8000:8100 to-us SYNs
         -p tcp dports 80,8000:8100 to-us Q
-        -p udp dports 53 to-us Q
         -s 192.168.0.1 -p tcp sports 80,8000:8100 Q
         -d 192.168.0.1 -p tcp dports 80,8000:8100 Q
+        -p udp dports 53 to-us Q
         -d 192.168.0.1 -p udp dports 53 Q
         -s 192.168.0.1 -p udp sports 53 to-us Q
         -d 255.255.255.255/32 -p udp --dport 0 -m socket -j RETURN
@@ -393,18 +407,18 @@ def test_the_iptables_rules_of_prerouting() -> None:
 def test_the_iptables_rules_of_postrouting() -> None:
     assert rules(iptables_install(SPEC, frozenset()), "post") == lines_of("""
         error&&quote@24=0xc0a80001&&quote@28&0xFFFF=53,80,8000:8100 Q
-        error&&quote@24=0xc0a80001&&quote@8>>24&0xF=6:15 Q
         error&&quote@20=0xc0a80001&&quote@28>>16=53,80,8000:8100 Q
+        error&&quote@24=0xc0a80001&&quote@8>>24&0xF=6:15 Q
         error&&quote@20=0xc0a80001&&quote@8>>24&0xF=6:15 Q
         -p icmp -m u32 --u32 quote@0>>24=5&&quote@24=0xc0a80001 -j DROP
         -p icmp -m u32 --u32 quote@0>>24=5&&quote@20=0xc0a80001 -j DROP
         -o lo -j RETURN
         -p tcp sports 16000,17000 from-us Q
         -d 192.168.0.1 -p tcp dports 80,8000:8100 from-us Q
-        -s 192.168.0.1 -p udp sports 53 Q
-        -s 192.168.0.0/24 -d 192.168.0.1 -p udp dports 53 Q
-        -d 192.168.0.1 -p udp dports 53 from-us Q
         -p tcp --tcp-flags SYN,ACK SYN sports 80,8000:8100 from-us Q
+        -s 192.168.0.1 -p udp sports 53 Q
+        -d 192.168.0.1 -p udp dports 53 from-us Q
+        -s 192.168.0.0/24 -d 192.168.0.1 -p udp dports 53 Q
         -p udp sports 53 from-us Q
     """)
 
@@ -428,6 +442,66 @@ def test_iptables_hangs_its_chains_first_in_what_leaves_and_then_in_what_comes()
         -I PREROUTING 1 -j krelay-pre
         COMMIT
     """)  # noqa: E501
+
+
+# What each rule is for
+
+
+EVERYTHING = replace(
+    SPEC,
+    room=1000,
+    forwarded=((443, 443),),
+    learning=Learning(S, (Z,), (NET,)),
+    tells_ends=True,
+    any_port=((53, 53),),
+    asked_within=300,
+    tells_strays=True,
+)
+
+
+@pytest.mark.parametrize("spec", [SPEC, EVERYTHING], ids=["queue", "everything"])
+def test_each_rule_says_what_it_is_for(spec: RuleSpec) -> None:
+    for chain, lines in ruleset.nft_rules(spec).items():
+        if chain not in ("to-worker", "openings"):
+            assert all(re.search(r' comment "[\w ,]+"$', rule) for rule in lines), chain
+    for line in ruleset.iptables_install(spec, frozenset()).splitlines():
+        # what is only passed over doesn't pay for a match
+        shows = '-m comment --comment "' in line
+        assert shows is (line.startswith("-A krelay-") and " lo -j RETURN" not in line), line
+
+
+def test_a_steps_rules_are_found_by_its_label() -> None:
+    made = ruleset.nft_rules(EVERYTHING)
+
+    def of(label: str) -> list[str]:
+        return [
+            f"{chain}: {unlabelled(rule)}"
+            for chain, lines in made.items()
+            for rule in lines
+            if re.search(rf'comment "(?:[\w,]+,)?{label}(?:,\w+)?"', rule)
+        ]
+
+    def iptables_of(label: str) -> list[str]:
+        return [
+            rule
+            for hook in ruleset.iptables_rules(SPEC)
+            for rule in hook
+            if f'--comment "{label}"' in rule
+        ]
+
+    fast = "tcp flags & (fin | rst | ack) == ack"
+    assert [rule.replace(KEY, "flow") for rule in of("T3")] == [
+        f"post-tcp: ip daddr {{ {S} }} {fast} "
+        "ip saddr set flow map @tcp-t3 counter name tcp-t3 accept",
+        f"post-tcp: ip daddr {{ {S} }} tcp dport {{ 80, 8000-8100 }} fib saddr type local "
+        "goto to-worker",
+    ]
+    for step in Step:
+        found = of(step.label)
+        assert found or step is Step.D2, step
+    for step in (Step.T2, Step.T3):
+        assert ["== fin" in rule for rule in of(f"{step.label} FIN")] == [True]
+    assert [rule.split(" -m ")[0] for rule in iptables_of("T3")] == ["-d 192.168.0.1 -p tcp"]
 
 
 @pytest.mark.parametrize("hung", [(), ("krelay-pre",), ("krelay-pre", "krelay-post")])
@@ -554,39 +628,6 @@ def test_u32_tests_have_ten_slots_and_name_every_port_once(
             low, _, high = part.partition(":")
             named += range(int(low), int(high or low) + 1)
     assert named == sorted({p for low, high in ranges for p in range(low, high + 1)})
-
-
-# merged
-
-
-@given(port_ranges)
-def test_merged_ranges_are_the_same_ports_in_order_and_apart(
-    ranges: list[tuple[int, int]],
-) -> None:
-    result = merged(ranges)
-
-    assert {p for low, high in result for p in range(low, high + 1)} == {
-        p for low, high in ranges for p in range(low, high + 1)
-    }
-    assert all(low <= high for low, high in result)
-    assert all(before[1] + 1 < after[0] for before, after in pairwise(result))
-    assert merged(result) == result
-    assert merged(reversed(ranges)) == result
-
-
-@pytest.mark.parametrize(
-    ("ranges", "expected"),
-    [
-        ([], ()),
-        ([(80, 80)], ((80, 80),)),
-        ([(80, 80), (81, 81)], ((80, 81),)),
-        ([(80, 80), (82, 82)], ((80, 80), (82, 82))),
-        ([(1, 65535), (80, 80)], ((1, 65535),)),
-        ([(80, 90), (85, 87), (90, 95)], ((80, 95),)),
-    ],
-)
-def test_touching_ranges_become_one(ranges: list[tuple[int, int]], expected: Ports) -> None:
-    assert merged(ranges) == expected
 
 
 # wanted
