@@ -20,10 +20,10 @@ from typing import Any
 from knet import children, privileges, trust
 from knet.log import Log
 from knet.privileges import Account, NoAccount
+from knet.rules.run import RulesUnavailable
 from krelay.control import client
 from krelay.doctor import command as doctor
 from krelay.host import cleanup, treelock
-from krelay.host.netfilter import RulesUnavailable
 from procfs_sim import ondisk
 from procfs_sim.ondisk import FileTree
 

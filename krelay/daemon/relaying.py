@@ -30,6 +30,7 @@ from knet.listeners import Holder
 from knet.log import Failures, Log
 from knet.loop import Loop, Timer
 from knet.rawsocket import RawSender
+from knet.rules.run import RulesUnavailable
 from krelay.daemon import apply
 from krelay.daemon.attempts import Attempts
 from krelay.daemon.flowends import FlowEnder
@@ -41,7 +42,6 @@ from krelay.daemon.surroundings import Surroundings
 from krelay.datapath.nfqueue import QueueUnavailable, figures_shown
 from krelay.datapath.worker import AWAY_GRACE, Policy, Worker
 from krelay.host.links import HostView, LocalAddresses, Looker
-from krelay.host.netfilter import RulesUnavailable
 from krelay.nat.events import IdleObserver
 from krelay.nat.table import NatTable
 from krelay.offload.kernelpath import KernelPath

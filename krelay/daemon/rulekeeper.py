@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 from knet.log import Failures, Log, Throttle
 from knet.loop import Loop, Timer
+from knet.rules.run import RulesDelayed, RulesUnavailable
 from knet.rules.watch import RuleWatcher
 from krelay.daemon import apply
 from krelay.datapath.worker import Policy
 from krelay.host import netfilter
 from krelay.host.links import HostView
-from krelay.host.netfilter import Backend, RulesDelayed, RulesUnavailable
+from krelay.host.netfilter import Backend
 from krelay.nat.table import NatTable
 from krelay.offload.kernelpath import KernelPath
 from krelay.rules.spec import RuleSpec

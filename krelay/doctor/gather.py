@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from knet import children, listeners, localports, trust
+from knet.rules.run import RulesUnavailable
 from knet.sockbuf import Direction
 from krelay.control import client as control
 from krelay.doctor import iptrules, nftrules
@@ -227,7 +228,7 @@ class _Gatherer:
             backend = netfilter.probe()
             datapath = "kernel" if backend.has_maps else f"queue ({netfilter.NO_MAPS})"
             self._add(backend=backend.name, datapath=datapath)
-        except netfilter.RulesUnavailable as error:
+        except RulesUnavailable as error:
             self._add(backend_problem=str(error))
 
     def _links(self) -> None:

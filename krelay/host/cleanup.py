@@ -6,8 +6,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from knet.roles import ADMIN, RELAY, VIEW
+from knet.rules.run import RulesUnavailable
 from krelay.host import netfilter, reserve, treelock
-from krelay.host.netfilter import RulesUnavailable
 from procfs_sim import ondisk
 from procfs_sim.tree import DIRECTORIES, SETTINGS, STATUS
 

@@ -14,12 +14,10 @@ well.
 """
 
 import ctypes
-import errno
 import json
 import os
 import shutil
 import socket
-import subprocess
 import threading
 from collections import Counter
 from contextlib import suppress
@@ -29,16 +27,14 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Protocol
 
-from knet import children, netlink
+from knet import netlink
 from knet.netlink import nftables
 from knet.rules import iptables
+from knet.rules.run import PASSING, TIMEOUT, RulesAbsent, RulesDelayed, RulesUnavailable, run
 from krelay.rules import ruleset
 from krelay.rules.queued import OPENINGS, WORKER
 from krelay.rules.spec import Learning, RuleSpec, instance_name, openings
 from procfs_sim.tree import DEFAULT_ROOT
-
-TIMEOUT = 10.0
-"""Seconds for one run of nft or iptables; they take milliseconds unless somebody holds a lock."""
 
 NO_MAPS = "maps of flows need nft, and a kernel that has them"
 """Why every packet visits the queue where Backend.has_maps is false."""
@@ -68,21 +64,6 @@ _PROBE_WITHOUT_MAPS = replace(
 )
 
 
-class RulesUnavailable(Exception):
-    """The kernel or the tools can't do it.  The text says what was tried and what is missing."""
-
-
-class RulesDelayed(RulesUnavailable):
-    """This host lacks what it takes at the moment (a descriptor, memory, a process): try again."""
-
-
-_PASSING = (
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC),
-    *(errno.EIO, errno.EROFS),
-)
-"""Errors of which a tool's complaint says that another try may go well."""
-_HELD = 4
-"""iptables(8): the lock of the tables is held by another run (RESOURCE_PROBLEM)."""
 _LOCK_WITHIN = 1
 """Seconds for that lock.  Packets wait meanwhile; it is tried again."""
 
@@ -115,7 +96,7 @@ class Backend(Protocol):
         """Takes them out, if they are there.  Raises RulesUnavailable."""
 
     def present(self, name: str) -> bool:
-        """Whether rules of that name are there.  Raises RulesDelayed."""
+        """Whether rules of that name are there.  Raises RulesUnavailable if that can't be told."""
 
     def intact(self, spec: RuleSpec) -> bool:
         """Whether as many rules are there as `install` puts in, where they are seen by packets.
@@ -152,14 +133,14 @@ class Nft:
         if afresh and former is not None:
             text = ruleset.nft_install(spec, former=former, with_xt=self.with_xt)
             try:
-                _run(("nft", "-f", "-"), text)
+                run(("nft", "-f", "-"), text)
             except RulesDelayed:
                 raise
             except RulesUnavailable:
                 pass  # somebody has taken some of it out
             else:
                 return
-        _run(("nft", "-f", "-"), ruleset.nft_install(spec, afresh=afresh, with_xt=self.with_xt))
+        run(("nft", "-f", "-"), ruleset.nft_install(spec, afresh=afresh, with_xt=self.with_xt))
         if self.with_xt and afresh:
             try:
                 _send_rules(
@@ -168,21 +149,19 @@ class Nft:
                 )
             except OSError as error:
                 self.remove(spec.name)
-                kind = RulesDelayed if error.errno in _PASSING else RulesUnavailable
+                kind = RulesDelayed if error.errno in PASSING else RulesUnavailable
                 raise kind(f"the NFQUEUE target in nf_tables: {error}") from None
 
     def remove(self, name: str) -> None:
         """One transaction."""
         if self.present(name):
-            _run(("nft", "-f", "-"), ruleset.nft_remove(name))
+            run(("nft", "-f", "-"), ruleset.nft_remove(name))
 
     def present(self, name: str) -> bool:
         """Whether the table is there."""
         try:
-            _run(("nft", "list", "chain", "ip", name, "pre"))
-        except RulesDelayed:
-            raise
-        except RulesUnavailable:
+            run(("nft", "list", "chain", "ip", name, "pre"))
+        except RulesAbsent:
             return False
         return True
 
@@ -190,7 +169,7 @@ class Nft:
         """By the number of rules in each chain."""
         if not self.present(spec.name):
             return False
-        shown = json.loads(_run(("nft", "-j", "--terse", "list", "table", "ip", spec.name)))
+        shown = json.loads(run(("nft", "-j", "--terse", "list", "table", "ip", spec.name)))
         found = Counter(e["rule"]["chain"] for e in shown["nftables"] if "rule" in e)
         wanted = ruleset.nft_rules(spec, with_xt=self.with_xt)
         queues = {WORKER, OPENINGS} if self.with_xt else set()
@@ -252,9 +231,7 @@ class Iptables:
         """Whether one of the chains is there."""
         try:
             return bool(self._found(name)[1])
-        except RulesDelayed:
-            raise
-        except RulesUnavailable:
+        except RulesAbsent:
             return False
 
     def intact(self, spec: RuleSpec) -> bool:
@@ -264,7 +241,7 @@ class Iptables:
         ):
             if self.is_legacy and chain.table not in legacy_tables():
                 return False
-            lines = _run((f"{self.name}-save", "-t", chain.table)).splitlines()
+            lines = run((f"{self.name}-save", "-t", chain.table)).splitlines()
             jump = f"-A {chain.builtin} -j {chain.name}"
             if jump not in lines:
                 return False
@@ -284,7 +261,7 @@ class Iptables:
         return "legacy" in _version(self.name)
 
     def _restore(self, text: str) -> None:
-        _run((f"{self.name}-restore", "--noflush", "-w", str(_LOCK_WITHIN)), text)
+        run((f"{self.name}-restore", "--noflush", "-w", str(_LOCK_WITHIN)), text)
 
     def _found(self, name: str) -> tuple[frozenset[str], frozenset[str]]:
         """The chains of ours that are jumped to, and those that exist."""
@@ -294,7 +271,7 @@ class Iptables:
         for chain in ruleset.chains(name):
             if self.is_legacy and chain.table not in legacy_tables():
                 continue
-            lines = _run((f"{self.name}-save", "-t", chain.table)).splitlines()
+            lines = run((f"{self.name}-save", "-t", chain.table)).splitlines()
             if any(line.startswith(f":{chain.name} ") for line in lines):
                 present.add(chain.name)
             if f"-A {chain.builtin} -j {chain.name}" in lines:
@@ -399,7 +376,7 @@ def _send_rules(*rules: bytes) -> None:
 @cache
 def _version(command: str) -> str:
     """What the tool says of itself: `iptables v1.8.9 (nf_tables)`."""
-    return _run((command, "--version"))
+    return run((command, "--version"))
 
 
 def legacy_tables() -> list[str]:
@@ -416,7 +393,7 @@ def _remove_empty_table(table: str) -> None:
     In one transaction that the kernel refuses if somebody has put a rule there meanwhile.
     """
     try:
-        listed = json.loads(_run(("nft", "-j", "list", "table", "ip", table)))["nftables"]
+        listed = json.loads(run(("nft", "-j", "list", "table", "ip", table)))["nftables"]
     except (RulesUnavailable, ValueError, KeyError):
         return
     chains: list[dict[str, Any]] = [entry["chain"] for entry in listed if "chain" in entry]
@@ -426,39 +403,4 @@ def _remove_empty_table(table: str) -> None:
         return
     lines = [f"delete chain ip {table} {chain['name']}" for chain in chains]
     with suppress(RulesUnavailable):  # in use after all
-        _run(("nft", "-f", "-"), "\n".join([*lines, f"delete table ip {table}", ""]))
-
-
-def _run(command: tuple[str, ...], text: str = "") -> str:
-    """What the command printed.  Raises RulesUnavailable with the last line of its complaint."""
-    try:
-        done = subprocess.run(
-            command,
-            input=text,
-            env=children.environment(),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise RulesUnavailable(f"{command[0]} is not installed") from None
-    except subprocess.TimeoutExpired as error:
-        raise RulesUnavailable(str(error)) from None
-    except OSError as error:
-        kind = RulesUnavailable if error.errno == errno.EACCES else RulesDelayed
-        raise kind(f"{command[0]}: {error.strerror}") from None
-    if done.returncode:
-        complaint = _complaint(done.stderr)
-        held = done.returncode == _HELD and "lock" in complaint
-        passing = held or any(os.strerror(each) in complaint for each in _PASSING)
-        kind = RulesDelayed if passing or done.returncode < 0 else RulesUnavailable
-        raise kind(complaint or f"{command[0]}: exit status {done.returncode}")
-    return done.stdout
-
-
-def _complaint(stderr: str) -> str:
-    """The telling line of a tool's error output: the first that is more than a hint."""
-    hints = ("#", "Try ", "Error occurred at line")
-    lines = [line.strip() for line in stderr.splitlines() if line.strip(" ^~\t")]
-    return ([line for line in lines if not line.startswith(hints)] or lines or [""])[0][:200]
+        run(("nft", "-f", "-"), "\n".join([*lines, f"delete table ip {table}", ""]))

@@ -198,11 +198,13 @@ def test_a_worker_that_is_killed_for_a_call_is_named_and_replaced() -> None:
 WAYS = """
 import json, os, sys
 from dataclasses import replace
+from knet.rules.run import RulesUnavailable
 from krelay.host import netfilter
 from knet import privileges
 from krelay.datapath.nfqueue import Queue, QueueUnavailable
 from knet.rawsocket import RawSender
 from random import Random
+from knet.rules.run import RulesUnavailable
 from knet.rules.watch import RuleWatcher
 from krelay.nat.table import NatTable
 from krelay.datapath.worker import Worker
@@ -217,7 +219,7 @@ for backend in netfilter.CANDIDATES:
         seen = [backend.present(rules.name), backend.intact(rules)]
         backend.remove(rules.name)
         found.append([backend.name, *seen, backend.present(rules.name)])
-    except netfilter.RulesUnavailable:
+    except RulesUnavailable:
         pass
 def works(make):
     try:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from knet.rules.run import RulesUnavailable
 from knet.rules.watch import RuleWatcher, taken_from
 from krelay.host import netfilter
 from krelay.host.netfilter import Backend, Iptables
@@ -87,7 +88,7 @@ def backends() -> list[Backend]:
         try:
             backend.install(SPEC)
             backend.remove(SPEC.name)
-        except netfilter.RulesUnavailable:
+        except RulesUnavailable:
             continue
         works.append(backend)
     return works
@@ -137,9 +138,7 @@ def test_nft_counts_its_rules_in_what_nft_lists(monkeypatch: pytest.MonkeyPatch)
         for _ in rules
     ]
     listed = entries
-    monkeypatch.setattr(
-        netfilter, "_run", lambda command, text="": json.dumps({"nftables": listed})
-    )
+    monkeypatch.setattr(netfilter, "run", lambda command, text="": json.dumps({"nftables": listed}))
 
     assert netfilter.Nft().intact(SPEC)
     listed = entries[:-1]

@@ -10,13 +10,12 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
+from knet.rules.run import RulesAbsent, RulesDelayed, RulesUnavailable
 from krelay.host import netfilter
 from krelay.host.netfilter import (
     Backend,
     Iptables,
     Nft,
-    RulesDelayed,
-    RulesUnavailable,
     probe,
     same_rules,
 )
@@ -335,8 +334,9 @@ def test_a_tool_that_cannot_be_started_now_is_worth_another_try(
         (said("", -9), RulesDelayed),  # somebody killed it
         (said("Another app is currently holding the xtables lock.", 4), RulesDelayed),
         (said("No chain/target/match by that name.", 4), RulesUnavailable),
-        (said("Could not process rule: Operation not supported"), RulesUnavailable),
-        (said("Could not process rule: No such file or directory"), RulesUnavailable),
+        (said("Could not process rule: Operation not supported"), RulesAbsent),
+        (said("Could not process rule: No such file or directory"), RulesAbsent),
+        (said("Operation not permitted (you must be root)"), RulesUnavailable),
     ],
 )
 def test_a_tools_complaint_tells_whether_another_try_may_go_well(
@@ -358,9 +358,28 @@ def test_a_tool_that_is_not_there_is_not_waited_for(
         raise missing(errno.EACCES, "no")
 
     monkeypatch.setattr(subprocess, "run", fails)
+    assert not Nft().present(SPEC.name)
     with pytest.raises(RulesUnavailable) as caught:
         Nft().install(SPEC)
-    assert type(caught.value) is RulesUnavailable
+    assert type(caught.value) is RulesAbsent
+
+
+def test_rules_that_may_be_there_are_not_taken_for_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without privilege, or when nft takes too long, nobody can tell."""
+
+    def takes_long(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("nft", 10)
+
+    denied = said("netlink: Error: cache initialization failed: Operation not permitted")
+    for result in (lambda *_, **__: denied, takes_long):
+        monkeypatch.setattr(subprocess, "run", result)
+        for attempt in (Nft().present, Nft().remove, lambda _: Nft().intact(SPEC)):
+            with pytest.raises(RulesUnavailable):
+                attempt(SPEC.name)
+    absent = said("Error: No such file or directory")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: absent)
+    assert not Nft().present(SPEC.name)
+    Nft().remove(SPEC.name)
 
 
 def test_a_worse_way_is_not_taken_because_the_best_has_no_room_now(
