@@ -95,6 +95,30 @@ def test_a_checkout_that_is_not_installed_runs_its_own_modules(tmp_path: Path) -
     assert done.stdout == f"mine {tmp_path}/krelay/__main__.py\n"
 
 
+def test_a_child_keeps_compiled_modules_where_its_parent_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def child() -> list[str]:
+        code = "import sys; print(sys.pycache_prefix, sys.dont_write_bytecode)"
+        command = (sys.executable, "-I", "-S", *children.compiled_as_here(), "-c", code)
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split()
+
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    mine.mkdir(0o755)
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    for folder, writes_not, found in (
+        (None, False, ["None", "False"]),
+        (str(mine), False, [str(mine), "False"]),
+        (str(mine), True, ["None", "True"]),
+        (str(theirs), False, ["None", "True"]),  # what others have put there isn't run
+        (str(tmp_path / "nowhere"), False, ["None", "True"]),
+    ):
+        monkeypatch.setattr(sys, "pycache_prefix", folder)
+        monkeypatch.setattr(sys, "dont_write_bytecode", writes_not)
+        assert child() == found
+
+
 def test_the_environment_is_made_from_a_list() -> None:
     given = {
         "PATH": "/usr/bin:.::bin:/no/such/folder",
