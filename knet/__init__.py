@@ -11,8 +11,7 @@
 What a daemon is made of:
 
     loop         epoll, timers, signals, and calls for the next turn
-    log          one line per event, for people and for machines
-    logsink      where log lines go, without ever waiting for their reader
+    log          one line per event, for people and for machines, without waiting for their reader
     unixsock     Unix sockets that are listened on: who may connect, and how often
     descriptors  descriptors that another process hands over
     sockbuf      a socket's buffer, as large as the kernel grants it

@@ -1,15 +1,16 @@
 """Descriptors that another process hands over by a Unix socket (SCM_RIGHTS, unix(7)).
 
-Whoever may connect may hand over any file, and looking at it or closing it may take as long as he
-likes: `close` of a TCP socket that lingers (socket(7), SO_LINGER) waits for a peer of his choice,
-also if it does not block; that of a file in a file system of his (FUSE) for his answer; and what
-takes a socket's lock (getsockname) for a `send` that reads such a file.  So:
+Any process that may connect may hand over any file, and looking at it or closing it may take as
+long as that process likes: `close` of a TCP socket that lingers (socket(7), SO_LINGER) waits for a
+peer that it has chosen, also if the socket does not block; `close` of a file in its own file system
+(FUSE) waits for its answer; and a call that takes a socket's lock (getsockname) waits for a `send`
+that reads such a file.  So:
 
 - `receive` has room for as many as a message can carry.  Where there is none, the kernel closes the
   rest itself, within that call.
-- `cookie_of_listener` asks for nothing that takes the socket's lock.
-- `close_apart` closes in a thread of its own, as nobody knows how long that takes.  So `hang_up`
-  closes a connection: what lies in it unread goes with it.
+- `cookie_of_listener` makes no call that takes the socket's lock.
+- `close_apart` closes in a thread of its own, because a close may take any time.  So does `hang_up`
+  with a connection, in which unread descriptors may lie.
 
 A socket that is never to be handed anything says so (`refuse_descriptors`), as far as the kernel
 can be told (SO_PASSRIGHTS, Linux 6.16).
@@ -51,14 +52,14 @@ def receive(connection: socket.socket, size: int) -> tuple[bytes, list[int]]:
 
 
 def read(connection: socket.socket, size: int) -> bytes:
-    """What came, where no descriptors are wanted.  Raises OSError as recv(2) does."""
+    """A packet; descriptors that came with it are closed.  Raises OSError as recv(2) does."""
     data, handed = receive(connection, size)
     close_all(handed)
     return data
 
 
 def hang_up(connection: socket.socket) -> None:
-    """Ends a connection, in which descriptors may be that nobody has read."""
+    """Ends a connection, in which descriptors may lie unread."""
     with suppress(OSError):  # gone already
         connection.shutdown(socket.SHUT_RDWR)
     close_apart(connection.close)
@@ -93,9 +94,9 @@ def close_all(descriptors: Iterable[int]) -> None:
 
 
 def refuse_descriptors(connection: socket.socket) -> bool:
-    """Nothing can be handed over to this socket, nor to those that it accepts.
+    """The kernel hands nothing over to this socket, nor to those that it accepts, from now on.
 
-    False if the kernel can't be told.
+    False if it can't be told.
     """
     try:
         connection.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
@@ -118,5 +119,4 @@ def _option(descriptor: int, name: int, size: int = 4) -> int | None:
     value, length = (ctypes.c_ubyte * size)(), ctypes.c_uint32(size)
     if _getsockopt(descriptor, socket.SOL_SOCKET, name, value, ctypes.byref(length)):
         return None
-
     return int.from_bytes(bytes(value), sys.byteorder)

@@ -1,4 +1,4 @@
-"""Sends packets of our own making: the answers to what is refused."""
+"""Sends whole IPv4 packets that krelay has built: its answers to what it refuses (raw(7))."""
 
 import socket
 
@@ -10,10 +10,10 @@ class RawSender:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
         self._socket.setblocking(False)
         self.stopped = 0
-        """Packets that rules of this host dropped on their way out."""
+        """Packets that the packet filter of this host dropped on their way out."""
 
     def send(self, packet: bytes) -> None:
-        """Sends it if that is possible now: an answer is a courtesy, and nobody waits for it."""
+        """Sends it if the kernel takes it now; else it is lost, like any packet."""
         try:
             self._socket.sendto(packet, (socket.inet_ntoa(packet[16:20]), 0))
         except PermissionError:  # the verdict of a rule (raw_send_hdrinc, net/ipv4/raw.c)

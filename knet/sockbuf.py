@@ -1,11 +1,11 @@
-"""Room for what waits at a socket, as much of it as the kernel grants."""
+"""The size of a socket's send or receive buffer, as far as the kernel grants it."""
 
 import socket
 from enum import IntEnum
 
 
 class Direction(IntEnum):
-    """Each by the option that goes over the host's limit (asm-generic/socket.h)."""
+    """Each buffer by the option that goes over the host's limit (asm-generic/socket.h)."""
 
     SENDING = 32
     RECEIVING = 33
@@ -18,10 +18,12 @@ _WITHIN = {
 
 
 def enlarge(sock: socket.socket, direction: Direction, size: int) -> int:
-    """Asks for `size` bytes; how many there are now.
+    """Asks for `size` bytes; returns how many the buffer has now.
 
-    Over net.core.rmem_max and wmem_max goes only who has CAP_NET_ADMIN outside of any user
-    namespace (sockopt_capable, net/core/sock.c); others get what these allow.  Raises OSError.
+    Above net.core.rmem_max and wmem_max this needs CAP_NET_ADMIN outside of any user namespace
+    (sockopt_capable, net/core/sock.c); without it the buffer gets what these allow.
+
+    Raises OSError.
     """
     try:
         sock.setsockopt(socket.SOL_SOCKET, direction, size)

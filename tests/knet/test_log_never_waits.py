@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from knet import log
-from knet.logsink import Sink
+from knet.log import Sink
 from tests.tools.logs import restored
 
 LINE = b"x" * 99 + b"\n"
