@@ -56,7 +56,6 @@ EXCEPTIONS = {
     "krelay/doctor/passages.py: lines": 460,
     "krelay/doctor/checks.py: lines": 725,
     "krelay/doctor/gather.py: lines": 624,
-    "krelay/control/server.py: lines": 460,
     "krelay/demo/play.py: lines": 480,
     "krelay/datapath/worker.py: lines": 895,
     "krelay.daemon.keeper.TreeKeeper: methods": 28,

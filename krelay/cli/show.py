@@ -108,12 +108,12 @@ def _show_values(args: argparse.Namespace, request: str) -> int:
 
 def _check_words(words: Sequence[str], *, is_trace: bool = False) -> None:
     """Raises Misused for filters that krelay would refuse."""
-    from krelay.control import language
+    from krelay.control import commands
 
     try:
         if is_trace:
-            language.parse_trace(words)
+            commands.parse_trace(words)
         else:
-            language.parse_filter(words)
-    except language.BadRequest as reason:
+            commands.parse_filter(words)
+    except commands.BadRequest as reason:
         raise Misused(reason) from None

@@ -1,6 +1,13 @@
-"""The control socket.
+"""The control sockets.  Pure:
 
-language  a line in, lines out (pure)
-server    the sockets themselves
+commands  a line in, lines out
+views     flows and other values as text
+metrics   the counters, each with its sentence
+
+The sockets themselves:
+
+server    both are listened on, and packets are shown to traces
+clients   one client: its requests, its answers, its trace
+turns     who is next
 client    the other side: what commands ask the daemon
 """

@@ -23,9 +23,10 @@ from knet.loop import Loop, Timer
 from knet.privileges import Cap
 from knet.rawsocket import RawSender
 from knet.roles import ADMIN, RELAY, VIEW
-from krelay.control import language
-from krelay.control.language import Values
+from krelay.control import metrics, views
+from krelay.control.metrics import CounterFigures
 from krelay.control.server import ControlSocket
+from krelay.control.views import Values
 from krelay.daemon.keeper import CannotKeep, TreeKeeper
 from krelay.daemon.relaying import Relaying
 from krelay.datapath.worker import Worker
@@ -171,7 +172,7 @@ class Daemon:
             "own_flows": len(self.nat.own_flows),
             "traces": self._control.traces,
             "tcp_relays": len(self._relay_socket.pids) if self._relay_socket else 0,
-            **language.tcp_status_values(self._relaying.relays.totals),
+            **views.tcp_status_values(self._relaying.relays.totals),
             "gateway_port": self._relaying.gateway,
             "rules": self._relaying.rules.made_by,
             "datapath": self._relaying.datapath,
@@ -179,7 +180,7 @@ class Daemon:
             "conntrack": tracking.in_words(self._state.config),
             "queue": self._queue_num,
             "queue_waiting": self._relaying.queues.waiting,
-            **language.other_port_values(self._worker.other_ports),
+            **views.other_port_values(self._worker.other_ports),
             "recovering": round(max(0.0, self._worker.recovering_until - now), 1),
             "pid": os.getpid(),
         }
@@ -194,22 +195,26 @@ class Daemon:
 
         A tcp-relay's are since it began itself, which may be longer ago.
         """
-        queues = self._relaying.queues.bound
-        queue_dropped, socket_dropped = self._relaying.queues.dropped()
-        return language.counter_values(
-            self._worker.counts,
-            steps=self._steps(),
-            evicted=self.nat.admission.evicted,
-            own_flows_evicted=self.nat.own_flows.evicted,
-            refused=self._worker.refused.top(),
-            errors=sum(queue.errors for queue in queues),
-            overflows=sum(queue.overflows for queue in queues),
-            queue_dropped=queue_dropped,
-            socket_dropped=socket_dropped,
-            copies_lost=self._relaying.kernel.copies_lost,
-            log_lines_lost=lines_lost(),
-            own_packets_stopped=self._relaying.own_packets.stopped,
-        ) | language.tcp_counter_values(self._relaying.relays.totals)
+        relaying = self._relaying
+        bound = relaying.queues.bound
+        queue_overflow, socket_overflow = relaying.queues.dropped()
+        return metrics.values(
+            CounterFigures(
+                self._worker.counts,
+                self._steps(),
+                evicted=self.nat.admission.evicted,
+                own_flows_evicted=self.nat.own_flows.evicted,
+                refused=self._worker.refused.top(),
+                errors=sum(queue.errors for queue in bound),
+                queue_overflow=queue_overflow,
+                socket_overflow=socket_overflow,
+                overflow_notices=sum(queue.overflows for queue in bound),
+                copies_lost=relaying.kernel.copies_lost,
+                log_lines_lost=lines_lost(),
+                own_packets_stopped=relaying.own_packets.stopped,
+                tcp=relaying.relays.totals,
+            )
+        )
 
     def _steps(self) -> list[int]:
         """Packets rewritten by each Step, by the worker and by the kernel."""

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from knet.terminal import console, show
 from krelay.cli.tables import Rates, listing, nat_table, trace_line, watch_table
-from krelay.control.language import flow_values
+from krelay.control.views import flow_values
 from krelay.nat.flow import Timeouts
-from tests.krelay.control.test_language import relay
+from tests.krelay.control.test_commands import relay
 
 COLUMNS = [
     "id",

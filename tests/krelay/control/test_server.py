@@ -15,18 +15,16 @@ import pytest
 from knet.endpoint import Source
 from knet.loop import Loop
 from knet.unixsock import Peer
-from krelay.control.language import HELP, MAX_LINE, VIEW_HELP, Values
+from krelay.control.clients import CAPTURE_BUFFER, CHUNK, IDLE, TRACE_BUFFER
+from krelay.control.commands import HELP, MAX_LINE, VIEW_HELP
 from krelay.control.server import (
-    CAPTURE_BUFFER,
-    CHUNK,
     END_AFTER,
-    IDLE,
     MAX_CLIENTS,
     MAX_OF_ONE,
     MAX_TRACERS_OF_ONE,
-    TRACE_BUFFER,
     ControlSocket,
 )
+from krelay.control.views import Values
 from krelay.datapath.worker import Verdict, Worker
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
@@ -164,7 +162,7 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(
-        "krelay.control.server.BUSY", 60.0
+        "krelay.control.turns.BUSY", 60.0
     )  # the machine's other work is none of ours
     world = World(tmp_path)
     yield world
@@ -488,7 +486,7 @@ def test_answers_wait_while_there_is_other_work(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that takes as long as it can get leaves three quarters of the time to packets."""
-    monkeypatch.setattr("krelay.control.server.BUSY", 0.0)
+    monkeypatch.setattr("krelay.control.turns.BUSY", 0.0)
     world.nat.times = FLOWS
     client = world.ask(b"show nat\n")
     used = 0.0
@@ -512,7 +510,7 @@ def test_root_does_not_wait_for_what_others_took(
     world: World, users: list[Peer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A piece may have taken long because the machine had other work."""
-    monkeypatch.setattr("krelay.control.server.BUSY", 0.0)
+    monkeypatch.setattr("krelay.control.turns.BUSY", 0.0)
     world.nat.times = FLOWS
     users.append(Peer(1, 1000, 1000))
     member = world.ask(b"show nat\n")

@@ -12,8 +12,7 @@ Who may only look (`may_change` false) has the same language without `kill`, `fl
 `trace pcap`, which shows what is in packets.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Any, Protocol
@@ -21,12 +20,11 @@ from typing import Any, Protocol
 from knet.endpoint import Endpoint, Proto
 from knet.roles import ADMIN, VIEW, needs_admin
 from knet.usage import meant
-from krelay.datapath.worker import PacketCounts, Verdict
+from krelay.control.views import Values, flow_values, lines, listing
+from krelay.datapath.worker import Verdict
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State
-from krelay.registration.messages import GAUGES
-from krelay.steps import Side, Step
 from krelay.trace.lines import REWRITE, WORDS, Filter
 
 MAX_LINE = 4096
@@ -51,9 +49,6 @@ VIEW_HELP = tuple(
 SHOWN = ("nat", "status", "counters", "config")
 """What `show` shows."""
 FILTERS = ("proto=", "client=", "state=", "service=")
-
-Value = str | int | float | list[int] | dict[str, int]
-Values = Mapping[str, Value]
 
 
 class BadRequest(ValueError):
@@ -110,13 +105,13 @@ def answer(
             flows = relay.counted(flow for flow in relay.nat if likely.admits(flow))
             flows = (flow for flow in flows if wanted.admits(flow))
             timeouts = relay.nat.timeouts
-            return _lines((flow_values(flow, timeouts, now) for flow in flows), as_json)
+            return lines((flow_values(flow, timeouts, now) for flow in flows), as_json)
         case ["show", "status", *rest]:
-            return _listing(relay.status(), rest)
+            return listing(relay.status(), _as_json(rest))
         case ["show", "counters", *rest]:
-            return _listing(relay.counters(), rest)
+            return listing(relay.counters(), _as_json(rest))
         case ["show", "config", *rest]:
-            return _listing(relay.config_in_force(), rest)
+            return listing(relay.config_in_force(), _as_json(rest))
         case ["show", *rest]:
             hint = meant(rest[0], SHOWN) if rest else ""
             raise BadRequest(f"show what? one of {', '.join(SHOWN)}{hint}")
@@ -176,125 +171,6 @@ def parse_trace(words: Sequence[str]) -> Trace:
     return replace(default, verdicts=verdicts) if chosen else default
 
 
-def flow_values(flow: Flow, timeouts: Any, now: float) -> dict[str, Value]:
-    """A flow in the columns of the contract.  Times are seconds, to a tenth."""
-    values: dict[str, Value] = {
-        "id": flow.id,
-        "proto": str(flow.proto),
-        "state": str(flow.state),
-        "client": str(flow.client),
-        "service": str(flow.service),
-    }
-    if flow.gport is not None:
-        values["gport"] = flow.gport
-    if flow.proto is Proto.TCP and flow.relay is not None:
-        values["relay"] = str(flow.relay)
-    sides = (flow.by(Side.CLIENT), flow.by(Side.SERVER))
-    return values | {
-        "server": str(flow.server),
-        "source": str(flow.source),
-        "age": round(max(0.0, now - flow.created_at), 1),
-        "idle": round(max(0.0, now - flow.seen_at), 1),
-        "expires": round(max(0.0, flow.expires_at(timeouts) - now), 1),
-        "packets": [side.packets if side else 0 for side in sides],
-        "bytes": [side.bytes if side else 0 for side in sides],
-    }
-
-
-def counter_values(
-    counts: PacketCounts,
-    *,
-    steps: Sequence[int],
-    evicted: int,
-    own_flows_evicted: int,
-    refused: Mapping[bytes, dict[str, int]],
-    errors: int,
-    overflows: int,
-    queue_dropped: int,
-    socket_dropped: int,
-    copies_lost: int = 0,
-    log_lines_lost: int = 0,
-    own_packets_stopped: int = 0,
-) -> dict[str, Value]:
-    """All counters by name: `steps`, drops and passes by reason, who was refused, the queue's.
-
-    `icmp_T4` are ICMP errors that were translated as packets of step T4 are.
-    """
-    values: dict[str, Value] = dict(_by_step(steps))
-    values |= {f"icmp_{step}": count for step, count in _by_step(counts.icmp)}
-    dropped = {"table_full": 0, "client_full": 0, "client_rate": 0} | dict(
-        sorted(counts.dropped.items())
-    )
-    values |= {f"dropped_{reason}": count for reason, count in dropped.items()}
-    values |= {f"passed_{reason}": count for reason, count in sorted(counts.passed.items())}
-    values["evicted"] = values["ended_early"] = evicted  # the latter for a release
-    values["own_flows_evicted"] = own_flows_evicted
-    values |= {f"refused_{ip_address(addr)}": reasons for addr, reasons in refused.items()}
-    values["trace_lost"] = counts.trace_lost
-    values["errors"] = errors
-    values["queue_overflow"] = queue_dropped
-    values["socket_overflow"] = socket_dropped
-    values["overflow_notices"] = overflows
-    values["copies_lost"] = copies_lost
-    values["log_lines_lost"] = log_lines_lost
-    values["own_packets_stopped"] = own_packets_stopped
-    return values
-
-
-def _by_step(counts: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """T1 to T4, U1 to U4, D1, D2: what takes two steps at once counts for both."""
-    at_once = {Step.U1: Step.U12, Step.U2: Step.U12, Step.U3: Step.U34, Step.U4: Step.U34}
-    for step in Step:
-        if step in at_once:
-            yield step.name, counts[step] + counts[at_once[step]]
-        elif step not in at_once.values():
-            yield step.name, counts[step]
-
-
-def other_port_values(counts: Mapping[int, int]) -> dict[str, Value]:
-    """The services whose server answers from other ports, in vain, with how often; none if none."""
-    found = {f"udp/{port}": count for port, count in sorted(counts.items())}
-    return {"other_port": found} if found else {}
-
-
-def tcp_status_values(totals: Mapping[str, int]) -> dict[str, Value]:
-    """What tcp-relays have now, of their totals (Relays.totals): connections open, bytes held."""
-    return {f"tcp_{name}": count for name, count in totals.items() if name in GAUGES}
-
-
-def tcp_counter_values(totals: Mapping[str, int]) -> dict[str, Value]:
-    """What tcp-relays have counted, of their totals (Relays.totals)."""
-    return {f"tcp_{name}": count for name, count in totals.items() if name not in GAUGES}
-
-
-def text(values: Values) -> str:
-    """`key=value` for each, with a blank between: pairs of numbers as 12/10, names as a:1,b:2."""
-    return " ".join(f"{name}={_plain(value)}" for name, value in values.items())
-
-
-def _lines(all_values: Iterable[Values], as_json: bool) -> Iterator[str]:
-    return (json.dumps(values) if as_json else text(values) for values in all_values)
-
-
-def _listing(values: Values, words: list[str]) -> Iterator[str]:
-    """One value a line, or one JSON object."""
-    if words == ["json"]:
-        return iter([json.dumps(values)])
-    if words:
-        raise BadRequest(f"{_short(words[0])} isn't understood here; only json may follow")
-    return (f"{name}={_plain(value)}" for name, value in values.items())
-
-
-def _plain(value: Value) -> str:
-    match value:
-        case list():
-            return "/".join(map(str, value))
-        case dict():
-            return ",".join(f"{name}:{number}" for name, number in value.items())
-        case _:
-            return str(value)
-
-
 def _proto(word: str) -> Proto:
     try:
         return Proto[word.upper()]
@@ -313,3 +189,10 @@ def _client(value: str) -> dict[str, Any]:
 
 def _short(word: str) -> str:
     return repr(word if len(word) <= 40 else word[:40] + "...")
+
+
+def _as_json(words: Sequence[str]) -> bool:
+    """Whether the words behind a command are just `json`.  Raises BadRequest for others."""
+    if words and words != ["json"]:
+        raise BadRequest(f"{_short(words[0])} isn't understood here; only json may follow")
+    return bool(words)

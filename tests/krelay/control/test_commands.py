@@ -1,7 +1,6 @@
 """The control socket's language: every command, every error, and the columns of the contract."""
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -12,18 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from knet.endpoint import Proto, Source
-from krelay.control.language import (
-    HELP,
-    BadRequest,
-    Trace,
-    Values,
-    answer,
-    counter_values,
-    parse_filter,
-    tcp_counter_values,
-    tcp_status_values,
-)
-from krelay.datapath.worker import PacketCounts
+from krelay.control.commands import HELP, BadRequest, Trace, answer, parse_filter
+from krelay.control.views import Values
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.steps import Step
@@ -340,83 +329,3 @@ def test_any_text_is_answered_or_a_bad_request_of_one_line(line: str) -> None:
 
 def test_a_filter_of_nothing_admits_all() -> None:
     assert parse_filter([]) == Filter()
-
-
-# Counters
-
-
-def test_counters_are_named_by_step_and_reason() -> None:
-    counts = PacketCounts()
-    for step, number in zip(Step, range(1, 13), strict=True):
-        counts.icmp[step] = 20 * number
-    counts.passed = Counter({"own": 2, "direct": 1})
-    counts.dropped = Counter({"no_row": 5, "table_full": 7})
-    counts.trace_lost = 6
-
-    values = counter_values(
-        counts,
-        steps=range(1, 13),
-        evicted=8,
-        own_flows_evicted=11,
-        refused={addr("D"): {"table_full": 5, "client_rate": 2}, addr("C"): {"table_full": 2}},
-        errors=1,
-        overflows=2,
-        queue_dropped=3,
-        socket_dropped=4,
-        copies_lost=9,
-        log_lines_lost=10,
-        own_packets_stopped=11,
-    )
-
-    assert list(values.items()) == [
-        ("T1", 1),
-        ("T2", 2),
-        ("T3", 3),
-        ("T4", 4),
-        ("U1", 5 + 9),
-        ("U2", 6 + 9),
-        ("U3", 7 + 10),
-        ("U4", 8 + 10),
-        ("D1", 11),
-        ("D2", 12),
-        ("icmp_T1", 20),
-        ("icmp_T2", 40),
-        ("icmp_T3", 60),
-        ("icmp_T4", 80),
-        ("icmp_U1", 100 + 180),
-        ("icmp_U2", 120 + 180),
-        ("icmp_U3", 140 + 200),
-        ("icmp_U4", 160 + 200),
-        ("icmp_D1", 220),
-        ("icmp_D2", 240),
-        ("dropped_table_full", 7),
-        ("dropped_client_full", 0),
-        ("dropped_client_rate", 0),
-        ("dropped_no_row", 5),
-        ("passed_direct", 1),
-        ("passed_own", 2),
-        ("evicted", 8),
-        ("ended_early", 8),  # as it was called before
-        ("own_flows_evicted", 11),
-        ("refused_10.0.0.9", {"table_full": 5, "client_rate": 2}),
-        ("refused_10.0.0.1", {"table_full": 2}),
-        ("trace_lost", 6),
-        ("errors", 1),
-        ("queue_overflow", 3),
-        ("socket_overflow", 4),
-        ("overflow_notices", 2),
-        ("copies_lost", 9),
-        ("log_lines_lost", 10),
-        ("own_packets_stopped", 11),
-    ]
-
-
-def test_of_tcp_relays_totals_what_is_now_is_status_and_all_else_counters() -> None:
-    totals = {"open": 3, "held": 0, "accepted": 10, "from_client": 2**64, "zebra": 1}
-
-    assert list(tcp_status_values(totals).items()) == [("tcp_open", 3), ("tcp_held", 0)]
-    assert list(tcp_counter_values(totals).items()) == [
-        ("tcp_accepted", 10),
-        ("tcp_from_client", 2**64),
-        ("tcp_zebra", 1),
-    ]
