@@ -5,6 +5,7 @@ None stands for "couldn't be found out"; why stands in `problems`, a line each.
 
 from dataclasses import dataclass
 from ipaddress import IPv4Address
+from shlex import quote
 from typing import NamedTuple
 
 from krelay.doctor.firewall import Chains
@@ -175,6 +176,11 @@ class Facts:
     """Parts that weren't looked at, and why; those of `problems` are among them."""
     conflict: str = ""
     """Why settings that are asked about don't go together."""
+
+    @property
+    def root_option(self) -> str:
+        """What a `krelay` command needs to find the tree; empty for the usual one."""
+        return "" if self.root == DEFAULT_ROOT else f" --root {quote(self.root)}"
 
     @property
     def one_armed(self) -> str | None:

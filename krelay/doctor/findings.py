@@ -29,3 +29,11 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.text}; mend: {self.mend}" if self.mend else self.text
+
+
+OK, WARNING, FAILED = Level.OK, Level.WARNING, Level.FAILED
+
+
+def not_tried(check: str, reason: str) -> Finding:
+    """A check that couldn't be made, or wasn't asked for, and why."""
+    return Finding(check, Level.NOT_TRIED, reason)

@@ -9,7 +9,7 @@ from krelay.doctor import iptrules
 from krelay.doctor.facts import Facts, LinkFacts
 from krelay.doctor.findings import Finding, Level
 from krelay.doctor.firewall import NEVER, Chain, Match, Rule, RuleVerdict
-from krelay.doctor.passages import check
+from krelay.doctor.rulecheck import check
 from procfs_sim.tree import Config, Service, parse
 from tests.krelay.doctor.test_checks import HEALTHY, TCP_ONLY
 
