@@ -1,4 +1,4 @@
-"""What is typed while krelay is only just being started waits for it; README's blocks work so."""
+"""What is typed while krelay is only just starting waits for it; blocks of pages can be pasted."""
 
 import os
 import re
@@ -18,7 +18,9 @@ from tests.net.world import PYTHON, World
 
 pytestmark = [pytest.mark.net, pytest.mark.one_datapath("it is about processes")]
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+GUIDES = ROOT / "docs" / "guides"
 BLOCK = re.compile(r"^( *)```sh\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 TREE = Path("/run/krelay")
 PRIVATE = """
@@ -120,29 +122,33 @@ def test_one_that_fails_to_start_is_not_waited_for_for_ever(world: World) -> Non
     assert output.splitlines()[-1] == "status=1"
 
 
-# README
+# The pages
 
 
-def blocks() -> dict[str, list[str]]:
-    """The shell blocks of README's section "In front of a real server", by step."""
-    section = re.split(r"^## ", README.read_text(), flags=re.MULTILINE)
-    (found,) = [part for part in section if part.startswith("In front of a real server")]
-    steps: dict[str, list[str]] = {}
-    for number, text in re.findall(r"^(\d)\. (.*?)(?=^\d\. |\Z)", found, re.M | re.DOTALL):
-        steps[number] = [textwrap.dedent(block) for _, block in BLOCK.findall(text)]
-    return steps
+def steps() -> dict[str, list[str]]:
+    """The shell blocks of the guide to a real server, by step."""
+    text = (GUIDES / "real-server.md").read_text()
+    found: dict[str, list[str]] = {}
+    for number, step in re.findall(r"^(\d)\. (.*?)(?=^\d\. |\Z)", text, re.M | re.DOTALL):
+        found[number] = [textwrap.dedent(block) for _, block in BLOCK.findall(step)]
+    return found
+
+
+def blocks(page: Path) -> list[str]:
+    """All shell blocks of a page."""
+    return [textwrap.dedent(block) for _, block in BLOCK.findall(page.read_text())]
 
 
 @pytest.fixture
 def readme() -> Iterator[World]:
-    """The network that README's addresses are of, with nothing set up yet."""
+    """The network that the pages' addresses are of, with nothing set up yet."""
     with World(relay_topology("10.0.0.0/24", "192.168.0.0/24")) as world:
         assert (world.server, world.relay) == ("192.168.0.1", "192.168.0.2")
         world.serve("server", "tcp/80", "tcp/443", "udp/53")
         world.lab.run("server", "ip", "route", "del", "default")
         world.lab.run("relay", "sysctl", "-qw", "net.ipv4.ip_forward=0")
         world.root = TREE
-        to_server, to_forward = blocks()["1"]
+        to_server, to_forward = steps()["1"]
         world.lab.run("server", "sh", "-c", to_server)
         ended(world, type_in(world, to_forward))
         yield world
@@ -164,18 +170,24 @@ def interrupt(world: World, program: Program, how: signal.Signals = signal.SIGIN
     world.until(lambda: program.poll() is not None, "the end")
 
 
-def test_readme_has_a_block_for_each_step() -> None:
-    assert {number: len(found) for number, found in blocks().items()} == {
+def test_guide_has_a_block_for_each_step() -> None:
+    assert {number: len(found) for number, found in steps().items()} == {
         "1": 2,
         "2": 1,
         "3": 1,
-        "4": 2,
+        "4": 0,
         "5": 1,
     }
+    assert len(blocks(GUIDES / "firewalls.md")) >= 2
+    assert len(blocks(GUIDES / "two-relays.md")) >= 1
 
 
-def test_readmes_first_try_can_be_pasted(readme: World) -> None:
-    (text,) = blocks()["2"]
+@pytest.mark.parametrize("where", ["guide", "README"])
+def test_first_try_can_be_pasted(readme: World, where: str) -> None:
+    if where == "guide":
+        (text,) = steps()["2"]
+    else:
+        (text,) = [block for block in blocks(README) if "krelay up" in block]
     before = readme.rules()
     program = type_in(readme, f"{text}\n:")
     readme.until(lambda: "Ctrl-C ends it" in program.output, "krelay up")
@@ -187,8 +199,8 @@ def test_readmes_first_try_can_be_pasted(readme: World) -> None:
     assert not TREE.exists()
 
 
-def test_readmes_two_daemons_and_firewall_can_be_pasted_in_one_go(readme: World) -> None:
-    (daemons,), firewall = blocks()["3"], "".join(blocks()["4"])
+def test_two_daemons_and_firewall_can_be_pasted_in_one_go(readme: World) -> None:
+    (daemons,), firewall = steps()["3"], "".join(blocks(GUIDES / "firewalls.md")[:2])
     spare = readme.lab.directory / "etc"
     spare.mkdir()
     python = Path(sys.executable).resolve()
@@ -212,9 +224,9 @@ def test_readmes_two_daemons_and_firewall_can_be_pasted_in_one_go(readme: World)
     interrupt(readme, program, signal.SIGTERM)
 
 
-def test_readmes_second_relay_can_be_pasted_beside_the_first(readme: World) -> None:
-    (first,) = blocks()["2"]
-    (second,) = [block for _, block in BLOCK.findall(README.read_text()) if "krelay-b" in block]
+def test_second_relay_can_be_pasted_beside_the_first(readme: World) -> None:
+    (first,) = steps()["2"]
+    second = blocks(GUIDES / "two-relays.md")[0]
     programs = [type_in(readme, f"{text}\n:") for text in (first, second)]
     for program in programs:
         readme.until(lambda p=program: "Ctrl-C ends it" in p.output, "krelay up")  # type: ignore[misc]
