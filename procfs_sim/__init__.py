@@ -1,9 +1,11 @@
 """procfs_sim: a tree of small files that behaves like procfs, and is krelay's configuration.
 
-    tree    names, defaults, texts: what is accepted and what it means   (pure)
-    state   texts in; values in force, reasons, files to show out        (pure)
-    -----------------------------------------------------------------------
-    ondisk  real files and inotify                                       the thin shell
+    tree      names, defaults, texts: what is accepted and what it means   (pure)
+    state     texts in; values in force, reasons, files to show out        (pure)
+    -------------------------------------------------------------------------
+    ondisk    the tree as real files: created, read, written               the thin shell
+    files     a file that is open
+    watcher   inotify on the tree
 
 It imports nothing but knet.  The daemon writes the tree; tcp-relay follows `gport` in
 it by itself:
@@ -17,7 +19,7 @@ it by itself:
         tree.write_back(outcome)
 """
 
-from procfs_sim.ondisk import FileTree, TreeWatcher
+from procfs_sim.ondisk import FileTree
 from procfs_sim.state import (
     EMPTY_GRACE,
     HostCheck,
@@ -42,6 +44,7 @@ from procfs_sim.tree import (
     port,
     render,
 )
+from procfs_sim.watcher import TreeWatcher
 
 __all__ = [
     "DEFAULTS",

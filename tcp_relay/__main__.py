@@ -10,7 +10,7 @@ from knet import log, privileges, relayoptions
 from knet.loop import Loop
 from knet.privileges import Account, NoAccount
 from knet.usage import CommandParser
-from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, ondisk
+from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, ondisk, watcher
 from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.relay.daemon import TcpRelayDaemon
 from tcp_relay.service import options
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _look_first(root: Path) -> None:
     """While there is still the privilege that this was started with.  Raises OSError."""
     ondisk.check(root)
-    ondisk.prepare_watching()
+    watcher.prepare_watching()
 
 
 def _account(text: str) -> Account:

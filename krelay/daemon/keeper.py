@@ -26,9 +26,10 @@ from knet.loop import Loop
 from knet.trust import Untrusted, in_words
 from krelay.host import reserve, treelock
 from krelay.host.reserve import NO_ROOM, Reserve
-from procfs_sim.ondisk import NO_WATCH, FileTree, TreeWatcher, check
+from procfs_sim.ondisk import FileTree, check
 from procfs_sim.state import Outcome, TreeState
 from procfs_sim.tree import SETTINGS, STATUS, in_force
+from procfs_sim.watcher import NO_WATCH, TreeWatcher
 
 OK = "ok"
 """The tree's state if nothing is wrong."""

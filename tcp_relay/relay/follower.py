@@ -17,7 +17,7 @@ from knet import trust
 from knet.log import Log, Throttle
 from knet.loop import Loop, Timer
 from procfs_sim import Config, FileTree, Outcome, TreeState, TreeWatcher, ondisk
-from procfs_sim.ondisk import NO_WATCH
+from procfs_sim.watcher import NO_WATCH
 
 RETRY = 0.1
 """Seconds between looks for a tree that isn't there."""

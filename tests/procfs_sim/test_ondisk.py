@@ -17,10 +17,12 @@ import pytest
 from inotify_simple import INotify
 
 from knet.trust import Untrusted, user
-from procfs_sim import ondisk
-from procfs_sim.ondisk import MAX_TEXT, FileTree, TreeWatcher
+from procfs_sim import files
+from procfs_sim.files import MAX_TEXT
+from procfs_sim.ondisk import FileTree
 from procfs_sim.state import Outcome, TreeState
 from procfs_sim.tree import DEFAULTS, SETTINGS, STATUS, in_force
+from procfs_sim.watcher import TreeWatcher
 from tests.tools.hours import garbage
 from tests.tools.nobody import Nobody, as_nobody, needs_root, open_directory
 
@@ -257,7 +259,7 @@ def test_without_leases_the_text_alone_decides(
     def no_lease(fd: int, kind: int) -> None:
         return None
 
-    monkeypatch.setattr(ondisk, "_lease", no_lease)
+    monkeypatch.setattr(files, "lease", no_lease)
 
     assert tree.has_writer("gport") is None
     assert tree.show_if("gport", "16000\n", "1\n")
@@ -269,7 +271,7 @@ def test_a_user_who_opens_the_file_during_a_write_back_waits_and_wins(
     tree: FileTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user = threading.Thread(target=shell, args=(tree, "echo 9 > gport"))
-    overwrite = ondisk._overwrite
+    overwrite = files.overwrite
 
     def overtaken(fd: int, text: str) -> None:
         user.start()
@@ -278,7 +280,7 @@ def test_a_user_who_opens_the_file_during_a_write_back_waits_and_wins(
         assert Path(os.readlink(path)).name == "gport"
         overwrite(fd, text)
 
-    monkeypatch.setattr(ondisk, "_overwrite", overtaken)
+    monkeypatch.setattr(files, "overwrite", overtaken)
     assert tree.show_if("gport", "16000\n", "15000\n")
     user.join(BOUND)
 
@@ -529,7 +531,7 @@ def test_no_descriptor_is_left_by_reading_and_writing(tree: FileTree, keeper: Ke
 def test_the_signal_of_a_lease_is_one_that_nobody_notices(tree: FileTree) -> None:
     fd = os.open(tree.root / "gport", os.O_RDONLY)
     try:
-        assert ondisk._lease(fd, fcntl.F_RDLCK)
+        assert files.lease(fd, fcntl.F_RDLCK)
         assert fcntl.fcntl(fd, fcntl.F_GETSIG) == signal.SIGURG
     finally:
         os.close(fd)

@@ -20,9 +20,10 @@ from knet.roles import ADMIN
 from knet.unixsock import Crowd, UnixListener
 from krelay.daemon.keeper import OK, CannotKeep, TreeKeeper
 from krelay.host import reserve, treelock
-from procfs_sim.ondisk import FileTree, TreeWatcher
+from procfs_sim.ondisk import FileTree
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import SETTINGS, in_force
+from procfs_sim.watcher import TreeWatcher
 from tests.tcp_relay.helpers import run_until
 from tests.tools.nobody import NOBODY, Nobody, Somebody, needs_root, open_directory
 
