@@ -52,6 +52,8 @@ _PLAIN = re.compile(r"[!#-<>-~]+")  # printable ASCII without blank, quote and e
 _NAME = "krelay"
 _PACKAGES = Path(__file__).parent.parent
 _OURS = frozenset({"knet", "procfs_sim", "krelay", "tcp_relay"})
+FORMER = {"fix": "mend"}
+"""Names of fields, and what they were called until now: for a release they have both names."""
 MOST_KINDS = 256
 """Kinds of failures that are told apart."""
 
@@ -80,7 +82,7 @@ class Log:
         self._log(logging.WARNING, message, fields)
 
     def error(self, message: str, /, **fields: object) -> None:
-        """What somebody has to mend."""
+        """What somebody has to fix."""
         self._log(logging.ERROR, message, fields)
 
     def enabled(self, level: int) -> bool:
@@ -324,7 +326,9 @@ def is_journal(stream: TextIO) -> bool:
 
 
 def _fields(record: logging.LogRecord) -> list[tuple[str, object]]:
-    return list(getattr(record, "fields", {}).items())
+    fields: dict[str, object] = getattr(record, "fields", {})
+    former = [(FORMER[name], value) for name, value in fields.items() if name in FORMER]
+    return [*fields.items(), *former]
 
 
 def _place(error: BaseException) -> str:

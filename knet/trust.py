@@ -25,11 +25,11 @@ class Untrusted(OSError):
     """Others can change the tree.  Its text is one line: the path, its owner, and what to do."""
 
     def __init__(self, path: Path, what: str, command: str) -> None:
-        mend = f"{command} {quote(str(path))}"
-        super().__init__(errno.EPERM, f"{what}; {mend}, or choose another tree with --root", path)
+        fix = f"{command} {quote(str(path))}"
+        super().__init__(errno.EPERM, f"{what}; {fix}, or choose another tree with --root", path)
         self.what = f"{path} {what}"
         """What is wrong."""
-        self.mend = mend
+        self.fix = fix
         """The command that puts it right, as it is typed in a shell."""
 
     def __str__(self) -> str:

@@ -129,14 +129,14 @@ def _refuse_to_share(asked: argparse.Namespace) -> None:
 
 def _sentence(asked: argparse.Namespace, error: OSError) -> str:
     where = f"port {asked.listen_port}" + (f" of {asked.listen}" if asked.listen else "")
-    mend = _MEND.get(error.errno or 0)
+    fix = _FIX.get(error.errno or 0)
     return f"can't listen on {where}: {(error.strerror or str(error)).lower()}" + (
-        f"; {mend}" if mend else ""
+        f"; {fix}" if fix else ""
     )
 
 
 _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-_MEND = {
+_FIX = {
     errno.EADDRINUSE: "end the program that listens there, or take another port",
     errno.EACCES: "take a port from 1024 up, or grant CAP_NET_BIND_SERVICE",
     errno.EADDRNOTAVAIL: "this host has no such address (ip address)",

@@ -9,7 +9,7 @@ passes through files (`krelay_vm.guest`).
 Waiting is asking again: the file that is waited for, and each time whether the machine lives.
 
 User-Mode Linux has no room for the registers of every processor (vm/xstate.c).  Where its first
-program is therefore killed, it is started again with what mends that, and so is each that this
+program is therefore killed, it is started again with what fixes that, and so is each that this
 process starts later.
 """
 

@@ -199,7 +199,7 @@ def _remove_rules(root: Path) -> None:
     try:
         cleanup.clean(root, keep_settings=True)
     except (cleanup.StillServed, RulesUnavailable, OSError) as error:
-        _log.error("rules can't be removed", reason=error, mend="krelay clean")
+        _log.error("rules can't be removed", reason=error, fix="krelay clean")
 
 
 def _write(root: Path, texts: Mapping[str, str]) -> None:

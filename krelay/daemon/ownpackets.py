@@ -32,6 +32,6 @@ class OwnPackets:
             _log.warning(
                 "rules of this host stop krelay's own packets: who is refused or killed isn't told",
                 packets=stopped,
-                mend="krelay doctor",
+                fix="krelay doctor",
             )
             self._told += stopped

@@ -281,7 +281,7 @@ class Relaying(IdleObserver):
         if not figures_shown():
             _log.warning(
                 "how many packets the kernel drops from the queue isn't shown to this user",
-                mend="give it the group root (SupplementaryGroups=root)",
+                fix="give it the group root (SupplementaryGroups=root)",
             )
         self._host.warn(config)
         if not stale:
@@ -371,7 +371,7 @@ class Relaying(IdleObserver):
 
     def _rules_failed(self, reason: str) -> None:
         """The same for want of rules: by what they can be made is found out anew at the next try,
-        since whoever mends it may do that in another way."""
+        since whoever fixes it may do that in another way."""
         self._fail(reason)
         self.rules.backend = None
 

@@ -156,7 +156,7 @@ class RuleKeeper:
             except RulesUnavailable as error:
                 reason = str(error)
                 break
-        _log.error("rules can't be removed", reason=reason, mend="krelay clean")
+        _log.error("rules can't be removed", reason=reason, fix="krelay clean")
 
     def is_stale(self) -> bool:
         """Whether rules of a killed krelay are in.  Raises RulesUnavailable."""
@@ -307,6 +307,6 @@ class RuleKeeper:
             _log.warning(
                 "somebody took krelay's rules out; they are put back",
                 again=before or None,
-                mend="to stop relaying, krelay stop",
+                fix="to stop relaying, krelay stop",
             )
         self._restored()

@@ -76,4 +76,4 @@ class Surroundings:
         for finding in checks.surroundings(
             Facts(config=config, forwards=self.view.forwards, server=path)
         ):
-            _log.warning(finding.text, mend=finding.mend)
+            _log.warning(finding.text, fix=finding.fix)

@@ -1,6 +1,6 @@
 """Facts -> findings: one check a function, in the order in which they are shown.
 
-Nothing here looks at the host, so each check can be shown every host there is.  A mend is a command
+Nothing here looks at the host, so each check can be shown every host there is.  A fix is a command
 as root would type it in a shell; `safe` ones change nothing but kernel settings that relaying needs
 and what a dead krelay left.
 """

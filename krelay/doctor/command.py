@@ -30,8 +30,8 @@ STYLES = {
     Level.WARNING: "yellow",
     Level.FAILED: "bold red",
 }
-MEND_WITHIN = 30.0
-"""Seconds for one mend."""
+FIX_WITHIN = 30.0
+"""Seconds for one fix."""
 RELAY_WITHIN = 3.0
 """Seconds that a tcp-relay which has been started already may take until it serves."""
 _HEAD = 21
@@ -48,18 +48,18 @@ def run(
     fix: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Looks, shows, with `fix` mends what is safe and looks again; 1 if something has failed.
+    """Looks and shows, after the safe fixes with `fix`; 1 if something has failed.
 
     `asked`: values of settings (by file) that are checked instead of those in the tree.
     """
     findings = look(root, client, queue_num, asked)
-    if fix and (mends := list(dict.fromkeys(f.mend for f in findings if f.safe and f.mend))):
-        for mend in mends:
-            failure = _mend(mend)
+    if fix and (commands := list(dict.fromkeys(f.fix for f in findings if f.safe and f.fix))):
+        for command in commands:
+            failure = _run(command)
             if as_json:
-                print(json.dumps({"ran": mend, "failure": failure}))
+                print(json.dumps({"ran": command, "failure": failure}))
             else:
-                print(f"ran {mend}" + (f": {failure}" if failure else ""))
+                print(f"ran {command}" + (f": {failure}" if failure else ""))
         findings = look(root, client, queue_num, asked)
     if as_json:
         for finding in findings:
@@ -119,14 +119,14 @@ def say(findings: Iterable[Finding]) -> None:
 def line(finding: Finding, width: int | None = None) -> Text:
     """A finding as people see it, in lines of this many columns, or in one.
 
-    A mend is broken so that a shell takes all its lines for one.
+    A fix is broken so that a shell takes all its lines for one.
     """
     head = Text().append(f"{finding.level:7}  ", STYLES[finding.level])
     head.append(finding.check, "bold")
     head.append(" " * max(0, _HEAD - len(head)) + "  ")
-    text = f"{finding.text}; mend:" if finding.mend else finding.text
+    text = f"{finding.text}; fix:" if finding.fix else finding.text
     words = [Text(word) for word in text.split(" ")]
-    command = [Text(word, "cyan") for word in terminal.shell_words(finding.mend)]
+    command = [Text(word, "cyan") for word in terminal.shell_words(finding.fix)]
     if width is None:
         return head + Text(" ").join([*words, *command])
     return terminal.wrapped(head, words, command, width)
@@ -158,7 +158,8 @@ def as_values(finding: Finding) -> dict[str, object]:
         "check": finding.check,
         "level": str(finding.level),
         "text": finding.text,
-        "mend": finding.mend or None,
+        "fix": finding.fix or None,
+        "mend": finding.fix or None,  # its name until now, for a release
         "safe": finding.safe,
     }
 
@@ -176,7 +177,7 @@ def _probed(facts: Facts) -> Facts:
         )
 
 
-def _mend(command: str) -> str | None:
+def _run(command: str) -> str | None:
     """Runs it; what went wrong, or None.  `krelay` is the one that runs."""
     try:
         done = subprocess.run(
@@ -188,7 +189,7 @@ def _mend(command: str) -> str | None:
             env=children.environment(),
             capture_output=True,
             text=True,
-            timeout=MEND_WITHIN,
+            timeout=FIX_WITHIN,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

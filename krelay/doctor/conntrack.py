@@ -17,8 +17,8 @@ def tracking(facts: Facts) -> list[Finding]:
         text = (
             f"connection tracking holds {used} of at most {most}: new flows are dropped when full"
         )
-        mend = f"sysctl -w net.netfilter.nf_conntrack_max={2 * most}"
-        return [Finding("conntrack", WARNING, text, mend, safe=True)]
+        fix = f"sysctl -w net.netfilter.nf_conntrack_max={2 * most}"
+        return [Finding("conntrack", WARNING, text, fix, safe=True)]
     return [Finding("conntrack", OK, f"{used} connections tracked, of at most {most}")]
 
 

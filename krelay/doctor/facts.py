@@ -104,7 +104,7 @@ class Facts:
     tree_exists: bool = True
     tree_fault: str = ""
     """Why the tree isn't trusted."""
-    tree_mend: str = ""
+    tree_fix: str = ""
     tree_state: str = "ok"
     """What a krelay that serves it says of the tree."""
     config: Config = DEFAULTS

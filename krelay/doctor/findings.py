@@ -20,15 +20,15 @@ class Finding(NamedTuple):
     check: str
     level: Level
     text: str
-    mend: str = ""
+    fix: str = ""
     """A command for a shell of root's, or empty if there is none."""
     safe: bool = False
-    """Whether `--fix` runs the mend: it changes nothing of anybody else's."""
+    """Whether `--fix` runs the fix: it changes nothing of anybody else's."""
     fatal: bool = False
     """Whether relaying can't even begin."""
 
     def __str__(self) -> str:
-        return f"{self.text}; mend: {self.mend}" if self.mend else self.text
+        return f"{self.text}; fix: {self.fix}" if self.fix else self.text
 
 
 OK, WARNING, FAILED = Level.OK, Level.WARNING, Level.FAILED

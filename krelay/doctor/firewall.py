@@ -138,12 +138,12 @@ def judge(
     above: int = HIGHEST_PRIORITY - 1,
     upto: int = LOWEST_PRIORITY,
     *,
-    mended: bool = False,
+    fixed: bool = False,
 ) -> tuple[list[Fate], Packet]:
     """The fates that are certain or possible, in the base chains of priority above, at most upto.
 
     A certain one is the last in the list, unless it is in PASSING_ON: nothing comes after it.  With
-    `mended` it goes on as if each base chain had let the packet by in the end, so that the next
+    `fixed` it goes on as if each base chain had let the packet by in the end, so that the next
     ones are named, too.  The packet is as it comes out: rules may have marked it, or taken it out
     of tracking.
     """
@@ -153,7 +153,7 @@ def judge(
     for base in sorted(bases, key=lambda c: c.priority):
         if base.kind == "nat" and (packet.reply or packet.state not in ("", "new")):
             continue
-        if not walk.base(base) and not mended:
+        if not walk.base(base) and not fixed:
             break
     return walk.fates, walk.packet
 

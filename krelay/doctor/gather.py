@@ -107,7 +107,7 @@ def _tree(seen: Survey) -> None:
     try:
         ondisk.check(seen.root)
     except trust.Untrusted as untrusted:
-        seen.add(tree_fault=untrusted.what, tree_mend=untrusted.mend)
+        seen.add(tree_fault=untrusted.what, tree_fix=untrusted.fix)
     seen.add(
         config=config,
         conflict=next(

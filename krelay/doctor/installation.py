@@ -17,8 +17,8 @@ def privileges(facts: Facts) -> list[Finding]:
     ]
     if wanting:
         text = f"{' and '.join(wanting)} wanting, which krelay needs for its rules and its queue"
-        mend = f"sudo krelay doctor{facts.root_option}"
-        return [Finding("privileges", FAILED, text, mend, fatal=True)]
+        fix = f"sudo krelay doctor{facts.root_option}"
+        return [Finding("privileges", FAILED, text, fix, fatal=True)]
     who = "root" if facts.uid == 0 else f"user {facts.uid}"
     return [Finding("privileges", OK, f"{who}, with CAP_NET_ADMIN and CAP_NET_RAW")]
 
@@ -27,8 +27,8 @@ def packages(facts: Facts) -> list[Finding]:
     """What krelay imports."""
     if facts.missing_packages:
         names = " ".join(facts.missing_packages)
-        mend = f"pip install {names}"
-        return [Finding("packages", FAILED, f"can't be imported: {names}", mend, fatal=True)]
+        fix = f"pip install {names}"
+        return [Finding("packages", FAILED, f"can't be imported: {names}", fix, fatal=True)]
     return [Finding("packages", OK, "all Python packages are there")]
 
 
@@ -41,8 +41,8 @@ def queue(facts: Facts) -> list[Finding]:
     if facts.queue_taken:
         other = number + 1 if number < 0xFFFF else number - 1
         text = f"queue {number} is served by another program"
-        mend = f"krelay daemon{facts.root_option} --queue-num {other}"
-        return [Finding(check, FAILED, text, mend, fatal=True)]
+        fix = f"krelay daemon{facts.root_option} --queue-num {other}"
+        return [Finding(check, FAILED, text, fix, fatal=True)]
     full, buffer = facts.queue_lost
     if full or buffer:
         text = (
@@ -59,8 +59,8 @@ def rules(facts: Facts) -> list[Finding]:
         return [Finding("rules", OK, f"by {facts.backend}")]
     if not facts.backend_problem:
         return [not_tried("rules", dict(facts.unseen).get("rules", "nobody has looked"))]
-    mend = "apt-get install nftables iptables" if "not installed" in facts.backend_problem else ""
-    return [Finding("rules", FAILED, facts.backend_problem, mend, fatal=True)]
+    fix = "apt-get install nftables iptables" if "not installed" in facts.backend_problem else ""
+    return [Finding("rules", FAILED, facts.backend_problem, fix, fatal=True)]
 
 
 def datapath(facts: Facts) -> list[Finding]:
@@ -72,8 +72,8 @@ def datapath(facts: Facts) -> list[Finding]:
     if facts.datapath == "kernel":
         return [Finding("datapath", OK, "flows are handed to the kernel")]
     reason = facts.datapath.removeprefix("queue").strip(" ()")
-    mend = "" if facts.backend.startswith("nft") else "apt-get install nftables"
-    return [Finding("datapath", WARNING, f"every packet visits krelay: {reason}", mend)]
+    fix = "" if facts.backend.startswith("nft") else "apt-get install nftables"
+    return [Finding("datapath", WARNING, f"every packet visits krelay: {reason}", fix)]
 
 
 def serving(facts: Facts) -> list[Finding]:
@@ -92,7 +92,7 @@ def serving(facts: Facts) -> list[Finding]:
 def tree(facts: Facts) -> list[Finding]:
     """Whether the file tree can be served, and is shown by who serves it."""
     if facts.tree_fault:
-        return [Finding("file tree", FAILED, facts.tree_fault, facts.tree_mend)]
+        return [Finding("file tree", FAILED, facts.tree_fault, facts.tree_fix)]
     if facts.tree_state != "ok":
         text = f"what is in force can't be shown: {facts.tree_state}"
         return [Finding("file tree", WARNING, text)]
@@ -110,8 +110,8 @@ def buffer(facts: Facts) -> list[Finding]:
     text = f"the queue's socket gets {facts.rmem_max} bytes instead of {facts.buffer}"
     if facts.net_admin:
         text += ", as in any user namespace; root outside of it may raise the limit"
-    mend = f"sysctl -w net.core.rmem_max={facts.buffer}"
-    return [Finding(check, WARNING, text, mend, safe=not facts.net_admin)]
+    fix = f"sysctl -w net.core.rmem_max={facts.buffer}"
+    return [Finding(check, WARNING, text, fix, safe=not facts.net_admin)]
 
 
 def files(facts: Facts) -> list[Finding]:
@@ -136,8 +136,8 @@ def leftovers(facts: Facts) -> list[Finding]:
         findings.append(Finding("leftovers", WARNING, text, _removal(facts, left), safe))
     if facts.stale_sockets and not facts.leftovers:
         text = f"{facts.root} holds sockets of a krelay that is gone"
-        mend = f"krelay clean --keep-settings{facts.root_option}"
-        findings.append(Finding("leftovers", WARNING, text, mend, safe=True))
+        fix = f"krelay clean --keep-settings{facts.root_option}"
+        findings.append(Finding("leftovers", WARNING, text, fix, safe=True))
     return findings or [Finding("leftovers", OK, "nothing of a dead krelay's")]
 
 

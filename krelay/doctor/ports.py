@@ -61,10 +61,10 @@ def ports(facts: Facts) -> list[Finding]:
         f"{high}{reserved}): tcp-relay, which looks when it starts, has no more at a time"
     )
     if left(*WIDE_RANGE) >= PORTS_WANTED:
-        mend = f"sysctl -w net.ipv4.ip_local_port_range='{WIDE_RANGE[0]} {WIDE_RANGE[1]}'"
+        fix = f"sysctl -w net.ipv4.ip_local_port_range='{WIDE_RANGE[0]} {WIDE_RANGE[1]}'"
     else:
-        mend = "sysctl -w net.ipv4.ip_local_reserved_ports="
-    return [Finding(check, WARNING, text, mend)]
+        fix = "sysctl -w net.ipv4.ip_local_reserved_ports="
+    return [Finding(check, WARNING, text, fix)]
 
 
 def own_ports(facts: Facts) -> list[Finding]:
@@ -98,8 +98,8 @@ def own_ports(facts: Facts) -> list[Finding]:
         return [Finding(check, WARNING, f"{text}; relay fewer ports")]
     spans = merged((port, port) for port in reserved)
     listed = ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans)
-    mend = f"sysctl -w net.ipv4.ip_local_reserved_ports={listed}"
-    return [Finding(check, WARNING, text, mend)]
+    fix = f"sysctl -w net.ipv4.ip_local_reserved_ports={listed}"
+    return [Finding(check, WARNING, text, fix)]
 
 
 def own_clients(facts: Facts) -> list[Finding]:
@@ -151,8 +151,8 @@ def answers(facts: Facts) -> list[Finding]:
         s._replace(any_port=s.any_port or any(s.contains("udp", port) for port in at))
         for s in config.services
     )
-    mend = f"krelay set services{facts.root_option} {quote(' '.join(map(str, wanted)))}"
-    return [Finding(check, WARNING, text, mend)]
+    fix = f"krelay set services{facts.root_option} {quote(' '.join(map(str, wanted)))}"
+    return [Finding(check, WARNING, text, fix)]
 
 
 def _who(one: ListenerFacts) -> str:

@@ -24,14 +24,14 @@ def forwarding(facts: Facts) -> list[Finding]:
             if needed
             else "the clients' own connections to the server won't pass"
         )
-        mend = "sysctl -w net.ipv4.ip_forward=1"
-        return [Finding(check, FAILED if needed else WARNING, text, mend, safe=True)]
+        fix = "sysctl -w net.ipv4.ip_forward=1"
+        return [Finding(check, FAILED if needed else WARNING, text, fix, safe=True)]
     ends = (facts.client_link, facts.server.link if facts.server else None)
     silent = [link.name for link in facts.links if link.name in ends and not link.forwards]
     if silent:
-        mend = " && ".join(f"sysctl -w net/ipv4/conf/{name}/forwarding=1" for name in silent)
+        fix = " && ".join(f"sysctl -w net/ipv4/conf/{name}/forwarding=1" for name in silent)
         text = f"what comes by {', '.join(silent)} isn't forwarded"
-        return [Finding(check, FAILED if needed else WARNING, text, mend, safe=True)]
+        return [Finding(check, FAILED if needed else WARNING, text, fix, safe=True)]
     return [Finding(check, OK, "this host forwards (net.ipv4.ip_forward=1)")]
 
 
@@ -45,18 +45,18 @@ def rp_filter(facts: Facts) -> list[Finding]:
     if not strict:
         return [Finding(check, OK, "not strict on any link")]
     shown = ", ".join(strict)
-    mend = "sysctl -w net.ipv4.conf.all.rp_filter=2"
+    fix = "sysctl -w net.ipv4.conf.all.rp_filter=2"
     if facts.rp_filtered:
         text = (
             f"strict on {shown}, and it has dropped {facts.rp_filtered} packets that came by "
             "another link than their answers would take"
         )
-        return [Finding(check, WARNING, text, mend, safe=True)]
+        return [Finding(check, WARNING, text, fix, safe=True)]
     if facts.client is not None and facts.client.link is None and facts.client.problem == "":
         text = (
             f"strict on {shown}: packets of {facts.client.to}, to which no route leads, are dropped"
         )
-        return [Finding(check, FAILED, text, mend, safe=True)]
+        return [Finding(check, FAILED, text, fix, safe=True)]
     way = f"; clients must come by {near}, as their answers do" if near in strict else ""
     return [Finding(check, OK, f"strict on {shown}, nothing dropped{way}")]
 
@@ -79,8 +79,8 @@ def vrf(facts: Facts) -> list[Finding]:
         f"{names}: addresses and routes of a VRF aren't krelay's to see, and nothing is relayed "
         "from it or to it; take the links out, or run krelay in a network namespace with them"
     )
-    mend = " && ".join(f"ip link set {link.name} nomaster" for link in ours)
-    return [Finding(check, FAILED, text, mend)]
+    fix = " && ".join(f"ip link set {link.name} nomaster" for link in ours)
+    return [Finding(check, FAILED, text, fix)]
 
 
 def redirects(facts: Facts) -> list[Finding]:
@@ -103,8 +103,8 @@ def redirects(facts: Facts) -> list[Finding]:
         f"{where}: until krelay relays, this host may tell the "
         "server by ICMP redirect of another way to a client, which the server keeps for minutes"
     )
-    mend = " && ".join(f"sysctl -w net/ipv4/conf/{name}/send_redirects=0" for name in ("all", link))
-    return [Finding(check, WARNING, text, mend, safe=True)]
+    fix = " && ".join(f"sysctl -w net/ipv4/conf/{name}/send_redirects=0" for name in ("all", link))
+    return [Finding(check, WARNING, text, fix, safe=True)]
 
 
 def server(facts: Facts) -> list[Finding]:
@@ -116,8 +116,8 @@ def server(facts: Facts) -> list[Finding]:
     if path.problem:
         return [Finding(check, FAILED, f"{path.to} can't be reached: {path.problem}", set_it)]
     if path.link is None:
-        mend = f"ip route add {path.to} via GATEWAY"
-        return [Finding(check, FAILED, f"there is no route to the server, {path.to}", mend)]
+        fix = f"ip route add {path.to} via GATEWAY"
+        return [Finding(check, FAILED, f"there is no route to the server, {path.to}", fix)]
     by = f"by {path.link}" + (f" via {path.gateway}" if path.gateway else "")
     if path.silent:
         who = path.gateway or path.to
@@ -187,8 +187,8 @@ def client(facts: Facts) -> list[Finding]:
     if path.problem:
         return [Finding(check, FAILED, f"{path.to} can't be reached: {path.problem}")]
     if path.link is None:
-        mend = f"ip route add {path.to} via GATEWAY"
-        return [Finding(check, FAILED, f"there is no route to {path.to}", mend)]
+        fix = f"ip route add {path.to} via GATEWAY"
+        return [Finding(check, FAILED, f"there is no route to {path.to}", fix)]
     return [Finding(check, OK, f"{path.to} by {path.link}")]
 
 

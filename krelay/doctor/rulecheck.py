@@ -82,9 +82,9 @@ def check(facts: Facts) -> list[Finding]:
 
 
 def _troubles(facts: Facts, passage: Passage) -> Iterator[_Trouble]:
-    """What befalls these packets, also behind where their way ends: as if that had been mended.
+    """What befalls these packets, also behind where their way ends: as if that had been fixed.
 
-    So one look names all that has to be mended.
+    So one look names all that has to be fixed.
     """
     tracked: bool | None = True
     mark: int | None = 0
@@ -93,7 +93,7 @@ def _troubles(facts: Facts, passage: Passage) -> Iterator[_Trouble]:
         if stage.priorities == BEFORE_OURS:  # of iptables' own rules ours are the first
             chains = [c for c in chains if c.tool == "nft" or c.tool != facts.backend]
         packet = stage.packet._replace(tracked=tracked, mark=mark)
-        fates, after = judge(chains, stage.hook, packet, *stage.priorities, mended=True)
+        fates, after = judge(chains, stage.hook, packet, *stage.priorities, fixed=True)
         for fate in fates:
             if fate.kind != "snat" or _hides_client(facts, passage):
                 yield _Trouble(passage.step, stage._replace(packet=after), fate)
@@ -144,5 +144,5 @@ def _finding(facts: Facts, troubles: list[_Trouble]) -> Finding:
     if step == OWN:
         text += ": who is refused, or killed, isn't told"
     failed = fate.certain and fate.kind != "snat" and step != OWN
-    mend = rulefix.command(facts, stage, fate, ports)
-    return Finding(CHECK, Level.FAILED if failed else Level.WARNING, text, mend)
+    fix = rulefix.command(facts, stage, fate, ports)
+    return Finding(CHECK, Level.FAILED if failed else Level.WARNING, text, fix)

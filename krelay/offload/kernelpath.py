@@ -53,7 +53,7 @@ TOLD_TOGETHER = 512
 MOST_LOSSES, LOSSES_WITHIN = 5, 60.0
 """So many losses of the kernel's maps within so many seconds, and nothing is handed over again."""
 REFUSALS = (errno.EPERM, errno.EACCES, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
-"""Errors of the socket to nf_tables that another try doesn't mend."""
+"""Errors of the socket to nf_tables that another try doesn't fix."""
 NO_CLIENTS = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")))
 """Policy.may_be_client."""
 
@@ -402,7 +402,7 @@ class KernelPath(IdleObserver):
                 service=f"udp/{asked.port}",
                 server=FlowKey.unpack(head[ipv4.FLOW_KEY]).src,
                 again=before or None,
-                mend=f"write udp/{asked.port}+any-port into services, if that is its way (TFTP)",
+                fix=f"write udp/{asked.port}+any-port into services, if that is its way (TFTP)",
             )
 
     def _read(self, source: Copies | None, most: int) -> list[Copy]:

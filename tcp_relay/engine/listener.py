@@ -181,7 +181,7 @@ class Listener:
                 "accepting paused",
                 port=self.port,
                 error=error.strerror,
-                mend="raise the limit of open files (ulimit -n, LimitNOFILE=)"
+                fix="raise the limit of open files (ulimit -n, LimitNOFILE=)"
                 if error.errno == errno.EMFILE
                 else None,
                 suppressed=suppressed or None,

@@ -19,11 +19,11 @@ log = Log("line")
 
 
 class PortWaitQueue:
-    """In the order they came; the length is how many wait.  `mend` tells people what would help."""
+    """In the order they came; the length is how many wait.  `fix` tells people what would help."""
 
-    def __init__(self, loop: Loop, mend: str) -> None:
+    def __init__(self, loop: Loop, fix: str) -> None:
         self._loop = loop
-        self._mend = mend
+        self._fix = fix
         self._waiting: deque[Callable[[], None]] = deque()
         self._complaints = Throttle()
         self._has_timer = False
@@ -43,7 +43,7 @@ class PortWaitQueue:
                 "no socket for a server leg" if error else "no local port is free",
                 error=error and error.strerror,
                 waiting=len(self._waiting),
-                mend=None if error else self._mend,
+                fix=None if error else self._fix,
                 suppressed=suppressed or None,
             )
 

@@ -94,9 +94,7 @@ class TreeFollower:
         self._timer = self._loop.call_at(self._loop.now + RETRY, self._begin)
         if isinstance(error, FileNotFoundError):
             if not self._is_waiting:
-                log.warning(
-                    "waiting for the file tree", root=self._root, mend="start krelay daemon"
-                )
+                log.warning("waiting for the file tree", root=self._root, fix="start krelay daemon")
         else:
             self._complain("can't read the file tree", error)
         self._is_waiting = True

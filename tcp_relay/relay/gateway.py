@@ -146,13 +146,13 @@ class Gateway:
             "can't listen",
             gport=port,
             error=error.strerror,
-            mend=_MEND.get(error.errno or 0),
+            fix=_FIX.get(error.errno or 0),
             still=self.port,
             suppressed=suppressed or None,
         )
 
 
-_MEND = {
+_FIX = {
     errno.EADDRINUSE: "end the program that listens there, or write another port into gport",
     errno.EACCES: "write a port from 1024 up into gport, or grant CAP_NET_BIND_SERVICE",
     errno.EMFILE: "raise the limit of open files (ulimit -n, LimitNOFILE=)",

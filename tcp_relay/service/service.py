@@ -159,9 +159,7 @@ def _confine(name: str, asked: argparse.Namespace) -> None:
     try:
         seccomp.load(syscalls.allowed(name), syscalls.DEADLY)
     except FilterUnavailable as error:
-        log.warning(
-            "system calls aren't filtered", reason=error, mend="apt-get install libseccomp2"
-        )
+        log.warning("system calls aren't filtered", reason=error, fix="apt-get install libseccomp2")
 
 
 def raise_descriptor_limit() -> None:

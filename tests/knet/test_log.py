@@ -62,6 +62,13 @@ def test_values_that_could_be_misread_are_quoted(value: object, text: str) -> No
     assert stream.getvalue() == f"<6>event key={text}\n"
 
 
+def test_a_renamed_field_has_both_names_for_a_release() -> None:
+    stream = set_up(journal=True)
+    Log("test").info("event", fix="krelay clean", why=None)
+    Log("test").info("event", fix=None)
+    assert stream.getvalue() == '<6>event fix="krelay clean" mend="krelay clean"\n<6>event\n'
+
+
 @given(value=st.text())
 def test_any_value_stays_in_its_line_and_field(value: str) -> None:
     stream = set_up(journal=True)

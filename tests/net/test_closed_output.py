@@ -108,8 +108,8 @@ def test_the_doctor_names_the_chain_and_its_fix_lets_resets_out(
     assert world.values("status")["own_packets"] == said
     world.until(lambda: "stop krelay's own packets" in world.krelay_process.output, "a warning")
 
-    for mend in dict.fromkeys(f["mend"] for f in told):
-        type_as_root(world, mend)
+    for fix in dict.fromkeys(f["fix"] for f in told):
+        type_as_root(world, fix)
     assert about_own(doctor(world, world.client)[1]) == []
     assert is_reset(killed(world), 5)
     assert is_refused(world, GPORT, 5)
@@ -140,6 +140,6 @@ def test_a_refused_client_of_udp_is_told_once_the_fix_is_in(world: World) -> Non
     assert not told(0.5)
     (found,) = about_own(doctor(world, world.client)[1])
     assert found["text"].startswith("icmp that krelay itself sends to clients is dropped")
-    type_as_root(world, found["mend"])
+    type_as_root(world, found["fix"])
     assert told(5)
     assert about_own(doctor(world, world.client)[1]) == []

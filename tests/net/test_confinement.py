@@ -170,7 +170,7 @@ def test_without_libseccomp_it_relays_and_says_so(world: World) -> None:
     assert world.who("client", 81)
     assert status(program.pid)["Seccomp"] == ["0"]
     assert "system calls aren't filtered" in program.output
-    assert "mend=" in program.output
+    assert "fix=" in program.output
 
 
 WORKERS = """

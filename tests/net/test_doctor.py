@@ -1,4 +1,4 @@
-"""`krelay doctor` in the relay host: each fault is made on purpose, named, mended as printed."""
+"""`krelay doctor` in the relay host: each fault is made on purpose, named, fixed as printed."""
 
 import json
 import socket
@@ -93,7 +93,7 @@ def test_forwarding_that_is_off_is_mended_by_fix(ready: World) -> None:
             ready.exchange(sock, b"who", (ready.relay, 7))
 
     done = ready.krelay("doctor", "--fix")
-    assert done.stdout.splitlines()[0] == f"ran {told['mend']}"
+    assert done.stdout.splitlines()[0] == f"ran {told['fix']}"
     assert "failed" not in done.stdout
     assert works(ready)
 
@@ -105,7 +105,7 @@ def test_a_link_that_does_not_forward_is_named(ready: World) -> None:
     told = finding(findings, "forwarding")
     assert (status, told["level"]) == (1, "failed")
     assert "eth0" in told["text"]
-    type_as_root(ready, told["mend"])
+    type_as_root(ready, told["fix"])
 
     assert finding(doctor(ready)[1], "forwarding")["level"] == "ok"
     assert works(ready)
@@ -135,7 +135,7 @@ def test_a_strict_rp_filter_that_drops_clients_of_another_link_is_loosened(ready
     assert told["level"] == "warning"
     assert "side" in told["text"]
     done = ready.krelay("doctor", "--fix")
-    assert f"ran {told['mend']}" in done.stdout
+    assert f"ran {told['fix']}" in done.stdout
     assert works(ready)
     assert finding(doctor(ready)[1], "rp_filter")["level"] == "ok"
 
@@ -147,10 +147,10 @@ def test_a_server_that_no_route_leads_to_is_told_by_doctor_and_start(ready: Worl
     status, findings = doctor(ready)
     told = finding(findings, "server")
     assert (status, told["level"]) == (1, "failed")
-    assert told["mend"] == "ip route add 203.0.113.9 via GATEWAY"
+    assert told["fix"] == "ip route add 203.0.113.9 via GATEWAY"
     done = ready.krelay("start")
     assert "failed  server  there is no route to the server, 203.0.113.9" in done.stderr
-    type_as_root(ready, told["mend"].replace("GATEWAY", ready.server))
+    type_as_root(ready, told["fix"].replace("GATEWAY", ready.server))
 
     assert finding(doctor(ready)[1], "server")["level"] == "ok"
 
@@ -162,7 +162,7 @@ def test_a_server_whose_answers_go_another_way_is_found_out_by_asking_it(ready: 
     status, findings = doctor(ready, ready.client)
     told = finding(findings, "return")
     assert (status, told["level"]) == (1, "failed")
-    type_as_root(ready, told["mend"])
+    type_as_root(ready, told["fix"])
 
     assert finding(doctor(ready, ready.client)[1], "return")["level"] == "ok"
     assert ready.who("client", 80).startswith(f"{ready.relay}:")
@@ -188,18 +188,18 @@ def test_a_gateway_port_in_use_keeps_relaying_from_beginning(ready: World) -> No
     _, findings = doctor(ready)
     told = finding(findings, "gateway port")
     assert told["level"] == "failed"
-    assert told["mend"] == f"kill {other.pid}"
+    assert told["fix"] == f"kill {other.pid}"
     done = ready.krelay("start", check=False)
     assert done.status == 1
     assert f"port {GPORT} is in use by python" in done.stderr.splitlines()[-1]
-    assert done.stderr.splitlines()[-1].endswith(told["mend"])
+    assert done.stderr.splitlines()[-1].endswith(told["fix"])
     assert ready.read("start") == "0"
     ready.write("start", "1")
     ready.until(lambda: ready.read("status/state").startswith("failed: "), "failed")
     assert f"port {GPORT}, the gateway port, is in use by python" in ready.read("status/state")
     assert ready.rules() == before
 
-    type_as_root(ready, told["mend"])
+    type_as_root(ready, told["fix"])
     other.wait()
     assert finding(doctor(ready)[1], "gateway port")["level"] == "ok"
     begin(ready)
@@ -216,7 +216,7 @@ def test_up_says_what_is_wrong_before_it_relays(world: World) -> None:
     program = world.lab.start("relay", *command, "--real-ip", world.server)
     world.until(lambda: "Ctrl-C ends it" in program.output or program.poll() is not None, "up")
     said, _, _ = program.output.partition("Ctrl-C ends it")
-    for words in ("failed  forwarding  ", "failed  firewall  ", "mend: nft insert rule ip t c"):
+    for words in ("failed  forwarding  ", "failed  firewall  ", "fix: nft insert rule ip t c"):
         assert words in said
     program.terminate()
     assert program.wait() == 130
@@ -227,9 +227,9 @@ def test_a_server_on_a_relayed_port_and_one_on_the_loopback(ready: World) -> Non
     begin(ready)
     status, findings = doctor(ready)
     told = finding(findings, "services")
-    assert (status, told["level"], told["mend"]) == (0, "warning", f"kill {hidden.pid}")
+    assert (status, told["level"], told["fix"]) == (0, "warning", f"kill {hidden.pid}")
     assert works(ready)
-    type_as_root(ready, told["mend"])
+    type_as_root(ready, told["fix"])
     hidden.wait()
 
     told = finding(doctor(ready)[1], "services")
@@ -248,7 +248,7 @@ def test_what_a_killed_krelay_left_is_removed_and_the_settings_stay(ready: World
     assert (status, told["level"], told["safe"]) == (0, "warning", True)
     assert "krelay-" in told["text"]
     done = ready.krelay("doctor", "--fix", "--json")
-    assert json.loads(done.stdout.splitlines()[0]) == {"ran": told["mend"], "failure": None}
+    assert json.loads(done.stdout.splitlines()[0]) == {"ran": told["fix"], "failure": None}
 
     assert ready.rules() == before
     assert ready.read("real_ip") == ready.server
@@ -271,7 +271,7 @@ def test_rules_of_a_dead_krelay_of_another_tree_are_named_and_their_removal_work
     ready.kill(other)
     told = finding(doctor(ready)[1], "leftovers")
     assert (told["level"], told["safe"]) == ("warning", False)
-    type_as_root(ready, told["mend"])
+    type_as_root(ready, told["fix"])
 
     assert finding(doctor(ready)[1], "leftovers")["level"] == "ok"
     assert "krelay" not in ready.rules()  # iptables leaves its tables, empty
@@ -287,7 +287,7 @@ def test_a_queue_of_another_program_keeps_relaying_from_beginning(ready: World) 
     status, findings = doctor(ready)
     told = finding(findings, "queue")
     assert (status, told["level"]) == (1, "failed")
-    assert told["mend"] == f"krelay daemon --root {ready.root} --queue-num 1601"
+    assert told["fix"] == f"krelay daemon --root {ready.root} --queue-num 1601"
     done = ready.krelay("start", check=False)
     assert (done.status, ready.read("start")) == (1, "0")
     assert "queue 1600 is served by another program" in done.stderr
@@ -302,7 +302,7 @@ def test_udp_that_is_joined_on_its_way_through_is_switched_off(ready: World) -> 
     ready.lab.run("relay", "ethtool", "-K", "eth0", "rx-udp-gro-forwarding", "on")
     told = finding(doctor(ready)[1], "UDP GRO")
     assert told["level"] == "warning"
-    type_as_root(ready, told["mend"])
+    type_as_root(ready, told["fix"])
 
     assert finding(doctor(ready)[1], "UDP GRO")["level"] == "ok"
 
@@ -338,7 +338,7 @@ def test_services_among_the_hosts_own_ports_are_told_with_a_fix(ready: World) ->
     told = finding(doctor(ready)[1], "own ports")
     assert told["level"] == "warning"
     assert "udp/50000-50010" in told["text"]
-    type_as_root(ready, told["mend"])
+    type_as_root(ready, told["fix"])
 
     assert finding(doctor(ready)[1], "own ports")["level"] == "ok"
     reserved = ready.run("relay", "sysctl", "-n", "net.ipv4.ip_local_reserved_ports")

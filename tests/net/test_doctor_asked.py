@@ -51,7 +51,7 @@ def test_what_would_stop_it_is_told_and_nothing_of_the_values_in_force(world: Wo
     )
 
     assert status == 1
-    assert finding(findings, "gateway port")["mend"] == f"kill {other.pid}"
+    assert finding(findings, "gateway port")["fix"] == f"kill {other.pid}"
     assert finding(findings, "server")["text"].endswith("no route to the server, 203.0.113.9")
     told = [f["text"] for f in about_rules(findings)]
     assert any("to port 17000 is dropped" in text for text in told)
@@ -140,7 +140,7 @@ def test_a_tcp_relay_of_another_tree_is_a_stranger(world: World) -> None:
     told = finding(asked(world)[1], "gateway port")
 
     assert told["level"] == "failed"
-    assert told["mend"] in [f"kill {each.pid}" for each in (program, krelay)]  # both have it open
+    assert told["fix"] in [f"kill {each.pid}" for each in (program, krelay)]  # both have it open
 
 
 def test_the_rules_of_a_tree_are_its_own_by_each_of_its_names(world: World) -> None:

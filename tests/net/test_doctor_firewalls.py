@@ -1,7 +1,7 @@
-"""Host firewalls of common shapes: relaying fails, the doctor names the rule, its mend works.
+"""Host firewalls of common shapes: relaying fails, the doctor names the rule, its fix works.
 
 Each ruleset is put into the relay host while krelay relays.  What the doctor says is held against
-what really happens, before and after the mends have been run as they are printed.
+what really happens, before and after the fixes have been run as they are printed.
 """
 
 import shlex
@@ -292,7 +292,7 @@ class Case(NamedTuple):
     tool: str
     rules: str
     tcp: bool
-    """Whether TCP gets through before the mend."""
+    """Whether TCP gets through before the fix."""
     udp: bool
     named: tuple[str, ...]
     """Words of the findings: the steps, and something of each rule."""
@@ -367,7 +367,7 @@ def about_rules(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def type_as_root(world: World, command: str) -> Result:
-    """A mend as it is printed, in a shell of the relay host."""
+    """A fix as it is printed, in a shell of the relay host."""
     krelay = f'krelay() {{ {shlex.join(PYTHON)} -m krelay "$@"; }}; '
     return world.lab.run("relay", "sh", "-c", krelay + command)
 
@@ -418,7 +418,7 @@ def test_the_doctor_names_the_rule_and_its_mend_works(
     shown = "\n".join(finding["text"] for finding in wrong)
     assert [words for words in case.named if words not in shown] == [], shown
     for finding in wrong:
-        type_as_root(world, finding["mend"])
+        type_as_root(world, finding["fix"])
 
     status, findings = doctor(world, world.client)
     assert about_rules(findings) == []

@@ -26,7 +26,7 @@ time.sleep(60)
 
 
 class Breakable:
-    """nft of a krelay's own, which can be broken and mended."""
+    """nft of a krelay's own, which can be broken and repaired."""
 
     def __init__(self, world: World) -> None:
         self.folder = world.lab.directory / "tools"
@@ -40,7 +40,7 @@ class Breakable:
     def break_it(self) -> None:
         self._broken.touch()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         self._broken.unlink()
 
 
@@ -103,7 +103,7 @@ def test_rules_that_cannot_be_made_are_made_when_they_can(world: World, tool: Br
     failed(world, "no way to queue packets")
     assert "nft is broken" in world.read("status/state")
     world.until(lambda: world.values("status")["retry_in"] > 2, "a longer pause")
-    tool.mend()
+    tool.repair()
 
     heals(world)
     assert program.output.count("relaying failed") == 1
@@ -118,7 +118,7 @@ def test_a_krelay_that_fails_from_its_first_moment_heals(world: World, tool: Bre
     tool.break_it()
     ready(world, tool)
     failed(world, "no way to queue packets")
-    tool.mend()
+    tool.repair()
 
     heals(world)
 
@@ -132,7 +132,7 @@ def test_rules_that_cannot_be_changed_end_relaying_until_they_can(
     tool.break_it()
     world.write("services", "tcp/80 udp/7 udp/9")
     failed(world, "rules can't be changed: Error: nft is broken")
-    tool.mend()
+    tool.repair()
 
     heals(world)
     world.krelay("stop")
@@ -148,7 +148,7 @@ def test_rules_that_somebody_took_out_and_that_cannot_be_put_back_come_back(
     tool.break_it()
     world.lab.run("relay", "nft", "flush", "ruleset")
     failed(world, "somebody took krelay's rules out, and they can't be put back")
-    tool.mend()
+    tool.repair()
 
     heals(world)
 
@@ -182,7 +182,7 @@ def test_start_tries_at_once_and_stop_ends_the_trying(world: World, tool: Breaka
     assert "retry_in" not in world.values("status")
     world.write("start", "1")
     failed(world, "no way to queue packets")
-    tool.mend()
+    tool.repair()
     done = world.krelay("start", "--no-doctor")
 
     assert (done.status, done.stderr) == (0, "")

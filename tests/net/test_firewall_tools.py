@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 PATIENCE = 60.0
-"""Seconds for what is typed: firewall-cmd takes a fifth of one, half a dozen times for a mend."""
+"""Seconds for what is typed: firewall-cmd takes a fifth of one, half a dozen times for a fix."""
 SERVICES = "tcp/80 tcp/443=forward udp/53 udp/5000-5010"
 NAME, ADDRESS = "host.example", "192.0.2.80"
 COPIED = {"ufw": ("/etc/ufw", "/etc/default", "/lib/ufw"), "firewalld": ("/etc/firewalld",)}
@@ -131,8 +131,8 @@ class Host:
         done = self.world.lab.run("relay", *command, timeout=PATIENCE, check=False)
         return done.status, about_rules([json.loads(line) for line in done.stdout.splitlines()])
 
-    def mended(self) -> list[str]:
-        """Types what the doctor says until it says no more; all the mends."""
+    def fixed(self) -> list[str]:
+        """Types what the doctor says until it says no more; all the fixes."""
         typed: list[str] = []
         for _ in range(3):
             status, wrong = self.doctor()
@@ -140,8 +140,8 @@ class Host:
                 assert status == 0
                 return typed
             for finding in wrong:
-                self.type(finding["mend"])
-                typed.append(finding["mend"])
+                self.type(finding["fix"])
+                typed.append(finding["fix"])
         pytest.fail(f"still not ok after {typed}: {wrong}")
 
     def _start(self, *argv: str) -> Program:
@@ -204,10 +204,10 @@ def test_the_doctors_mends_work_as_they_are_printed_and_last(served: World, tool
         assert status == 1
         for words in DEFAULTS[tool]:
             assert words in shown
-        told = [finding["mend"] for finding in wrong]
-        assert all(mend.startswith(BY[tool]) for mend in told), told
+        told = [finding["fix"] for finding in wrong]
+        assert all(fix.startswith(BY[tool]) for fix in told), told
 
-        assert host.mended() == told  # one round
+        assert host.fixed() == told  # one round
         assert passing(served, 5) == ALL
         host.type(RELOAD[tool])
         assert passing(served, 5) == ALL
@@ -224,8 +224,8 @@ def test_rules_of_the_tools_users_are_overcome_by_the_tool(served: World, tool: 
             host.type(command)
 
         assert passing(served, 0.5) == NOTHING
-        typed = host.mended()
-        by_others = [mend for mend in typed if not mend.startswith(BY[tool])]
+        typed = host.fixed()
+        by_others = [fix for fix in typed if not fix.startswith(BY[tool])]
         assert by_others == NOT_SAID[tool]
         assert passing(served, 5) == ALL
         host.type(RELOAD[tool])

@@ -39,7 +39,7 @@ def answered(world: World, host: str, address: str, port: int) -> bool:
 def told_rule(world: World) -> str:
     """The command that the doctor has in its words."""
     told = finding(doctor(world, world.client)[1], "this host")
-    assert (told["level"], told["mend"]) == ("ok", None)
+    assert (told["level"], told["fix"]) == ("ok", None)
     match = re.search(r"nft '.*'$", told["text"])
     assert match, told["text"]
     return match[0]

@@ -159,9 +159,9 @@ def test_the_doctor_tells_of_redirects_before_krelay_keeps_them(world: World) ->
         assert finding(doctor(world, world.client)[1], "return")["level"] == "not tried"
         with pytest.raises(TimeoutError):  # the doctor's own query brings none about
             watch.next(0.3)
-        type_as_root(world, told["mend"])
+        type_as_root(world, told["fix"])
         told = finding(doctor(world, world.client)[1], "redirects")
-        assert (told["level"], told["mend"]) == ("ok", None)
+        assert (told["level"], told["fix"]) == ("ok", None)
         assert "came back" in finding(doctor(world, world.client)[1], "return")["text"]
         with pytest.raises(TimeoutError):
             watch.next(0.3)

@@ -163,7 +163,7 @@ def test_a_second_krelay_on_the_same_queue_says_that_it_is_taken(served: World) 
     assert (started.status, started.stderr) == (
         1,
         "krelay start: queue 1600 is served by another program; "
-        f"mend: krelay daemon --root {other} --queue-num 1601\n",
+        f"fix: krelay daemon --root {other} --queue-num 1601\n",
     )
     assert served.rules() == rules
     program.terminate()

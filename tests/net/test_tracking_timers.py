@@ -113,7 +113,7 @@ def test_the_server_reaches_a_silent_client_once_the_timers_are_mended(
     sip.register()
     assert "forgets udp after 1 s, krelay after 300 s" in world.values("status")["conntrack"]
 
-    type_as_root(world, told["mend"])
+    type_as_root(world, told["fix"])
     assert timers(world)["level"] == "ok"
     assert world.values("status")["conntrack"] == "ok"
     sip.register()
@@ -162,7 +162,7 @@ def test_a_forwarded_connection_at_rest_is_forgotten_likewise(world: World) -> N
         told = timers(world)
         assert told["level"] == "warning"
         assert "forgets tcp flows after 1 s" in told["text"]
-        type_as_root(world, told["mend"])
+        type_as_root(world, told["fix"])
         assert timers(world)["level"] == "ok"
         sock.send(b"x")  # from the client it is let by, and known again
         assert is_pushed(sock, 5)
@@ -185,5 +185,5 @@ def test_the_default_timers_are_told_of_behind_the_readmes_firewall(world: World
     guard(world, README)
     told = timers(world)
     assert told["level"] == "warning"
-    type_as_root(world, told["mend"])
+    type_as_root(world, told["fix"])
     assert timers(world)["level"] == "ok"

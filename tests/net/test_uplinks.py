@@ -107,8 +107,8 @@ def test_answers_leave_by_the_uplink_that_was_asked_with_the_doctors_mark(
     assert "who ask 203.0.113.2 leave by eth0 via 192.0.2.1" in told["text"]
     assert "not by eth1 via 203.0.113.1" in told["text"]
     unnamed = finding(doctor(world)[1], "uplinks")
-    assert (unnamed["level"], unnamed["mend"]) == ("warning", told["mend"])
-    type_as_root(world, told["mend"])
+    assert (unnamed["level"], unnamed["fix"]) == ("warning", told["fix"])
+    type_as_root(world, told["fix"])
 
     assert finding(doctor(world, world.client)[1], "uplinks")["level"] == "ok"
     for address in (FIRST, SECOND):
@@ -129,7 +129,7 @@ def test_two_uplinks_on_one_link_are_told_apart_by_the_address(datapath: str) ->
         told = finding(doctor(world, world.client)[1], "uplinks")
         assert "leave by eth0 via 192.0.2.1" in told["text"]
         assert "not by eth0 via 203.0.113.1" in told["text"]
-        type_as_root(world, told["mend"])
+        type_as_root(world, told["fix"])
         assert finding(doctor(world, world.client)[1], "uplinks")["level"] == "ok"
         for address in (FIRST, SECOND):
             assert [answered(world, address, port) for port in ports] == [True] * 4
@@ -140,8 +140,8 @@ def test_the_mark_is_one_that_nobody_has(world: World) -> None:
     begin(world)
     world.lab.run("relay", "ip", "rule", "add", "fwmark", "102", "lookup", "77")
     told = finding(doctor(world, world.client)[1], "uplinks")
-    assert "ip rule add fwmark 103 lookup 102" in told["mend"]
-    type_as_root(world, told["mend"])
+    assert "ip rule add fwmark 103 lookup 102" in told["fix"]
+    type_as_root(world, told["fix"])
     assert answered(world, SECOND, 7)
 
 
@@ -149,11 +149,11 @@ def test_the_mark_is_one_that_nobody_has(world: World) -> None:
 def test_the_doctor_tells_the_mark_from_a_rule_that_nothing_follows(world: World) -> None:
     begin(world)
     told = finding(doctor(world, world.client)[1], "uplinks")
-    rule = told["mend"].rpartition("&& ")[2]
+    rule = told["fix"].rpartition("&& ")[2]
     type_as_root(world, rule)
     told = finding(doctor(world, world.client)[1], "uplinks")
-    assert (told["level"], "ip rule add" in told["mend"]) == ("warning", False)
-    type_as_root(world, told["mend"])
+    assert (told["level"], "ip rule add" in told["fix"]) == ("warning", False)
+    type_as_root(world, told["fix"])
     assert finding(doctor(world, world.client)[1], "uplinks")["level"] == "ok"
     assert answered(world, SECOND, 7)
 

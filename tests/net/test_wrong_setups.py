@@ -174,8 +174,8 @@ def told(world: World, check: str, words: str) -> list[dict[str, Any]]:
     return found
 
 
-def mend(world: World, findings: list[dict[str, Any]]) -> None:
-    for command in dict.fromkeys(f["mend"] for f in findings):
+def fix(world: World, findings: list[dict[str, Any]]) -> None:
+    for command in dict.fromkeys(f["fix"] for f in findings):
         assert command, findings
         type_as_root(world, command)
 
@@ -189,7 +189,7 @@ def test_the_doctor_names_what_is_wrong_and_its_fix_works(world: World, setup: S
     for _ in range(2):  # what was behind another may be told only then
         findings = told(world, setup.check, setup.words)
         assert max(f["level"] == setup.level for f in findings)
-        mend(world, findings)
+        fix(world, findings)
         _, findings = doctor(world, world.client)
         if not [f for f in findings if f["check"] == setup.check and f["level"] != "ok"]:
             break
@@ -208,7 +208,7 @@ def test_another_program_on_the_gateway_port(world: World) -> None:
     world.write("start", "1")
     world.until(lambda: world.read("status/state").startswith("failed: "), "failed")
     assert not relays(world, SHORT)
-    mend(world, told(world, "gateway port", f"port {GPORT} is in use by python"))
+    fix(world, told(world, "gateway port", f"port {GPORT} is in use by python"))
     other.wait()
     world.start_tcp_relay()
     world.until_state("running")
@@ -244,7 +244,7 @@ def test_redirects_that_a_server_has_heard(datapath: str) -> None:
         assert not test_redirects.learnt(world, "server", world.client)
 
         world.krelay("stop")  # and without krelay, as the doctor said
-        mend(world, findings)
+        fix(world, findings)
         assert not any(has_learnt() for _ in range(10))
 
 
@@ -253,7 +253,7 @@ def test_two_uplinks(datapath: str) -> None:
         test_uplinks.begin(world)
         asked = world.relay = test_uplinks.SECOND
         assert seen_by_all(world, SHORT) == [world.client, "", "", ""]
-        mend(world, told(world, "uplinks", f"who ask {asked} leave by eth0"))
+        fix(world, told(world, "uplinks", f"who ask {asked} leave by eth0"))
         assert relays(world, 5.0)
 
 
@@ -265,7 +265,7 @@ def test_a_connection_outlives_its_mends(world: World) -> None:
     for sock in socks:
         greet(sock)
     world.nft("relay", FIREWALL)
-    mend(world, told(world, "firewall", "guard"))
+    fix(world, told(world, "firewall", "guard"))
     for sock in socks:
         sock.sendall(b"still there")
         assert sock.recv(100) == b"still there"

@@ -1,4 +1,4 @@
-"""User-Mode Linux on processors whose registers it doesn't know: told, and mended by vm/xstate.c.
+"""User-Mode Linux on processors whose registers it doesn't know: told, and fixed by vm/xstate.c.
 
 No processor with AMX is needed: stand-ins for linux.uml print what it prints there, and
 tests/vm/few_registers.c makes the real one fail in the same way.

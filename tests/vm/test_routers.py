@@ -1,7 +1,7 @@
 """What routers have and a kernel for machines of one purpose may lack: flow tables and VRFs.
 
 Debian's kernel in QEMU has both as modules.  In each set-up relaying breaks, the doctor names the
-cause, and its mend, typed as it is printed, has clients served again.
+cause, and its fix, typed as it is printed, has clients served again.
 """
 
 import json
@@ -91,7 +91,7 @@ def test_a_flow_table_takes_answers_past_krelay_and_the_doctor_names_it(world: W
     assert all("flow add @ft" in each["text"] for each in told), told
     assert all("handed to a flow table" in each["text"] for each in told), told
     for each in told:
-        type_as_root(world, each["mend"])
+        type_as_root(world, each["fix"])
 
     assert [each["level"] for each in doctor(world, "firewall")] == ["ok"]
     assert sources(world) == [world.relay] * 4
@@ -112,7 +112,7 @@ def test_links_in_a_vrf_are_not_relayed_and_the_doctor_names_them(
     (told,) = doctor(world, "VRF")
     assert told["level"] == "failed"
     assert all(f"{link} in red" in told["text"] for link in inside)
-    type_as_root(world, told["mend"])
+    type_as_root(world, told["fix"])
 
     assert [each["level"] for each in doctor(world, "VRF")] == ["ok"]
     assert sources(world) == [world.relay] * 4

@@ -464,17 +464,17 @@ def test_start_says_what_is_wrong_and_does_not_begin_where_it_cannot(
     fatal = Finding("queue", Level.FAILED, "there is none", "modprobe y", fatal=True)
     unsure = Finding("UDP GRO", Level.WARNING, "it joins", "ethtool -K eth0 x off")
     answers(monkeypatch, '{"state": "running", "start": "1"}')
-    said = "failed  forwarding  it doesn't; mend: sysctl -w x=1\n"
+    said = "failed  forwarding  it doesn't; fix: sysctl -w x=1\n"
 
     monkeypatch.setattr("krelay.doctor.command.after_start", lambda _: [slow, fatal])
     monkeypatch.setattr("krelay.doctor.command.before_start", lambda _: [fatal])
-    assert run("start") == (1, "", f"{said}krelay start: there is none; mend: modprobe y\n")
+    assert run("start") == (1, "", f"{said}krelay start: there is none; fix: modprobe y\n")
     assert (root / "start").read_text() == "0\n"
     assert run("start", "--no-doctor") == (0, "", "")
     (root / "start").write_text("0\n")
     monkeypatch.setattr("krelay.doctor.command.after_start", lambda _: [slow, unsure])
     monkeypatch.setattr("krelay.doctor.command.before_start", lambda _: [])
-    also = "warning  UDP GRO  it joins; mend: ethtool -K eth0 x off\n"
+    also = "warning  UDP GRO  it joins; fix: ethtool -K eth0 x off\n"
     assert run("start") == (0, "", said + also)
     assert (root / "start").read_text() == "1\n"
     assert run("start", "--no-doctor") == (0, "", "")
@@ -491,7 +491,7 @@ def test_set_says_what_is_wrong_with_what_is_in_force_then(
     answers(monkeypatch, '{"gport": "18500"}')
     assert run("set", "gport", "18500")[::2] == (
         0,
-        "failed  firewall  dropped; mend: nft x\nok  y  \n",
+        "failed  firewall  dropped; fix: nft x\nok  y  \n",
     )
     assert run("set", "gport", "18500", "--no-doctor") == (0, "", "")
 

@@ -101,12 +101,12 @@ def test_a_host_in_order_has_only_ok_and_every_check_says_something() -> None:
 
     assert [finding for finding in findings if finding.level is not Level.OK] == []
     assert len(findings) == len(checks.CHECKS) - 1  # problems has none to tell
-    assert [finding.mend for finding in findings if finding.mend] == []
+    assert [finding.fix for finding in findings if finding.fix] == []
 
 
 # fmt: off
 CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
-    # check, what differs from a host in order, level, words of the text, the mend
+    # check, what differs from a host in order, level, words of the text, the fix
     ("privileges", {"net_admin": False, "uid": 1000}, "failed", "CAP_NET_ADMIN wanting",
      "sudo krelay doctor"),
     ("privileges", {"net_raw": False, "net_admin": False}, "failed",
@@ -141,7 +141,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("krelay", {"served": True, "state": "running", "tcp_relays": 0, "config": THROUGH}, "ok",
      "running", ""),
     ("krelay", {"tree_exists": False}, "ok", "there is no /run/krelay", ""),
-    ("file tree", {"tree_fault": "/tmp/k belongs to nobody", "tree_mend": "chown root /tmp/k"},
+    ("file tree", {"tree_fault": "/tmp/k belongs to nobody", "tree_fix": "chown root /tmp/k"},
      "failed", "/tmp/k belongs to nobody", "chown root /tmp/k"),
     ("file tree", {"tree_state": "gport: No space left on device"}, "warning",
      "what is in force can't be shown: gport: No space left on device", ""),
@@ -320,14 +320,14 @@ CASES.append(
 )
 
 
-@pytest.mark.parametrize(("check", "changes", "level", "words", "mend"), CASES)
-def test_a_fault_is_told_with_its_mend(
-    check: str, changes: dict[str, Any], level: str, words: str, mend: str
+@pytest.mark.parametrize(("check", "changes", "level", "words", "fix"), CASES)
+def test_a_fault_is_told_with_its_fix(
+    check: str, changes: dict[str, Any], level: str, words: str, fix: str
 ) -> None:
     facts = replace(HEALTHY, **changes)
     finding = worst(facts, check)
 
-    assert (finding.level, finding.mend) == (level, mend)
+    assert (finding.level, finding.fix) == (level, fix)
     assert words in finding.text
     assert "\n" not in str(finding)
 
@@ -337,7 +337,7 @@ def test_what_could_not_be_looked_at_is_never_ok(check: str) -> None:
     for part in checks.NEEDS[check]:
         facts = replace(HEALTHY, unseen=((part, "can't be looked at: no permission"),))
         (told,) = [finding for finding in examine(facts) if finding.check == check]
-        assert (told.level, told.mend) == ("not tried", "")
+        assert (told.level, told.fix) == ("not tried", "")
         assert told.text == "can't be looked at: no permission"
 
 
@@ -366,13 +366,13 @@ def test_every_check_has_been_seen_to_complain() -> None:
 
 def test_only_kernel_settings_and_what_a_dead_krelay_left_are_mended_unasked() -> None:
     safe = {
-        finding.mend
+        finding.fix
         for _, changes, _, _, _ in CASES
         for finding in examine(replace(HEALTHY, **changes))
         if finding.safe
     }
 
-    assert {mend for mend in safe if not mend.startswith(("sysctl -w ", "krelay clean "))} == set()
+    assert {fix for fix in safe if not fix.startswith(("sysctl -w ", "krelay clean "))} == set()
 
 
 def test_relaying_does_not_begin_without_what_it_needs_most() -> None:
@@ -414,7 +414,7 @@ def test_the_clients_link_is_that_of_the_named_client_or_of_the_default_route_or
 
 
 @pytest.mark.parametrize(
-    ("services", "reserved", "mend"),
+    ("services", "reserved", "fix"),
     [
         (("udp", 123, 123), (), None),
         (("udp", 32767, 32767), (), None),
@@ -428,7 +428,7 @@ def test_the_clients_link_is_that_of_the_named_client_or_of_the_default_route_or
     ],
 )
 def test_services_among_the_hosts_own_ports(
-    services: tuple[str, int, int], reserved: Iterable[int], mend: str | None
+    services: tuple[str, int, int], reserved: Iterable[int], fix: str | None
 ) -> None:
     facts = replace(
         HEALTHY,
@@ -438,9 +438,9 @@ def test_services_among_the_hosts_own_ports(
     )
     (found,) = [each for each in examine(facts) if each.check == "own ports"]
 
-    assert found.level is (Level.OK if mend is None else Level.WARNING)
+    assert found.level is (Level.OK if fix is None else Level.WARNING)
     set_it = "sysctl -w net.ipv4.ip_local_reserved_ports="
-    assert found.mend == (set_it + mend if mend else "")
+    assert found.fix == (set_it + fix if fix else "")
     assert not found.safe
-    if mend is not None:
+    if fix is not None:
         assert f"{services[0]}/{services[1]}" in found.text

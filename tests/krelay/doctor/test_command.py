@@ -14,7 +14,7 @@ from krelay.doctor import command
 from krelay.doctor.findings import Finding, Level
 
 GOOD = Finding("queue", Level.OK, "it is there")
-SAFE = Finding("forwarding", Level.FAILED, "off", "echo mended", safe=True)
+SAFE = Finding("forwarding", Level.FAILED, "off", "echo fixed", safe=True)
 OTHERS = Finding("firewall", Level.WARNING, "dropped [by] `rule`", "nft insert rule x", safe=False)
 BROKEN = Finding("buffer", Level.FAILED, "small", "echo no >&2; exit 3", safe=True)
 
@@ -33,7 +33,7 @@ def test_a_line_each_and_1_only_if_something_failed(
     assert command.run(Path("/x")) == 0
     assert capsys.readouterr().out.splitlines() == [
         "ok       queue         it is there",
-        "warning  firewall      dropped [by] `rule`; mend: nft insert rule x",
+        "warning  firewall      dropped [by] `rule`; fix: nft insert rule x",
     ]
     assert command.run(Path("/x")) == 1
 
@@ -45,7 +45,7 @@ def test_fix_runs_what_is_safe_says_so_and_looks_again(
 
     assert command.run(Path("/x"), fix=True) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "ran echo mended",
+        "ran echo fixed",
         "ran echo no >&2; exit 3: no",
         "ok       queue         it is there",
     ]
@@ -58,13 +58,21 @@ def test_json_is_an_object_a_line(
 
     assert command.run(Path("/x"), fix=True, as_json=True) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
-        {"ran": "echo mended", "failure": None},
-        {"check": "queue", "level": "ok", "text": "it is there", "mend": None, "safe": False},
+        {"ran": "echo fixed", "failure": None},
+        {
+            "check": "queue",
+            "level": "ok",
+            "text": "it is there",
+            "fix": None,
+            "mend": None,
+            "safe": False,
+        },
         {
             "check": "firewall",
             "level": "warning",
             "text": "dropped [by] `rule`",
-            "mend": "nft insert rule x",
+            "fix": "nft insert rule x",
+            "mend": "nft insert rule x",  # its former name
             "safe": False,
         },
     ]
@@ -81,8 +89,8 @@ def test_colour_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
         shown.append(out.getvalue())
 
     assert shown[0].startswith("\x1b[1;31mfailed ")
-    assert "off; mend: " in shown[0].replace("\x1b[0m", "")
-    assert shown[1] == "failed   forwarding    off; mend: echo mended\n"
+    assert "off; fix: " in shown[0].replace("\x1b[0m", "")
+    assert shown[1] == "failed   forwarding    off; fix: echo fixed\n"
 
 
 LONG = Finding(
@@ -107,9 +115,9 @@ def test_long_lines_break_between_words_at_the_terminals_width(width: int) -> No
 def test_a_mend_that_is_broken_is_still_one_command_of_a_shell() -> None:
     for width in range(30, 120):
         shown = command.line(LONG, width).plain
-        typed = shown.partition("mend:")[2]
-        assert shlex.split(typed.replace("\\\n", " ")) == shlex.split(LONG.mend)
-        before, _, _ = shown.partition("mend:")
+        typed = shown.partition("fix:")[2]
+        assert shlex.split(typed.replace("\\\n", " ")) == shlex.split(LONG.fix)
+        before, _, _ = shown.partition("fix:")
         assert "\\" not in before
         assert not shown.endswith("\\")
 

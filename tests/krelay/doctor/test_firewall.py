@@ -233,7 +233,7 @@ def test_a_drop_ends_everything_and_names_the_rule() -> None:
 
 def test_as_if_mended_every_chain_that_drops_is_named() -> None:
     chains = (*iptables("-p tcp -j DROP"), *nft([{"drop": None}], priority=5))
-    found, _ = judge(chains, "input", INTO, mended=True)
+    found, _ = judge(chains, "input", INTO, fixed=True)
 
     assert [fate.base.tool for fate in found] == ["iptables", "nft"]
     assert all(fate.certain for fate in found)

@@ -45,11 +45,11 @@ OWN = (
     "tcp sport '{ 80, 443, 53, 16000 }' accept",
     "icmp type destination-unreachable accept",
 )
-"""The mends of what krelay itself sends."""
+"""The fixes of what krelay itself sends."""
 
 
 @pytest.mark.parametrize(
-    ("chain", "mends"),
+    ("chain", "fixes"),
     [
         (base("input", policy="drop"), [
             "tcp dport 16000 accept",
@@ -70,15 +70,15 @@ OWN = (
     ids=lambda value: value.hook if isinstance(value, Chain) else "",
 )  # fmt: skip
 def test_a_chain_that_drops_everything_gets_a_rule_for_each_kind_of_ours(
-    chain: Chain, mends: list[str]
+    chain: Chain, fixes: list[str]
 ) -> None:
     findings = wrong(chain)
 
-    told = {f.mend.removeprefix("nft insert rule inet guard c "): f.level for f in findings}
+    told = {f.fix.removeprefix("nft insert rule inet guard c "): f.level for f in findings}
     found = set(told)
-    normal = {mend.replace("{ 80, 443, 53 }", "{ 53, 80, 443 }") for mend in found}
-    assert normal == set(mends)
-    warnings = {mend for mend, level in told.items() if level is Level.WARNING}
+    normal = {fix.replace("{ 80, 443, 53 }", "{ 53, 80, 443 }") for fix in found}
+    assert normal == set(fixes)
+    warnings = {fix for fix, level in told.items() if level is Level.WARNING}
     assert len(warnings) == (len(OWN) if chain.hook == "output" else 0)
     assert set(told.values()) <= {Level.FAILED, Level.WARNING}
 
@@ -111,7 +111,7 @@ def test_what_krelay_itself_sends_is_looked_for_in_what_leaves(
         config=Config(services=parse("services", services)),
     )
     own = [f for f in found if "krelay itself sends" in f.text]
-    assert {f.mend.removeprefix("nft insert rule inet guard c ") for f in own} == wanted
+    assert {f.fix.removeprefix("nft insert rule inet guard c ") for f in own} == wanted
     assert {f.level for f in own} <= {Level.WARNING}
 
 
@@ -124,9 +124,9 @@ def test_refusals_in_silence_send_no_errors() -> None:
 def test_own_packets_are_let_by_in_iptables() -> None:
     text = "*filter\n:OUTPUT DROP [0:0]\n-A OUTPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT\n"
     both = Config(services=(Service("tcp", 443, 443, False, True), Service("udp", 53, 53)))
-    mends = {f.mend for f in wrong(*iptrules.chains(text, "iptables"), config=both)}
+    fixes = {f.fix for f in wrong(*iptrules.chains(text, "iptables"), config=both)}
 
-    assert mends == {
+    assert fixes == {
         "iptables -w -I OUTPUT -p tcp --sport 443 -j ACCEPT",
         "iptables -w -I OUTPUT -p icmp --icmp-type destination-unreachable -j ACCEPT",
     }
@@ -150,7 +150,7 @@ def test_tcp_that_is_forwarded_passes_where_udp_does() -> None:
 
     assert wrong(base("input", policy="drop"), config=through) == []
     found = wrong(base("forward", policy="drop"), config=through)
-    assert {f.mend.removeprefix("nft insert rule inet guard c ") for f in found} == {
+    assert {f.fix.removeprefix("nft insert rule inet guard c ") for f in found} == {
         f"ip daddr {SERVER} tcp dport 443 accept",
         f"ip saddr {SERVER} tcp sport 443 ct state established accept",
     }
@@ -158,9 +158,9 @@ def test_tcp_that_is_forwarded_passes_where_udp_does() -> None:
 
 def test_untracked_answers_are_let_by_without_their_state() -> None:
     notrack = base("prerouting", rule("notrack"), priority=-300, name="early")
-    mends = {f.mend for f in wrong(notrack, base("forward", policy="drop"))}
+    fixes = {f.fix for f in wrong(notrack, base("forward", policy="drop"))}
 
-    assert f"nft insert rule inet guard c ip saddr {SERVER} udp sport 53 accept" in mends
+    assert f"nft insert rule inet guard c ip saddr {SERVER} udp sport 53 accept" in fixes
 
 
 def test_rules_of_iptables_that_ours_precede_do_not_count() -> None:
@@ -178,13 +178,13 @@ def test_source_nat_is_a_warning_where_it_hides_the_client() -> None:
 
     assert told.level is Level.WARNING
     assert "won't see the client" in told.text
-    assert told.mend == f"nft insert rule inet guard c ip daddr {SERVER} udp dport 53 accept"
+    assert told.fix == f"nft insert rule inet guard c ip daddr {SERVER} udp dport 53 accept"
     assert wrong(masquerade, config=Config(source="relay")) == []
     assert wrong(masquerade, beside=True) == []
 
 
 def test_all_that_ends_a_way_is_told_in_one_look() -> None:
-    """What lies behind it would be met as soon as the first is mended."""
+    """What lies behind it would be met as soon as the first is fixed."""
     chains = (
         base("forward", policy="drop"),
         base("forward", rule("drop"), name="second", priority=10),
@@ -197,7 +197,7 @@ def test_all_that_ends_a_way_is_told_in_one_look() -> None:
         "inet guard d (U1, postrouting)",
     }
     assert {f.level for f in told} == {Level.FAILED}
-    assert len({f.mend for f in told}) == 3
+    assert len({f.fix for f in told}) == 3
 
 
 def test_each_chain_that_drops_is_told_once_with_its_first_reason() -> None:
@@ -257,7 +257,7 @@ def test_a_default_drop_is_certain_where_clients_come_by_any_link_but_the_loopba
 
 
 @pytest.mark.parametrize(
-    ("rules", "tools", "mends"),
+    ("rules", "tools", "fixes"),
     [
         ((), (), [
             "iptables -w -I INPUT -p tcp --dport 16000 -j ACCEPT",
@@ -275,15 +275,15 @@ def test_a_default_drop_is_certain_where_clients_come_by_any_link_but_the_loopba
     ids=["plain", "docker", "ufw", "ufw without its tool"],
 )  # fmt: skip
 def test_mends_of_iptables_docker_and_ufw(
-    rules: tuple[str, ...], tools: tuple[str, ...], mends: list[str]
+    rules: tuple[str, ...], tools: tuple[str, ...], fixes: list[str]
 ) -> None:
-    found = {f.mend for f in wrong(*iptables(*rules), tools=frozenset(tools))}
+    found = {f.fix for f in wrong(*iptables(*rules), tools=frozenset(tools))}
 
-    assert [mend for mend in mends if mend not in found] == []
+    assert [fix for fix in fixes if fix not in found] == []
 
 
 @pytest.mark.parametrize(
-    ("refusal", "mends"),
+    ("refusal", "fixes"),
     [
         ("-A ufw-user-input -p tcp --dport 16000 -j DROP", [
             "ufw allow proto tcp to any port 16000 && ufw delete allow proto tcp to any port 16000 "
@@ -300,7 +300,7 @@ def test_mends_of_iptables_docker_and_ufw(
         ("-P OUTPUT DROP", [f"ufw allow out proto tcp to {SERVER} port 80,443,53"]),
     ],
 )  # fmt: skip
-def test_what_ufw_is_told_is_ahead_of_what_its_users_refuse(refusal: str, mends: list[str]) -> None:
+def test_what_ufw_is_told_is_ahead_of_what_its_users_refuse(refusal: str, fixes: list[str]) -> None:
     chains = [
         f"{builtin} -j ufw-{part}-{builtin.lower()}"
         for builtin in ("INPUT", "FORWARD", "OUTPUT")
@@ -312,16 +312,16 @@ def test_what_ufw_is_told_is_ahead_of_what_its_users_refuse(refusal: str, mends:
         rules = [*names, ":OUTPUT DROP [0:0]", *jumps]
     else:
         rules = [*names, refusal, *jumps]
-    found = [f.mend for f in wrong(*iptables(*rules), tools=frozenset({"ufw"}))]
+    found = [f.fix for f in wrong(*iptables(*rules), tools=frozenset({"ufw"}))]
 
-    assert [mend for mend in mends if mend not in found] == [], found
+    assert [fix for fix in fixes if fix not in found] == [], found
 
 
 FIREWALLD_IN = "firewall-cmd --permanent --policy=krelay-in "
 
 
 @pytest.mark.parametrize(
-    ("chain", "mend"),
+    ("chain", "fix"),
     [
         ("filter_INPUT", "--permanent --add-port=16000/tcp && firewall-cmd --reload"),
         ("filter_IN_public", "--permanent --zone=public --add-port=16000/tcp && "),
@@ -334,24 +334,24 @@ FIREWALLD_IN = "firewall-cmd --permanent --policy=krelay-in "
     ],
 )  # fmt: skip
 def test_mends_of_firewalld_name_the_zone_where_its_ports_are_looked_at(
-    chain: str, mend: str
+    chain: str, fix: str
 ) -> None:
     jump = [] if chain == "filter_INPUT" else [Rule("", (), RuleVerdict("jump", chain))]
     chains = [
         base("input", *jump, policy="drop", name="filter_INPUT", table="firewalld"),
         base("", rule("drop"), name=chain, table="firewalld"),
     ][: 1 + len(jump)]
-    (found, *_) = (f.mend for f in wrong(*chains, tools=frozenset({"firewall-cmd"})))
+    (found, *_) = (f.fix for f in wrong(*chains, tools=frozenset({"firewall-cmd"})))
 
-    assert mend in found
-    plain = {f.mend for f in wrong(*chains)}
+    assert fix in found
+    plain = {f.fix for f in wrong(*chains)}
     assert "nft insert rule inet firewalld filter_INPUT tcp dport 16000 accept" in plain
 
 
 def test_what_firewalld_doesnt_forward_a_policy_lets_by() -> None:
     chain = base("forward", rule("drop"), table="firewalld", name="filter_FORWARD")
-    found = {f.mend for f in wrong(chain, tools=frozenset({"firewall-cmd"}))}
-    (policy,) = (mend for mend in found if "--new-policy=krelay;" in mend)
+    found = {f.fix for f in wrong(chain, tools=frozenset({"firewall-cmd"}))}
+    (policy,) = (fix for fix in found if "--new-policy=krelay;" in fix)
 
     assert f"destination address={SERVER} port port=53 protocol=udp accept'" in policy
     assert "--policy=krelay --add-egress-zone=ANY;" in policy
@@ -362,20 +362,20 @@ def test_what_firewalld_doesnt_forward_a_policy_lets_by() -> None:
 def test_many_ports_are_as_many_rules_of_ufw_as_it_takes() -> None:
     config = Config(services=RANGES)
     rules = iptables(":ufw-user-input - [0:0]")
-    (mend,) = (
-        f.mend
+    (fix,) = (
+        f.fix
         for f in wrong(*rules, config=config, tools=frozenset({"ufw"}))
-        if f.mend.startswith("ufw route ")
+        if f.fix.startswith("ufw route ")
     )
-    ports = [command.split(" port ")[1].split(",") for command in mend.split(" && ")]
+    ports = [command.split(" port ")[1].split(",") for command in fix.split(" && ")]
 
     assert [sum(2 if ":" in port else 1 for port in group) for group in ports] == [14, 2]
 
 
 def test_many_ports_are_as_many_rules_of_iptables_as_multiport_needs() -> None:
     config = Config(services=RANGES)
-    (mend,) = (f.mend for f in wrong(*iptables(), config=config) if "-d " in f.mend)
-    commands = mend.split(" && ")
+    (fix,) = (f.fix for f in wrong(*iptables(), config=config) if "-d " in f.fix)
+    commands = fix.split(" && ")
 
     assert len(commands) == 2
     for command in commands:
@@ -395,7 +395,7 @@ def test_a_flow_table_takes_what_is_forwarded_unless_a_rule_comes_before() -> No
 
     assert {f.level for f in found} == {Level.FAILED}
     assert all("handed to a flow table" in f.text for f in found)
-    assert {f.mend.removeprefix("nft insert rule inet guard c ") for f in found} == {
+    assert {f.fix.removeprefix("nft insert rule inet guard c ") for f in found} == {
         f"ip daddr {SERVER} udp dport 53 accept",
         f"ip saddr {SERVER} udp sport 53 ct state established accept",
         f"ip daddr {SERVER} tcp dport 443 accept",

@@ -86,4 +86,4 @@ def test_it_is_said_once_and_with_what_to_do(caplog: pytest.LogCaptureFixture) -
     said = {id(record): record for record in caplog.records}
     [record] = said.values()
     assert record.getMessage() == "no local port is free"
-    assert record.fields["mend"] == "more ports"  # type: ignore[attr-defined]
+    assert record.fields["fix"] == "more ports"  # type: ignore[attr-defined]
