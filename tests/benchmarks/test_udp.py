@@ -50,6 +50,7 @@ def server_bytes(lab: Lab) -> int:
 
 
 @pytest.mark.net
+@pytest.mark.serial
 def test_a_paced_sender_keeps_to_its_pace() -> None:
     with Lab() as lab:
         to = paths.prepare(lab, paths.FORWARD, ground.SERVICE_PORT)

@@ -206,6 +206,7 @@ def test_a_fast_connection_doesnt_starve_a_slow_one(loop: Loop) -> None:
         assert 0 < fast.legs.session.up.moved < left  # it was busy all the time
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("size", [1, 1000, 65535, 65536, 65537, 4 * 65536, 4 * 65536 + 1])
 @pytest.mark.parametrize("is_last", [True, False])
 def test_data_arrives_whole_and_at_once_with_an_end_of_file_behind_it_or_without(
