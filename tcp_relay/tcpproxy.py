@@ -119,7 +119,10 @@ def _listeners(
 
 
 def _refuse_to_share(asked: argparse.Namespace) -> None:
-    """Raises OSError if somebody listens there: SO_REUSEPORT would let the workers in beside."""
+    """Raises OSError if another program listens there.
+
+    SO_REUSEPORT would let the workers in beside it.
+    """
     if asked.workers == 1:
         return
     with Loop() as loop:

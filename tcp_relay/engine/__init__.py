@@ -9,6 +9,6 @@ pump       the bytes between them
 engine     what all sessions of a process share
 listener   accepting, bounded per turn
 sockets    sockets of both legs, and how they close
-timeouts   those who wait equally long
-portqueue  those who found no local port, or no socket, wait in line
+timeouts   the fixed-timeout queue, for waits that are all equally long
+portqueue  connections that found no local port, or no socket, wait in a queue
 """

@@ -1,5 +1,4 @@
-"""What all sessions of a process share: the loop, the limits, one buffer, the counters; and who
-lives.
+"""What all sessions of a process share: loop, limits, one buffer, counters, live connections.
 
 One buffer serves every read.  The loop is one thread, and what a read brought has left the buffer
 before the next one: into the other socket, or, as far as that is full, into the session's own

@@ -48,7 +48,7 @@ log = Log("connection")
 
 
 class SessionOwner(Protocol):
-    """Whoever finds the server for a client.  `ended` is the last call."""
+    """Finds the server for a client.  `ended` is the last call."""
 
     def connected(self) -> None:
         """The server has accepted; bytes move from now on."""

@@ -53,7 +53,7 @@ class SessionLimits:
         return min(self.stall / 8, 2.0)
 
     half_close: float = relayoptions.HALF_CLOSE
-    """Seconds of silence in the one direction that is left, after which nobody waits any more."""
+    """Seconds of silence in the one direction that is left, after which both sides are reset."""
 
     connect: float = relayoptions.CONNECT
     """Seconds that a server has to accept: four SYNs, at 0, 1, 3 and 7 s (RFC 6298)."""

@@ -108,14 +108,14 @@ class Listener:
             self._loop.call_soon(self._again)
 
     def close(self) -> None:
-        """Accepts who is in the queue still, then closes."""
+        """Accepts the clients that are in the kernel's queue still, then closes."""
         for _ in range(BACKLOG // PER_TURN):
             if not self._accept():
                 break
         self.abandon()
 
     def abandon(self) -> None:
-        """Closes; the kernel resets who is in the queue."""
+        """Closes; the kernel resets the clients in its queue."""
         if self._resuming is None:
             self._loop.remove(self._socket.fileno())
         else:

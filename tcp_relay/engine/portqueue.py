@@ -1,9 +1,9 @@
-"""Those who found no local port, or no socket at all, wait in line.
+"""The port wait queue: connections that found no local port, or no socket at all.
 
 A host runs out of ports towards a server when many connections a second were closed by this side
-first: each port is in TIME_WAIT for a minute then.  The client can't help it, and it passes; so
-nobody is refused for that; nor for want of descriptors or memory.  Only the first of the line tries
-again, now and then, because a search in vain is long; when it succeeds, so may the next.
+first: each port is in TIME_WAIT for a minute then.  The client can't help it, and it passes; so no
+client is refused for that, nor for want of descriptors or memory.  Only the first of the queue
+tries again, now and then, because a search in vain is long; when it succeeds, so may the next.
 """
 
 from collections import deque
@@ -15,11 +15,11 @@ from knet.loop import Loop
 RETRY = 0.05
 """Seconds between looks for a free port."""
 
-log = Log("line")
+log = Log("portqueue")
 
 
 class PortWaitQueue:
-    """In the order they came; the length is how many wait.  `fix` tells people what would help."""
+    """First come, first served; its length is how many wait.  `fix` says what would help."""
 
     def __init__(self, loop: Loop, fix: str) -> None:
         self._loop = loop
@@ -32,7 +32,7 @@ class PortWaitQueue:
         return len(self._waiting)
 
     def join(self, retry: Callable[[], None], error: OSError | None = None) -> None:
-        """Has `retry` called when it is its turn; in vain, it joins again.
+        """Has `retry` called when it is its turn; a connection that fails again joins again.
 
         `error` says what is missing, if that is no port.
         """
@@ -54,7 +54,7 @@ class PortWaitQueue:
             while waiting and not self._waiting:
                 waiting.popleft()()
         finally:
-            # Who has joined again was the first, and stays it.
+            # One that has joined again was the first, and stays it.
             self._waiting.extend(waiting)
             self._set_timer()
 

@@ -3,7 +3,7 @@
 Each socket is registered once, edge-triggered, for everything, and never touched again: what an
 event says goes into the session as a fact, and what is to be done follows from the facts
 (channel.py).  A turn moves a bounded number of bytes; what is left to do then waits for the next
-turn of the loop, behind everybody else, so that one fast connection can't starve a thousand slow
+turn of the loop, behind all others, so that one fast connection can't starve a thousand slow
 ones.
 
 Most events say "there are bytes" about a session that holds none, and mean a few hundred.  For
@@ -56,7 +56,7 @@ _WRITE = FAILED | select.EPOLLOUT
 
 
 class PumpOwner(Live, Protocol):
-    """Whoever owns the two sockets, and ends the session."""
+    """Owns the two sockets, and ends the session."""
 
     def guard(self) -> None:
         """Sees to it that the session is looked at when it may be overdue."""
@@ -295,10 +295,10 @@ class Pump:
     def _reset(self, channel: Channel, sink: Socket) -> None:
         """Passes a reset on, as soon as nothing would be lost by it."""
         try:
-            waiting = undelivered(sink)
+            left = undelivered(sink)
         except OSError:
-            waiting = 1  # asked again
-        if not waiting:
+            left = 1  # asked again
+        if not left:
             self._owner.end(End.RESET, self.session.why)
         else:
             now = self._engine.loop.now

@@ -7,7 +7,7 @@ read there feeds one channel, what is written there drains the other.
 
 So is time.  A session that moves, or has nothing to move, may live for ever.  What may not: bytes
 that wait for a sink that takes none (it would hold memory, and its peer, as long as it likes), and
-one direction left open by somebody who has forgotten it.
+one direction left open by a peer that has forgotten it.
 
     >>> session = Session()
     >>> session.down.hold(b"for a client that doesn't read")

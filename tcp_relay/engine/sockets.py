@@ -1,7 +1,7 @@
 """Sockets of both legs, and how they close.
 
 Closing resets (SO_LINGER, 0 seconds), also when it is the kernel that closes because this process
-was killed: nobody must take half a file for the whole.  Only for a session that has ended in
+was killed: no peer must take half a file for the whole.  Only for a session that has ended in
 order is that switched off.
 """
 

@@ -37,7 +37,7 @@ class Proxy:
             limit,
             lambda legs: legs.end(End.CONNECT_FAILED, f"no answer to the name within {limit:g} s"),
         )
-        self.line = PortWaitQueue(engine.loop, MEND)
+        self.port_queue = PortWaitQueue(engine.loop, MEND)
 
     def spare(self) -> Socket:
         """An unused socket, most likely of the right family."""
@@ -84,7 +84,7 @@ class Attempt:
                 spare = server_socket(family)
         except OSError as error:
             if error.errno in HOST_FAILS:
-                self._wait_in_line(error)
+                self._wait_for_port(error)
             else:
                 legs.end(End.CONNECT_FAILED, f"no socket: {in_words(error.errno)}")
             return
@@ -99,10 +99,10 @@ class Attempt:
         """From the legs."""
         assert self._address is not None
         if error in _NO_PORT and _is_routed(self._address):
-            self._wait_in_line()
+            self._wait_for_port()
             return
         if error in NO_ROOM:
-            self._wait_in_line(OSError(error, os.strerror(error)))
+            self._wait_for_port(OSError(error, os.strerror(error)))
             return
         self._last_error = f"{_name(self._address[1])}: {in_words(error)}"
         self._next()
@@ -135,14 +135,14 @@ class Attempt:
             self._legs.end(End.CONNECT_FAILED, self._last_error)
             return
         self._address = self._left.pop(0)
-        if self._proxy.line:
-            self._wait_in_line()
+        if self._proxy.port_queue:
+            self._wait_for_port()
         else:
             self.connect()
 
-    def _wait_in_line(self, error: OSError | None = None) -> None:
+    def _wait_for_port(self, error: OSError | None = None) -> None:
         assert self._legs is not None
-        self._legs.wait_in(self._proxy.line, self.connect, error)
+        self._legs.wait_in(self._proxy.port_queue, self.connect, error)
 
 
 def _is_routed(address: Address) -> bool:

@@ -4,18 +4,18 @@ getaddrinfo knows all that the system knows: /etc/hosts, DNS, whatever nsswitch.
 order in which addresses are best tried (RFC 6724).  But it blocks, for 30 seconds if the name
 server is dead, and it tells no TTL.  So it runs in a thread, and what it found is good for FRESH
 seconds, an error as well: neither a busy proxy nor a wrong name makes more than a look-up a second.
-A look-up is made only if somebody asks; who asks while it is under way waits for the same one.
+A look-up is made only for a client; another client that comes meanwhile waits for the same one.
 
 A name server that fails is no reason to fail too.  If a look-up ends in an error, or takes longer
 than PATIENCE, the last known addresses serve, with a warning.  The slow one isn't given up: while
-it lasts, nobody else has to wait, and what it finds in the end counts.  It ends by itself (resolv.
-conf(5): timeout and attempts), so there is never more than one thread.  Without any address from
-before all who ask wait for the end of it; how long is theirs to limit.  They also wait where a
+it lasts, no other client has to wait, and what it finds in the end counts.  It ends by itself
+(resolv.conf(5): timeout and attempts), so there is never more than one thread.  Without any address
+from before, all clients wait for the end of it; the caller limits how long.  They also wait where a
 look-up can't be made for want of a descriptor, memory or a thread: it is made as soon as it can be.
 
 The thread holds up nothing.  It is a daemon thread, which the end of the process doesn't wait for;
 and it alone owns the writing end of the pipe that it closes when it is done.  The loop, or `close`,
-closes only the reading end: a look-up that comes back late finds no stranger under its number.
+closes only the reading end: a look-up that comes back late finds no other file under its number.
 
 A numeric address needs no look-up and no thread; reading one is quick.  It is read again each
 FRESH seconds all the same: in fe80::1%eth0 eth0 stands for a number that changes when the interface
@@ -93,7 +93,7 @@ class Resolver:
             self._waiting.append(done)
 
     def close(self) -> None:
-        """Who waits isn't called any more.  May be called twice."""
+        """Those that wait aren't called any more.  May be called twice."""
         self._waiting.clear()
         self._finish()
         if self._again is not None:

@@ -25,7 +25,7 @@ from tcp_relay.engine.sockets import HOST_FAILS, NO_ROOM, Socket, in_words, serv
 from tcp_relay.engine.timeouts import FixedTimeoutQueue
 
 PORT_TRIES = 8
-"""Relay ports tried for one connection, before it waits in line."""
+"""Relay ports tried for one connection, before it waits in the port wait queue."""
 
 _TRY_ANOTHER_PORT = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
 _PASSES = HOST_FAILS | {errno.EADDRNOTAVAIL}
@@ -34,15 +34,15 @@ _ANY = "0.0.0.0"
 UNMARKED: Dscps = (0, 0)
 
 
-class Desk(Protocol):
-    """What a connection asks of those who keep all of them."""
+class ConnectionOwner(Protocol):
+    """What a connection asks of its relay."""
 
     keeps_dscp: bool
     """Whether each leg sends with the DSCP with which the other end does."""
     asked: FixedTimeoutQueue[Legs]
-    """Where those wait who have asked krelay."""
-    line: PortWaitQueue
-    """Where those wait who found no relay port."""
+    """For connections that have asked krelay."""
+    port_queue: PortWaitQueue
+    """For connections that found no relay port."""
 
     def own_address(self, connection: "Connection") -> str:
         """The local address for its server leg."""
@@ -65,15 +65,15 @@ class Connection:
 
     __slots__ = (
         "__weakref__",
-        "_desk",
         "_dscp",
         "_legs",
-        "_may_have_row",
+        "_may_have_flow",
+        "_owner",
         "_socket",
         "_tries",
         "client",
         "gport",
-        "is_in_line",
+        "is_waiting_for_port",
         "message_id",
         "origin",
         "relay",
@@ -83,7 +83,12 @@ class Connection:
     )
 
     def __init__(
-        self, engine: Engine, desk: Desk, gport: int, client: Socket, peer: tuple[str, int]
+        self,
+        engine: Engine,
+        owner: ConnectionOwner,
+        gport: int,
+        client: Socket,
+        peer: tuple[str, int],
     ) -> None:
         self.client = Endpoint.of(*peer)
         self.gport = gport
@@ -98,13 +103,13 @@ class Connection:
         """The client as the server sees it, where that is another port than `relay` has."""
         self.message_id = -1
         """Of the last message about it."""
-        self.is_in_line = False
-        """It has no socket for the server leg now, and so nothing to ask krelay."""
-        self._desk = desk
+        self.is_waiting_for_port = False
+        """It has no socket or no port for the server leg now, and so nothing to ask krelay."""
+        self._owner = owner
         self._dscp = UNMARKED
         self._socket = client
         self._tries = 0
-        self._may_have_row = False
+        self._may_have_flow = False
         self._legs = Legs(engine, self, client)
 
     @property
@@ -124,7 +129,7 @@ class Connection:
     def begin(self, server: Socket) -> None:
         """Binds `server`, which is taken over, and has krelay asked."""
         self._tries += 1
-        self.is_in_line = False
+        self.is_waiting_for_port = False
         self._legs.use_server(server)
         try:
             relay = self._bind(server)
@@ -132,16 +137,16 @@ class Connection:
             self._no_socket(error)
             return
         if self.relay is not None:
-            self._desk.unregister(self, tell=False)  # krelay will hear of the new port instead
+            self._owner.unregister(self, tell=False)  # krelay will hear of the new port instead
         self.relay = relay
-        self._may_have_row = True
-        self._legs.wait(self._desk.asked)
-        if not self._desk.register(self):
+        self._may_have_flow = True
+        self._legs.wait(self._owner.asked)
+        if not self._owner.register(self):
             self.relay = None
             self._another_port()
 
     def opened(self, answer: Opened) -> None:
-        """krelay has a row: connect."""
+        """krelay has a flow for it: connect."""
         self.server, self.source = answer.server, answer.source
         self.origin, self.seen = answer.origin, answer.seen
         self._dscp = UNMARKED  # of a new socket
@@ -151,15 +156,15 @@ class Connection:
     def marked(self, dscp: Dscps) -> None:
         """The client sends with the first DSCP, the server with the second: so does this host to
         the other one.  ECN is each leg's own (RFC 3168, section 6.1)."""
-        if dscp != self._dscp and self._desk.keeps_dscp and self.server is not None:
+        if dscp != self._dscp and self._owner.keeps_dscp and self.server is not None:
             self._dscp = dscp
             self._legs.send_with(*dscp)
 
     def refused(self, answer: Refused) -> None:
-        """krelay has no row, or has it no more."""
-        self._may_have_row = False
+        """krelay has no flow for it, or has it no more."""
+        self._may_have_flow = False
         if answer.error == NO_ADDRESS and self.server is None:
-            self._desk.forget_address()  # it has just changed
+            self._owner.forget_address()  # it has just changed
             self._another_port()
         elif answer.error == PORT_TAKEN and self.server is None:
             self._another_port()
@@ -168,7 +173,7 @@ class Connection:
 
     def abort(self, end: End, detail: str, tell: bool = True) -> None:
         """Resets both sides; `tell` krelay."""
-        self._may_have_row &= tell
+        self._may_have_flow &= tell
         self._legs.end(end, detail)
 
     def connected(self) -> None:
@@ -185,7 +190,7 @@ class Connection:
 
     def ended(self) -> None:
         """From the legs."""
-        self._desk.unregister(self, self._may_have_row)
+        self._owner.unregister(self, self._may_have_flow)
 
     def names(self) -> Mapping[str, object]:
         """Who is connected."""
@@ -199,10 +204,10 @@ class Connection:
         }
 
     def _bind(self, server: Socket) -> Endpoint:
-        address = self._desk.own_address(self)
+        address = self._owner.own_address(self)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         for _ in range(PORT_TRIES):
-            port = self._desk.next_port()
+            port = self._owner.next_port()
             try:
                 server.bind((address, port))
             except OSError as error:
@@ -222,8 +227,8 @@ class Connection:
         if self._tries % PORT_TRIES:
             self._begin_again()
         else:
-            self.is_in_line = True
-            self._legs.wait_in(self._desk.line, self._begin_again)
+            self.is_waiting_for_port = True
+            self._legs.wait_in(self._owner.port_queue, self._begin_again)
 
     def _begin_again(self) -> None:
         if not self._legs.alive:
@@ -240,8 +245,8 @@ class Connection:
         if error.errno in _PASSES:
             self.server = self.source = None
             self._legs.drop_server()
-            self.is_in_line = True
-            self._legs.wait_in(self._desk.line, self._begin_again, error)
+            self.is_waiting_for_port = True
+            self._legs.wait_in(self._owner.port_queue, self._begin_again, error)
         else:
             self._refuse(f"no relay port: {in_words(error.errno)}")
 

@@ -1,12 +1,12 @@
 """The gateway port: the listener that the file tree asks for, and those that still linger.
 
-A new gateway port is listened on before the old one is given up: krelay rewrites to the one or the
-other, never to one where nobody listens.  The old listener then lingers, because packets that were
-rewritten a moment ago, and clients in the middle of their handshake, still arrive there.  Running
-connections don't notice any of it.
+A new gateway port is listened on before the old one is given up: krelay rewrites to the one or to
+the other, never to one that isn't listened on.  The old listener then lingers, because packets that
+were rewritten a moment ago, and clients in the middle of their handshake, still arrive there.
+Running connections don't notice any of it.
 
-Who leads clients here is handed the listening sockets themselves (`Hears`): a port number says
-nothing about who listens there.
+krelay, which leads clients here, is handed the listening sockets themselves (`PortObserver`): a
+port number doesn't tell which program listens there.
 
 A port that can't be had (taken, privileged) leaves the old listener in place and is tried again as
 long as it is asked for.
@@ -32,21 +32,21 @@ Accepted = Callable[[int, Socket, Socket, tuple[Any, ...]], None]
 """As of a listener, but for the first, which is the gateway port."""
 
 
-class Hears(Protocol):
-    """Who is to know where is listened."""
+class PortObserver(Protocol):
+    """Is told which gateway ports are listened on."""
 
     def listening(self, port: int, sock: Socket) -> None:
-        """From now on, by this socket."""
+        """This port is, by this socket."""
 
     def not_listening(self, port: int) -> None:
-        """That socket will be closed."""
+        """The socket of this port will be closed."""
 
 
 log = Log("gateway")
 
 
 class Gateway:
-    """Listens on one gateway port; `accepted` gets the clients, and `hears` is told.
+    """Listens on one gateway port; `accepted` gets the clients, and `observer` is told.
 
     `shared`: other processes listen there as well.  `room` tells how many more may be accepted.
     """
@@ -55,12 +55,12 @@ class Gateway:
         self,
         loop: Loop,
         accepted: Accepted,
-        hears: Hears,
+        observer: PortObserver,
         shared: bool = False,
         room: Callable[[], int] = lambda: PER_TURN,
     ) -> None:
         self._loop = loop
-        self._hears = hears
+        self._observer = observer
         self._shared = shared
         self._room = room
         self._accepted = accepted
@@ -99,14 +99,14 @@ class Gateway:
             )
 
     def resume(self) -> None:
-        """A connection has ended: who had paused may accept again."""
+        """A connection has ended: a listener that had paused may accept again."""
         if self._current is not None:
             self._current.resume()
         for listener in self._lingering:
             listener.resume()
 
     def close(self) -> None:
-        """Accepts who is in the queue still, then listens no more."""
+        """Accepts the clients that are in the kernel's queue still, then listens no more."""
         if self._retry is not None:
             self._retry.cancel()
         for listener, timer in self._lingering.items():
@@ -120,11 +120,13 @@ class Gateway:
     def _listener(self, port: int) -> Listener:
         accepted = partial(self._accepted, port)
         listener = Listener(self._loop, port, accepted, shared=self._shared, room=self._room)
-        self._hears.listening(port, listener.sock)
+        self._observer.listening(port, listener.sock)
         return listener
 
     def _close(self, listener: Listener) -> None:
-        self._hears.not_listening(listener.port)  # first: nobody more is to be led there
+        self._observer.not_listening(
+            listener.port
+        )  # first: krelay is to lead no more clients there
         listener.close()
 
     def _lingering_on(self, port: int) -> Listener | None:

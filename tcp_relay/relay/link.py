@@ -1,15 +1,15 @@
 """The client side of the relay socket: one packet a message, reconnecting by itself.
 
-What is to be said waits in a queue of messages, not of bytes, and is put into words only when the
-socket takes it: after a reconnect ten thousand connections are resumed, and neither the socket's
-buffer nor the turn should be filled by them. When the link is lost the queue is thrown away,
-because the whole state is told anew on the next one (`Talk.link_up`).
+What is to be sent waits in a queue of messages, not of bytes, and is encoded only when the socket
+takes it: after a reconnect ten thousand connections are resumed, and neither the socket's buffer
+nor the turn should be filled by them. When the link is lost the queue is thrown away, because the
+whole state is told anew on the next one (`LinkUser.link_up`).
 
-A descriptor may go with a message (unix(7), SCM_RIGHTS).  Its socket is asked for it when it is
-sent, and where that has been closed meanwhile, there is nothing left to say of it.
+A descriptor may go with a message (unix(7), SCM_RIGHTS).  Its socket is asked for it when the
+message is sent; where the socket has been closed meanwhile, the message is left out.
 
-The link knows nothing of connections.  It complains once when krelay is away, once when it talks
-nonsense, not ten times a second while that lasts.
+The link knows nothing of connections.  It warns once when it isn't connected to krelay, and once
+when a message is malformed, not ten times a second while that lasts.
 """
 
 import array
@@ -39,49 +39,49 @@ RETRY = 0.1
 PER_TURN = 64
 """Messages sent or received per turn."""
 
-FAREWELL = 1.0
-"""Seconds that closing may wait for krelay to take what is still to be said."""
+CLOSING = 1.0
+"""Seconds that closing may wait for krelay to read what is still to be sent."""
 
 _With: TypeAlias = tuple[Request, Socket]
 
 log = Log("link")
 
 
-class Talk(Protocol):
-    """Whoever talks over the link."""
+class LinkUser(Protocol):
+    """The user of the link."""
 
     def link_up(self) -> None:
-        """krelay is there (again), and may know nothing of what was said before."""
+        """Connected to krelay (again), which may know nothing of what was said before."""
 
     def link_down(self) -> None:
-        """krelay is gone; what was asked stays unanswered."""
+        """Not connected to krelay any more; what was asked stays unanswered."""
 
     def answered(self, answer: Answer) -> None:
-        """krelay said that.  Raises BadMessage if it makes no sense."""
+        """krelay sent this.  Raises BadMessage if it can't be meant."""
 
 
 class RelayLink:
     """Connects to the relay socket at `path` with the next turn, and again when it is lost."""
 
-    def __init__(self, loop: Loop, path: Path, talk: Talk) -> None:
+    def __init__(self, loop: Loop, path: Path, user: LinkUser) -> None:
         self._loop = loop
         self._path = path
-        self._talk = talk
+        self._user = user
         self._socket: socket.socket | None = None
         self._queue: deque[Request | _With] = deque()
         self._is_watching_out = False
         self._failures = Failures(log)
-        self._told_away = False
-        self._told_nonsense = False  # since the last message that made sense
+        self._told_unconnected = False
+        self._told_malformed = False  # since the last message that was well-formed
         self._timer: Timer = loop.call_at(loop.now, self._connect)
 
     @property
     def is_up(self) -> bool:
-        """krelay is there."""
+        """Connected to krelay."""
         return self._socket is not None
 
     def send(self, message: Request) -> None:
-        """Says that, in order.
+        """Sends this, in order.
 
         While the link is down it does nothing: `link_up` will ask for everything.
         """
@@ -92,7 +92,7 @@ class RelayLink:
             self._drain()
 
     def send_with(self, message: Request, sock: Socket) -> None:
-        """Says that in its turn, and hands over this socket."""
+        """Sends this in its turn, and hands over this socket."""
         if self._socket is None:
             return
         self._queue.append((message, sock))
@@ -100,17 +100,17 @@ class RelayLink:
             self._drain()
 
     def close(self) -> None:
-        """Says what is still to be said, if krelay listens, and hangs up."""
+        """Sends what is still to be sent, if krelay reads it, and closes the link."""
         self._timer.cancel()
         sock, self._socket = self._socket, None
         if sock is None:
             return
         self._loop.remove(sock.fileno())
         with sock:
-            sock.settimeout(FAREWELL)
+            sock.settimeout(CLOSING)
             try:
                 for message in self._queue:
-                    _say(sock, message)
+                    _send(sock, message)
             except OSError:
                 pass
         self._queue.clear()
@@ -127,20 +127,20 @@ class RelayLink:
                 close(sock)
                 raise
         except OSError as error:
-            self._is_away(_REASON.get(error.errno or 0) or error.strerror or str(error))
+            self._not_connected(_REASON.get(error.errno or 0) or error.strerror or str(error))
             return
         self._socket = sock
         self._is_watching_out = False
-        if self._told_away:
-            self._told_away = False
-            log.info("krelay is there", socket=self._path)
-        self._talk.link_up()
+        if self._told_unconnected:
+            self._told_unconnected = False
+            log.info("connected to krelay", socket=self._path)
+        self._user.link_up()
 
-    def _is_away(self, reason: str) -> None:
+    def _not_connected(self, reason: str) -> None:
         self._timer = self._loop.call_at(self._loop.now + RETRY, self._connect)
-        if not (self._told_away or self._told_nonsense):
-            self._told_away = True
-            log.warning("krelay is away", socket=self._path, reason=reason)
+        if not (self._told_unconnected or self._told_malformed):
+            self._told_unconnected = True
+            log.warning("not connected to krelay", socket=self._path, reason=reason)
 
     def _lost(self, reason: str) -> None:
         sock, self._socket = self._socket, None
@@ -148,8 +148,8 @@ class RelayLink:
         self._loop.remove(sock.fileno())
         close(sock)
         self._queue.clear()
-        self._talk.link_down()
-        self._is_away(reason)
+        self._user.link_down()
+        self._not_connected(reason)
 
     def _ready(self, events: int) -> None:
         if events & select.EPOLLOUT:
@@ -167,7 +167,7 @@ class RelayLink:
                 return
             except OSError as error:
                 if error.errno in HOST_FAILS:  # it goes on; krelay has lost nothing
-                    self._failures.tell(self._loop.now, "can't hear krelay", error)
+                    self._failures.tell(self._loop.now, "can't receive from krelay", error)
                 else:
                     self._lost(error.strerror or str(error))
                 return
@@ -175,14 +175,14 @@ class RelayLink:
                 self._lost("it closed the relay socket")
                 return
             try:
-                self._talk.answered(parse_answer(packet))
+                self._user.answered(parse_answer(packet))
             except BadMessage as error:
-                if not self._told_nonsense:
-                    self._told_nonsense = True
-                    log.error("krelay talks nonsense", socket=self._path, error=error)
-                self._lost("it talks nonsense")
+                if not self._told_malformed:
+                    self._told_malformed = True
+                    log.error("malformed message from krelay", socket=self._path, error=error)
+                self._lost("malformed message")
                 return
-            self._told_nonsense = False
+            self._told_malformed = False
 
     def _drain(self) -> None:
         sock, queue = self._socket, self._queue
@@ -192,20 +192,20 @@ class RelayLink:
             for _ in range(PER_TURN):
                 if not queue:
                     break
-                _say(sock, queue[0])
+                _send(sock, queue[0])
                 queue.popleft()
         except BlockingIOError:
             pass
         except OSError as error:
             # Not from within `send`, whose caller is in the middle of something: as an event, soon.
             if error.errno not in _GONE:
-                self._failures.tell(self._loop.now, "can't talk to krelay", error)
+                self._failures.tell(self._loop.now, "can't send to krelay", error)
             if error.errno not in HOST_FAILS:
                 queue.clear()
         self._watch_out(sock)
 
     def _watch_out(self, sock: socket.socket) -> None:
-        """Waits for room for what is still to be said."""
+        """Waits for room for what is still to be sent."""
         if bool(self._queue) == self._is_watching_out:
             return
         out = select.EPOLLOUT if self._queue else 0
@@ -218,7 +218,7 @@ class RelayLink:
             self._is_watching_out = bool(self._queue)
 
 
-def _say(sock: socket.socket, message: Request | _With) -> None:
+def _send(sock: socket.socket, message: Request | _With) -> None:
     if not isinstance(message, tuple):
         sock.send(emit(message))
         return
@@ -230,7 +230,7 @@ def _say(sock: socket.socket, message: Request | _With) -> None:
 
 _REASON = {
     errno.ENOENT: "there is no relay socket",
-    errno.ECONNREFUSED: "nobody listens",
+    errno.ECONNREFUSED: "no process listens on it",
     errno.EACCES: f"this user may not use it; start tcp-relay in the group {RELAY.group}",
 }
 _GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)

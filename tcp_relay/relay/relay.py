@@ -2,7 +2,7 @@
 
 Connections are found by their relay port, which is what krelay names them by, and while something
 is asked by the number of the message.  A krelay that was restarted, or is a new one, has lost both
-its rows and our questions: after a reconnect each connection says where it stands, those with a
+its flows and our questions: after a reconnect each connection says where it stands, those with a
 server by `resume`, the others by asking again.
 
 Relay ports are chosen here and not by the kernel, and bound by their number with SO_REUSEADDR.  So
@@ -12,7 +12,7 @@ and one in TIME_WAIT serves again.  `bind` to port 0 passes over these even so
 whether the four addresses together are free: in TIME_WAIT they are if timestamps tell old segments
 from new (RFC 6191; tcp_twsk_unique, for a port that was bound, whatever tcp_tw_reuse says).  All of
 them are taken in turn, in an order drawn by lot at the start: the same one comes again as late as
-can be, and who hasn't seen the order can't foresee it (RFC 6056).
+can be, and the order can't be foreseen (RFC 6056).
 """
 
 import itertools
@@ -53,7 +53,7 @@ from tcp_relay.relay.connection import Connection
 from tcp_relay.relay.link import RelayLink
 
 ASK_TIMEOUT = 5.0
-"""Seconds that a client waits for krelay, which may be restarting."""
+"""Seconds that a client waits for krelay's answer; krelay may be restarting."""
 
 ROUTE_AGE = 0.01
 """Seconds that the own address is remembered: to ask takes as long as some other system calls, and
@@ -88,7 +88,7 @@ class Relay:
         self._engine = engine
         self._loop = loop = engine.loop
         self.asked: FixedTimeoutQueue[Legs] = FixedTimeoutQueue(loop, ASK_TIMEOUT, _not_answered)
-        self.line = PortWaitQueue(loop, MEND)
+        self.port_queue = PortWaitQueue(loop, MEND)
         self._by_relay: dict[Endpoint, Connection] = {}
         self._by_id: dict[int, Connection] = {}
         self._ids = itertools.count(1)
@@ -114,7 +114,7 @@ class Relay:
         Connection(self._engine, self, gport, client, peer).begin(server)
 
     def listening(self, port: int, sock: Socket) -> None:
-        """Hands this listening socket over to krelay, now and whenever it is there again."""
+        """Hands this listening socket over to krelay, now and after each reconnect."""
         self._listening[port] = sock
         self._hand_over(port)
 
@@ -124,12 +124,12 @@ class Relay:
             self._link.send(NotListening(port))
 
     def report(self, report: Report) -> None:
-        """Tells krelay the counters, now and whenever it is there again."""
+        """Tells krelay the counters, now and after each reconnect."""
         self._last_report = report
         self._link.send(report)
 
     def close(self) -> None:
-        """Hangs up."""
+        """Closes the link."""
         self._link.close()
 
     # What connections ask.
@@ -165,7 +165,7 @@ class Relay:
         return True
 
     def unregister(self, connection: Connection, tell: bool) -> None:
-        """Forgets its relay port and the question about it."""
+        """Forgets its relay port and the message about it."""
         self._by_id.pop(connection.message_id, None)
         relay = connection.relay
         if relay is not None and self._by_relay.get(relay) is connection:
@@ -176,17 +176,17 @@ class Relay:
     # What the link tells.
 
     def link_up(self) -> None:
-        """Says where is listened, and of each connection where it stands."""
+        """Tells krelay the gateway ports in use, and of each connection where it stands."""
         for port in self._listening:
             self._hand_over(port)
         for connection in list(self._by_relay.values()):
-            if not connection.is_in_line:
+            if not connection.is_waiting_for_port:
                 self._ask(connection)
         if self._last_report is not None:
             self._link.send(self._last_report)
 
     def link_down(self) -> None:
-        """No question will be answered any more."""
+        """No message will be answered any more."""
         self._by_id.clear()
         self._handed.clear()
 
@@ -231,7 +231,7 @@ class Relay:
         self._link.send_with(Listening(port, number), sock)
 
     def _not_taken(self, port: int, error: str) -> None:
-        """krelay leads nobody there; it may have had no descriptor left."""
+        """krelay leads no client there; it may have had no descriptor left."""
         if (suppressed := self._complaints.admit(self._loop.now)) is not None:
             log.warning(
                 "krelay refused the listening socket",
@@ -269,7 +269,7 @@ def _not_answered(legs: Legs) -> None:
 
 
 class _Unknown(Exception):
-    """The kernel can't be asked now."""
+    """The kernel can't tell now."""
 
 
 def _own_address(real_ip: str) -> str | None:

@@ -1,7 +1,7 @@
 """How a relay daemon lives and ends; tcp-relay and tcpproxy do it alike.
 
-SIGTERM drains: nobody is accepted any more, who is there has some time to finish.  A second one, or
-Ctrl-C, ends at once.  SIGHUP loses nothing, and SIGUSR1 shows who is connected.
+SIGTERM drains: no more clients are accepted, and running connections have some time to finish.  A
+second one, or Ctrl-C, ends at once.  SIGHUP loses nothing, and SIGUSR1 shows the connections.
 """
 
 import argparse
@@ -124,8 +124,8 @@ def run_program(
     """Runs `serve(limits, index, ready)` in as many workers as were asked for; the exit status.
 
     That is 0, 1 after an OSError (one line says which, `in_words`), or 130 after Ctrl-C.  `before`
-    is called once, before there are workers.  They run as `user` if one is given; what nobody needs
-    who relays is given up in any case: of all of root's capabilities that for low ports stays.
+    is called once, before there are workers.  They run as `user` if one is given; what relaying
+    doesn't need is given up in any case: of root's capabilities that for low ports stays.
     """
     logs.set_up(asked.log_level, as_json=asked.log_json)
     limits = options.limits(asked)

@@ -11,7 +11,7 @@ A worker that died comes back at once, if it had served for a while.  One that d
 waits longer each time, or a fault that hits every process would become a storm of forks.  As long
 as no worker has come up at all, something common to all is the likelier fault (the port is in use,
 no permission).  Then a failed one waits a little for the others, and when each of them has failed,
-nobody is helped by trying for ever: the parent gives up, and its exit status tells.
+trying for ever would help no client: the parent gives up, and its exit status tells.
 
 Signals.  A worker may get one before it has made its own arrangements, or after it has given them
 up: what would end it then may do so, the others are ignored; no KeyboardInterrupt comes up inside
@@ -157,7 +157,7 @@ class _Parent:
             return
         try:
             self._watch(worker)
-        except OSError as error:  # a process that nobody watches is none of ours
+        except OSError as error:  # a process that can't be watched is none of ours
             os.kill(worker.pid, signal.SIGKILL)
             os.waitpid(worker.pid, 0)
             worker.pid = 0

@@ -104,7 +104,7 @@ def test_what_else_takes_descriptors_has_them_while_no_more_clients_find_room(
         assert 10 <= len(served) < LIMIT / 2
         krelay.stop()
         krelay.start()
-        relay.wait_for_log("krelay is there")
+        relay.wait_for_log("info connected to krelay")
         other = free_port()
         (root / "gport").write_text(f"{other}\n")
         relay.wait_for_log(f"listening gport={other}")

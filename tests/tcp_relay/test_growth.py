@@ -118,7 +118,7 @@ class Clients:
 
 
 class Krelay:
-    """A krelay on the same loop, that refuses some, falls silent, talks nonsense and goes."""
+    """A krelay on the same loop: refuses some, falls silent, sends malformed messages, goes."""
 
     def __init__(self, loop: Loop, root: Path, server: Endpoint, rng: Random) -> None:
         self._path = root / "relay.sock"

@@ -1,4 +1,4 @@
-"""The line of those who found no local port: whose turn it is, and when."""
+"""The port wait queue: whose turn it is, and when."""
 
 import logging
 
@@ -14,13 +14,13 @@ class Rig:
     """`ports`: how many of those who try find one."""
 
     def __init__(self, loop: Loop) -> None:
-        self.line = PortWaitQueue(loop, "more ports")
+        self.queue = PortWaitQueue(loop, "more ports")
         self.ports = 0
         self.tried: list[str] = []
         self.served: list[str] = []
 
     def join(self, name: str) -> None:
-        self.line.join(lambda: self.retry(name))
+        self.queue.join(lambda: self.retry(name))
 
     def retry(self, name: str) -> None:
         self.tried.append(name)
@@ -43,7 +43,7 @@ def test_only_the_first_tries_and_keeps_its_place() -> None:
             rig.join(name)
         run_until(loop, lambda: len(rig.tried) >= 4)
         assert set(rig.tried) == {"a"}
-        assert len(rig.line) == 3
+        assert len(rig.queue) == 3
 
 
 def test_they_are_served_in_the_order_they_came() -> None:
@@ -58,16 +58,16 @@ def test_they_are_served_in_the_order_they_came() -> None:
         assert rig.tried[tried:][:4] == ["a", "b", "c", "d"]
         rig.join("f")
         rig.ports = 9
-        run_until(loop, lambda: not rig.line)
+        run_until(loop, lambda: not rig.queue)
         assert rig.served == ["a", "b", "c", "d", "e", "f"]
 
 
-def test_a_line_of_nobody_costs_nothing() -> None:
+def test_an_empty_queue_costs_nothing() -> None:
     with Loop() as loop:
         rig = Rig(loop)
         rig.ports = 1
         rig.join("a")
-        run_until(loop, lambda: not rig.line)
+        run_until(loop, lambda: not rig.queue)
         tried = len(rig.tried)
         run_for(loop, 0.03)
         assert len(rig.tried) == tried
@@ -75,7 +75,7 @@ def test_a_line_of_nobody_costs_nothing() -> None:
 
 
 def test_it_is_said_once_and_with_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("krelay.line")
+    logger = logging.getLogger("krelay.portqueue")
     logger.addHandler(caplog.handler)
     with Loop() as loop:
         rig = Rig(loop)

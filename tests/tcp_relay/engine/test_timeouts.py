@@ -95,13 +95,13 @@ def test_one_who_is_told_may_take_others_away_and_wait_again() -> None:
     clock = Clock()
     told: list[str] = []
 
-    def too_late(who: str) -> None:
+    def expired(who: str) -> None:
         told.append(who)
         waiting.discard("b")
         if told == ["a"]:
             waiting.add("a")
 
-    waiting = FixedTimeoutQueue[str](cast(Loop, clock), SECONDS, too_late)
+    waiting = FixedTimeoutQueue[str](cast(Loop, clock), SECONDS, expired)
     waiting.add("a")
     waiting.add("b")
     clock.turn_to(10.0)
@@ -130,12 +130,12 @@ def test_when_the_timer_is_due_somebody_is_late_however_sums_are_rounded(
 def test_a_call_that_fails_takes_nobody_elses_turn() -> None:
     clock, late = Clock(), list[int]()
 
-    def too_late(who: int) -> None:
+    def expired(who: int) -> None:
         late.append(who)
         if who == 1:
             raise OSError("failed")
 
-    waiting = FixedTimeoutQueue[int](cast(Loop, clock), SECONDS, too_late)
+    waiting = FixedTimeoutQueue[int](cast(Loop, clock), SECONDS, expired)
     for who in (1, 2, 3):
         waiting.add(who)
     with pytest.raises(OSError, match="failed"):

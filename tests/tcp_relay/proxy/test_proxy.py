@@ -247,20 +247,20 @@ def ports(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return left
 
 
-def test_who_finds_no_local_port_waits_in_line_and_is_served_later(
+def test_a_client_without_a_local_port_waits_and_is_served_later(
     rig: Rig, ports: dict[str, int]
 ) -> None:
     server = rig.serve()
     rig.names.answer = [at(server)]
     ports["taken"] = 5
     clients = [rig.dial() for _ in range(3)]
-    assert len(rig.proxy.line) == 3
+    assert len(rig.proxy.port_queue) == 3
     rig.run_until_open(3)
     for client in clients:  # in the order they came
         assert carries(client, server, rig.loop)
 
 
-def test_who_waited_for_the_name_may_wait_in_line_too(ports: dict[str, int]) -> None:
+def test_who_waited_for_the_name_may_wait_for_a_port_too(ports: dict[str, int]) -> None:
     with Loop() as loop, ExitStack() as stack:
         rig = Rig(loop, stack, SessionLimits(connect=0.1))
         ports["taken"] = 10_000
@@ -269,12 +269,16 @@ def test_who_waited_for_the_name_may_wait_in_line_too(ports: dict[str, int]) -> 
         assert rig.run_until_ended()["detail"] == "no local port was free for 0.1 s"
 
 
-def test_one_in_line_who_goes_is_passed_over(rig: Rig, ports: dict[str, int]) -> None:
+def test_a_client_that_goes_while_it_waits_for_a_port_is_passed_over(
+    rig: Rig, ports: dict[str, int]
+) -> None:
     server = rig.serve()
     rig.names.answer = [at(server)]
-    ports["taken"] = 1
+    ports["taken"] = 10_000
     gone, client = rig.dial(), rig.dial()
     reset(gone)
+    rig.run_until_ended()
+    ports["taken"] = 0
     rig.run_until_open()
     assert carries(client, server, rig.loop)
     assert [end["reason"] for end in rig.ends] == [End.RESET]
@@ -288,7 +292,7 @@ def test_an_address_that_cant_be_reached_from_here_is_not_waited_for(
     ports["taken"] = 1
     rig.names.answer = [nobody(), at(server)]
     client = rig.dial()
-    assert not rig.proxy.line
+    assert not rig.proxy.port_queue
     rig.run_until_open()
     assert carries(client, server, rig.loop)
 

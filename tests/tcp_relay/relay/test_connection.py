@@ -1,4 +1,4 @@
-"""One connection and a desk that this test is: which port, what is told, how it ends."""
+"""One connection and an owner that this test is: which port, what is told, how it ends."""
 
 import errno
 import gc
@@ -33,7 +33,7 @@ ASK_TIMEOUT = 0.1
 LIMITS = SessionLimits(connect=0.1)
 
 
-class Desk:
+class Owner:
     """Keeps what it is told."""
 
     keeps_dscp = True
@@ -42,7 +42,7 @@ class Desk:
         self.asked: FixedTimeoutQueue[Legs] = FixedTimeoutQueue(
             engine.loop, ASK_TIMEOUT, lambda legs: legs.end(End.REFUSED, "no answer")
         )
-        self.line = PortWaitQueue(engine.loop, "more ports")
+        self.port_queue = PortWaitQueue(engine.loop, "more ports")
         self.registered: list[Endpoint] = []
         self.given_up: list[tuple[Endpoint, bool]] = []
         self.ports: list[int] = []
@@ -77,14 +77,14 @@ class Rig:
     def __init__(self) -> None:
         self.loop = Loop()
         self.engine = Engine(self.loop, LIMITS)
-        self.desk = Desk(self.engine)
+        self.owner = Owner(self.engine)
         with socket.create_server((LOCALHOST, 0)) as listening:
             set_options(listening)
             self.client = socket.create_connection(listening.getsockname(), timeout=BOUND)
             accepted, peer = listening.accept()
             accepted.setblocking(False)
             self.gateway = Endpoint.of(*listening.getsockname())
-        self.connection = Connection(self.engine, self.desk, self.gateway.port, accepted, peer)
+        self.connection = Connection(self.engine, self.owner, self.gateway.port, accepted, peer)
 
     def ended(self) -> list[End]:
         return [end for end, count in self.engine.counts.ends.items() for _ in range(count)]
@@ -108,85 +108,85 @@ def test_each_wait_ends(rig: Rig, answers: bool, end: End) -> None:
         run_until(rig.loop, lambda: bool(rig.ended()))
         assert rig.loop.now - begun >= 0.1
     assert rig.ended() == [end]
-    assert rig.desk.given_up == [(rig.desk.registered[0], True)]
+    assert rig.owner.given_up == [(rig.owner.registered[0], True)]
     assert was_reset(rig.client)
 
 
 def test_ports_that_somebody_listens_on_are_passed_over(rig: Rig) -> None:
     with socket.create_server((LOCALHOST, 0)) as other:
         free = free_port()
-        rig.desk.ports = [free, *[other.getsockname()[1]] * 3]
+        rig.owner.ports = [free, *[other.getsockname()[1]] * 3]
         rig.connection.begin(server_socket())
-        assert [relay.port for relay in rig.desk.registered] == [free]
+        assert [relay.port for relay in rig.owner.registered] == [free]
 
 
 def test_if_all_ports_tried_are_taken_the_kernel_chooses(rig: Rig) -> None:
     with socket.create_server((LOCALHOST, 0)) as other:
-        rig.desk.ports = [other.getsockname()[1]] * 100
+        rig.owner.ports = [other.getsockname()[1]] * 100
         rig.connection.begin(server := server_socket())
-        assert rig.desk.registered == [Endpoint.of(*server.getsockname())]
+        assert rig.owner.registered == [Endpoint.of(*server.getsockname())]
 
 
 def test_a_port_of_another_connection_is_not_asked_for(rig: Rig) -> None:
-    rig.desk.taken = 3
+    rig.owner.taken = 3
     rig.connection.begin(server_socket())
-    assert len(rig.desk.registered) == 1
-    assert rig.desk.taken == 0
-    assert not rig.desk.given_up
+    assert len(rig.owner.registered) == 1
+    assert rig.owner.taken == 0
+    assert not rig.owner.given_up
 
 
-def test_who_finds_no_port_waits_in_line_and_is_served_when_there_is_one(rig: Rig) -> None:
-    rig.desk.taken = PORT_TRIES
+def test_who_finds_no_port_waits_and_is_served_when_there_is_one(rig: Rig) -> None:
+    rig.owner.taken = PORT_TRIES
     rig.connection.begin(server_socket())
-    assert rig.desk.taken == 0  # so many tries, and no more
-    assert rig.connection.is_in_line
-    assert len(rig.desk.line) == 1
-    run_until(rig.loop, lambda: bool(rig.desk.registered))
-    assert not rig.connection.is_in_line
+    assert rig.owner.taken == 0  # so many tries, and no more
+    assert rig.connection.is_waiting_for_port
+    assert len(rig.owner.port_queue) == 1
+    run_until(rig.loop, lambda: bool(rig.owner.registered))
+    assert not rig.connection.is_waiting_for_port
     assert not rig.ended()
 
 
 def test_the_search_for_a_port_ends(rig: Rig) -> None:
-    rig.desk.taken = 10_000
+    rig.owner.taken = 10_000
     rig.connection.begin(server_socket())
     run_until(rig.loop, lambda: bool(rig.ended()))
     assert rig.ended() == [End.CONNECT_FAILED]
     assert was_reset(rig.client)
-    assert (10_000 - rig.desk.taken) % PORT_TRIES == 0
+    assert (10_000 - rig.owner.taken) % PORT_TRIES == 0
 
 
-def test_one_in_line_who_goes_is_not_tried_for_any_more(rig: Rig) -> None:
-    rig.desk.taken = PORT_TRIES
+def test_a_client_that_goes_while_it_waits_for_a_port_is_not_tried(rig: Rig) -> None:
+    rig.owner.taken = PORT_TRIES
     rig.connection.begin(server_socket())
     reset(rig.client)
     run_until(rig.loop, lambda: bool(rig.ended()))
-    run_until(rig.loop, lambda: not rig.desk.line)
-    assert not rig.desk.registered
+    run_until(rig.loop, lambda: not rig.owner.port_queue)
+    assert not rig.owner.registered
 
 
 def test_a_port_that_cant_be_connected_from_is_replaced_by_telling_the_new_one(rig: Rig) -> None:
     """A close first would end the very connection."""
     rig.connection.begin(server_socket())
-    [first] = rig.desk.registered
+    [first] = rig.owner.registered
     rig.connection.connect_failed(errno.EADDRNOTAVAIL)
-    assert rig.desk.given_up == [(first, False)]
-    assert len(rig.desk.registered) == 2
+    assert rig.owner.given_up == [(first, False)]
+    assert len(rig.owner.registered) == 2
     assert rig.connection.server is None
 
 
 def test_a_refused_port_is_replaced_without_a_close(rig: Rig) -> None:
     rig.connection.begin(server_socket())
     rig.connection.refused(Refused(1, PORT_TAKEN))
-    assert [tell for _, tell in rig.desk.given_up] == [False]
-    assert len(rig.desk.registered) == 2
+    assert [tell for _, tell in rig.owner.given_up] == [False]
+    assert len(rig.owner.registered) == 2
 
 
 def test_an_address_that_has_just_gone_is_asked_for_again(rig: Rig) -> None:
     rig.connection.begin(server_socket())
     rig.connection.refused(Refused(1, NO_ADDRESS))
-    assert rig.desk.forgotten == 1
-    assert [tell for _, tell in rig.desk.given_up] == [False]
-    assert len(rig.desk.registered) == 2
+    assert rig.owner.forgotten == 1
+    assert [tell for _, tell in rig.owner.given_up] == [False]
+    assert len(rig.owner.registered) == 2
 
 
 def test_the_service_is_the_servers_port_at_the_relays_address(rig: Rig) -> None:
@@ -199,7 +199,7 @@ def test_the_service_is_the_servers_port_at_the_relays_address(rig: Rig) -> None
         assert rig.connection.source is Source.RELAY
         peer, address = server.accept()
         peer.close()
-        assert Endpoint.of(*address) == rig.desk.registered[0]
+        assert Endpoint.of(*address) == rig.owner.registered[0]
 
 
 def _legs() -> int:

@@ -56,7 +56,7 @@ def relay(tmp_path: Path) -> Iterator[TcpRelay]:
 @pytest.fixture
 def krelay(relay: TcpRelay, server: Server) -> Iterator[FakeKrelay]:
     with FakeKrelay(relay.root, server.endpoint) as krelay:
-        relay.wait_for_log("krelay is there")
+        relay.wait_for_log("info connected to krelay")
         yield krelay
 
 
@@ -240,7 +240,7 @@ def test_another_relay_port_is_tried_when_one_is_taken(
     assert krelay.closes() == ports[-1:]
 
 
-def test_who_finds_no_relay_port_waits_in_line(
+def test_who_finds_no_relay_port_waits_for_one(
     relay: TcpRelay, krelay: FakeKrelay, server: Server
 ) -> None:
     krelay.reply = refusing(PORT_TAKEN, 20, lambda r: opened_to(server.endpoint, r))
@@ -336,7 +336,7 @@ def test_a_client_that_came_while_krelay_was_away_is_served_when_it_is_back(
     relay: TcpRelay, krelay: FakeKrelay
 ) -> None:
     krelay.stop()
-    relay.wait_for_log("krelay is away", times=2)
+    relay.wait_for_log("not connected to krelay", times=2)
     with relay.dial() as client:
         client.sendall(b"patient")
         assert is_quiet(client)
@@ -363,7 +363,7 @@ def test_after_garbage_the_relay_socket_is_connected_anew(
     krelay.reply = reply
     assert _echoes(relay)
     assert [request.relay for request in krelay.opens()[:4]] == [krelay.opens()[0].relay] * 4
-    assert relay.log.count("krelay talks nonsense") == 1
+    assert relay.log.count("malformed message from krelay") == 1
 
 
 def test_a_new_gateway_port_is_served_and_running_connections_stay(

@@ -116,7 +116,7 @@ def test_it_connects_again_and_says_so(loop: Loop, krelay: socket.socket, tmp_pa
 
 
 @pytest.mark.parametrize("packet", [b"{", b"x" * 5000, emit(Resumed(666))])
-def test_nonsense_ends_the_connection(
+def test_a_malformed_message_ends_the_connection(
     loop: Loop, krelay: socket.socket, tmp_path: Path, packet: bytes
 ) -> None:
     talk = Talk()
