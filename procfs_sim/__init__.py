@@ -6,6 +6,7 @@
     ondisk    the tree as real files: created, read, written               the thin shell
     files     a file that is open
     watcher   inotify on the tree
+    follower  what is written, by inotify or by looking: for both daemons
 
 It imports nothing but knet.  The daemon writes the tree; tcp-relay follows `gport` in
 it by itself:

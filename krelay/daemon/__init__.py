@@ -11,4 +11,5 @@ gatewaywatch  whether clients of TCP can be led to a tcp-relay
 flowends      flows ended by krelay itself
 ownpackets    packets of krelay's own that this host stops
 keeper        the file tree, kept whatever becomes of the disk
+troubles      what is wrong with it, and what the log has heard of that
 """

@@ -14,25 +14,22 @@ was judged already is no news.
 
 import errno
 import os
-import select
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from knet.log import Log, Throttle
+from knet.log import Log
 from knet.loop import Loop
 from knet.trust import Untrusted, in_words
+from krelay.daemon.troubles import Troubles
 from krelay.host import reserve, treelock
 from krelay.host.reserve import NO_ROOM, Reserve
+from procfs_sim.follower import TreeFollower
 from procfs_sim.ondisk import FileTree, check
 from procfs_sim.state import Outcome, TreeState
 from procfs_sim.tree import SETTINGS, STATUS, in_force
-from procfs_sim.watcher import NO_WATCH, TreeWatcher
-
-OK = "ok"
-"""The tree's state if nothing is wrong."""
 
 _log = Log("tree")
 
@@ -76,24 +73,17 @@ class TreeKeeper:
         self._reserve = Reserve(root)
         self.sockets: Sequence[Renewable] = ()
         self._lock = self._take()
-        self._watcher: TreeWatcher | None = None
+        self._follower = TreeFollower(loop, root, self._changed)
         self._is_lost = False
-        self._seen: dict[str, str | None] = {}
-        """The texts that were looked at last, while nothing can be watched."""
         self._unshown: dict[str, str | None] = {}
         """Settings whose files don't show the value in force, and the text that was judged."""
         self._published: dict[str, str] = {}
-        self._troubles: dict[str, str] = {}
-        """What is wrong with which file; "" stands for the tree."""
-        self._told: dict[str, str] = {}
-        self._complaints = Throttle()
+        self._troubles = Troubles(root)
 
     @property
     def state(self) -> str:
         """`ok`, or what is wrong: `real_ip: No space left on device`."""
-        lines = [f"{name}: {why}" if name else why for name, why in self._troubles.items()]
-        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        return lines[0] + more if lines else OK
+        return self._troubles.state
 
     def left(self, name: str) -> str:
         """What a krelay before has left in this file; empty if it can't be read."""
@@ -105,8 +95,7 @@ class TreeKeeper:
     def begin(self) -> Outcome:
         """Watches and reads the tree; what comes of it.  Raises OSError."""
         self._watch()
-        texts = self._tree.read_all()
-        self._seen = dict(texts)
+        texts = self._follower.read_all()
         outcome = self._state.written(texts, self._loop.now)
         self._write_back(outcome)
         self._fill_reserve()
@@ -114,7 +103,7 @@ class TreeKeeper:
 
     def close(self) -> None:
         """Leaves the tree as it is."""
-        self._unwatch()
+        self._follower.stop()
         os.close(self._lock)
 
     def read_again(self) -> None:
@@ -126,10 +115,8 @@ class TreeKeeper:
             try:
                 texts[name] = self._tree.read(name)
             except OSError as error:
-                self._trouble(name, in_words(error))
-                self._seen.pop(name, None)
-                if self._watcher is not None:
-                    self._watcher.failed(name, error)
+                self._troubles.begin(name, in_words(error))
+                self._follower.forget(name, error)
         self._unshown.clear()
         self._judge(texts)
 
@@ -150,11 +137,11 @@ class TreeKeeper:
             try:
                 self._with_room(partial(self._tree.publish, name, text))
             except OSError as error:
-                self._trouble(name, in_words(error))
+                self._troubles.begin(name, in_words(error))
             else:
                 self._published[name] = text
-                self._troubles.pop(name, None)
-        self._tell()
+                self._troubles.end(name)
+        self._troubles.tell(self._loop.now)
 
     def on_time(self) -> None:
         """Tries again what has failed; call about once a second."""
@@ -169,7 +156,7 @@ class TreeKeeper:
             self.publish()
             if not self._unshown:
                 self._fill_reserve()
-        self._tell()
+        self._troubles.tell(self._loop.now)
 
     # Taking the tree, and losing it
 
@@ -207,20 +194,20 @@ class TreeKeeper:
                     os.close(before)
             found = self._tree.read_all()
         except OSError as error:
-            self._trouble("", in_words(error))
+            self._troubles.begin("", in_words(error))
             return
         self._is_lost = False
-        self._troubles.clear()
+        self._troubles.end_all()
         self._published.clear()
         self._unshown.clear()
         for name in SETTINGS:
             text = in_force(name, self._state.config) + "\n"
-            self._seen[name] = text
+            self._follower.saw(name, text)
             try:
                 self._with_room(partial(self._tree.show, name, text))
             except OSError as error:
                 self._unshown[name] = found[name]
-                self._trouble(name, in_words(error))
+                self._troubles.begin(name, in_words(error))
         try:
             self._watch()
         except OSError as error:
@@ -236,63 +223,46 @@ class TreeKeeper:
             check(self._root)
             if not treelock.holds(self._root, self._lock):
                 self._lose("it was replaced, or its lock removed")
-            elif self._watcher is not None:
-                self._troubles.pop("", None)
+            elif self._follower.is_watching:
+                self._troubles.end("")
         except Untrusted as error:
             self._lose(str(error))
         except OSError as error:  # the next time will tell
-            self._trouble("", in_words(error))
+            self._troubles.begin("", in_words(error))
 
     def _lose(self, why: str) -> None:
         self._is_lost = True
-        self._unwatch()
-        self._trouble("", why)
+        self._follower.stop()
+        self._troubles.begin("", why)
 
     def _watch(self) -> None:
         """Has changes told, if the kernel can; else the tree is looked at every second."""
-        try:
-            watcher = TreeWatcher(self._root)
-            try:
-                self._loop.add(watcher.fileno(), select.EPOLLIN, self._changed)
-            except BaseException:
-                watcher.close()
-                raise
-        except OSError as error:
-            if error.errno not in NO_WATCH:
-                raise
-            self._trouble(
+        if self._follower.watch() is not None:
+            self._troubles.begin(
                 "",
                 "no inotify watch is left, so it is looked at every second; "
                 "raise fs.inotify.max_user_instances and max_user_watches",
             )
-            return
-        self._watcher = watcher
-        self._troubles.pop("", None)
-
-    def _unwatch(self) -> None:
-        watcher, self._watcher = self._watcher, None
-        if watcher is not None:
-            self._loop.remove(watcher.fileno())
-            watcher.close()
+        else:
+            self._troubles.end("")
 
     # Texts that were written
 
-    def _changed(self, _: int) -> None:
-        assert self._watcher is not None
-        texts = self._watcher.changes()  # an OSError leaves its events where they are
-        if self._watcher.gone:
+    def _changed(self) -> None:
+        texts = self._follower.changes()  # an OSError leaves its events where they are
+        if self._follower.gone:
             self._lose("it was removed or replaced")
             self._take_again()
-            self._tell()
+            self._troubles.tell(self._loop.now)
             return
         try:
             check(self._root)
         except Untrusted as error:
             self._lose(str(error))
-            self._tell()
+            self._troubles.tell(self._loop.now)
             return
         except OSError as error:
-            self._trouble("", in_words(error))
+            self._troubles.begin("", in_words(error))
         if any(name not in SETTINGS for name in texts):
             self._published.clear()  # somebody wrote a status file: say it again
             self.publish()
@@ -300,26 +270,23 @@ class TreeKeeper:
 
     def _look_again(self) -> None:
         """Reads what couldn't be read, or what may have changed while nothing is watched."""
-        if self._watcher is None:
+        if not self._follower.is_watching:
             try:
                 self._watch()
             except OSError as error:
                 self._lose(in_words(error))
                 return
             try:
-                texts = {name: self._tree.read(name) for name in SETTINGS}
-                changed = {n: t for n, t in texts.items() if self._seen.get(n) != t}
-                ready = {n: t for n, t in changed.items() if not self._tree.has_writer(n)}
+                texts = self._follower.look()
             except OSError as error:
-                self._trouble("", in_words(error))
+                self._troubles.begin("", in_words(error))
                 return
-            self._seen |= ready
-            self._judge(ready)
-        elif self._watcher.unread:
+            self._judge(texts)
+        elif self._follower.unread:
             try:
-                self._changed(0)
+                self._changed()
             except OSError as error:
-                self._trouble("", in_words(error))
+                self._troubles.begin("", in_words(error))
 
     def _judge(self, texts: Mapping[str, str | None]) -> None:
         news = {
@@ -329,19 +296,18 @@ class TreeKeeper:
         }
         for name in news:
             self._unshown.pop(name, None)
-            self._troubles.pop(name, None)
-        unread = self._watcher.unread if self._watcher is not None else {}
-        for name, error in unread.items():
-            self._trouble(name, in_words(error))
+            self._troubles.end(name)
+        for name, error in self._follower.unread.items():
+            self._troubles.begin(name, in_words(error))
         if news:  # or what fails to be published would be published again for its own events
             self._finish(self._state.written(news, self._loop.now))
-        self._tell()
+        self._troubles.tell(self._loop.now)
 
     def _finish(self, outcome: Outcome) -> None:
         self._publish({"status/errors"})  # who finds his text put back finds the reason there
         self._write_back(outcome)
         self._judged(outcome)
-        self._tell()
+        self._troubles.tell(self._loop.now)
 
     def _write_back(self, outcome: Outcome) -> None:
         failed = self._tree.write_back(outcome)
@@ -349,7 +315,7 @@ class TreeKeeper:
             failed = self._tree.write_back(outcome)
         for name, error in failed.items():
             self._unshown[name] = outcome.judged[name]
-            self._trouble(name, in_words(error))
+            self._troubles.begin(name, in_words(error))
 
     def _show_again(self) -> None:
         for name, judged in list(self._unshown.items()):
@@ -357,10 +323,10 @@ class TreeKeeper:
                 text = self._state.shown(name)
                 self._with_room(partial(self._tree.show_if, name, judged, text))
             except OSError as error:
-                self._trouble(name, in_words(error))
+                self._troubles.begin(name, in_words(error))
             else:
                 del self._unshown[name]
-                self._troubles.pop(name, None)
+                self._troubles.end(name)
 
     # Room on the disk
 
@@ -377,18 +343,18 @@ class TreeKeeper:
     def _give_room(self) -> bool:
         given = self._reserve.release()
         if given:
-            self._trouble(reserve.NAME, os.strerror(errno.ENOSPC))
+            self._troubles.begin(reserve.NAME, os.strerror(errno.ENOSPC))
         return given
 
     def _fill_reserve(self) -> None:
         try:
             self._reserve.fill()
         except OSError as error:
-            self._trouble(reserve.NAME, in_words(error))
+            self._troubles.begin(reserve.NAME, in_words(error))
         else:
-            self._troubles.pop(reserve.NAME, None)
+            self._troubles.end(reserve.NAME)
 
-    # Sockets, and what is told
+    # Sockets
 
     def _renew_sockets(self) -> None:
         for each in self.sockets:
@@ -396,27 +362,6 @@ class TreeKeeper:
             try:
                 each.renew()
             except OSError as error:
-                self._trouble(name, in_words(error))
+                self._troubles.begin(name, in_words(error))
             else:
-                self._troubles.pop(name, None)
-
-    def _trouble(self, name: str, why: str) -> None:
-        self._troubles[name] = why
-
-    def _tell(self) -> None:
-        """Says in the log what has become wrong, and when all is well again."""
-        news = [name for name, why in self._troubles.items() if self._told.get(name) != why]
-        if news:
-            if (held_back := self._complaints.admit(self._loop.now)) is not None:
-                self._told = dict(self._troubles)
-                _log.warning(
-                    "the file tree can't be kept; what is in force stays",
-                    root=self._root,
-                    file=news[0] or None,
-                    error=self._troubles[news[0]],
-                    more=len(news) - 1 or None,
-                    suppressed=held_back or None,
-                )
-        elif self._told and not self._troubles:
-            self._told = {}
-            _log.info("the file tree is kept again", root=self._root)
+                self._troubles.end(name)

@@ -15,7 +15,7 @@ from krelay.registration.messages import Report
 from procfs_sim import Config
 from tcp_relay.engine.engine import Engine
 from tcp_relay.engine.limits import SessionLimits
-from tcp_relay.relay.follower import TreeFollower
+from tcp_relay.relay.follower import ConfigFollower
 from tcp_relay.relay.gateway import Gateway
 from tcp_relay.relay.relay import Relay
 from tcp_relay.service.service import RelayService
@@ -57,7 +57,7 @@ class TcpRelayDaemon:
             shared=of > 1,
             room=lambda: self._engine.room,
         )
-        self._follower = TreeFollower(loop, root, self._configured)
+        self._follower = ConfigFollower(loop, root, self._configured)
         self._service = RelayService(loop, self._engine, self._stop_accepting)
         self._report()
 

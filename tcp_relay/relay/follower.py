@@ -8,26 +8,22 @@ Where the kernel has no watch left at all, the tree is looked at as well.  Until
 is in force stays.
 """
 
-import select
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from knet import trust
 from knet.log import Log, Throttle
 from knet.loop import Loop, Timer
-from procfs_sim import Config, FileTree, Outcome, TreeState, TreeWatcher, ondisk
-from procfs_sim.watcher import NO_WATCH
+from procfs_sim import Config, Outcome, TreeState, ondisk
+from procfs_sim.follower import LOOK, TreeFollower
 
 RETRY = 0.1
 """Seconds between looks for a tree that isn't there."""
-LOOK = 1.0
-"""Seconds between looks at one that can't be watched."""
 
 log = Log("gport")
 
 
-class TreeFollower:
+class ConfigFollower:
     """Calls `on_config` with the first config and with each that differs from the one before.
 
     Begins with the next turn of the loop.
@@ -39,8 +35,7 @@ class TreeFollower:
         self._on_config = on_config
         self._state = TreeState()
         self._told: Config | None = None
-        self._watcher: TreeWatcher | None = None
-        self._seen: dict[str, str | None] = {}
+        self._tree = TreeFollower(loop, root, self._changed)
         self._complaints = Throttle()
         self._is_waiting = False
         self._timer: Timer = loop.call_at(loop.now, self._begin)
@@ -48,27 +43,22 @@ class TreeFollower:
     def close(self) -> None:
         """Stops following."""
         self._timer.cancel()
-        self._unwatch()
+        self._tree.stop()
 
     def _begin(self) -> None:
         try:
             ondisk.check(self._root)
             # The watch first: what is written between it and the reading is read twice rather than
             # missed.
-            watcher = TreeWatcher(self._root)
-            try:
-                texts = FileTree(self._root).read_all()
-                self._loop.add(watcher.fileno(), select.EPOLLIN, self._changed)
-            except BaseException:
-                watcher.close()
-                raise
+            no_watch = self._tree.watch()
+            if no_watch is not None and self._root.is_dir():
+                self._look(no_watch)
+                return
+            texts = self._tree.read_all()
         except OSError as error:
-            if error.errno in NO_WATCH and self._root.is_dir():
-                self._look(error)
-            else:
-                self._wait(error)
+            self._tree.stop()
+            self._wait(error)
             return
-        self._watcher = watcher
         if self._is_waiting:
             self._is_waiting = False
             log.info("the file tree is there", root=self._root)
@@ -78,15 +68,11 @@ class TreeFollower:
         """Reads what has changed since the last look, and looks again in a while."""
         self._timer = self._loop.call_at(self._loop.now + LOOK, self._begin)
         self._complain("can't watch the file tree; it is looked at every second", error)
-        tree = FileTree(self._root)
         try:
-            texts = tree.read_all()
-            news = {name: text for name, text in texts.items() if self._seen.get(name) != text}
-            whole = {name: text for name, text in news.items() if not tree.has_writer(name)}
+            whole = self._tree.look()
         except OSError as reason:
             self._complain("can't read the file tree", reason)
             return
-        self._seen |= whole
         self._judged(self._state.written(whole, self._loop.now))
         self._judged(self._state.on_time(self._loop.now))
 
@@ -108,20 +94,19 @@ class TreeFollower:
                 suppressed=suppressed or None,
             )
 
-    def _changed(self, _: int) -> None:
-        assert self._watcher is not None
+    def _changed(self) -> None:
         try:
-            texts = self._watcher.changes()
-            if not self._watcher.gone:
+            texts = self._tree.changes()
+            if not self._tree.gone:
                 ondisk.check(self._root)
         except OSError as error:
-            self._unwatch()
+            self._tree.stop()
             self._wait(error)
             return
-        if self._watcher.unread:
-            self._complain("can't read the file tree", next(iter(self._watcher.unread.values())))
-        if self._watcher.gone or self._watcher.unread:  # all is read again
-            self._unwatch()
+        if unread := self._tree.unread:
+            self._complain("can't read the file tree", next(iter(unread.values())))
+        if self._tree.gone or unread:  # all is read again
+            self._tree.stop()
             self._timer.cancel()
             self._timer = self._loop.call_at(self._loop.now + RETRY, self._begin)
         self._judged(self._state.written(texts, self._loop.now))
@@ -131,16 +116,9 @@ class TreeFollower:
             self._told = outcome.config
             self._on_config(outcome.config)
         deadline = self._state.next_deadline()
-        if deadline is not None and self._watcher is not None:
+        if deadline is not None and self._tree.is_watching:
             self._timer.cancel()
             self._timer = self._loop.call_at(deadline, self._late)
 
     def _late(self) -> None:
         self._judged(self._state.on_time(self._loop.now))
-
-    def _unwatch(self) -> None:
-        watcher, self._watcher = self._watcher, None
-        if watcher is not None:
-            self._loop.remove(watcher.fileno())
-            with suppress(OSError):  # it is gone all the same
-                watcher.close()

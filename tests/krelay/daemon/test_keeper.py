@@ -18,7 +18,8 @@ import pytest
 from knet.loop import Loop
 from knet.roles import ADMIN
 from knet.unixsock import Crowd, UnixListener
-from krelay.daemon.keeper import OK, CannotKeep, TreeKeeper
+from krelay.daemon.keeper import CannotKeep, TreeKeeper
+from krelay.daemon.troubles import OK
 from krelay.host import reserve, treelock
 from procfs_sim.ondisk import FileTree
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
@@ -503,7 +504,7 @@ def test_without_a_watch_the_tree_is_looked_at(
     def none_left(root: Path) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("krelay.daemon.keeper.TreeWatcher", none_left)
+    monkeypatch.setattr("procfs_sim.follower.TreeWatcher", none_left)
     rig = Rig(tmp_path / "tree")
     assert "fs.inotify.max_user_instances" in rig.keeper.state
     rig.write("gport", "17000\n")
@@ -521,7 +522,7 @@ def test_without_a_watch_the_tree_is_looked_at(
         writer.write("ay")
     rig.tick()
     assert rig.state.config.source == "relay"
-    monkeypatch.setattr("krelay.daemon.keeper.TreeWatcher", real)
+    monkeypatch.setattr("procfs_sim.follower.TreeWatcher", real)
     rig.tick()
     assert rig.keeper.state == OK
     rig.write("gport", "18000\n")

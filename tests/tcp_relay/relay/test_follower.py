@@ -11,7 +11,7 @@ import pytest
 
 from knet.loop import Loop
 from procfs_sim import Config, FileTree, TreeWatcher
-from tcp_relay.relay.follower import TreeFollower
+from tcp_relay.relay.follower import ConfigFollower
 from tests.tcp_relay.helpers import run_until
 
 
@@ -20,7 +20,7 @@ class Rig:
         self.root = root
         self.loop = Loop()
         self.told: list[Config] = []
-        self.follower = TreeFollower(self.loop, root, self.told.append)
+        self.follower = ConfigFollower(self.loop, root, self.told.append)
 
     @property
     def ports(self) -> list[int]:
@@ -112,7 +112,7 @@ def test_without_a_watch_the_tree_is_looked_at(
     def none_left(root: Path) -> None:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr("tcp_relay.relay.follower.TreeWatcher", none_left)
+    monkeypatch.setattr("procfs_sim.follower.TreeWatcher", none_left)
     monkeypatch.setattr("tcp_relay.relay.follower.LOOK", 0.05)
     FileTree(rig.root).create()
     rig.run_until(lambda: rig.ports == [16000])
@@ -125,8 +125,8 @@ def test_without_a_watch_the_tree_is_looked_at(
         rig.loop.run()
         writer.write("000\n")
     rig.run_until(lambda: rig.ports == [16000, 17000, 18000])
-    monkeypatch.setattr("tcp_relay.relay.follower.TreeWatcher", TreeWatcher)
-    rig.run_until(lambda: rig.follower._watcher is not None)
+    monkeypatch.setattr("procfs_sim.follower.TreeWatcher", TreeWatcher)
+    rig.run_until(lambda: rig.follower._tree.is_watching)
     monkeypatch.setattr("tcp_relay.relay.follower.LOOK", 1000.0)
     (rig.root / "gport").write_text("19000\n")
     rig.run_until(lambda: rig.ports[-1] == 19000)
