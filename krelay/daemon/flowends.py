@@ -10,7 +10,7 @@ from krelay.datapath.worker import Policy, asks, probes
 from krelay.host.links import HostView
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
-from krelay.offload.kernelpath import KernelPath
+from krelay.offload.service import Offload
 from krelay.registration.registry import Relays
 
 PROBED_AT_ONCE = 64
@@ -29,7 +29,7 @@ class FlowEnder:
     """Ends flows of `nat`: by tcp-relay, by the worker, or by packets of our own."""
 
     def __init__(
-        self, loop: Loop, nat: NatTable, relays: Relays, kernel: KernelPath, sender: RawSender
+        self, loop: Loop, nat: NatTable, relays: Relays, kernel: Offload, sender: RawSender
     ) -> None:
         self._loop = loop
         self._nat = nat
@@ -42,7 +42,7 @@ class FlowEnder:
         """Ends a flow: TCP by resetting both its legs, or both ends of what is forwarded."""
         if flow.is_forwarded:
             self._nat.kill(flow, self._loop.now)
-            self._kernel.take_back_now()  # before an end answers, past the worker
+            self._kernel.withdraw_now()  # before an end answers, past the worker
             for packet in probes(flow):
                 self._sender.send(packet)
         elif flow.gport is None:

@@ -44,7 +44,7 @@ from krelay.datapath.worker import AWAY_GRACE, Policy, Worker
 from krelay.host.links import HostView, LocalAddresses, Looker
 from krelay.nat.events import IdleObserver
 from krelay.nat.table import NatTable
-from krelay.offload.kernelpath import KernelPath
+from krelay.offload.service import Offload
 from krelay.registration.gatewayports import GatewayPorts
 from krelay.registration.inforce import InForce
 from krelay.registration.registry import Relays
@@ -104,7 +104,7 @@ class Relaying(IdleObserver):
         self._gateway_watch = GatewayWatch(self.gateways, holder)
         self.relays = Relays(self.nat, lambda: worker.policy, self._host.sockets)
         self.relays.asks_host = addresses.has
-        self.kernel = KernelPath(
+        self.kernel = Offload(
             loop,
             self.nat,
             name,
@@ -112,7 +112,7 @@ class Relaying(IdleObserver):
             lambda: self.rules.make_maps_anew(),
             worker.saw_elsewhere,
         )
-        self.relays.before_answers = self.kernel.hurry
+        self.relays.before_answers = self.kernel.change_urgent
         self.flows = FlowEnder(loop, self.nat, self.relays, self.kernel, sender)
         """What ends flows."""
         self.rules = RuleKeeper(
@@ -127,7 +127,7 @@ class Relaying(IdleObserver):
             failures,
         )
         self.queues = Queues(
-            loop, queue_num, worker, sender.send, self.kernel.hurry, self._fail, failures
+            loop, queue_num, worker, sender.send, self.kernel.change_urgent, self._fail, failures
         )
         self.own_packets = OwnPackets(sender)
         self.attempts = Attempts()
@@ -151,7 +151,7 @@ class Relaying(IdleObserver):
     @property
     def datapath(self) -> str:
         """`kernel`: flows are offloaded; `queue`, with the reason where it isn't by wish."""
-        if self.kernel.fast.room:
+        if self.kernel.policy.capacity:
             return "kernel"
         if not self.queues.bound or self._config.datapath == "queue":
             return "queue"

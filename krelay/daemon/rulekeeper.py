@@ -21,7 +21,7 @@ from krelay.host import netfilter
 from krelay.host.links import HostView
 from krelay.host.netfilter import Backend
 from krelay.nat.table import NatTable
-from krelay.offload.kernelpath import KernelPath
+from krelay.offload.service import Offload
 from krelay.rules.spec import RuleSpec
 from procfs_sim.tree import Config
 
@@ -59,7 +59,7 @@ class RuleKeeper:
         name: str,
         queue: int,
         nat: NatTable,
-        kernel: KernelPath,
+        kernel: Offload,
         now: Callable[[], InForceNow],
         failed: Callable[[str], object],
         restored: Callable[[], object],
@@ -208,7 +208,7 @@ class RuleKeeper:
 
     def _wanted(self) -> RuleSpec:
         now, backend = self._now(), self.backend
-        room, self.no_maps = self._kernel.room(now.config, backend)
+        room, self.no_maps = self._kernel.capacity(now.config, backend)
         return apply.rules(
             now.config,
             now.view,
@@ -219,8 +219,8 @@ class RuleKeeper:
             room=room,
             learning=self._kernel.learning(now.config, now.policy) if room and now.policy else None,
             has_maps=backend is not None and backend.has_maps,
-            tells_ends=self._kernel.tells_ends,
-            tells_strays=self._kernel.tells_strays,
+            tells_ends=self._kernel.events.tells_ends,
+            tells_strays=self._kernel.events.tells_strays,
             follows_dscp=self._knows_dscp,
         )
 
@@ -231,7 +231,7 @@ class RuleKeeper:
         """
         now, kernel = self._now(), self._kernel
         condition = kernel.condition(now.config)
-        told = (kernel.tells_ends, kernel.tells_strays)
+        told = (kernel.events.tells_ends, kernel.events.tells_strays)
         return *now, self.backend, self._nat.footprint_changes, condition, *told
 
     def _install(self, spec: RuleSpec, *, afresh: bool) -> None:

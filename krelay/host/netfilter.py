@@ -81,7 +81,7 @@ class Backend(Protocol):
 
     @property
     def has_maps(self) -> bool:
-        """Whether flows can be handed to the kernel (fastpath.py)."""
+        """Whether flows can be offloaded (krelay/offload)."""
 
     def install(
         self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
@@ -118,7 +118,7 @@ class Nft:
     with_xt: bool = False
     """Whether the rules that queue are those of iptables' target, for want of nft's own."""
     has_maps: bool = True
-    """Whether this kernel takes the rules of the fast path: RuleSpec.room."""
+    """Whether this kernel takes the rules of offloaded flows: RuleSpec.room."""
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 """The kernel's packet log: copies of packets' heads, many at a time.
 
 A rule `log group N snaplen 28` has the kernel copy a packet's head and send the packet on; it waits
-for nobody.  The copies of some milliseconds come together (logmsg.TOGETHER, HUNDREDTHS), so that
+for nobody.  The copies of some milliseconds come together (nflog.TOGETHER, HUNDREDTHS), so that
 one costs little; what they mean for each other, the packets have done long since.  Or each comes at
 once: then whoever sees a packet that came after it can have read it.  Where nobody has
 the group, or its buffer is full, there are no copies, and packets go on all the same.
@@ -57,7 +57,7 @@ class Copies:
     def read(self, most: int) -> list[Copy]:
         """Copies of packets in the order in which they were made; [] when none wait.
 
-        About `most`: up to logmsg.TOGETHER more, and fewer if there is also what isn't a copy of a
+        About `most`: up to nflog.TOGETHER more, and fewer if there is also what isn't a copy of a
         plain IPv4 packet's first 28 bytes.  Never waits.  Raises OSError if the socket is lost.
         """
         found: list[Copy] = []

@@ -417,7 +417,7 @@ class Day:
     def tick(self) -> None:
         """A second is over."""
         self.now += 1
-        self.path.count(self.path.fast.due(self.now, 1))
+        self.path.count(self.path.offload.due(self.now, 1))
         ended = {flow.id for flow in self.nat.expire(self.now)}
         self.relays.on_time(self.now)
         self.path.turn()
@@ -648,11 +648,11 @@ class Day:
     def tracer(self) -> Iterator[float]:
         """Somebody looks at some clients' packets for a while."""
         while True:
-            self.path.fast.traced(lambda flow: False)
+            self.path.offload.traced(lambda flow: False)
             self.path.turn()
             yield self.pause(600, 5000)
             client = self.someone().addr
-            self.path.fast.traced(lambda flow, traced=client: flow.client.addr == traced)  # type: ignore[misc]
+            self.path.offload.traced(lambda flow, traced=client: flow.client.addr == traced)  # type: ignore[misc]
             self.path.turn()
             yield self.pause(10, 900)
 
@@ -689,7 +689,7 @@ def test_a_day_goes_by_as_the_model_foretells(seed: int, room: int) -> None:
         day.plan(day.tracer())
     day.run(DAY)
     assert bool(day.path.kernel.counters.total() > 1000) == bool(room)
-    assert len(day.path.kernel) == len(day.path.fast)
+    assert len(day.path.kernel) == len(day.path.offload)
     print(dict(day.events), dict(day.dropped), day.steps.total(), day.evicted)
     missing = {
         event: day.events[event] for event, least in RARE.items() if day.events[event] < least

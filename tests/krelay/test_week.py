@@ -61,7 +61,7 @@ class Week:
                     self._talk()
                 path.nat.timeouts = Timeouts(udp=300 + second // 600 % 2)
             if second % 600 == 9:
-                path.count(path.fast.due(path.now, 1))
+                path.count(path.offload.due(path.now, 1))
                 path.turn()
         if self._rng.random() < 0.5:
             path.relays.lost(self._relay, path.now)

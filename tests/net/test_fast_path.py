@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from krelay.offload.kernelpath import MOST_LOSSES
+from krelay.offload.service import MOST_LOSSES
 from krelay.rules.spec import instance_name
 from procfs_sim.tree import DEFAULT_ROOT
 from tests.net.test_cases import flow_of

@@ -22,11 +22,11 @@ NET_BIND_SERVICE = 10
 """linux/capability.h"""
 NO_MAPS = """
 import runpy, sys
-from krelay.offload import kernelpath
-class KernelMaps:
-    def __init__(self, table, **_):
+from krelay.offload import service
+class NftBackend:
+    def __init__(self, table, *_, **__):
         raise PermissionError(1, "Operation not permitted")
-kernelpath.KernelMaps = KernelMaps
+service.NftBackend = NftBackend
 sys.argv = ["krelay", *sys.argv[1:]]
 runpy.run_module("krelay", run_name="__main__")
 """

@@ -1,4 +1,4 @@
-"""The kernel's part of the fast path, slowly: maps of flows, and the rules that look into them.
+"""The kernel as a backend of the offload, slowly: maps of flows, and the rules that look into them.
 
 It reads the very text that nft is given, by a small reader of its own, and does what nft(8) says
 such a rule does.  So it knows neither which steps there are nor what they change, and a packet that
@@ -19,13 +19,21 @@ from itertools import takewhile
 from random import Random
 
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source
-from knet.netlink.nflog import HEAD
+from knet.netlink.nflog import HEAD, Copy
 from knet.netlink.nftables import Count
 from krelay.datapath.worker import Policy, Verdict, Worker
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Flow, Rewrite
 from krelay.nat.table import NatTable
-from krelay.offload.fastpath import Changes, FastPath, begins
+from krelay.offload.backend import (
+    Changes,
+    Counted,
+    OffloadBackend,
+    OffloadEvents,
+    OffloadLost,
+    begins,
+)
+from krelay.offload.policy import OffloadPolicy
 from krelay.registration.registry import Relays, Send
 from krelay.rules import ruleset
 from krelay.rules.offloaded import BEGINS
@@ -59,7 +67,7 @@ Fields = dict[str, int]
 """What a rule sees of a packet: addresses and ports as numbers, and flags."""
 
 
-class Refused(Exception):
+class Refused(OffloadLost):
     """The kernel refuses a change or a query."""
 
 
@@ -89,14 +97,14 @@ class FastRule:
     chain: str = ""
 
 
-class FakeKernel:
+class FakeKernel(OffloadBackend, OffloadEvents):
     """Maps by name; their keys are source, source port, destination, destination port."""
 
     def __init__(self) -> None:
         self.room = 0
         self.maps: dict[str, dict[tuple[int, ...], Element]] = {}
         self.counters: Counter[str] = Counter()
-        self.copies: dict[int, list[tuple[int, bytes]]] = defaultdict(list)
+        self.copies: dict[int, list[Copy]] = defaultdict(list)
         """Heads of packets, and their hooks, that nobody has taken yet, by group."""
         self.sets: dict[str, set[tuple[int, ...]]] = defaultdict(set)
         self.rules: dict[str, list[FastRule]] = {}
@@ -159,18 +167,28 @@ class FakeKernel:
                 return became
         return None
 
-    # As krelay.offload.kernelmaps.KernelMaps
+    # As OffloadBackend and OffloadEvents
 
-    def change(self, changes: Changes) -> list[tuple[Rewrite, Count]]:
-        """Carries them out, or raises Refused; what was counted for those given back."""
+    @property
+    def port(self) -> None:
+        """It has no socket."""
+        return
+
+    @property
+    def capacity(self) -> int:
+        """Elements of each map."""
+        return self.room
+
+    def change(self, changes: Changes) -> list[Counted]:
+        """Carries them out, or raises Refused; what was counted for those withdrawn."""
         final = []
-        for rewrite in changes.back:
+        for rewrite in changes.withdrawn:
             element = self._map(rewrite).pop(_key(rewrite.old), None)
             if element is None:
                 raise Refused(f"{rewrite.step.name} of row {rewrite.flow.id} isn't there")
             if rewrite.step in SIDES:
                 final.append((rewrite, Count(element.packets, element.bytes)))
-        for rewrite in changes.over:
+        for rewrite in changes.installed:
             elements = self._map(rewrite)
             if _key(rewrite.old) in elements:
                 raise Refused(f"{rewrite.step.name} of row {rewrite.flow.id} is there already")
@@ -181,13 +199,39 @@ class FakeKernel:
                 self.sets[BEGINS].add(_key(rewrite.old))
         return final
 
-    def read(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
+    def read(self, rewrites: Sequence[Rewrite]) -> Iterator[Counted]:
         """What was counted for each, or raises Refused."""
         for rewrite in rewrites:
             element = self._map(rewrite).get(_key(rewrite.old))
             if element is None:
                 raise Refused(f"{rewrite.step.name} of row {rewrite.flow.id} isn't there")
             yield rewrite, Count(element.packets, element.bytes)
+
+    def totals(self) -> dict[tuple[Proto, Step], int]:
+        """Packets by step that were rewritten."""
+        return {(proto, step): self.total(proto, step) for proto in Proto for step in Step}
+
+    def leave(self, rewrites: Sequence[Rewrite]) -> Iterable[Counted]:
+        """As `change`."""
+        return self.change(Changes(list(rewrites), []))
+
+    def learnt(self, names: Sequence[str], client: bytes, port: bytes) -> None:
+        """It learns no queries."""
+        return
+
+    def renew(self) -> None:
+        """No answers are on their way."""
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+    def begun(self) -> list[Copy]:
+        """SYNs that nobody has taken yet."""
+        return self.copies.pop(begun(QUEUE), [])
+
+    def ended(self) -> list[Copy]:
+        """FINs that nobody has taken yet."""
+        return self.copies.pop(ends(QUEUE), [])
 
     def total(self, proto: Proto, step: Step) -> int:
         """Packets that were rewritten by this step."""
@@ -305,7 +349,7 @@ class Datapath:
         self.pending = False
         self.told = 0
         """How often the kernel was told of something at once."""
-        self.fast = FastPath(self.nat, self._pend, self._take_back_now)
+        self.offload = OffloadPolicy(self.nat, self._pend, self._withdraw_now)
         self._spec: RuleSpec | None = None
         self._needs_more = False
         observe(
@@ -323,8 +367,8 @@ class Datapath:
 
     def restart(self) -> None:
         """The maps are made anew, and what they had counted is added before."""
-        changes = self.fast.leave()
-        self.fast.told(changes, self.kernel.change(changes), self.now)
+        changes = self.offload.leave()
+        self.offload.told(changes, self.kernel.change(changes), self.now)
         self._spec = None
         self.refresh()
 
@@ -351,11 +395,11 @@ class Datapath:
         if spec != self._spec:
             afresh = self._spec is None or spec.room != self._spec.room
             if afresh:
-                self.fast.end()
+                self.offload.end()
             self.kernel.install(spec, afresh=afresh)
             self._spec = spec
             if afresh:
-                self.fast.begin(self.room)
+                self.offload.begin(self.kernel.capacity)
         self.turn()
 
     def packet(self, packet: Template, hook: Hook) -> bytes | Verdict:
@@ -371,9 +415,8 @@ class Datapath:
 
     def hear(self) -> None:
         """Takes note of the copies that the kernel has made."""
-        copies = self.kernel.copies
-        self.nat.tracking.begun(copies.pop(begun(QUEUE), []))
-        self.nat.tracking.ended(copies.pop(ends(QUEUE), []))
+        self.nat.tracking.begun(self.kernel.begun())
+        self.nat.tracking.ended(self.kernel.ended())
         self.turn()
 
     def turn(self, most: int = 512) -> None:
@@ -382,12 +425,13 @@ class Datapath:
             self.refresh()
         while self.pending:
             self.pending = False
-            if (changes := self.fast.changes(most)) is not None:
-                self.fast.told(changes, self.kernel.change(changes), self.now)
+            if (changes := self.offload.changes(most)) is not None:
+                self.offload.told(changes, self.kernel.change(changes), self.now)
 
     def count(self, flows: Iterable[Flow]) -> None:
         """Adds what the kernel has counted for these flows."""
-        self.fast.read(self.kernel.read(self.fast.handed(flows)), self.now)
+        accounting = self.offload.accounting
+        accounting.read(self.kernel.read(accounting.installed_of(flows)), self.now)
 
     def steps(self) -> dict[str, int]:
         """Packets by step, whoever has rewritten them; none that are zero."""
@@ -404,9 +448,9 @@ class Datapath:
     def _need_more(self) -> None:
         self._needs_more = True
 
-    def _take_back_now(self) -> None:
+    def _withdraw_now(self) -> None:
         self.told += 1
-        while self.fast.gives_back:
-            changes = self.fast.changes(512)
+        while self.offload.has_withdrawals:
+            changes = self.offload.changes(512)
             assert changes is not None
-            self.fast.told(changes, self.kernel.change(changes), self.now)
+            self.offload.told(changes, self.kernel.change(changes), self.now)

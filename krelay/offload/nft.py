@@ -1,9 +1,9 @@
-"""The kernel's maps of handed flows: written and read, thousands a second, on one socket.
+"""The backend of nftables: its maps, written and read, thousands a second, on one socket.
 
 Each call waits for the kernel's answer, which takes some microseconds an element and some tens for
 a transaction; so what a turn of the loop has gathered goes together.  A transaction happens as a
 whole or not at all.  If one fails, or the answer is not what it must be, somebody else has changed
-the maps: MapsLost is raised, and whoever owns them makes them anew.
+the maps: OffloadLost is raised, and whoever owns them makes them anew.
 """
 
 import errno
@@ -18,10 +18,10 @@ from contextlib import suppress
 from knet import netlink
 from knet.endpoint import Proto
 from knet.netlink import nftables
-from knet.netlink.nftables import Count, Elements
+from knet.netlink.nftables import Elements
 from knet.sockbuf import Direction, enlarge
 from krelay.nat.flow import Rewrite
-from krelay.offload.fastpath import Changes, begins, new_value
+from krelay.offload.backend import Changes, Counted, OffloadBackend, OffloadLost, begins, new_value
 from krelay.rules.offloaded import BEGINS, map_name
 from krelay.rules.steprows import DSCP_STEPS, STEP_ROWS
 from krelay.steps import SIDES, Step
@@ -44,16 +44,14 @@ _DSCPS = [bytes((tos >> 2,)) for tos in range(256)]
 """By the byte of which it is a part (RFC 2474, section 3)."""
 
 
-class MapsLost(Exception):
-    """The kernel's maps aren't as they were left.  The text is the kernel's reason."""
-
-
-class KernelMaps:
+class NftBackend(OffloadBackend):
     """The maps of one table.  Raises OSError without privilege."""
 
-    def __init__(self, table: str, *, follows_dscp: bool = False) -> None:
-        """`follows_dscp`: the keys of some maps have the DSCP (RuleSpec.follows_dscp)."""
+    def __init__(self, table: str, capacity: int = 0, *, follows_dscp: bool = False) -> None:
+        """`capacity`: elements of each map; `follows_dscp`: the keys of some maps have the DSCP, as
+        RuleSpec has it."""
         self._table = table
+        self._capacity = capacity
         self._marked = DSCP_STEPS if follows_dscp else ()
         self._elements = {
             (proto, step): Elements(table, map_name(proto, step))
@@ -64,31 +62,34 @@ class KernelMaps:
         self._socket, self._together = _connected()
 
     @property
+    def capacity(self) -> int:
+        """Elements of each map (RuleSpec.room)."""
+        return self._capacity
+
+    @property
     def port(self) -> int:
         """Of this socket: the changes it makes are announced with it."""
         return int(self._socket.getsockname()[0])
 
-    def change(self, changes: Changes) -> list[tuple[Rewrite, Count]]:
-        """Carries them out; what was counted for those that were given back, in any order.
+    def change(self, changes: Changes) -> list[Counted]:
+        """Carries them out; what was counted for those that were withdrawn, in any order.
 
-        Raises MapsLost.
+        Raises OffloadLost.
         """
-        final: list[tuple[Rewrite, Count]] = []
-        back, over = list(changes.back), list(changes.over)
-        while back or over:
+        final: list[Counted] = []
+        back, fresh = list(changes.withdrawn), list(changes.installed)
+        while back or fresh:
             some, back = back[: self._together], back[self._together :]
             room = self._together - len(some)
-            others, over = over[:room], over[room:]
+            others, fresh = fresh[:room], fresh[room:]
             final += self._exchange(some, others)
         return final
 
-    def _exchange(
-        self, back: list[Rewrite], over: list[Rewrite]
-    ) -> Iterable[tuple[Rewrite, Count]]:
+    def _exchange(self, back: list[Rewrite], fresh: list[Rewrite]) -> Iterable[Counted]:
         """Takes these out, then puts those in, in one transaction."""
         told = self._by_map(each for each in back if each.step in SIDES)
         silent = self._by_map(each for each in back if each.step not in SIDES)
-        begun = [each.old for each in over if each.step is Step.T3 and begins(each)]
+        begun = [each.old for each in fresh if begins(each)]
         numbers = itertools.count(1)
         # The kernel tells of those at once that follow each other (nft_commit_notify,
         # net/netfilter/nf_tables_api.c), up to four kilobytes.
@@ -99,7 +100,7 @@ class KernelMaps:
         ]
         if begun:
             requests.append(self._begins.put(begun, next(numbers)))
-        for elements, those in self._by_map(over).items():
+        for elements, those in self._by_map(fresh).items():
             pairs = zip(self._keys(those), map(new_value, those), strict=True)
             requests.append(elements.add(pairs, next(numbers)))
         # The kernel tells of elements that went in their order, and with the sequence number 0.
@@ -111,24 +112,24 @@ class KernelMaps:
         counts = [count for count in gone if count is not None]
         rewrites = [each for those in told.values() for each in those]
         if not len(rewrites) == len(gone) == len(counts):
-            raise MapsLost(os.strerror(errno.EPROTO))
+            raise OffloadLost(os.strerror(errno.EPROTO))
         return zip(rewrites, counts, strict=True)
 
-    def leave(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
+    def leave(self, rewrites: Sequence[Rewrite]) -> Iterator[Counted]:
         """Takes these out before the maps go; what was counted for those that are still there.
 
         Raises nothing, whatever somebody else has done to the maps.
         """
         for some in self._slices(rewrites):
-            with suppress(MapsLost):
+            with suppress(OffloadLost):
                 self.renew()
                 try:
                     yield from self.change(Changes(list(some), []))
-                except MapsLost:
+                except OffloadLost:
                     self.renew()
                     yield from self._found(some)
 
-    def _found(self, some: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
+    def _found(self, some: Sequence[Rewrite]) -> Iterator[Counted]:
         requests = (self._map(each).get(self._keys([each]), at) for at, each in enumerate(some, 1))
         self._send(b"".join(requests))
         for rewrite, message in zip(some, self._answers(len(some)), strict=False):
@@ -136,32 +137,32 @@ class KernelMaps:
             if count is not None and rewrite.step in SIDES:
                 yield rewrite, count
 
-    def read(self, rewrites: Sequence[Rewrite]) -> Iterator[tuple[Rewrite, Count]]:
-        """What the kernel has counted for each.  Raises MapsLost if it doesn't have one of them."""
+    def read(self, rewrites: Sequence[Rewrite]) -> Iterator[Counted]:
+        """What the kernel has counted for each.  Raises OffloadLost if it lacks one of them."""
         for elements, those in self._by_map(rewrites).items():
             for some in self._slices(those):
                 self._send(elements.get(self._keys(some), 1))
                 for rewrite, message in zip(some, self._answers(len(some)), strict=True):
                     count = nftables.element_count(message)
                     if count is None or message.sequence != 1:
-                        raise MapsLost(os.strerror(message.error or errno.EPROTO))
+                        raise OffloadLost(os.strerror(message.error or errno.EPROTO))
                     yield rewrite, count
 
     def totals(self) -> dict[tuple[Proto, Step], int]:
-        """Packets by step that the kernel has rewritten itself.  Raises MapsLost."""
+        """Packets by step that the kernel has rewritten itself.  Raises OffloadLost."""
         names = {map_name(*at): at for at in self._elements}
         self._send(nftables.get_counters(self._table))
         found = {}
         for message in self._answers(None):
             if message.error:
-                raise MapsLost(os.strerror(message.error))
+                raise OffloadLost(os.strerror(message.error))
             named = nftables.named_counter(message)
             if named is not None and named[0] in names:
                 found[names[named[0]]] = named[1].packets
         return found
 
     def learnt(self, names: Sequence[str], client: bytes, port: bytes) -> str | None:
-        """The set of these that has a query from there.  Raises MapsLost."""
+        """The set of these that has a query from there.  Raises OffloadLost."""
         requests = (
             nftables.get_learnt(self._table, name, client, port, at)
             for at, name in enumerate(names, 1)
@@ -170,21 +171,21 @@ class KernelMaps:
         found = None
         for message in self._answers(len(names)):
             if message.error not in (None, errno.ENOENT):
-                raise MapsLost(os.strerror(message.error))
+                raise OffloadLost(os.strerror(message.error))
             if message.error is None and 1 <= message.sequence <= len(names):
                 found = names[message.sequence - 1]
         return found
 
     def renew(self) -> None:
-        """Asks by another socket from now on: after MapsLost, answers may still be on their way.
+        """Asks by another socket from now on: after OffloadLost, answers may still be on their way.
 
-        Raises MapsLost.
+        Raises OffloadLost.
         """
         self._socket.close()
         try:
             self._socket, self._together = _connected()
         except OSError as error:
-            raise MapsLost(str(error)) from None
+            raise OffloadLost(str(error)) from None
 
     def close(self) -> None:
         """Leaves the maps as they are."""
@@ -216,7 +217,7 @@ class KernelMaps:
         told = []
         for message in self._answers(None, until=len(requests)):
             if message.subsystem == 0 and message.error:
-                raise MapsLost(os.strerror(message.error))
+                raise OffloadLost(os.strerror(message.error))
             told.append(message)
         return told
 
@@ -228,7 +229,7 @@ class KernelMaps:
         try:
             self._socket.send(data)
         except OSError as error:
-            raise MapsLost(str(error)) from None
+            raise OffloadLost(str(error)) from None
 
     def _answers(self, count: int | None, *, until: int | None = None) -> Iterator[netlink.Message]:
         """So many messages; or until the acknowledgement of that one, or the end of a dump."""
@@ -239,7 +240,7 @@ class KernelMaps:
                 data = self._socket.recv(_RECEIVE)
             except OSError as error:
                 if error.errno in _LOST or failed:
-                    raise MapsLost(str(error)) from None
+                    raise OffloadLost(str(error)) from None
                 failed = True  # what was to be read is still there
                 continue
             for message in netlink.messages(data):
@@ -249,7 +250,7 @@ class KernelMaps:
                 heard += 1
                 if heard == count or (message.sequence == until and message.error is not None):
                     return
-        raise MapsLost("the kernel doesn't answer")
+        raise OffloadLost("the kernel doesn't answer")
 
 
 def _connected() -> tuple[socket.socket, int]:

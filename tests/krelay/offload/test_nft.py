@@ -23,9 +23,9 @@ from krelay.host.netfilter import Nft
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Flow, Rewrite
 from krelay.nat.table import NatTable
-from krelay.offload import kernelmaps
-from krelay.offload.fastpath import Changes
-from krelay.offload.kernelmaps import TOGETHER, KernelMaps, MapsLost
+from krelay.offload import nft as nftbackend
+from krelay.offload.backend import Changes, OffloadLost
+from krelay.offload.nft import TOGETHER, NftBackend
 from krelay.rules.offloaded import map_name
 from krelay.rules.spec import RuleSpec
 from krelay.steps import SIDES, Step
@@ -52,7 +52,7 @@ class Host:
         )  # fmt: skip
         Nft(with_xt=True).install(spec)
         self.nat = NatTable(FlowLimits(ROOM, ROOM), rng=Random(1))
-        self.maps = KernelMaps(NAME)
+        self.maps = NftBackend(NAME)
 
     def udp(self, port: int) -> Flow:
         """The flow of a client's port."""
@@ -71,7 +71,7 @@ class Host:
     def hand(self, *rewrites: Rewrite) -> None:
         self.maps.change(Changes([], list(rewrites)))
 
-    def give_back(self, *rewrites: Rewrite) -> list[tuple[Rewrite, Count]]:
+    def withdraw(self, *rewrites: Rewrite) -> list[tuple[Rewrite, Count]]:
         return self.maps.change(Changes(list(rewrites), []))
 
     def elements(self) -> int:
@@ -137,7 +137,7 @@ def test_packets_are_rewritten_and_counted_each_way(host: Host) -> None:
         assert totals[Proto.UDP, Step.U12] == 3
         assert totals[Proto.UDP, Step.U34] == 6
         assert totals[Proto.TCP, Step.T1] == 0
-        assert host.give_back(idle, there, back) == [wanted[1], wanted[0], wanted[2]]
+        assert host.withdraw(idle, there, back) == [wanted[1], wanted[0], wanted[2]]
         assert host.elements() == 0
         client.sendto(b"nobody serves the queue", (host.relay, PORT))
         server.settimeout(0.2)
@@ -161,7 +161,7 @@ def test_counts_of_what_is_given_back_are_each_its_own(host: Host) -> None:
         )  # fmt: skip
     assert len(rewrites) > 2 * TOGETHER
 
-    final = host.give_back(*rewrites)
+    final = host.withdraw(*rewrites)
     told = [rewrite for rewrite in rewrites if rewrite.step in SIDES]
     assert len(final) == len(told)
     assert dict(final) == {rewrite: counts[rewrite] for rewrite in told}
@@ -176,7 +176,7 @@ def test_with_small_buffers_fewer_elements_go_at_a_time(
     def granted(sock: socket.socket, direction: Direction, _: int) -> int:
         return enlarge(sock, direction, 64 << 10)
 
-    monkeypatch.setattr(kernelmaps, "enlarge", granted)
+    monkeypatch.setattr(nftbackend, "enlarge", granted)
     host.maps.renew()
     flows = [host.udp(port) for port in range(5000, 5400)]
     rewrites = [rewrite for flow in flows for rewrite in flow.rewrites.values()]
@@ -184,7 +184,7 @@ def test_with_small_buffers_fewer_elements_go_at_a_time(
     for start in range(0, 400, 100):
         host.hand(*(flow.rewrites[Step.U12] for flow in flows[start : start + 100]))
     assert len(list(host.maps.read(rewrites))) == len(rewrites) == 800
-    assert len(host.give_back(*rewrites)) == 800
+    assert len(host.withdraw(*rewrites)) == 800
     assert host.elements() == 0
 
 
@@ -212,13 +212,13 @@ def test_a_transaction_that_fails_changes_nothing(host: Host, what: str) -> None
     rewrites = [host.udp(port).rewrites[Step.U12] for port in range(4000, 4010)]
     host.hand(*rewrites[:5])
     if what == "gone":
-        with pytest.raises(MapsLost, match="No such file"):
-            host.give_back(*rewrites[:3], rewrites[7], *rewrites[3:5])
+        with pytest.raises(OffloadLost, match="No such file"):
+            host.withdraw(*rewrites[:3], rewrites[7], *rewrites[3:5])
     else:
         name = map_name(Proto.UDP, Step.U12)
         key = element(rewrites[8]).strip("{ }")
         nft("add", "element", "ip", NAME, name, f"{{ {key} : 203.0.113.7 }}")
-        with pytest.raises(MapsLost, match="exists"):
+        with pytest.raises(OffloadLost, match="exists"):
             host.hand(*rewrites[5:])
         delete(rewrites[8])
 
@@ -226,7 +226,7 @@ def test_a_transaction_that_fails_changes_nothing(host: Host, what: str) -> None
     assert host.elements() == 5
     assert [rewrite for rewrite, _ in host.maps.read(rewrites[:5])] == rewrites[:5]
     for rewrite in rewrites[5:]:
-        with pytest.raises(MapsLost):
+        with pytest.raises(OffloadLost):
             list(host.maps.read([rewrite]))
 
 
@@ -235,15 +235,15 @@ def test_what_somebody_has_deleted_is_noticed_when_it_is_read(host: Host) -> Non
     host.hand(*rewrites)
     delete(rewrites[2])
     read = []
-    with pytest.raises(MapsLost, match="No such file"):
+    with pytest.raises(OffloadLost, match="No such file"):
         read += [rewrite for rewrite, _ in host.maps.read(rewrites)]
     nft("flush", "ruleset")
     for call in (
-        lambda: host.hand(rewrites[0]), lambda: host.give_back(rewrites[0]),
+        lambda: host.hand(rewrites[0]), lambda: host.withdraw(rewrites[0]),
         lambda: list(host.maps.read(rewrites[:1])),
     ):  # fmt: skip
         host.maps.renew()
-        with pytest.raises(MapsLost):
+        with pytest.raises(OffloadLost):
             call()
 
 
@@ -251,20 +251,20 @@ def test_answers_that_nobody_waited_for_are_not_taken_for_later_ones(host: Host)
     rewrites = [host.udp(port).rewrites[Step.U12] for port in range(4000, 4010)]
     missing = host.udp(5000).rewrites.values()
     host.hand(*rewrites)
-    with pytest.raises(MapsLost):
-        host.give_back(*missing)  # an error for each map, and one was read
-    with pytest.raises(MapsLost):  # by the other
+    with pytest.raises(OffloadLost):
+        host.withdraw(*missing)  # an error for each map, and one was read
+    with pytest.raises(OffloadLost):  # by the other
         next(host.maps.read(rewrites))
     host.maps.renew()
 
-    assert [rewrite for rewrite, _ in host.give_back(*rewrites)] == rewrites
+    assert [rewrite for rewrite, _ in host.withdraw(*rewrites)] == rewrites
     assert list(host.maps.totals()) != []
 
 
 class FailingOnce:
     """A socket of which one method fails, the first time, without having done anything."""
 
-    def __init__(self, maps: KernelMaps, method: str, number: int) -> None:
+    def __init__(self, maps: NftBackend, method: str, number: int) -> None:
         self._socket, self._method, self._number = maps._socket, method, number
 
     def __getattr__(self, name: str) -> Any:
@@ -287,14 +287,14 @@ def test_a_call_that_fails_once_loses_no_map(host: Host, method: str, number: in
     host.maps._socket = FailingOnce(host.maps, method, number)  # type: ignore[assignment]
     assert [each for each, _ in host.maps.read([rewrite])] == [rewrite]
     host.maps._socket = kernel
-    assert [each for each, _ in host.give_back(rewrite)] == [rewrite]
+    assert [each for each, _ in host.withdraw(rewrite)] == [rewrite]
 
 
 def test_answers_that_the_kernel_had_no_room_for_are_lost(host: Host) -> None:
     rewrite = host.udp(4000).rewrites[Step.U12]
     kernel = host.maps._socket
     host.maps._socket = FailingOnce(host.maps, "recv", errno.ENOBUFS)  # type: ignore[assignment]
-    with pytest.raises(MapsLost):
+    with pytest.raises(OffloadLost):
         host.hand(rewrite)
     host.maps._socket = kernel
 
@@ -324,7 +324,7 @@ def test_thousands_go_in_and_out(host: Host) -> None:
     host.hand(*rewrites)
     assert host.elements() == ROOM
     assert [count for _, count in host.maps.read(rewrites)] == [Count(0, 0)] * ROOM
-    assert Counter(rewrite for rewrite, _ in host.give_back(*rewrites)) == Counter(rewrites)
+    assert Counter(rewrite for rewrite, _ in host.withdraw(*rewrites)) == Counter(rewrites)
 
     assert host.elements() == 0
 
@@ -342,7 +342,7 @@ def test_own_changes_are_not_announced_and_those_of_others_are(host: Host) -> No
         assert announced(watcher, lambda: host.hand(one))
         watcher.ignore(host.maps.port)
         assert not announced(watcher, lambda: host.hand(two))
-        assert not announced(watcher, lambda: host.give_back(one))
+        assert not announced(watcher, lambda: host.withdraw(one))
         assert announced(watcher, lambda: delete(two))
         assert announced(watcher, lambda: nft("flush", "chain", "ip", NAME, "pre-udp"))
         nft("flush", "chain", "ip", NAME, "pre")

@@ -15,17 +15,15 @@ from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import BUSY, CLOSED_LINGER, EXCHANGE, Flow, Rewrite, Timeouts
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State
-from krelay.offload.fastpath import (
+from krelay.offload.accounting import LINGER, POLLS_PER_SECOND
+from krelay.offload.backend import Changes, is_simple
+from krelay.offload.policy import (
     HALF_OPEN,
     HALF_OPEN_FOR,
-    HAND_AFTER,
-    HAND_WITHIN,
-    LOOKS,
-    RETIRE,
+    OFFLOAD_MAX_WAIT,
+    OFFLOAD_MIN_AGE,
     SILENCE,
-    Changes,
-    FastPath,
-    is_simple,
+    OffloadPolicy,
 )
 from krelay.registration.messages import Close, Open, Opened
 from krelay.steps import SIDES, Hook, Step
@@ -264,7 +262,7 @@ def test_clients_own_connections_stay_with_the_worker() -> None:
     connected(d)
     assert by(d, PRE, *["C:45678 > S:80 [.]"] * 5) == ["worker"] * 5
     moved = next(flow for flow in d.nat if flow.service == flow.server)
-    d.fast.changed(moved)
+    d.offload.changed(moved)
     d.turn()
     assert handed(d, moved) == frozenset()
 
@@ -302,7 +300,7 @@ def test_a_forwarded_connection_that_is_over_is_taken_back_or_never_handed_over(
     by(d, POST, "S:443 > C:40000 [F.]")
     assert handed(d, flow) == frozenset()
     assert by(d, PRE, *["C:40000 > K:443 [.]"] * 5) == ["worker"] * 5
-    d.fast.traced(lambda flow: False)  # all is thought about anew
+    d.offload.traced(lambda flow: False)  # all is thought about anew
     d.turn()
     assert handed(d, flow) == frozenset()
 
@@ -349,18 +347,20 @@ def test_a_closed_connection_retires_when_its_last_packets_are_through() -> None
     flow = connected(d)
     d.now = 10
     close(d)
-    assert d.fast.due(10 + RETIRE - 0.1, 0.1) == []  # what it counts is told when it is taken back
-    assert d.fast.flows == 1
+    assert (
+        d.offload.due(10 + LINGER - 0.1, 0.1) == []
+    )  # what it counts is told when it is withdrawn
+    assert d.offload.accounting.flows == 1
     d.turn()
     assert handed(d, flow) == ALL
     assert by(d, PRE, "S:80 > C:45678 [.]") == ["kernel"]
-    d.fast.due(10 + RETIRE, 0.1)
+    d.offload.due(10 + LINGER, 0.1)
     d.turn()
     assert handed(d, flow) == frozenset()
     assert by(d, PRE, *["S:80 > C:45678 [.]"] * 5) == ["worker"] * 5
     assert shown(flow)[0][1] == 7  # with the SYN-ACK and that in between
-    assert d.fast.due(10 + RETIRE, 0.1) == []
-    assert d.fast.flows == 0
+    assert d.offload.due(10 + LINGER, 0.1) == []
+    assert d.offload.accounting.flows == 0
 
 
 def test_a_connection_that_gives_up_its_port_is_taken_back() -> None:
@@ -382,27 +382,27 @@ def test_a_killed_flow_is_taken_back_before_the_ends_are_told() -> None:
     d = datapath()
     flow = forwarded(d)
     d.nat.kill(flow, 0)
-    assert d.fast.gives_back
+    assert d.offload.has_withdrawals
     d.turn()
     assert handed(d, flow) == frozenset()
     assert by(d, PRE, "C:40000 > K:443 [P.]") == ["DROP"]
     udp = asked(d)
     d.nat.end(udp)
     d.turn()
-    assert len(d.kernel) == len(d.fast) == 0
+    assert len(d.kernel) == len(d.offload) == 0
 
 
 def test_flows_that_are_traced_and_no_others_are_the_workers() -> None:
     d = datapath()
     flow, other = connected(d), connected(d, "D:40000", "K:45679")
     udp = asked(d)
-    d.fast.traced(lambda flow: flow.client.addr == addr("C"))
+    d.offload.traced(lambda flow: flow.client.addr == addr("C"))
     d.turn()
     assert [handed(d, each) for each in (flow, other, udp)] == [frozenset(), ALL, frozenset()]
     assert by(d, PRE, *["C:4000 > K:53"] * 9) == ["worker"] * 9
     late = asked(d, "C:5000", 2 * BUSY)
     assert handed(d, late) == frozenset()
-    d.fast.traced(lambda flow: False)
+    d.offload.traced(lambda flow: False)
     d.turn()
     assert [handed(d, each) for each in (flow, other, udp, late)] == [ALL, ALL, BOTH, BOTH]
 
@@ -423,15 +423,15 @@ def test_nothing_is_handed_over_where_there_are_no_maps() -> None:
     d = datapath(room=0)
     flow, other = connected(d), asked(d)
     close(d)
-    assert (len(d.fast), d.fast.flows, d.pending) == (0, 0, False)
-    assert d.fast.changes(10) is None
-    assert not d.fast._retiring, "closed connections pile up"
-    d.fast.begin(5)  # the kernel isn't told: its maps aren't there
-    changes = d.fast.changes(10)
+    assert (len(d.offload), d.offload.accounting.flows, d.pending) == (0, 0, False)
+    assert d.offload.changes(10) is None
+    assert not d.offload.accounting._closed, "closed connections pile up"
+    d.offload.begin(5)  # the kernel isn't told: its maps aren't there
+    changes = d.offload.changes(10)
     assert changes is not None
-    assert changes.over == list(other.rewrites.values())
-    d.fast.end()
-    assert (len(d.fast), d.fast.room, d.fast.changes(10)) == (0, 0, None)
+    assert changes.installed == list(other.rewrites.values())
+    d.offload.end()
+    assert (len(d.offload), d.offload.capacity, d.offload.changes(10)) == (0, 0, None)
     assert flow.closed_at is not None
 
 
@@ -455,9 +455,9 @@ def test_what_the_kernel_has_learnt_by_itself_is_not_handed_to_it() -> None:
     answer = template("K:53 > C:4000").build()[:28]
     d.nat.learning.learn([(PRE, head)] + [(POST, answer)] * BUSY, 0)
     assert len(d.nat) == 1
-    d.fast.traced(lambda flow: False)
+    d.offload.traced(lambda flow: False)
     d.restart()
-    assert (len(d.fast), d.fast.changes(10)) == (0, None)
+    assert (len(d.offload), d.offload.changes(10)) == (0, None)
     adopted = d.nat.learning.adopt(head[12:24], 0)
     d.restart()
     assert adopted is not None
@@ -527,7 +527,7 @@ def test_a_port_that_is_used_again_is_the_new_connections_at_once() -> None:
     got = d.packet(template("C:40000 > K:80 [.]"), PRE)
     assert isinstance(got, bytes)
     assert int.from_bytes(got[22:24]) == 17000
-    d.fast.changed(flow)
+    d.offload.changed(flow)
     by(d, POST, *["K:16000 > C:40000 [.]"] * BUSY)
     d.turn()
     assert handed(d, flow) == {Step.T1}
@@ -596,7 +596,7 @@ def test_a_flow_is_given_back_before_another_with_its_addresses_is_handed_over()
         d.nat.end(flow)
         d.pending = False  # many are waiting, and none is told for a while
         flow = asked_apart(d)
-        assert [len(each) for each in both(d.fast.changes(1))] == [1, 0]
+        assert [len(each) for each in both(d.offload.changes(1))] == [1, 0]
         d.pending = True
         d.turn(most)
         assert handed(d, flow) == BOTH
@@ -612,7 +612,7 @@ def asked_apart(d: Datapath, client: str = "C:4000") -> Flow:
 
 def both(changes: Changes | None) -> tuple[list[Rewrite], list[Rewrite]]:
     assert changes is not None
-    return changes.back, changes.over
+    return changes.withdrawn, changes.installed
 
 
 # What the kernel is told
@@ -622,30 +622,32 @@ def test_changes_come_in_pieces() -> None:
     d = datapath()
     flows = [asked_apart(d, f"C:{port}") for port in range(4000, 4010)]
     sizes = []
-    while (changes := d.fast.changes(6)) is not None:
-        sizes.append(len(changes.over))
-        d.fast.told(changes, [], 0)
+    while (changes := d.offload.changes(6)) is not None:
+        sizes.append(len(changes.installed))
+        d.offload.told(changes, [], 0)
     assert sizes == [6, 6, 6, 2]
-    assert len(d.fast) == 20
+    assert len(d.offload) == 20
     for flow in flows:
         d.nat.end(flow)
     newer = [asked_apart(d, f"D:{port}") for port in range(4000, 4002)]
     found = []
-    while (changes := d.fast.changes(6)) is not None:
+    while (changes := d.offload.changes(6)) is not None:
         d.pending = False
-        found.append((len(changes.back), len(changes.over)))
-        d.fast.told(changes, [], 0)
-        assert d.pending is (d.fast.gives_back or found[-1][0] == 6)
+        found.append((len(changes.withdrawn), len(changes.installed)))
+        d.offload.told(changes, [], 0)
+        assert d.pending is (d.offload.has_withdrawals or found[-1][0] == 6)
     assert found == [(6, 0), (6, 0), (6, 0), (2, 4)]
-    assert d.fast.handed(newer) == [r for flow in newer for r in flow.rewrites.values()]
+    assert d.offload.accounting.installed_of(newer) == [
+        r for flow in newer for r in flow.rewrites.values()
+    ]
 
 
 def test_what_ended_before_the_kernel_was_told_of_it_never_reaches_it() -> None:
     d = datapath()
     flow = asked_apart(d)
-    assert len(d.fast) == 2
+    assert len(d.offload) == 2
     d.nat.end(flow)
-    assert len(d.fast) == 0
+    assert len(d.offload) == 0
     d.kernel.change = pytest.fail  # type: ignore[method-assign, assignment]
     d.turn()
 
@@ -654,11 +656,11 @@ def test_what_is_wanted_again_before_the_kernel_was_told_stays_there_and_is_look
     d = datapath()
     flow = asked(d)
     by(d, PRE, *["C:4000 > K:53"] * 3)
-    d.fast.traced(lambda flow: True)
-    assert d.fast.due(0, 1) == []  # the ring has let it go
-    d.fast.traced(lambda flow: False)
-    assert d.fast.changes(10) is None
-    assert d.fast.due(0, 1) == [flow]
+    d.offload.traced(lambda flow: True)
+    assert d.offload.due(0, 1) == []  # the ring has let it go
+    d.offload.traced(lambda flow: False)
+    assert d.offload.changes(10) is None
+    assert d.offload.due(0, 1) == [flow]
     d.count([flow])
     assert shown(flow)[0] == [BUSY + 3, BUSY]
 
@@ -671,11 +673,11 @@ def test_counts_are_right_when_a_rewrite_is_taken_back_and_handed_over_again() -
         by(d, PRE, *["C:4000 > K:53"] * 3)
         if number % 2:
             d.count([flow])
-        d.fast.traced(lambda flow: True)
+        d.offload.traced(lambda flow: True)
         d.turn()
         assert shown(flow)[0][0] == BUSY + 4 * number - 1
         by(d, PRE, "C:4000 > K:53")
-        d.fast.traced(lambda flow: False)
+        d.offload.traced(lambda flow: False)
         d.turn()
         assert handed(d, flow) == BOTH
     assert shown(flow) == ([BUSY + 20, BUSY], [(BUSY + 20) * size, BUSY * size])
@@ -684,18 +686,18 @@ def test_counts_are_right_when_a_rewrite_is_taken_back_and_handed_over_again() -
 def test_what_ended_meanwhile_may_be_told_of() -> None:
     d = datapath()
     flow, other = asked(d), asked(d, "D:4000")
-    rewrites = d.fast.handed([flow, other])
+    rewrites = d.offload.accounting.installed_of([flow, other])
     counts = [(rewrite, Count(5, 500)) for rewrite in rewrites]
     before = shown(other)[0]
     d.nat.end(flow)
-    d.fast.read(counts, 7)
+    d.offload.accounting.read(counts, 7)
     assert shown(other)[0] == [n + 5 for n in before]
     assert other.seen_at == 7
-    changes = d.fast.changes(10)
+    changes = d.offload.changes(10)
     assert changes is not None
-    d.fast.told(changes, counts[:2], 8)
+    d.offload.told(changes, counts[:2], 8)
     assert len(d.nat) == 1
-    assert d.fast.handed([flow]) == []
+    assert d.offload.accounting.installed_of([flow]) == []
 
 
 # Looking in turns
@@ -717,7 +719,7 @@ def test_each_flow_has_its_turn_within_its_bound_while_others_come_and_go() -> N
                 Proto.UDP, client, at("K:53"), at("S:53"), Source.CLIENT, now
             )
             flow.rewrites[Step.U12].packets = BUSY
-            d.fast.changed(flow)
+            d.offload.changed(flow)
             flows.append(flow)
             seen[flow] = now
         rng.shuffle(flows)
@@ -725,31 +727,33 @@ def test_each_flow_has_its_turn_within_its_bound_while_others_come_and_go() -> N
             d.nat.end(flow)
             flows.remove(flow)
         d.turn()
-        looked = d.fast.due(now, every)
-        assert len(looked) <= LOOKS * every
+        looked = d.offload.due(now, every)
+        assert len(looked) <= POLLS_PER_SECOND * every
         for flow in looked:
             seen[flow] = now
-        bound = max(1.0, len(d.fast._ring) / LOOKS) + 2 * every
+        bound = max(1.0, len(d.offload.accounting._ring) / POLLS_PER_SECOND) + 2 * every
         assert all(now - seen[flow] <= bound for flow in flows)
     for flow in flows:
         d.nat.end(flow)
     d.turn()
-    while d.fast.flows:
-        assert d.fast.due(now, every) == []
-    assert not any((d.fast._ring, d.fast._back, d.fast._over, d.fast._handed, d.fast._retiring))
-    assert not +d.fast._filled
+    while d.offload.accounting.flows:
+        assert d.offload.due(now, every) == []
+    waiting, accounting = d.offload, d.offload.accounting
+    assert not any((accounting._ring, accounting._closed, accounting.installed))
+    assert not any((waiting._withdrawn, waiting._waiting))
+    assert not +d.offload._filled
 
 
 def test_flows_that_have_ended_take_nobodys_turn() -> None:
     d = datapath(room=10_000)
     d.nat.limits = FlowLimits(100_000, 100_000)
-    many = int(LOOKS * 0.1)
+    many = int(POLLS_PER_SECOND * 0.1)
     gone = [asked_once(d, number) for number in range(3 * many)]
     alive = [asked_once(d, number) for number in range(3 * many, 4 * many)]
     for flow in gone:
         d.nat.end(flow)
     d.turn()
-    assert d.fast.due(0, 0.1) == alive
+    assert d.offload.due(0, 0.1) == alive
 
 
 def asked_once(d: Datapath, number: int) -> Flow:
@@ -757,7 +761,7 @@ def asked_once(d: Datapath, number: int) -> Flow:
     client = Endpoint(bytes((10, 0, *number.to_bytes(2))), 4000)
     flow = d.nat.open_forwarded(Proto.UDP, client, at("K:53"), at("S:53"), Source.CLIENT, 0)
     flow.rewrites[Step.U12].packets = BUSY
-    d.fast.changed(flow)
+    d.offload.changed(flow)
     d.turn()
     return flow
 
@@ -876,7 +880,7 @@ class Twins:
         for name in ("passed", "dropped"):
             assert getattr(self.slow.worker.counts, name) == getattr(self.fast.worker.counts, name)
         assert self.slow.nat.admission.evicted == self.fast.nat.admission.evicted
-        assert len(self.fast.kernel) == len(self.fast.fast)
+        assert len(self.fast.kernel) == len(self.fast.offload)
 
     # What happens
 
@@ -979,7 +983,7 @@ class Twins:
     def trace(self) -> None:
         """Somebody begins to trace, or has ended."""
         client = self.rng.choice((addr("C"), None))
-        self.fast.fast.traced(lambda flow: flow.client.addr == client)
+        self.fast.offload.traced(lambda flow: flow.client.addr == client)
         self.fast.turn()
 
     def setting(self) -> None:
@@ -1016,7 +1020,7 @@ class Twins:
             for each in self.both:
                 each.now += 0.1
             for each in self.both:
-                each.count(each.fast.due(each.now, 0.1))
+                each.count(each.offload.due(each.now, 0.1))
                 each.turn()
                 each.nat.expire(each.now)
                 each.relays.on_time(each.now)
@@ -1072,10 +1076,10 @@ def test_a_closed_flow_goes_when_it_would_have_gone() -> None:
 # Ripening
 
 
-def ripening(seen_at: float) -> tuple[FastPath, Flow]:
+def ripening(seen_at: float) -> tuple[OffloadPolicy, Flow]:
     """A flow of datagrams that is fit to be handed over, and was heard of then."""
     nat = NatTable(rng=Random(1))
-    fast = FastPath(nat)
+    fast = OffloadPolicy(nat)
     fast.begin(10)
     flow = nat.open_forwarded(Proto.UDP, at("C:4000"), at("K:7"), at("S:7"), Source.CLIENT, seen_at)
     flow.rewrites[Step.U12].packets = BUSY
@@ -1087,9 +1091,9 @@ def test_a_silent_flow_is_handed_over_when_it_has_lasted() -> None:
     fast, flow = ripening(seen_at=10.0)
 
     assert fast.changes(10, 10.01) is None
-    assert fast.changes(10, 10.01 + HAND_AFTER - 0.001) is None
+    assert fast.changes(10, 10.01 + OFFLOAD_MIN_AGE - 0.001) is None
     assert fast.waits
-    told = fast.changes(10, 10.01 + HAND_AFTER)
+    told = fast.changes(10, 10.01 + OFFLOAD_MIN_AGE)
     assert told == Changes([], [flow.rewrites[Step.U12]])
     assert not fast.waits
 
@@ -1097,7 +1101,7 @@ def test_a_silent_flow_is_handed_over_when_it_has_lasted() -> None:
 def test_a_busy_flow_is_handed_over_in_its_next_pause() -> None:
     fast, flow = ripening(seen_at=10.0)
     assert fast.changes(10, 10.0) is None
-    now = 10.0 + HAND_AFTER
+    now = 10.0 + OFFLOAD_MIN_AGE
     flow.rewrites[Step.U12].seen_at = now
     assert fast.changes(10, now + SILENCE / 2) is None
 
@@ -1107,27 +1111,27 @@ def test_a_busy_flow_is_handed_over_in_its_next_pause() -> None:
 def test_a_flow_without_pauses_is_handed_over_all_the_same() -> None:
     fast, flow = ripening(seen_at=10.0)
     assert fast.changes(10, 10.0) is None
-    for now in (10.0 + HAND_AFTER, 10.0 + HAND_WITHIN - 0.001):
+    for now in (10.0 + OFFLOAD_MIN_AGE, 10.0 + OFFLOAD_MAX_WAIT - 0.001):
         flow.rewrites[Step.U12].seen_at = now
         assert fast.changes(10, now) is None
-    flow.rewrites[Step.U12].seen_at = 10.0 + HAND_WITHIN
+    flow.rewrites[Step.U12].seen_at = 10.0 + OFFLOAD_MAX_WAIT
 
-    assert fast.changes(10, 10.0 + HAND_WITHIN) is not None
+    assert fast.changes(10, 10.0 + OFFLOAD_MAX_WAIT) is not None
 
 
 def test_what_ends_before_it_is_ripe_never_was_the_kernels() -> None:
     fast, flow = ripening(seen_at=10.0)
     assert fast.changes(10, 10.0) is None
-    fast.take_back(flow)
+    fast.withdraw(flow)
 
     assert fast.changes(10, 20.0) is None
     assert len(fast) == 0
 
 
-def beginning() -> tuple[FastPath, Flow]:
+def beginning() -> tuple[OffloadPolicy, Flow]:
     """A connection for which tcp-relay has just got its port towards the server."""
     nat = NatTable(rng=Random(1))
-    fast = FastPath(nat)
+    fast = OffloadPolicy(nat)
     fast.begin(10)
     flow = nat.open_tcp(at("C:4000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 10.0)
     nat.attach(flow, at("K:50000"), 10.0)
@@ -1136,43 +1140,43 @@ def beginning() -> tuple[FastPath, Flow]:
 
 def test_a_connection_that_begins_is_handed_over_at_once() -> None:
     fast, flow = beginning()
-    assert fast.hurries
+    assert fast.is_urgent
     begun = [flow.rewrites[step] for step in (Step.T1, Step.T2, Step.T3, Step.T4)]
 
     assert fast.changes(2, None) == Changes([], begun[:2])
     assert fast.changes(10, None) == Changes([], begun[2:])
-    assert not fast.hurries
+    assert not fast.is_urgent
     assert fast.changes(10, None) is None
     assert not fast.waits
 
 
 def test_what_the_client_has_begun_to_send_must_ripen() -> None:
     nat = NatTable(rng=Random(1))
-    fast = FastPath(nat)
+    fast = OffloadPolicy(nat)
     flow = nat.open_tcp(at("C:4000"), at("K:80"), at("S:80"), Source.CLIENT, 16000, 10.0)
     flow.rewrites[Step.T1].packets = 1
     fast.begin(10)
-    assert not fast.hurries
+    assert not fast.is_urgent
     nat.attach(flow, at("K:50000"), 10.0)
     begun = [flow.rewrites[step] for step in (Step.T2, Step.T3, Step.T4)]
 
     assert fast.changes(10, None) == Changes([], begun)
     assert fast.changes(10, 10.0) is None
-    assert fast.changes(10, 10.0 + HAND_AFTER) == Changes([], [flow.rewrites[Step.T1]])
+    assert fast.changes(10, 10.0 + OFFLOAD_MIN_AGE) == Changes([], [flow.rewrites[Step.T1]])
     assert not fast.waits
 
 
 def test_a_connection_that_goes_on_is_handed_over_as_a_whole_when_it_has_lasted() -> None:
     fast, flow = beginning()
     flow.rewrites[Step.T3].packets = 1
-    fast.take_back(flow)
+    fast.withdraw(flow)
     fast.changed(flow)
 
-    assert not fast.hurries
+    assert not fast.is_urgent
     assert fast.changes(10, 10.0) is None
-    told = fast.changes(10, 10.0 + HAND_AFTER)
+    told = fast.changes(10, 10.0 + OFFLOAD_MIN_AGE)
     assert told is not None
-    assert set(told.over) == set(flow.rewrites.values())
+    assert set(told.installed) == set(flow.rewrites.values())
 
 
 def test_what_waits_when_its_connection_is_closed_is_never_handed_over() -> None:
@@ -1183,14 +1187,14 @@ def test_what_waits_when_its_connection_is_closed_is_never_handed_over() -> None
         fast._nat.close(flow, 10.01)
 
         changes = fast.changes(10, 20.0)
-        assert ([] if changes is None else changes.over, len(fast)) == ([], 0)
+        assert ([] if changes is None else changes.installed, len(fast)) == ([], 0)
 
 
 def test_a_step_without_a_map_stays_with_the_worker() -> None:
     fast, flow = ripening(seen_at=10.0)
     fast.begin(10)
     fast.made([(Proto.UDP, Step.U34), (Proto.TCP, Step.U12)])
-    fast.take_back(flow)
+    fast.withdraw(flow)
     fast.changed(flow)
     assert not fast.waits
     fast.made([(Proto.UDP, Step.U12)])

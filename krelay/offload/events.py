@@ -1,0 +1,135 @@
+"""What the kernel tells of packets that it relays by itself: copies of their heads.
+
+Queries and responses that it has learnt, SYNs and FINs of tcp-relay's, and what servers send past
+the relaying.  Each kind has a log group of its own (rules/spec.py).
+"""
+
+import select
+from collections.abc import Callable
+
+from knet.endpoint import Endpoint, FlowKey, Proto
+from knet.log import Failures, Log, Throttle
+from knet.loop import Loop
+from knet.netlink.nflog import TOGETHER, Copy
+from knet.wire import ipv4
+from krelay.nat.table import NatTable
+from krelay.offload.backend import OffloadEvents
+from krelay.offload.copies import Copies
+from krelay.rules.spec import begun, ends, strays
+
+COPIES_TOGETHER = 2048
+"""Copies of packets taken note of before packets have their turn: some milliseconds."""
+ENDS_TOGETHER = 256
+"""Copies of SYNs or FINs read in one piece."""
+
+SawStray = Callable[[bytes, int, float], Endpoint | None]
+
+_log = Log("kernel")
+
+
+class KernelEvents(OffloadEvents):
+    """The copies of one krelay's log groups, for the flows of `nat`.
+
+    `saw_stray` is told of a copy of what a server sends past the relaying (Worker.saw_elsewhere).
+    """
+
+    def __init__(self, loop: Loop, nat: NatTable, group: int, saw_stray: SawStray) -> None:
+        self._loop = loop
+        self._nat = nat
+        self._group = group
+        self._saw_stray = saw_stray
+        self._copies: Copies | None = None
+        self._ends: Copies | None = None
+        self._begun: Copies | None = None
+        self._strays: Copies | None = None
+        self._stray_warning = Throttle()
+        self._failures = Failures(_log)
+
+    @property
+    def tells_queries(self) -> bool:
+        """Whether copies of queries and responses are taken."""
+        return self._copies is not None
+
+    @property
+    def tells_ends(self) -> bool:
+        """Whether copies of SYNs and FINs are taken."""
+        return self._ends is not None and self._begun is not None
+
+    @property
+    def tells_strays(self) -> bool:
+        """Whether copies of what servers send past the relaying are taken."""
+        return self._strays is not None
+
+    @property
+    def lost(self) -> int:
+        """How often the kernel had more copies for us than there was room for."""
+        groups = (self._copies, self._ends, self._begun, self._strays)
+        return sum(each.lost for each in groups if each is not None)
+
+    def listen(self) -> None:
+        """Takes copies, of each kind that the kernel can make, until `close`."""
+        self._copies = _copies_of(self._group, TOGETHER)
+        if self._copies is not None:
+            self._loop.add(self._copies.fileno(), select.EPOLLIN, self.read_queries)
+        self._ends = _copies_of(ends(self._group), 1)
+        self._begun = _copies_of(begun(self._group), 1)
+        self._strays = _copies_of(strays(self._group), 1)
+        if self._strays is not None:
+            self._loop.add(self._strays.fileno(), select.EPOLLIN, self._read_strays)
+
+    def close(self) -> None:
+        """Takes note of what waits, of queries, and gives the groups up."""
+        if self._copies is not None:
+            self.read_queries()
+            self._loop.remove(self._copies.fileno())
+        if self._strays is not None:
+            self._loop.remove(self._strays.fileno())
+        for copies in (self._copies, self._ends, self._begun, self._strays):
+            if copies is not None:
+                copies.close()
+        self._copies = self._ends = self._begun = self._strays = None
+
+    def read_queries(self, _: int = 0) -> None:
+        """What the kernel tells of queries and answers that it has relayed."""
+        if copies := self._read(self._copies, COPIES_TOGETHER):
+            self._nat.learning.learn(copies, self._loop.now)
+
+    def begun(self) -> list[Copy]:
+        """Some of the SYNs of tcp-relay's that wait to be read; [] when none does."""
+        return self._read(self._begun, ENDS_TOGETHER)
+
+    def ended(self) -> list[Copy]:
+        """As `begun`, of FINs."""
+        return self._read(self._ends, ENDS_TOGETHER)
+
+    def _read_strays(self, _: int = 0) -> None:
+        """What servers send from ports that nobody has asked: clients wait for it in vain."""
+        for hook, head in self._read(self._strays, ENDS_TOGETHER):
+            asked = self._saw_stray(head, hook, self._loop.now) if head[9] == Proto.UDP else None
+            if asked is None or (before := self._stray_warning.admit(self._loop.now)) is None:
+                continue
+            _log.warning(
+                "a server answers from another port than it was asked at",
+                service=f"udp/{asked.port}",
+                server=FlowKey.unpack(head[ipv4.FLOW_KEY]).src,
+                again=before or None,
+                fix=f"write udp/{asked.port}+any-port into services, if that is its way (TFTP)",
+            )
+
+    def _read(self, source: Copies | None, most: int) -> list[Copy]:
+        """Those that wait, about so many.  What can't be read now is read the next time."""
+        if source is None:
+            return []
+        try:
+            return source.read(most)
+        except OSError as error:
+            self._failures.tell(self._loop.now, "copies can't be read; trying again", error)
+            return []
+
+
+def _copies_of(group: int, together: int) -> Copies | None:
+    try:
+        return Copies(group, together=together)
+    except OSError as error:
+        _log.info("the kernel can't copy packets' heads", group=group, reason=error)
+        return None
