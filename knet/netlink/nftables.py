@@ -4,9 +4,9 @@ Elements of maps, thousands a second, for which a process each would be far too 
 with a target of iptables in a table of our own, which nft shows but doesn't make.  Numbers are
 those of linux/netfilter/nf_tables.h; the names of the constants are its own, shortened.
 
-An element's key is that of every map of offloaded flows (krelay/rules/offloaded.py): source address, source port,
-destination address, destination port, each in a field of four bytes, ports padded; in some maps the
-DSCP follows, padded likewise.
+An element's key is that of every map of offloaded flows (rules/offloaded.py): source address,
+source port, destination address, destination port, each in a field of four bytes, ports padded; in
+some maps the DSCP follows, padded likewise.
 """
 
 import itertools
