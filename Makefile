@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python -B
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vm-setup demo test test-pure test-vm test-long lint bench docs clean
+.PHONY: help setup vm-setup demo test test-pure test-vm test-long lint bench docs reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,10 +46,13 @@ bench: ## the benchmarks, in network namespaces, as root
 	@tools/setup --group bench
 	@$(AS_ROOT) $(PYTHON) -m benchmarks
 
-docs: ## the site of docs/, in build/docs; a warning is an error
-	@tools/setup --group docs
+docs: reference ## the site of docs/, in build/docs; a warning is an error
 	@$(PYTHON) -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
 	@echo build/docs/index.html
+
+reference: ## the tables of docs/reference, from the code's own
+	@tools/setup --group docs
+	@$(PYTHON) -m tools.reference
 
 clean: ## remove .venv and all caches
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,6 +16,7 @@ from tcp_relay.relay.daemon import TcpRelayDaemon
 from tcp_relay.service import options
 from tcp_relay.service.service import run_program
 
+PROGRAM = "tcp-relay"
 EXAMPLE = """\
 example:
   tcp-relay --root /run/krelay --log-level debug
@@ -26,10 +27,10 @@ prints a table of them.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs tcp-relay; the exit status (0, 1, 2 for wrong usage, 130 after Ctrl-C)."""
+def parser() -> CommandParser:
+    """What can be typed."""
     parser = CommandParser(
-        prog="tcp-relay",
+        prog=PROGRAM,
         description="The TCP relay daemon of krelay, in the foreground.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,7 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     relayoptions.add_relay_options(parser)
     log.add_options(parser)
-    asked = parser.read(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs tcp-relay; the exit status (0, 1, 2 for wrong usage, 130 after Ctrl-C)."""
+    asked = parser().read(arguments)
 
     def serve(limits: SessionLimits, index: int, ready: Callable[[], None]) -> int:
         with Loop() as loop:
@@ -66,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ).run()
 
     return run_program(
-        parser.prog,
+        PROGRAM,
         asked,
         serve,
         before=lambda: _look_first(asked.root),

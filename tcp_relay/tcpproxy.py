@@ -17,6 +17,7 @@ from tcp_relay.proxy.proxy import Proxy
 from tcp_relay.proxy.resolver import Resolver, host_name, service_port
 from tcp_relay.service.service import RelayService, run_program
 
+PROGRAM = "tcpproxy"
 EXAMPLE = """\
 example:
   tcpproxy 192.168.0.1 80 8080        who connects to port 8080 here talks to port 80 there
@@ -27,10 +28,10 @@ finish, Ctrl-C resets them; SIGUSR1 prints a table of them.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs tcpproxy; the exit status (0, 1, 2 for wrong usage, 130 after Ctrl-C)."""
+def parser() -> CommandParser:
+    """What can be typed."""
     parser = CommandParser(
-        prog="tcpproxy",
+        prog=PROGRAM,
         description="A plain TCP proxy that survives hung peers.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,9 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     relayoptions.add_options(parser)
     log.add_options(parser)
-    asked = parser.read(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs tcpproxy; the exit status (0, 1, 2 for wrong usage, 130 after Ctrl-C)."""
+    asked = parser().read(arguments)
     return run_program(
-        parser.prog,
+        PROGRAM,
         asked,
         lambda limits, _, ready: _serve(asked, limits, ready),
         before=lambda: _refuse_to_share(asked),
