@@ -67,6 +67,17 @@ def server_socket(family: int = socket.AF_INET) -> Socket:
     return sock
 
 
+def own_address(family: int, sockaddr: tuple[Any, ...]) -> str:
+    """The address of this host from which the kernel would connect there.
+
+    Raises OSError: there is no route to it, or the kernel can't tell now (HOST_FAILS).
+    """
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect(sockaddr)  # of a datagram socket: sends nothing, but makes the kernel choose
+        host: str = sock.getsockname()[0]
+        return host
+
+
 def accept(listening: Socket, family: int) -> tuple[Socket, tuple[Any, ...]]:
     """A client's socket and address.  Raises OSError as accept(2) does."""
     fd, peer = listening._accept()  # type: ignore[attr-defined]

@@ -13,7 +13,15 @@ from tcp_relay.engine.engine import Engine
 from tcp_relay.engine.legs import Legs
 from tcp_relay.engine.portqueue import PortWaitQueue
 from tcp_relay.engine.session import End
-from tcp_relay.engine.sockets import HOST_FAILS, NO_ROOM, Socket, close, in_words, server_socket
+from tcp_relay.engine.sockets import (
+    HOST_FAILS,
+    NO_ROOM,
+    Socket,
+    close,
+    in_words,
+    own_address,
+    server_socket,
+)
 from tcp_relay.engine.timeouts import FixedTimeoutQueue
 from tcp_relay.proxy.resolver import Address, Resolver
 
@@ -148,8 +156,7 @@ class Attempt:
 def _is_routed(address: Address) -> bool:
     """Whether this host has an address to connect from; EADDRNOTAVAIL may say it hasn't."""
     try:
-        with socket.socket(address.family, socket.SOCK_DGRAM) as sock:
-            sock.connect(address.sockaddr)  # which sends nothing
+        own_address(address.family, address.sockaddr)
     except OSError as error:
         return error.errno in NO_ROOM  # not known
     return True

@@ -47,7 +47,7 @@ from tcp_relay.engine.engine import Engine
 from tcp_relay.engine.legs import Legs
 from tcp_relay.engine.portqueue import PortWaitQueue
 from tcp_relay.engine.session import End
-from tcp_relay.engine.sockets import HOST_FAILS, Socket
+from tcp_relay.engine.sockets import HOST_FAILS, Socket, own_address
 from tcp_relay.engine.timeouts import FixedTimeoutQueue
 from tcp_relay.relay.connection import Connection
 from tcp_relay.relay.link import RelayLink
@@ -273,15 +273,9 @@ class _Unknown(Exception):
 
 
 def _own_address(real_ip: str) -> str | None:
-    """Connecting a datagram socket sends nothing, but makes the kernel choose.
-
-    None if there is no route.  Raises _Unknown.
-    """
+    """None if there is no route.  Raises _Unknown."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect((real_ip, 9))
-            host: str = sock.getsockname()[0]
-            return host
+        return own_address(socket.AF_INET, (real_ip, 9))
     except OSError as error:
         if error.errno in HOST_FAILS:
             raise _Unknown from None

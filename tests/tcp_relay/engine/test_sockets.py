@@ -15,6 +15,7 @@ from tcp_relay.engine.sockets import (
     close_in_order,
     hasten,
     heard,
+    own_address,
     probe_as_usual,
     probe_within,
     server_socket,
@@ -196,3 +197,18 @@ def test_the_kernel_is_told_to_ask_often_and_no_longer(both: Both) -> None:
     assert both.ours.getsockopt(socket.IPPROTO_TCP, 44) == HASTE < usual
     take_time(both.ours)
     assert both.ours.getsockopt(socket.IPPROTO_TCP, 44) == usual
+
+
+@pytest.mark.parametrize(
+    ("family", "host"), [(socket.AF_INET, "127.0.0.9"), (socket.AF_INET6, "::1")]
+)
+def test_the_own_address_is_the_one_that_a_connection_would_have(family: int, host: str) -> None:
+    with socket.create_server((host, 0), family=family) as listening:
+        there = listening.getsockname()
+        with socket.create_connection(there[:2]) as connected:
+            assert own_address(family, there) == connected.getsockname()[0]
+
+
+def test_a_place_that_cant_be_reached_has_no_own_address() -> None:
+    with pytest.raises(OSError, match=r"denied|unreachable"):  # whatever routes this host has
+        own_address(socket.AF_INET, ("255.255.255.255", 9))
