@@ -12,31 +12,25 @@ everything: all programs run inside it, and all files are in its directory.
 """
 
 import argparse
-import json
 import os
-import pwd
-import re
 import shlex
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from knet import children
-from krelay.demo import evidence
-from krelay.demo.evidence import Cast, Check, Seen, ShownStep, Traced
+from krelay.demo import evidence, servers
+from krelay.demo.evidence import Cast, Check, ShownStep
 from krelay.demo.page import DemoFailed, Page, console, nat_table, step_table
+from krelay.demo.witnesses import Witnesses
 from krelay_vm import DEFAULT, Lab, LabError, LabTimeout, Program, draw, guest, netns
 from procfs_sim import DEFAULT_ROOT
 
 TOOLS = ("dnsmasq", "nginx", "dig", "curl", "socat")
-NAME, ADDRESS = "www.demo.example", "192.0.2.80"
-"""What the DNS server is asked for, and what it answers (RFC 2606, RFC 5737)."""
 LEGEND = "What no wire shows is between kernel and tcp-relay, inside the relay."
 LEGEND_OF_FLAGS = "Beside the counts TCP's flags: S SYN, . ACK, P PSH, F FIN, R RST."
 START_WITHIN = {"netns": 20.0, "uml": 60.0, "qemu": 120.0}
@@ -48,10 +42,6 @@ HOSTS = {
     "uml": "three virtual machines (User-Mode Linux), each with a kernel of its own",
     "qemu": "three virtual machines (QEMU, emulated PCs), each with a kernel of its own",
 }
-
-_PACKET_OUTGOING = 4  # linux/if_packet.h
-_OWN_ERROR_LOG = (1, 19, 5)
-"""Since then `nginx -e` keeps away from the compiled-in error log (nginx.org, CHANGES)."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,14 +112,11 @@ class Play:
         )
         # Neither root's own settings nor a proxy have a say in what dig and curl do here.
         self._env = {"HOME": str(lab.directory), "no_proxy": "*", "PYTHONDONTWRITEBYTECODE": "1"}
-        self._sockets = ExitStack()
-        self._captures: dict[str, socket.socket] = {}
-        self._wires: dict[str, list[Seen]] = {"client": [], "server": []}
-        self._tracer: Program | None = None
+        self._seen = Witnesses(lab, self._root, self._cast)
 
     def close(self) -> None:
         """Closes the captures and the trace."""
-        self._sockets.close()
+        self._seen.close()
 
     # The acts
 
@@ -137,14 +124,14 @@ class Play:
         """Both servers, both daemons, and the switch."""
         lab, page, cast = self._lab, self._page, self._cast
         with page.step(f"the hosts are wired: {lab.name}-client, -relay, -server"):
-            servers = [lab.start("server", *command) for command in self._servers()]
+            serving = [lab.start("server", *command) for command in servers.commands(lab, cast)]
             daemons = [
                 self._start_daemon("krelay", "daemon"),
                 self._start_daemon("tcp_relay"),
             ]
         with page.step(f"server: nginx serves tcp/{cast.http}, dnsmasq udp/{cast.dns}"):
             for proto, number in (("tcp", cast.http), ("udp", cast.dns)):
-                self._wait_for(servers, proto, number)
+                self._wait_for(serving, proto, number)
         with page.step(f"relay: krelay and tcp-relay run; file tree {self._root}"):
             self._wait_for(daemons, "tcp", cast.gport)
             self._wait(self._tcp_relay_is_connected, "tcp-relay at the relay socket", daemons)
@@ -158,8 +145,8 @@ class Play:
     def ask(self) -> None:
         """The client asks the relay's address, watched by captures and trace."""
         lab, page, cast = self._lab, self._page, self._cast
-        self._watch()
-        dig = f"dig +short +tries=1 +time=3 @{cast.relay} {NAME}"
+        self._wait(self._seen.is_traced, "a trace", [self._seen.watch()])
+        dig = f"dig +short +tries=1 +time=3 @{cast.relay} {servers.NAME}"
         curl = f"curl -sS --max-time 5 http://{cast.relay}/"
         with page.step("client: asks the relay's address, the only one it knows"):
             self._dug = lab.run("client", *dig.split(), check=False, env=self._env)
@@ -167,12 +154,12 @@ class Play:
         page.command("$", dig, self._dug.stdout + self._dug.stderr)
         page.command("$", curl, self._curled.stdout + self._curled.stderr)
         with suppress(LabTimeout):  # what is missing is told by the checks
-            lab.wait(self._is_settled, "both conversations over", SETTLE_WITHIN[self._backend])
+            lab.wait(self._seen.is_settled, "both conversations over", SETTLE_WITHIN[self._backend])
 
     def show_the_way(self) -> None:
         """What became of the packets, by all witnesses."""
         page, cast = self._page, self._cast
-        flows = self._flows()
+        flows = self._seen.flows()
         tcp_flow, udp_flow = (evidence.flow_of(flows, proto) for proto in ("tcp", "udp"))
         relayed = {"server": f"{cast.server}:{cast.http}", "source": "client", "gport": cast.gport}
         tabled = [
@@ -201,7 +188,7 @@ class Play:
             self._show_logs(evidence.port(tcp_flow["relay"]), evidence.port(udp_flow["client"]))
 
     def _show_steps(self, steps: Sequence[ShownStep]) -> None:
-        page, cast, wires, trace = self._page, self._cast, self._wires, self._trace()
+        page, cast, wires, trace = self._page, self._cast, self._seen.wires, self._seen.trace()
         page.title("Each packet, before and after (=>), and where it was seen")
         page.table(step_table(steps, wires, wide=page.wide))
         page.text(f"{LEGEND}\n{LEGEND_OF_FLAGS}\n" if page.wide else LEGEND + "\n", "dim", indent=2)
@@ -228,18 +215,22 @@ class Play:
 
     def _show_logs(self, relay_port: int, dns_port: int) -> None:
         page, cast = self._page, self._cast
-        http, dns = self._logs()
+        http, dns = self._seen.logs()
         page.title("What the server says: its answers, and its own logs")
         page.text(f"dnsmasq  {dns}\nnginx    {http}\n", indent=2)
         printed = self._dug.stdout
-        page.check(evidence.answers(f"the DNS answer is the server's: {ADDRESS}", printed, ADDRESS))
+        page.check(
+            evidence.answers(
+                f"the DNS answer is the server's: {servers.ADDRESS}", printed, servers.ADDRESS
+            )
+        )
         asked_from = f"{cast.client}/{dns_port}"
         claim = f"dnsmasq was asked by {asked_from}: the client, as it sent"
         page.check(evidence.logged(claim, dns, asked_from))
         asked_from = f"{cast.client}:{relay_port}"
         printed = self._curled.stdout
         claim = "the HTTP answer is the server's, which tells who asked"
-        page.check(evidence.answers(claim, printed, _greeting(asked_from)))
+        page.check(evidence.answers(claim, printed, servers.greeting(asked_from)))
         claim = f"nginx was asked by {asked_from}: client's address, relay's own port"
         page.check(evidence.logged(claim, http, asked_from))
 
@@ -258,22 +249,22 @@ class Play:
                 if listed.status == 0:  # else the kernel doesn't have that kind of rules
                     listings.append(listed.stdout)
                     page.command("#", lister, listed.stdout)
-        self._drain()
-        self._wires = {"client": [], "server": []}
+        self._seen.drain()
+        self._seen.forget()
         by_relay, direct = (
             f"curl -sS --max-time 5 http://{host}/" for host in (cast.relay, cast.server)
         )
         refused = lab.run("client", *by_relay.split(), check=False, env=self._env)
         page.command("$", by_relay, refused.stdout + refused.stderr)
-        self._drain()
-        no_way = list(self._wires["client"])
-        self._wires = {"client": [], "server": []}
+        self._seen.drain()
+        no_way = list(self._seen.wires["client"])
+        self._seen.forget()
         answered = lab.run("client", *direct.split(), check=False, env=self._env)
         page.command("$", direct, answered.stdout + answered.stderr)
-        self._drain()
-        ports = {p.src.port for p in self._wires["client"] if not p.arrived and p.flags == "S"}
+        self._seen.drain()
+        ports = {p.src.port for p in self._seen.wires["client"] if not p.arrived and p.flags == "S"}
         asked_from = f"{cast.client}:{ports.pop() if len(ports) == 1 else '?'}"
-        wanted = _greeting(asked_from)
+        wanted = servers.greeting(asked_from)
         page.check(evidence.no_rules("no rule is left on the relay", listings))
         at = (cast.relay, cast.http)
         claim = f"{cast.relay}:{cast.http} is the relay host's own again, and nobody listens there"
@@ -302,24 +293,6 @@ class Play:
 
     # Programs
 
-    def _servers(self) -> tuple[tuple[str, ...], ...]:
-        """The command lines of nginx and dnsmasq, in the foreground, all files in our directory."""
-        directory, cast = self._lab.directory, self._cast
-        config = directory / "nginx.conf"
-        config.write_text(nginx_config(directory, cast, _user()))
-        nginx = ["nginx", "-c", str(config)]
-        version = self._lab.run("server", "nginx", "-v", check=False)
-        if nginx_version(version.stderr) >= _OWN_ERROR_LOG:
-            nginx += ["-e", str(directory / "nginx-error.log")]
-        dnsmasq = (
-            "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null",
-            "--no-resolv", "--no-hosts", f"--address=/{NAME}/{ADDRESS}",
-            f"--listen-address={cast.server}", "--bind-interfaces", f"--user={_user()}",
-            f"--pid-file={directory / 'dnsmasq.pid'}",
-            "--log-queries=extra", f"--log-facility={directory / 'dnsmasq-queries.log'}",
-        )  # fmt: skip
-        return tuple(nginx), dnsmasq
-
     def _start_daemon(self, module: str, *arguments: str) -> Program:
         command = children.python(module, *arguments, "--root", str(self._root))
         return self._lab.start("relay", *command, env=self._env)
@@ -346,7 +319,7 @@ class Play:
         self._lab.wait(holds, what, START_WITHIN[self._backend])
 
     def _tcp_relay_is_connected(self) -> bool:
-        status = self._ask("show status json")
+        status = self._seen.ask("show status json")
         return bool(status and status[0]["gateway_port"] == "served")
 
     # The file tree
@@ -366,112 +339,6 @@ class Play:
         if state.startswith("failed: "):
             raise DemoFailed(f"relaying can't start: {state.removeprefix('failed: ')}")
         return state == "running"
-
-    # The witnesses
-
-    def _watch(self) -> None:
-        """From here on packets are captured and traced."""
-        for host in self._wires:
-            capture = self._sockets.enter_context(self._lab.capture(host))
-            capture.setblocking(False)
-            self._captures[host] = capture
-        trace = f"echo trace | socat STDIO,ignoreeof {self._control}"
-        tracer = self._tracer = self._lab.start("relay", "sh", "-c", trace)
-        self._wait(self._is_traced, "a trace", [tracer])
-
-    def _is_traced(self) -> bool:
-        status = self._ask("show status json")
-        return bool(status and status[0]["traces"])
-
-    @property
-    def _control(self) -> str:
-        return f"UNIX-CONNECT:{self._root / 'control.sock'}"
-
-    def _drain(self) -> None:
-        """Takes in what the captures hold."""
-        for host, capture in self._captures.items():
-            with suppress(BlockingIOError):
-                while True:
-                    frame, address = capture.recvfrom(0x10000)
-                    found = evidence.seen(frame, outgoing=address[2] == _PACKET_OUTGOING)
-                    if found is not None:
-                        self._wires[host].append(found)
-
-    def _trace(self) -> list[Traced]:
-        """The trace so far."""
-        assert self._tracer is not None
-        lines = map(evidence.traced, self._tracer.output.splitlines())
-        return [line for line in lines if line is not None]
-
-    def _flows(self) -> list[dict[str, Any]]:
-        return self._ask("show nat json")
-
-    def _ask(self, request: str) -> list[dict[str, Any]]:
-        """What the control socket answers; nothing if nobody is there."""
-        argv = ("socat", "-t10", "-", self._control)
-        answer = self._lab.run("relay", *argv, input=f"{request}\n", check=False, timeout=20)
-        return [json.loads(line) for line in answer.stdout.splitlines() if line]
-
-    def _is_settled(self) -> bool:
-        """Whether both conversations are over and everything about them has been seen."""
-        flows = self._flows()
-        tcp_flow, udp_flow = (evidence.flow_of(flows, proto) for proto in ("tcp", "udp"))
-        if tcp_flow is None or udp_flow is None or "relay" not in tcp_flow:
-            return False
-        self._drain()
-        steps = evidence.steps(self._cast, tcp_flow, udp_flow)
-        over = tcp_flow["state"] == "closed" and all(self._logs())
-        return over and evidence.settled(steps, self._trace(), self._wires)
-
-    def _logs(self) -> tuple[str, str]:
-        """The line of the request in nginx's access log, that of the query in dnsmasq's."""
-        found = []
-        for name, word in (("nginx-access.log", "GET"), ("dnsmasq-queries.log", "query[A]")):
-            path = self._lab.directory / name
-            text = path.read_text(errors="replace") if path.exists() else ""
-            found.append(next((line for line in text.splitlines() if word in line), ""))
-        return found[0], found[1].partition(": ")[2]
-
-
-def nginx_config(directory: Path, cast: Cast, user: str) -> str:
-    """A server that tells who asks; whatever it writes is below `directory`."""
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    paths = "\n".join(f"    {kind}_temp_path {directory}/nginx-{kind};" for kind in kinds)
-    return f"""\
-user {user};
-daemon off;
-worker_processes 1;
-pid {directory}/nginx.pid;
-error_log {directory}/nginx-error.log;
-events {{ worker_connections 64; }}
-http {{
-{paths}
-    log_format who '$remote_addr:$remote_port "$request" $status';
-    access_log {directory}/nginx-access.log who;
-    server {{
-        listen {cast.server}:{cast.http};
-        location / {{ return 200 "{_greeting("$remote_addr:$remote_port")}\\n"; }}
-    }}
-}}
-"""
-
-
-def nginx_version(text: str) -> tuple[int, ...]:
-    """The version in what `nginx -v` prints; (0,) if there is none.
-
-    >>> nginx_version("nginx version: nginx/1.18.0 (Ubuntu)")
-    (1, 18, 0)
-    """
-    match = re.search(r"nginx/(\d+(?:\.\d+)*)", text)
-    return tuple(map(int, match[1].split("."))) if match else (0,)
-
-
-def _greeting(endpoint: str) -> str:
-    return f"The server sees you as {endpoint}."
-
-
-def _user() -> str:
-    return pwd.getpwuid(os.geteuid()).pw_name
 
 
 def _name(program: Program) -> str:

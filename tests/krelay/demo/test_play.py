@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from krelay.demo import play
+from krelay.demo import play, servers
 from krelay.demo.evidence import Cast
 from krelay_vm import netns, registry
 
@@ -322,13 +322,13 @@ def test_missing_programs_are_named_with_what_installs_them(
     ],
 )
 def test_the_version_of_nginx_is_read(text: str, version: tuple[int, ...]) -> None:
-    assert play.nginx_version(text) == version
+    assert servers.nginx_version(text) == version
 
 
 def test_nginx_writes_only_below_the_lab(tmp_path: Path) -> None:
     cast = Cast(client="10.0.0.1", relay="192.168.0.2", server="192.168.0.1", gport=16000)
 
-    config = play.nginx_config(tmp_path, cast, "root")
+    config = servers.nginx_config(tmp_path, cast, "root")
 
     paths = re.findall(r"(?:pid|error_log|access_log|\w+_temp_path) (\S+?)[ ;]", config)
     assert len(paths) == 8
