@@ -26,7 +26,9 @@ from benchmarks.ground import Progress, Wish
 from knet.endpoint import Endpoint, Proto, Source
 from knet.wire import tcp
 from krelay.datapath import worker as worker_module
-from krelay.datapath.worker import Policy, Verdict, Worker
+from krelay.datapath.policy import Policy
+from krelay.datapath.verdict import Verdict
+from krelay.datapath.worker import Worker
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Rewrite
 from krelay.nat.table import NatTable

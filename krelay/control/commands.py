@@ -21,7 +21,7 @@ from knet.endpoint import Endpoint, Proto
 from knet.roles import ADMIN, VIEW, needs_admin
 from knet.usage import meant
 from krelay.control.views import Values, flow_values, lines, listing
-from krelay.datapath.worker import Verdict
+from krelay.datapath.verdict import Verdict
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State

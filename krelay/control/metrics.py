@@ -14,7 +14,8 @@ from ipaddress import ip_address
 from typing import NamedTuple
 
 from krelay.control.views import Value
-from krelay.datapath.worker import PacketCounts
+from krelay.datapath.counters import PacketCounts
+from krelay.datapath.reasons import by_word
 from krelay.registration.messages import GAUGES
 from krelay.steps import Step
 
@@ -71,11 +72,12 @@ def _tcp(name: str) -> Callable[[CounterFigures], int]:
 
 
 def _dropped(figures: CounterFigures) -> Mapping[str, int]:
-    return dict.fromkeys(ALWAYS_SHOWN, 0) | dict(sorted(figures.counts.dropped.items()))
+    shown = dict.fromkeys(ALWAYS_SHOWN, 0) | dict(sorted(figures.counts.dropped.items()))
+    return dict(by_word(shown))
 
 
 def _passed(figures: CounterFigures) -> Mapping[str, int]:
-    return dict(sorted(figures.counts.passed.items()))
+    return dict(by_word(dict(sorted(figures.counts.passed.items()))))
 
 
 def _refused(figures: CounterFigures) -> Mapping[str, dict[str, int]]:

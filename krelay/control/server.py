@@ -20,7 +20,8 @@ from knet.unixsock import Crowd, Peer, UnixListener
 from krelay.control.clients import ControlClient, error_line
 from krelay.control.commands import RelayView
 from krelay.control.turns import Turns
-from krelay.datapath.worker import Verdict, Worker
+from krelay.datapath.verdict import Verdict
+from krelay.datapath.worker import Worker
 from krelay.nat.flow import Rewrite
 from krelay.trace.lines import REWRITE, WORDS, Untouched
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from knet.endpoint import Source
-from krelay.datapath.worker import Policy
+from krelay.datapath.policy import Policy
 from krelay.host.links import HostView
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Footprint, Timeouts

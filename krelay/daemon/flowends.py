@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from knet.endpoint import Proto
 from knet.loop import Loop, Timer
 from knet.rawsocket import RawSender
-from krelay.datapath.worker import Policy, asks, probes
+from krelay.datapath.policy import Policy
+from krelay.datapath.probes import abort_probes, liveness_probes
 from krelay.host.links import HostView
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
@@ -43,7 +44,7 @@ class FlowEnder:
         if flow.is_forwarded:
             self._nat.kill(flow, self._loop.now)
             self._kernel.withdraw_now()  # before an end answers, past the worker
-            for packet in probes(flow):
+            for packet in abort_probes(flow):
                 self._sender.send(packet)
         elif flow.gport is None:
             self._nat.end(flow)
@@ -124,7 +125,7 @@ class FlowEnder:
         for flow in flows[:PROBED_AT_ONCE]:
             if self._nat.of_id(flow.id) is not flow:
                 continue  # it has ended meanwhile: what answers would be taken for this host's own
-            for packet in asks(flow):
+            for packet in liveness_probes(flow):
                 self._sender.send(packet)
         if rest := flows[PROBED_AT_ONCE:]:
             self._probing.append(

@@ -40,7 +40,9 @@ from krelay.daemon.queues import Queues
 from krelay.daemon.rulekeeper import InForceNow, RuleKeeper
 from krelay.daemon.surroundings import Surroundings
 from krelay.datapath.nfqueue import QueueUnavailable, figures_shown
-from krelay.datapath.worker import AWAY_GRACE, Policy, Worker
+from krelay.datapath.policy import Policy
+from krelay.datapath.refusals import AWAY_GRACE
+from krelay.datapath.worker import Worker
 from krelay.host.links import HostView, LocalAddresses, Looker
 from krelay.nat.events import IdleObserver
 from krelay.nat.table import NatTable

@@ -16,7 +16,7 @@ from knet.loop import Loop, Timer
 from knet.rules.run import RulesDelayed, RulesUnavailable
 from knet.rules.watch import RuleWatcher
 from krelay.daemon import apply
-from krelay.datapath.worker import Policy
+from krelay.datapath.policy import Policy
 from krelay.host import netfilter
 from krelay.host.links import HostView
 from krelay.host.netfilter import Backend

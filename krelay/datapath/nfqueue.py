@@ -33,8 +33,9 @@ from netfilterqueue import NetfilterQueue
 
 from knet import netlink
 from knet.log import Log
+from krelay.datapath.verdict import Verdict
 from krelay.datapath.verdicts import ROOM, Verdicts
-from krelay.datapath.worker import Verdict, Worker
+from krelay.datapath.worker import Worker
 
 BATCH = 256
 """Packets handled before the loop's other events have a turn: some milliseconds."""

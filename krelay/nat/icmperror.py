@@ -55,11 +55,18 @@ class Translation(NamedTuple):
 
 
 def translate(
-    packet: bytes, header: ipv4.Header, hook: int, tables: Tables, own: frozenset[bytes]
+    packet: bytes,
+    header: ipv4.Header,
+    hook: int,
+    tables: Tables,
+    own: frozenset[bytes],
+    adopts: Callable[[bytes], bool] = lambda key: False,
 ) -> Translation | None:
     """The error as it goes on; None if it is about no packet of a flow.
 
-    `packet` is an ICMP packet, `header` its own, `own` the addresses of this host.  Raises
+    `packet` is an ICMP packet, `header` its own, `own` the addresses of this host; `adopts` is
+    asked whether an unknown flow key is of a datagram that the kernel has relayed, and whose flow
+    is in the tables from then on.  Raises
     BadPacket: `icmp_other` if it is no error that is translated, `icmp_quote` if it quotes no TCP
     or UDP packet, `icmp_astray` if it doesn't go to the sender of what it quotes; and, of those
     about packets of ours, `icmp_checksum` and `icmp_quoted_checksum`.
@@ -69,17 +76,21 @@ def translate(
     quote = icmp.quoted(packet, header)
     if quote.src != header.dst:
         raise BadPacket("icmp_astray")
-    proto = Proto(quote.proto)
-    hooks = [Hook(hook)]
-    is_own = header.src in own
-    rewrite = tables[hooks[0], proto].get(quote.answers)
-    if rewrite is None and is_own and hook == Hook.POSTROUTING:
-        hooks = [Hook.PREROUTING, Hook.POSTROUTING]
-        rewrite = tables[Hook.PREROUTING, proto].get(quote.answers)
-        # D1 is a client's own packet from a port that a flow has towards the server: what this
-        # error quotes is the flow's, on its way to POSTROUTING.
-        if rewrite is not None and rewrite.step is Step.D1:
-            rewrite = None
+    proto, is_own = Proto(quote.proto), header.src in own
+    for is_adopted in (False, True):
+        if is_adopted and not (proto is Proto.UDP and adopts(quote.answers)):
+            return None
+        hooks = [Hook(hook)]
+        rewrite = tables[hooks[0], proto].get(quote.answers)
+        if rewrite is None and is_own and hook == Hook.POSTROUTING:
+            hooks = [Hook.PREROUTING, Hook.POSTROUTING]
+            rewrite = tables[Hook.PREROUTING, proto].get(quote.answers)
+            # D1 is a client's own packet from a port that a flow has towards the server: what this
+            # error quotes is the flow's, on its way to POSTROUTING.
+            if rewrite is not None and rewrite.step is Step.D1:
+                rewrite = None
+        if rewrite is not None:
+            break
     if rewrite is None:
         return None
     icmp.verify(packet, header, quote)

@@ -15,7 +15,7 @@ from functools import partial
 from knet.endpoint import Endpoint
 from knet.log import Log, Throttle
 from knet.loop import Loop, Timer
-from krelay.datapath.worker import Policy
+from krelay.datapath.policy import Policy
 from krelay.host.netfilter import NO_MAPS, Backend
 from krelay.nat.events import IdleObserver
 from krelay.nat.flow import Flow

@@ -29,7 +29,7 @@ from typing import Protocol
 
 from knet.endpoint import Endpoint, Proto, Source, flow_key
 from knet.wire import ipv4
-from krelay.datapath.worker import Policy
+from krelay.datapath.policy import Policy
 from krelay.nat.admission import Refusal
 from krelay.nat.events import IdleObserver
 from krelay.nat.flow import PAST_LEG, Flow

@@ -2,7 +2,7 @@
 
     T1 10.0.0.1:40000 > 192.168.0.2:80 [S] => > 192.168.0.2:16000 flow 17
     drop gateway_port 10.0.0.9:5000 > 192.168.0.2:16000 [S] answered [R.]
-    pass no_row 10.0.0.1:40000 > 192.168.0.2:80 [.]
+    pass no_flow 10.0.0.1:40000 > 192.168.0.2:80 [.]
 
 Behind the arrow stands only what has changed, with `>` on the side where the rest is: `=> > DST` a
 new destination, `=> SRC >` a new source; of an ICMP error also the packet it is about.  A packet
@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from knet.endpoint import Endpoint, Proto
 from knet.wire import icmp, ipv4, tcp, udp
-from krelay.datapath.worker import Verdict
+from krelay.datapath.verdict import Verdict
 from krelay.nat.flow import Flow, Rewrite
 
 WORDS = {Verdict.PASS: "pass", Verdict.DROP: "drop"}

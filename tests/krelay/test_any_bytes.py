@@ -17,7 +17,9 @@ from scapy.utils import checksum
 
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source, flow_key
 from knet.wire import BadPacket, icmp, ipv4, tcp, udp
-from krelay.datapath.worker import Verdict, Worker, flow_of, readdressed
+from krelay.datapath.readdress import flow_of, readdressed
+from krelay.datapath.verdict import Verdict
+from krelay.datapath.worker import Worker
 from krelay.nat.admission import FlowLimits, Refusal
 from krelay.nat.mappings import TRIES
 from krelay.nat.table import NatTable

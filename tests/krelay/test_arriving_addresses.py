@@ -52,7 +52,7 @@ def test_where_the_kernel_does_not_tell_nobody_is_refused(host: Asked) -> None:
 def test_nobody_reaches_tcp_relay_at_an_arriving_address(host: Asked) -> None:
     answer = host.does("pre", f"C:40000 > {V}:16000 [S]")
     assert answer == f"drop gateway_port + {V}:16000 > C:40000 [R.]"
-    assert host.does("post", f"{V}:16000 > C:40001 [S.]") == "drop no_row"
+    assert host.does("post", f"{V}:16000 > C:40001 [S.]") == "drop no_flow"
 
 
 def test_own_flows_of_an_arriving_address_are_known(host: Asked) -> None:
@@ -129,9 +129,9 @@ def test_what_is_between_the_hooks_of_a_flow_that_ends_goes_nowhere() -> None:
     assert host.does("pre", "C:4000 > K:7") == "C:4000 > S:7"
     for flow in host.nat.unanswered():
         host.nat.end(flow)
-    assert host.does("post", "C:4000 > S:7") == "drop no_row"
+    assert host.does("post", "C:4000 > S:7") == "drop no_flow"
     assert host.does("pre", "C:4001 > S:7") == "pass direct"
-    assert host.does("post", "C:4001 > S:7") == "pass no_row"
+    assert host.does("post", "C:4001 > S:7") == "pass no_flow"
 
 
 def error_from(src: str, dst: str, quoted: bytes) -> bytes:

@@ -24,7 +24,8 @@ from random import Random
 import pytest
 
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source
-from krelay.datapath.worker import Policy, Verdict
+from krelay.datapath.policy import Policy
+from krelay.datapath.verdict import Verdict
 from krelay.nat.admission import AT_ONCE, FlowLimits
 from krelay.nat.flow import Flow, Timeouts
 from krelay.registration.messages import Close, Open, Opened, Refused
@@ -229,9 +230,9 @@ class Day:
         if found is None:
             assert not (to_us and dst.port == self.policy.gport)
             if hook is POST and src.addr in self.policy.own and src.port == self.policy.gport:
-                self.dropped["no_row"] += 1
+                self.dropped["no_flow"] += 1
                 return Verdict.DROP
-            self.passed["no_row"] += 1
+            self.passed["no_flow"] += 1
             return Verdict.PASS
         flow, step, to, who = found
         self.steps[step] += 1

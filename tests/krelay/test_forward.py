@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from knet.endpoint import Source
 from knet.wire import ipv4, tcp
-from krelay.datapath.worker import Verdict, probes
+from krelay.datapath.probes import abort_probes
+from krelay.datapath.verdict import Verdict
 from krelay.nat.flow import Timeouts
 from krelay.nat.tcpstate import State
 from krelay.steps import Hook, Side
@@ -173,7 +174,7 @@ def test_a_clients_own_connection_to_the_server_is_moved_out_of_the_way() -> Non
         OPENED
         + """
     1     pre   C:40000 > S:443 [S]           => C:p > S:443
-    1     pre   S:443 > C:p [S.]              => pass no_row
+    1     pre   S:443 > C:p [S.]              => pass no_flow
     1     post  S:443 > C:p [S.]              => S:443 > C:40000
     1     post  S:443 > C:40000 [.]           => K:443 > C:40000
     2     pre   C:p > S:443 [S]               => C:q > S:443
@@ -187,7 +188,7 @@ def test_a_clients_own_connection_keeps_its_port_from_forwarded_ones() -> None:
     play(
         """
     0     pre   C:40000 > S:443 [S]           => pass direct
-    0     post  S:443 > C:40000 [S.]          => pass no_row
+    0     post  S:443 > C:40000 [S.]          => pass no_flow
     1     pre   C:40000 > K:443 [S]           => C:y > S:443
     1     post  S:443 > C:y [S.]              => K:443 > C:40000
     """,
@@ -224,12 +225,12 @@ def test_what_a_client_sends_in_the_midst_of_a_connection_is_picked_up() -> None
 
 @pytest.mark.parametrize("flags", ["R", "R.", "S.", "F", ""])
 def test_what_can_be_of_no_connection_is_not_picked_up(flags: str) -> None:
-    play(f"0 pre C:40000 > K:443 [{flags or 'P'}] => pass no_row", on=THROUGH)
+    play(f"0 pre C:40000 > K:443 [{flags or 'P'}] => pass no_flow", on=THROUGH)
 
 
 def test_with_source_relay_nothing_is_picked_up_as_the_port_is_unknown() -> None:
-    play("0 pre C:40000 > K:443 [.] => pass no_row", on=HIDDEN)
-    play("0 pre 192.168.0.7:40000 > K:443 [.] => pass no_row", on=THROUGH)  # beside the server
+    play("0 pre C:40000 > K:443 [.] => pass no_flow", on=HIDDEN)
+    play("0 pre 192.168.0.7:40000 > K:443 [.] => pass no_flow", on=THROUGH)  # beside the server
 
 
 def test_while_recovering_a_servers_packet_has_its_client_asked() -> None:
@@ -243,7 +244,7 @@ def test_while_recovering_a_servers_packet_has_its_client_asked() -> None:
     0     post  S:443 > C:40001 [R]           => drop recovering
     0     pre   C:40002 > S:443 [.]           => pass direct
     0     post  S:443 > C:40002 [.]           => drop recovering
-    6     post  S:443 > C:40003 [P.]          => pass no_row
+    6     post  S:443 > C:40003 [P.]          => pass no_flow
     """,
         on=THROUGH,
     )
@@ -262,7 +263,7 @@ def test_while_recovering_a_servers_packet_has_its_client_asked() -> None:
 def test_both_ends_of_what_is_killed_are_asked(script: str, on: object, asked: list[str]) -> None:
     [flow] = killed(script, on).nat
 
-    assert [describe(packet) for packet in probes(flow)] == asked
+    assert [describe(packet) for packet in abort_probes(flow)] == asked
     assert flow.state is State.CLOSING
 
 

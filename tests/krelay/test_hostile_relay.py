@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source
-from krelay.datapath.worker import Policy, Worker
+from krelay.datapath.policy import Policy
+from krelay.datapath.worker import Worker
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Flow, Rewrite
 from krelay.nat.table import NatTable

@@ -6,7 +6,7 @@ K and G are this host, Q is somebody on the clients' side.
 import pytest
 
 from knet.endpoint import Source
-from krelay.datapath.worker import Verdict
+from krelay.datapath.verdict import Verdict
 from krelay.nat.ownflows import REPLIED, UNREPLIED
 from krelay.steps import Hook
 from tests.tools.packets import at, policy, template
@@ -45,8 +45,8 @@ def test_nothing_is_remembered_of_other_ports() -> None:
     host = play("""
     0     set   udp=123 tcp=80
     0     post  K:5000 > S:123                => pass own
-    0     post  K:80 > Q:80 [S.]              => pass no_row
-    0     post  K:80 > Q:80 [.]               => pass no_row
+    0     post  K:80 > Q:80 [S.]              => pass no_flow
+    0     post  K:80 > Q:80 [.]               => pass no_flow
     0     post  K:8080 > Q:80 [S]             => pass own
     0     pre   Q:80 > K:80 [S]               => Q:80 > K:16000
     """)
@@ -118,7 +118,7 @@ def test_packets_from_this_host_never_begin_for_others() -> None:
     """Only what it sends itself: a reply that is forged, or comes from elsewhere, is a client's."""
     host = play(
         """
-    0     post  Q:123 > D:123                 => pass no_row
+    0     post  Q:123 > D:123                 => pass no_flow
     0     pre   D:123 > K:123                 => D:123 > S:123
     0     post  K:123 > Q:123                 => pass own
     0     pre   D:124 > K:123                 => D:124 > S:123

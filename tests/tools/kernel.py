@@ -21,7 +21,9 @@ from random import Random
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from knet.netlink.nflog import HEAD, Copy
 from knet.netlink.nftables import Count
-from krelay.datapath.worker import Policy, Verdict, Worker
+from krelay.datapath.policy import Policy
+from krelay.datapath.verdict import Verdict
+from krelay.datapath.worker import Worker
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Flow, Rewrite
 from krelay.nat.table import NatTable

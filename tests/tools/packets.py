@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source
-from krelay.datapath.worker import Policy
+from krelay.datapath.policy import Policy
 
 HOSTS = {
     "C": "10.0.0.1",

@@ -3,7 +3,7 @@
     0    pre    C:40000 > K:80 [S]              => C:40000 > K:16000
     0    open   C:40000 @16000 from K:45678     => S:80 client
     0    post   K:45678 > S:80 [S]              => C:45678 > S:80
-    1    pre    S:80 > C:45679 [.]              => pass no_row
+    1    pre    S:80 > C:45679 [.]              => pass no_flow
     2    pre    D:5000 > K:16000 [S]            => drop gateway_port + K:16000 > D:5000 [R.]
     3    set    gport=17000
     4    post   K:53 > C:4000                   => ...
@@ -35,7 +35,9 @@ from dataclasses import replace
 from random import Random
 
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source
-from krelay.datapath.worker import Policy, Verdict, Worker
+from krelay.datapath.policy import Policy
+from krelay.datapath.verdict import Verdict
+from krelay.datapath.worker import Worker
 from krelay.nat.table import NatTable
 from krelay.registration.inforce import InForce
 from krelay.registration.messages import Answer, Close, Open, Opened, Refused, Request, Resume

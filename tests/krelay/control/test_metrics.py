@@ -4,7 +4,7 @@ from collections import Counter
 
 from krelay.control import metrics
 from krelay.control.metrics import COUNTERS, CounterFigures
-from krelay.datapath.worker import PacketCounts
+from krelay.datapath.counters import PacketCounts
 from krelay.registration import messages
 from krelay.steps import Step
 from tests.tools.packets import addr
@@ -15,7 +15,7 @@ def test_counters_are_named_by_step_and_reason() -> None:
     for step, number in zip(Step, range(1, 13), strict=True):
         counts.icmp[step] = 20 * number
     counts.passed = Counter({"own": 2, "direct": 1})
-    counts.dropped = Counter({"no_row": 5, "table_full": 7})
+    counts.dropped = Counter({"no_flow": 5, "table_full": 7})
     counts.trace_lost = 6
 
     found = metrics.values(
@@ -60,7 +60,8 @@ def test_counters_are_named_by_step_and_reason() -> None:
         ("dropped_table_full", 7),
         ("dropped_client_full", 0),
         ("dropped_client_rate", 0),
-        ("dropped_no_row", 5),
+        ("dropped_no_flow", 5),
+        ("dropped_no_row", 5),  # as it was called before
         ("passed_direct", 1),
         ("passed_own", 2),
         ("evicted", 8),

@@ -25,7 +25,8 @@ from krelay.control.server import (
     ControlSocket,
 )
 from krelay.control.views import Values
-from krelay.datapath.worker import Verdict, Worker
+from krelay.datapath.verdict import Verdict
+from krelay.datapath.worker import Worker
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.steps import Hook, Step
@@ -40,7 +41,7 @@ SYN = template("C:40000 > K:80 [S]").build()
 REWRITTEN = template("C:40000 > K:16000 [S]").build()
 SYN_LINE = b"T1 10.0.0.1:40000 > 192.168.0.2:80 [S] => > 192.168.0.2:16000 flow 1\n"
 DROP_LINE = b"drop recovering 10.0.0.1:40000 > 192.168.0.2:80 [S]\n"
-PASS_LINE = b"pass no_row 10.0.0.1:40000 > 192.168.0.2:80 [S]\n"
+PASS_LINE = b"pass no_flow 10.0.0.1:40000 > 192.168.0.2:80 [S]\n"
 
 
 class ManyRows(NatTable):
@@ -600,7 +601,7 @@ def test_packets_that_were_not_rewritten_are_shown_as_far_as_they_are_asked_for(
             world.traced()
         if world.worker.on_untouched is not None:
             world.worker.on_untouched(SYN, Hook.PREROUTING, Verdict.DROP, "recovering")
-            world.worker.on_untouched(SYN, Hook.PREROUTING, Verdict.PASS, "no_row")
+            world.worker.on_untouched(SYN, Hook.PREROUTING, Verdict.PASS, "no_flow")
         assert (asked, world.read(client)) == (asked, (expected, False))
         world.leave(client)
 

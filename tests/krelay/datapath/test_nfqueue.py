@@ -14,7 +14,8 @@ from netfilterqueue import NetfilterQueue
 
 from krelay.datapath import nfqueue
 from krelay.datapath.nfqueue import Queue, QueueUnavailable, figures
-from krelay.datapath.worker import Verdict, Worker
+from krelay.datapath.verdict import Verdict
+from krelay.datapath.worker import Worker
 from krelay.host.netfilter import probe
 from krelay.nat.table import NatTable
 from krelay.rules.spec import RuleSpec

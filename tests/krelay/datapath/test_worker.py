@@ -15,15 +15,11 @@ from scapy.layers.inet import ICMP, IP, UDP
 
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source, flow_key
 from knet.wire import BadPacket, ipv4
-from krelay.datapath.worker import (
-    ANSWERS_AT_ONCE,
-    TOLD_EACH,
-    Verdict,
-    Worker,
-    asks,
-    flow_of,
-    readdressed,
-)
+from krelay.datapath.probes import liveness_probes
+from krelay.datapath.readdress import flow_of, readdressed
+from krelay.datapath.refusals import ANSWERS_AT_ONCE, TOLD_EACH
+from krelay.datapath.verdict import Verdict
+from krelay.datapath.worker import Worker
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Rewrite, Timeouts, deltas
 from krelay.nat.table import NatTable
@@ -96,7 +92,7 @@ def test_with_source_relay_the_server_sees_the_relay() -> None:
     0     open  C:40000 @16000 from K:45678   => S:80 relay
     0     post  K:45678 > S:80 [S]            => K:45678 > S:80
     0     pre   S:80 > K:45678 [S.]           => S:80 > K:45678
-    0     pre   S:80 > C:45678 [S.]           => pass no_row
+    0     pre   S:80 > C:45678 [S.]           => pass no_flow
     0     post  K:16000 > C:40000 [S.]        => K:80 > C:40000
     """,
         on=RELAY,
@@ -148,10 +144,10 @@ def test_the_relay_hosts_own_connection_to_the_server_goes_on_untouched() -> Non
         CONNECTED
         + """
     0     post  K:50000 > S:80 [S]            => pass own
-    0     pre   S:80 > K:50000 [S.]           => pass no_row
-    0     post  K:50000 > S:80 [.]            => pass no_row
+    0     pre   S:80 > K:50000 [S.]           => pass no_flow
+    0     post  K:50000 > S:80 [.]            => pass no_flow
     0     post  K:50001 > S:53                => pass own
-    0     pre   S:53 > K:50001                => pass no_row
+    0     pre   S:53 > K:50001                => pass no_flow
     """
     )
 
@@ -162,7 +158,7 @@ def test_the_hosts_own_query_keeps_its_port_to_itself() -> None:
     0     post  K:4000 > S:53                 => pass own         # the host's own
     0     pre   C:4000 > K:53                 => C:moved > S:53
     0     post  C:moved > S:53                => K:moved > S:53
-    0     pre   S:53 > K:4000                 => pass no_row      # its answer
+    0     pre   S:53 > K:4000                 => pass no_flow     # its answer
     0     pre   S:53 > K:moved                => S:53 > C:moved
     0     post  S:53 > C:moved                => K:53 > C:4000
     """,
@@ -173,9 +169,9 @@ def test_the_hosts_own_query_keeps_its_port_to_itself() -> None:
 def test_who_talks_to_the_gateway_port_itself_is_refused_and_never_relayed() -> None:
     host = play("""
     0     pre   C:40000 > K:16000 [S]         => drop gateway_port + K:16000 > C:40000 [R.]
-    0     post  K:16000 > C:40000 [R.]        => drop no_row      # not the one that was sent
+    0     post  K:16000 > C:40000 [R.]        => drop no_flow     # not the one that was sent
     0     pre   C:40000 > K:16000 [R]         => drop gateway_port
-    0     post  K:16000 > C:40000 [R]         => drop no_row
+    0     post  K:16000 > C:40000 [R]         => drop no_flow
     0     pre   C:40000 > K:16000 [.]         => drop gateway_port + K:16000 > C:40000 [R]
     0     open  C:40000 @16000 from K:45678   => refused: no row for this client
     """)
@@ -223,10 +219,10 @@ def test_the_gateway_port_is_refused_also_to_a_client_that_is_relayed() -> None:
 
 def test_an_answer_of_the_gateway_port_never_goes_out_unrewritten() -> None:
     play("""
-    0     post  K:16000 > C:40000 [S.]        => drop no_row
-    0     post  K:16000 > C:40000 [P.]        => drop no_row
+    0     post  K:16000 > C:40000 [S.]        => drop no_flow
+    0     post  K:16000 > C:40000 [P.]        => drop no_flow
     0     set   tcp=
-    0     post  K:16000 > C:40000 [.]         => drop no_row
+    0     post  K:16000 > C:40000 [.]         => drop no_flow
     """)
 
 
@@ -263,12 +259,12 @@ def test_new_flows_are_led_to_the_backend_with_the_services_port() -> None:
 def test_a_relay_port_that_is_the_clients_own_direct_connections_is_refused() -> None:
     play("""
     0     pre   C:45678 > S:80 [S]            => pass direct
-    0     pre   S:80 > C:45678 [S.]           => pass no_row
+    0     pre   S:80 > C:45678 [S.]           => pass no_flow
     1     pre   C:40000 > K:80 [S]            => C:40000 > K:16000
     1     open  C:40000 @16000 from K:45678   => refused: relay port is taken
     1     open  C:40000 @16000 from K:45679   => S:80 client
     1     post  K:45679 > S:80 [S]            => C:45679 > S:80
-    2     pre   S:80 > C:45678 [.]            => pass no_row
+    2     pre   S:80 > C:45678 [.]            => pass no_flow
     2     pre   C:45678 > S:80 [.]            => pass direct
     2     pre   S:80 > C:45679 [S.]           => S:80 > K:45679
     """)
@@ -333,7 +329,7 @@ def test_a_relayed_query_leaves_a_clients_own_its_port() -> None:
     play("""
     0     pre   C:4000 > S:53                 => pass direct
     0     pre   C:4000 > K:53                 => C:moved > S:53
-    0     post  S:53 > C:4000                 => pass no_row      # the direct one's answer
+    0     post  S:53 > C:4000                 => pass no_flow     # the direct one's answer
     0     post  S:53 > C:moved                => K:53 > C:4000
     0     pre   C:4000 > S:53                 => pass direct
     """)
@@ -345,7 +341,7 @@ def test_a_clients_own_query_from_a_relayed_port_is_moved(source: Source) -> Non
         """
     0     pre   C:4000 > K:53                 => C:4000 > S:53
     0     pre   C:4000 > S:53                 => C:moved > S:53   # D1
-    0     post  C:moved > S:53                => pass no_row
+    0     post  C:moved > S:53                => pass no_flow
     0     post  S:53 > C:moved                => S:53 > C:4000    # D2
     0     post  S:53 > C:4000                 => K:53 > C:4000
     """,
@@ -370,7 +366,7 @@ def test_no_service_port_is_a_relay_port_so_that_a_late_answer_is_no_query() -> 
     0     pre   C:123 > K:123                 => C:other > S:123
     0     post  C:other > S:123               => K:other > S:123
     0     pre   S:123 > K:other               => S:123 > C:other
-    400   pre   S:123 > K:other               => pass no_row
+    400   pre   S:123 > K:other               => pass no_flow
     """,
         on=policy(source=Source.RELAY, udp=frozenset({53, 123})),
     )
@@ -476,21 +472,21 @@ def test_to_a_server_that_is_no_longer_the_server_another_link_may_lead() -> Non
 
 @pytest.mark.parametrize("flags", ["S.", ".", "P.", "F.", "R", "R.", "SR", "F", ""])
 def test_only_a_syn_opens_a_connection(flags: str) -> None:
-    host = play(f"0  pre  C:40000 > K:80 [{flags}]  => pass no_row")
+    host = play(f"0  pre  C:40000 > K:80 [{flags}]  => pass no_flow")
 
     assert len(host.nat) == 0
 
 
 def test_whatever_no_rule_asks_for_goes_on_untouched() -> None:
     host = play("""
-    0     pre   C:40000 > K:22 [S]            => pass no_row
-    0     pre   C:40000 > K:8080 [S]          => pass no_row
-    0     pre   C:4000 > K:80                 => pass no_row      # UDP to a TCP service
-    0     pre   C:4000 > S:80                 => pass no_row
-    0     pre   C:40000 > S:22 [S]            => pass no_row
-    0     pre   C:40000 > Z:80 [S]            => pass no_row      # no server of ours
-    0     post  S:53 > C:4000                 => pass no_row
-    0     post  K:22 > C:40000 [S.]           => pass no_row
+    0     pre   C:40000 > K:22 [S]            => pass no_flow
+    0     pre   C:40000 > K:8080 [S]          => pass no_flow
+    0     pre   C:4000 > K:80                 => pass no_flow     # UDP to a TCP service
+    0     pre   C:4000 > S:80                 => pass no_flow
+    0     pre   C:40000 > S:22 [S]            => pass no_flow
+    0     pre   C:40000 > Z:80 [S]            => pass no_flow     # no server of ours
+    0     post  S:53 > C:4000                 => pass no_flow
+    0     post  K:22 > C:40000 [S.]           => pass no_flow
     """)
 
     assert len(host.nat) == 0
@@ -563,9 +559,9 @@ def test_flows_keep_their_gateway_port_and_new_ones_get_the_new() -> None:
     1     post  K:17000 > C:40001 [S.]        => K:80 > C:40001
     1     pre   D:5000 > K:17000 [S]          => drop gateway_port + K:17000 > D:5000 [R.]
     1     pre   D:5000 > K:16000 [S]          => drop gateway_port + K:16000 > D:5000 [R.]
-    1     post  K:16000 > D:5001 [S.]         => drop no_row
+    1     post  K:16000 > D:5001 [S.]         => drop no_flow
     1     close K:45678
-    20    pre   D:5000 > K:16000 [S]          => pass no_row      # nobody's any more
+    20    pre   D:5000 > K:16000 [S]          => pass no_flow     # nobody's any more
     """
     )
 
@@ -605,7 +601,7 @@ def test_flows_keep_their_source_and_new_ones_get_the_new() -> None:
     1     set   source=relay
     1     post  K:45678 > S:80 [P.]           => C:45678 > S:80
     1     pre   C:4000 > K:53                 => C:4000 > S:53
-    1     post  C:4000 > S:53                 => pass no_row
+    1     post  C:4000 > S:53                 => pass no_flow
     1     pre   C:4001 > K:53                 => C:4001 > S:53
     1     post  C:4001 > S:53                 => K:4001 > S:53
     1     pre   C:40001 > K:80 [S]            => C:40001 > K:16000
@@ -623,8 +619,8 @@ def test_a_service_that_is_gone_serves_its_flows_and_no_new_ones() -> None:
     1     pre   C:40000 > K:80 [P.]           => C:40000 > K:16000
     1     pre   S:80 > C:45678 [P.]           => S:80 > K:45678
     1     pre   C:4000 > K:53                 => C:4000 > S:53
-    1     pre   C:40001 > K:80 [S]            => pass no_row
-    1     pre   C:4001 > K:53                 => pass no_row
+    1     pre   C:40001 > K:80 [S]            => pass no_flow
+    1     pre   C:4001 > K:53                 => pass no_flow
     """
     )
 
@@ -661,7 +657,7 @@ def test_a_syn_on_a_closing_flow_is_for_the_relays_host_to_judge() -> None:
     2     post  K:45678 > S:80 [R]            => C:45678 > S:80
     200   pre   C:40000 > K:80 [.]            => C:40000 > K:16000
     200   pre   S:80 > C:45679 [S.]           => S:80 > K:45679
-    243   pre   S:80 > C:45678 [.]            => pass no_row      # it is gone now
+    243   pre   S:80 > C:45678 [.]            => pass no_flow     # it is gone now
     243   pre   S:80 > C:45679 [.]            => S:80 > K:45679
     """
     )
@@ -721,9 +717,9 @@ def test_who_connects_from_a_port_that_tcp_relay_has_left_is_himself() -> None:
     2     pre   S:80 > C:45678 [F.]           => S:80 > K:45678
     2     post  K:45678 > S:80 [R]            => C:45678 > S:80
     3     post  K:45678 > S:80 [S]            => pass own
-    3     pre   S:80 > K:45678 [S.]           => pass no_row      # to the host itself
-    3     post  K:45678 > S:80 [P.]           => pass no_row
-    3     pre   S:80 > C:45678 [S.]           => pass no_row
+    3     pre   S:80 > K:45678 [S.]           => pass no_flow     # to the host itself
+    3     post  K:45678 > S:80 [P.]           => pass no_flow
+    3     pre   S:80 > C:45678 [S.]           => pass no_flow
     3     post  K:16000 > C:40000 [F.]        => K:80 > C:40000   # the client's leg lingers
     """
     )
@@ -738,8 +734,8 @@ def test_who_connects_from_the_port_of_a_flow_that_krelay_takes_for_open_is_hims
         CONNECTED
         + """
     1     post  K:45678 > S:80 [S!]           => pass own
-    1     post  K:45678 > S:80 [P.]           => pass no_row
-    12    pre   C:40000 > K:80 [.]            => pass no_row
+    1     post  K:45678 > S:80 [P.]           => pass no_flow
+    12    pre   C:40000 > K:80 [.]            => pass no_flow
     """
     )
     assert len(host.nat) == 0
@@ -765,7 +761,7 @@ def test_data_in_a_strangers_syn_is_his_own_as_well() -> None:
     syn = template("K:45678 > S:80 [S]", payload=b"GET /", tcp_options=bytes((34, 2, 1, 1)))
 
     assert host.worker.handle(syn.build(), Hook.POSTROUTING, 2) is Verdict.PASS
-    assert host.run(2, "post", "K:45678 > S:80 [.]") == "pass no_row"
+    assert host.run(2, "post", "K:45678 > S:80 [.]") == "pass no_flow"
 
 
 def test_with_source_relay_a_strangers_packets_are_not_the_flows_either() -> None:
@@ -777,7 +773,7 @@ def test_with_source_relay_a_strangers_packets_are_not_the_flows_either() -> Non
     0     pre   S:80 > K:45678 [S.]           => S:80 > K:45678
     1     close K:45678
     2     post  K:45678 > S:80 [S]            => pass own
-    2     pre   S:80 > K:45678 [S.]           => pass no_row
+    2     pre   S:80 > K:45678 [S.]           => pass no_flow
     """,
         on=RELAY,
     )
@@ -797,7 +793,7 @@ def test_after_tcp_relays_death_nobody_connects_in_its_clients_names() -> None:
 
     assert host.run(1, "post", "K:45678 > S:80 [R]") == "C:45678 > S:80"
     assert host.run(1, "post", "K:16000 > C:40000 [R]") == "K:80 > C:40000"
-    assert host.run(2, "pre", "S:80 > D:45679 [S]") == "pass no_row"
+    assert host.run(2, "pre", "S:80 > D:45679 [S]") == "pass no_flow"
     assert host.run(2, "post", "K:45678 > S:80 [S]") == "pass own"
     assert host.run(2, "post", "K:45679 > S:80 [S]") == "pass own"
 
@@ -809,7 +805,7 @@ def test_a_resumed_connection_has_no_syn_of_its_own() -> None:
     1     post  K:45678 > S:80 [.]            => C:45678 > S:80
     1     pre   S:80 > C:45678 [.]            => S:80 > K:45678
     2     post  K:45678 > S:80 [S]            => pass own
-    2     post  K:45678 > S:80 [.]            => pass no_row
+    2     post  K:45678 > S:80 [.]            => pass no_flow
     """
     )
 
@@ -820,8 +816,8 @@ def test_a_server_that_connects_to_a_free_port_meets_nobody_on_the_relay() -> No
         + """
     1     pre   S:80 > C:45678 [S]            => S:80 > K:45678   # tcp-relay's host judges it
     2     close K:45678
-    3     pre   S:80 > C:45678 [S]            => pass no_row      # the client's, if anybody's
-    3     pre   S:80 > C:45678 [S.]           => pass no_row
+    3     pre   S:80 > C:45678 [S]            => pass no_flow     # the client's, if anybody's
+    3     pre   S:80 > C:45678 [S.]           => pass no_flow
     """
     )
 
@@ -830,10 +826,10 @@ def test_nobody_connects_from_the_gateway_port_in_a_services_name() -> None:
     play(
         CONNECTED
         + """
-    1     post  K:16000 > C:40000 [S]         => drop no_row
+    1     post  K:16000 > C:40000 [S]         => drop no_flow
     1     post  K:16000 > C:40000 [.]         => K:80 > C:40000
     2     close K:45678
-    3     post  K:16000 > C:40000 [S]         => drop no_row
+    3     post  K:16000 > C:40000 [S]         => drop no_flow
     3     post  K:16000 > C:40000 [F.]        => K:80 > C:40000
     """
     )
@@ -950,10 +946,10 @@ def test_a_closed_flow_still_serves_the_last_packets_and_then_goes() -> None:
     9     pre   S:80 > C:45678 [F.]           => S:80 > K:45678
     9     post  K:45678 > S:80 [.]            => C:45678 > S:80
     9     post  K:16000 > C:40000 [F.]        => K:80 > C:40000
-    13    pre   S:80 > C:45678 [.]            => pass no_row
-    13    pre   C:40000 > K:80 [.]            => pass no_row
-    13    post  K:16000 > C:40000 [.]         => drop no_row
-    13    post  K:45678 > S:80 [.]            => pass no_row
+    13    pre   S:80 > C:45678 [.]            => pass no_flow
+    13    pre   C:40000 > K:80 [.]            => pass no_flow
+    13    post  K:16000 > C:40000 [.]         => drop no_flow
+    13    post  K:45678 > S:80 [.]            => pass no_flow
     """
     )
 
@@ -963,10 +959,10 @@ def test_packets_that_come_after_their_flow_has_expired_are_strangers() -> None:
         CONNECTED
         + """
     0     pre   C:4000 > K:53                 => C:4000 > S:53
-    22    post  S:53 > C:4000                 => pass no_row
-    7442  pre   C:40000 > K:80 [P.]           => pass no_row
-    7442  pre   S:80 > C:45678 [P.]           => pass no_row
-    7442  post  K:16000 > C:40000 [P.]        => drop no_row
+    22    post  S:53 > C:4000                 => pass no_flow
+    7442  pre   C:40000 > K:80 [P.]           => pass no_flow
+    7442  pre   S:80 > C:45678 [P.]           => pass no_flow
+    7442  post  K:16000 > C:40000 [P.]        => drop no_flow
     7442  pre   C:4000 > K:53                 => C:4000 > S:53    # a new flow
     """
     )
@@ -983,7 +979,7 @@ def test_packets_keep_a_flow_alive_and_resets_do_not() -> None:
     14000 post  K:45678 > S:80 [R]            => C:45678 > S:80
     14200 pre   S:80 > C:45678 [R]            => S:80 > K:45678
     14200 post  K:45678 > S:80 [R]            => C:45678 > S:80
-    14242 pre   S:80 > C:45678 [R]            => pass no_row
+    14242 pre   S:80 > C:45678 [R]            => pass no_flow
     """
     )
 
@@ -994,7 +990,7 @@ def test_a_flow_that_is_closing_goes_by_its_new_timeout_at_once() -> None:
     host.nat.expire(1)
     assert host.run(1, "post", "K:45678 > S:80 [R]") == "C:45678 > S:80"
 
-    assert host.run(4, "pre", "S:80 > C:45678 [R]") == "pass no_row"
+    assert host.run(4, "pre", "S:80 > C:45678 [R]") == "pass no_flow"
 
 
 def test_what_the_daemon_itself_sends_keeps_no_flow_alive() -> None:
@@ -1003,7 +999,7 @@ def test_what_the_daemon_itself_sends_keeps_no_flow_alive() -> None:
         + """
     7000  post  K:45678 > S:80 [.]            => C:45678 > S:80
     7000  post  K:16000 > C:40000 [.]         => K:80 > C:40000
-    7442  pre   C:40000 > K:80 [.]            => pass no_row
+    7442  pre   C:40000 > K:80 [.]            => pass no_flow
     """
     )
 
@@ -1017,7 +1013,7 @@ def test_while_recovering_what_may_be_a_known_flows_is_dropped_and_a_syn_is_welc
     0     pre   C:40000 > K:80 [P.]           => drop recovering
     0     pre   S:80 > C:45678 [P.]           => drop recovering
     0     post  K:45678 > S:80 [P.]           => drop recovering
-    0     post  K:16000 > C:40000 [P.]        => drop no_row
+    0     post  K:16000 > C:40000 [P.]        => drop no_flow
     0     post  S:53 > C:4000                 => drop recovering
     0     pre   S:53 > K:4000                 => drop recovering
     0     pre   C:40001 > K:80 [S]            => C:40001 > K:16000
@@ -1025,7 +1021,7 @@ def test_while_recovering_what_may_be_a_known_flows_is_dropped_and_a_syn_is_welc
     0     pre   C:5000 > S:80 [S]             => pass direct
     0     post  K:50000 > S:80 [S]            => pass own
     4.9   pre   C:40000 > K:80 [P.]           => drop recovering
-    5     pre   C:40000 > K:80 [P.]           => pass no_row
+    5     pre   C:40000 > K:80 [P.]           => pass no_flow
     """)
 
 
@@ -1279,7 +1275,7 @@ def test_a_client_at_its_limit_makes_room_for_itself_and_leaves_others_alone() -
     1     pre   C:4001 > K:80 [S]             => C:4001 > K:16000
     1     pre   C:4002 > K:80 [S]             => C:4002 > K:16000
     1     post  K:16000 > D:4000 [S.]         => K:80 > D:4000
-    1     post  K:16000 > C:4000 [S.]         => drop no_row
+    1     post  K:16000 > C:4000 [S.]         => drop no_flow
     1     post  K:16000 > C:4001 [S.]         => K:80 > C:4001
     """)
 
@@ -1372,7 +1368,7 @@ def test_a_reset_leaves_a_flow_its_four_minutes_however_long_it_was_idle() -> No
     7000  post  K:45678 > S:80 [R]            => C:45678 > S:80
     7100  post  K:45678 > S:80 [R]            => C:45678 > S:80   # and this one adds nothing
     7238  post  K:45678 > S:80 [R]            => C:45678 > S:80
-    7242  pre   S:80 > C:45678 [R]            => pass no_row
+    7242  pre   S:80 > C:45678 [R]            => pass no_flow
     """
     )
 
@@ -1617,7 +1613,7 @@ def test_a_packet_that_is_not_rewritten_is_told_with_the_reason_while_somebody_t
         ("C:40000 > K:80 [S]", None),
         ("C:40000 > K:80 [.]", None),
         ("C:40001 > K:80 [S]", (Verdict.DROP, "client_full", 1)),
-        ("C:40000 > K:22 [S]", (Verdict.PASS, "no_row", 0)),
+        ("C:40000 > K:22 [S]", (Verdict.PASS, "no_flow", 0)),
         ("D:40000 > K:16000 [S]", (Verdict.DROP, "gateway_port", 1)),
         ("D:40000 > S:80 [S]", (Verdict.PASS, "direct", 0)),
     ]
@@ -1710,12 +1706,12 @@ def test_endpoints_of_scripts_are_read_with_and_without_letters() -> None:
         ("0 pre C:40000 > K:80 [S] => C:40000 > K:16000", "K:80 > C:40000, C:40000 > K:16000"),
     ],
 )
-def test_all_ends_of_a_terminated_connection_are_asked_in_the_name_of_their_peers(
+def test_all_ends_of_a_terminated_connection_are_probed_in_the_name_of_their_peers(
     script: str, ends: str
 ) -> None:
     [flow] = play(script).nat
 
-    asked = sorted(describe(packet) for packet in asks(flow))
+    asked = sorted(describe(packet) for packet in liveness_probes(flow))
     assert asked == sorted(f"{end} [S]" for end in ends.split(", "))
 
 
@@ -1736,7 +1732,7 @@ def test_this_hosts_own_low_port_is_not_used_towards_the_server() -> None:
     0     post  K:777 > S:80 [S]              => pass own
     0     pre   C:777 > K:80 [S]              => C:777 > K:16000
     0     open  C:777 @16000 from K:45678     => S:80 relay
-    0     pre   S:80 > K:777 [S.]             => pass no_row
+    0     pre   S:80 > K:777 [S.]             => pass no_flow
     0     pre   C:779 > K:80 [S]              => C:779 > K:16000
     0     open  C:779 @16000 from K:45679     => S:80 relay
     0     post  K:45679 > S:80 [S]            => K:779 > S:80
@@ -1757,9 +1753,9 @@ def test_answers_from_another_port_are_relayed_both_ways() -> None:
     0     post  S:7000 > C:6900               => K:7000 > C:6900
     0     pre   C:6900 > K:7000               => C:6900 > S:7000
     1     post  S:7000 > C:6900               => K:7000 > C:6900
-    1     post  S:7000 > C:6901               => pass no_row
-    1     pre   C:6901 > K:7000               => pass no_row
-    1     post  D:7000 > C:6900               => pass no_row
+    1     post  S:7000 > C:6901               => pass no_flow
+    1     pre   C:6901 > K:7000               => pass no_flow
+    1     post  D:7000 > C:6900               => pass no_flow
     """,
         on=TFTP,
     )
@@ -1776,7 +1772,7 @@ def test_answers_from_another_port_take_four_steps_with_source_relay() -> None:
     0     post  S:7000 > C:6900               => K:7000 > C:6900
     0     pre   C:6900 > K:7000               => C:6900 > S:7000
     0     post  C:6900 > S:7000               => K:6900 > S:7000
-    1     pre   S:7000 > K:5353               => pass no_row
+    1     pre   S:7000 > K:5353               => pass no_flow
     1     pre   S:123 > K:6900                => S:123 > C:6900
     """,
         on=replace(TFTP, source=Source.RELAY),
@@ -1787,8 +1783,8 @@ def test_services_of_the_usual_kind_are_not_answered_from_elsewhere() -> None:
     play(
         """
     0     pre   C:4000 > K:53                 => C:4000 > S:53
-    0     post  S:7000 > C:4000               => pass no_row
-    0     pre   C:4000 > K:7000               => pass no_row
+    0     post  S:7000 > C:4000               => pass no_flow
+    0     pre   C:4000 > K:7000               => pass no_flow
     """,
         on=TFTP,
     )

@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from knet.endpoint import Proto, Source, flow_key
-from krelay.datapath.worker import Verdict, Worker
+from krelay.datapath.verdict import Verdict
+from krelay.datapath.worker import Worker
 from krelay.nat.admission import FlowLimits
 from krelay.nat.dnsflows import Beginning, DnsFlows
 from krelay.nat.flow import BUSY, Flow, Timeouts

@@ -22,7 +22,9 @@ from scapy.utils import checksum as scapy_checksum
 
 from knet.endpoint import Proto, Source
 from knet.wire import BadPacket, icmp, ipv4
-from krelay.datapath.worker import Policy, Verdict, Worker
+from krelay.datapath.policy import Policy
+from krelay.datapath.verdict import Verdict
+from krelay.datapath.worker import Worker
 from krelay.nat import icmperror
 from krelay.steps import Hook, Step
 from tests.tools.errors import error
@@ -303,7 +305,7 @@ def test_an_error_about_no_packet_of_ours_goes_on_untouched(name: str) -> None:
     hook, _, text = case.partition(" ")
 
     assert worker.handle(error(text), HOOKS[hook], 0) is Verdict.PASS
-    assert worker.counts.passed == {"icmp_no_row": 1}
+    assert worker.counts.passed == {"icmp_no_flow": 1}
     assert not worker.answers
 
 

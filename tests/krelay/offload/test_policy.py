@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from knet.endpoint import Endpoint, FiveTuple, Proto, Source
 from knet.netlink.nftables import Count
-from krelay.datapath.worker import Verdict
+from krelay.datapath.verdict import Verdict
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import BUSY, CLOSED_LINGER, EXCHANGE, Flow, Rewrite, Timeouts
 from krelay.nat.table import NatTable

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from knet.endpoint import Endpoint, Source
-from krelay.datapath.worker import Policy
+from krelay.datapath.policy import Policy
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import CLOSED_LINGER, Flow
 from krelay.nat.table import NatTable

@@ -8,7 +8,7 @@ import pytest
 from knet.endpoint import Proto, Source
 from knet.wire import ipv4
 from knet.wire.checksum import checksum
-from krelay.datapath.worker import Verdict
+from krelay.datapath.verdict import Verdict
 from krelay.nat.table import NatTable
 from krelay.steps import Hook, Step
 from krelay.trace.capture import MOST_NAMES, PLACES, WHERE, Capture
@@ -214,8 +214,8 @@ def test_what_was_not_rewritten_is_there_with_the_reason_and_its_answers() -> No
     assert found.frames() == [
         ("client side", "drop gateway_port", "10.0.0.9:5000 > 192.168.0.2:16000", 1),
         ("client side", "answer to drop gateway_port", "192.168.0.2:16000 > 10.0.0.9:5000", 2),
-        ("client side", "pass no_row", "10.0.0.9:5000 > 192.168.0.2:22", 1),
-        ("inside", "drop no_row", "192.168.0.2:16000 > 10.0.0.9:5001", None),
+        ("client side", "pass no_flow", "10.0.0.9:5000 > 192.168.0.2:22", 1),
+        ("inside", "drop no_flow", "192.168.0.2:16000 > 10.0.0.9:5001", None),
     ]
     packet = template("S:80 > K:5000 [R]").build()
     told = Untouched(packet, Hook.PREROUTING, Verdict.DROP, "recovering", from_server=True)

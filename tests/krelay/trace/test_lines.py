@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from knet.endpoint import Proto, Source
 from knet.wire import ipv4
 from knet.wire.checksum import checksum
-from krelay.datapath.worker import Verdict
+from krelay.datapath.verdict import Verdict
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.steps import Hook, Step
@@ -172,10 +172,10 @@ def test_a_packet_that_was_not_rewritten_shows_its_verdict_and_reason(
 @given(st.binary(max_size=80) | st.binary(max_size=80).map(lambda data: b"\x45" + data))
 def test_any_bytes_can_be_looked_at(packet: bytes) -> None:
     seen = sight(packet)
-    told = untouched_line(Untouched(packet, 0, Verdict.PASS, "no_row", (packet,)))
+    told = untouched_line(Untouched(packet, 0, Verdict.PASS, "no_flow", (packet,)))
 
     assert (seen is None) == (len(packet) < 20 or packet[0] >> 4 != 4)
-    assert told.startswith("pass no_row ")
+    assert told.startswith("pass no_flow ")
     assert "\n" not in told
     for wanted in (Filter(), Filter(Proto.UDP), Filter(service=(Proto.TCP, 80))):
         assert wanted.admits_stranger(packet) in (True, False)

@@ -1,0 +1,35 @@
+"""Packets that make an end of a TCP connection say something, so that it can be told what it must.
+
+All are SYNs.  An end answers a SYN in a connection by an ACK, whoever has sent it (RFC 9293,
+section 3.10.7.4: the challenge ACK), and elsewhere by a RST.  So nothing need be known of sequence
+numbers.
+"""
+
+from knet.endpoint import FlowKey
+from knet.wire import ipv4, tcp
+from krelay.nat.flow import Flow
+from krelay.steps import Side
+
+
+def abort_probes(flow: Flow) -> list[bytes]:
+    """A SYN to each end of a forwarded flow that was killed: what they answer is reset."""
+    ends = (flow.by(side) for side in (Side.CLIENT, Side.SERVER))
+    return [probe(rewrite.old) for rewrite in ends if rewrite is not None]
+
+
+def liveness_probes(flow: Flow) -> list[bytes]:
+    """A SYN to each end of a TCP flow.
+
+    An end that lives answers by a challenge ACK, which a peer that lives ignores and one that has
+    forgotten the connection answers by a RST: so no end waits for a peer that is gone.  Of what
+    tcp-relay terminates there are four ends, the two in the middle on this host.
+    """
+    if flow.is_forwarded:
+        return abort_probes(flow)
+    return [probe(rewrite.old) for rewrite in flow.rewrites.values()]
+
+
+def probe(key: bytes) -> bytes:
+    """A SYN to where packets with this flow key come from."""
+    end, peer = FlowKey.unpack(key)
+    return tcp.build(peer.addr, end.addr, peer.port, end.port, tcp.SYN, window=ipv4.MAX_TOTAL)
