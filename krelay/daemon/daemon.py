@@ -196,6 +196,7 @@ class Daemon:
         A tcp-relay's are since it began itself, which may be longer ago.
         """
         relaying = self._relaying
+        self._catch_up()
         bound = relaying.queues.bound
         queue_overflow, socket_overflow = relaying.queues.dropped()
         return metrics.values(
@@ -216,6 +217,11 @@ class Daemon:
             )
         )
 
+    def _catch_up(self) -> None:
+        """Takes in what the kernel has told until now: figures that are shown are as of now."""
+        self._relaying.kernel.events.read_queries()
+        self._relaying.kernel.needs_ends()
+
     def _steps(self) -> list[int]:
         """Packets rewritten by each Step, by the worker and by the kernel."""
         by_kernel, by_worker = self._relaying.kernel.steps(), self._worker.counts.steps
@@ -230,6 +236,7 @@ class Daemon:
 
     def counted(self, flows: Iterable[Flow]) -> Iterator[Flow]:
         """The same flows, with what the kernel has counted for them until now."""
+        self._catch_up()
         every = iter(flows)
         while some := list(islice(every, COUNTED_TOGETHER)):
             self._relaying.kernel.count(some)

@@ -46,6 +46,9 @@ FLOWS = re.compile(
     r"(^\tmap .*\{\n(?:\t\t(?!elements).*\n)*)\t\telements = \{([^}]*)\}\n", re.MULTILINE
 )
 """A map of nft's: what it is, and what stands in it, flows that the kernel was handed."""
+COPIES_WITHIN = 0.1
+"""Seconds after which krelay has the kernel's copies of queries: ten times as many as the kernel
+holds them back.  All other figures are read when they are asked for."""
 AGREES_WITHIN = 2.0
 """Seconds after which krelay's figures have all that the kernel did by itself.  Half as many are
 promised; the machine may be busy."""
@@ -289,7 +292,7 @@ class World:
     def complete(self, read: Callable[[], T]) -> T:
         """Figures of krelay's, once they have everything that happened before the call."""
         if self.in_kernel:
-            time.sleep(AGREES_WITHIN)  # nothing tells what is still to come
+            time.sleep(COPIES_WITHIN)
         return read()
 
     def rules(self, host: str = "relay") -> str:
