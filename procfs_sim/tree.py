@@ -290,7 +290,7 @@ def _rows(text: str) -> int:
 
 
 def _rate(text: str) -> int:
-    return _number(text, MAX_RATE, "a number of rows a second", low=0)
+    return _number(text, MAX_RATE, "a number of flows a second", low=0)
 
 
 _SECONDS_OF = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -364,9 +364,9 @@ _TABLE = (
     Setting("timeouts/tcp_transitory",     _seconds, str,   "seconds, 1-604800"),
     Setting("timeouts/tcp_established",    _seconds, str,   "seconds, 1-604800"),
     Setting("timeouts/stall",              _seconds, str,   "seconds, 1-604800"),
-    Setting("limits/flows",                _rows,    str,   "rows, 1-1000000"),
-    Setting("limits/flows_per_client",     _rows,    str,   "rows, 1-1000000"),
-    Setting("limits/new_flows_per_client", _rate,    str,   "rows a second, 1-1000000; 0: any"),
+    Setting("limits/flows",                _rows,    str,   "flows, 1-1000000"),
+    Setting("limits/flows_per_client",     _rows,    str,   "flows, 1-1000000"),
+    Setting("limits/new_flows_per_client", _rate,    str,   "flows a second, 1-1000000; 0: any"),
     Setting("limits/refusal",              _refusal, str,   "reset or drop"),
 )
 # fmt: on

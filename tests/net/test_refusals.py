@@ -53,7 +53,7 @@ REFUSED = [
     ("datapath", "kernel", "'kernel' is neither auto nor queue"),
     ("timeouts/udp", "0", "'0' is not a number of seconds (1-604800)"),
     ("limits/flows", "-1", "'-1' is not a number of rows (1-1000000)"),
-    ("limits/new_flows_per_client", "many", "'many' is not a number of rows a second (0-1000000)"),
+    ("limits/new_flows_per_client", "many", "'many' is not a number of flows a second (0-1000000)"),
     ("limits/refusal", "icmp", "'icmp' is neither reset nor drop"),
 ]
 

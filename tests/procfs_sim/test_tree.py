@@ -194,7 +194,7 @@ BAD = [
     (
         "limits/new_flows_per_client",
         "-1",
-        "'-1' is not a number of rows a second (0-1000000)",
+        "'-1' is not a number of flows a second (0-1000000)",
     ),
     ("limits/refusal", "icmp", "'icmp' is neither reset nor drop"),
 ]
