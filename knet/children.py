@@ -1,7 +1,7 @@
 """The programs that krelay starts, and what they inherit: nothing that isn't named here.
 
-Who becomes root to type a command brings things with him that somebody else may have a hand in: the
-folder he stands in, an environment that names further folders, open files, a umask, signals that
+A user who becomes root to type a command brings things along that other users may have a hand in:
+the current folder, an environment that names further folders, open files, a umask, signals that
 are ignored.  None of it may decide whose code is run.  So children of ours
 
 - are found by absolute path, in folders that only root or this user may write to;
@@ -67,7 +67,7 @@ def environment(given: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def trusted_path(path: str) -> str:
-    """The folders of a $PATH into which nobody but root and this user can put a program.
+    """The folders of a $PATH into which only root and this user can put a program.
 
     Relative ones, also an empty one, are the caller's folder.
     """
@@ -112,7 +112,7 @@ def prepare() -> None:
     os.environ["PATH"] = trusted_path(os.environ.get("PATH", FOLDERS))
     for name in [name for name in os.environ if name.startswith(LOADERS)]:
         del os.environ[name]
-    # Who ignores his children's deaths isn't told how they ended (wait(2)).
+    # A process that ignores its children's deaths isn't told how they ended (wait(2)).
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

@@ -1,16 +1,16 @@
 """When the cyclic collector runs: the one decision for all daemons here.
 
-It is off.  Left on, it would walk every row, socket and pair there is, many times a minute, for
-circles that these programs don't leave behind: who ends a row or a connection cuts the circles it
-has, and tests hold an hour of each daemon to that.  What the interpreter and the modules are made
-of is set aside (`gc.freeze`), so that it is never walked at all.
+It is off.  Left on, it would walk every flow, socket and session there is, many times a minute, for
+circles that these programs don't leave behind: the code that ends a flow or a connection cuts its
+circles, and tests hold an hour of each daemon to that.  What the interpreter and the modules are
+made of is set aside (`gc.freeze`), so that it is never walked at all.
 
-But one circle a second that nobody has thought of fills a machine in some months.  So once a
+But one circle a second that was overlooked fills a machine in some months.  So once a
 second, if anything happens, the blocks of memory in use are counted, which costs some microseconds;
 and when there are more than can be accounted for, the collector runs, once.  So what it alone could
 free is bounded: by SLACK, some ten megabytes, or by half of what else is needed.  A program that
 doesn't grow never pauses for it; the pause is some 30 milliseconds for the SLACK, 120 with 65,536
-rows.
+flows.
 
 `Growth` decides and knows no collector; `Collector` has one.
 """
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from knet.log import Log
 
 LOOK_EVERY = 1.0
-"""Seconds between counts, at least: who is idle leaves nothing, and isn't woken for one."""
+"""Seconds between counts, at least: an idle daemon leaves nothing, and isn't woken for one."""
 SLACK = 100_000
 """Blocks of memory: an object is one, or two or three."""
 
@@ -33,7 +33,7 @@ _log = Log("collector")
 class Growth:
     """Whether blocks in use are more than can be accounted for.
 
-    `known` are those of what is known to live, rows or connections; the others were needed when
+    `known` are those of what is known to live, flows or connections; the others were needed when
     last looked through, or they are suspect.
 
     >>> growth = Growth(blocks=1_050_000, known=1_000_000)

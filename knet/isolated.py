@@ -1,9 +1,9 @@
 """Runs a module of this project by name: `python -I knet/isolated.py MODULE ARGUMENT...`
 
-`python -m MODULE` looks into the caller's folder first, and whoever may write there has his code
-run.  `python -I -m MODULE` doesn't, but finds a checkout that was never installed no more.  So this
-file, which is started by its path, says where the modules lie: beside it, unless Python looks there
-anyway.
+`python -m MODULE` looks into the caller's folder first, and so runs the code of any user who may
+write there.  `python -I -m MODULE` doesn't, but finds a checkout that was never installed no more.
+So this file, which is started by its path, says where the modules lie: beside it, unless Python
+looks there anyway.
 """
 
 import os

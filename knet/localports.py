@@ -4,8 +4,10 @@ RESERVED = "/proc/sys/net/ipv4/ip_local_reserved_ports"
 
 
 def reserved(text: str) -> frozenset[int]:
-    """The ports of such a list: this host's programs want them, and it gives them to nobody who
-    asks for any (ip(7), ip_local_reserved_ports).  Raises ValueError for what is no list.
+    """The ports of such a list, each wanted by a program of this host.
+
+    The kernel gives them to no program that asks for any port (ip(7), ip_local_reserved_ports).
+    Raises ValueError for what is no list.
 
     >>> sorted(reserved("8080,9148-9150\\n"))
     [8080, 9148, 9149, 9150]

@@ -9,8 +9,8 @@ the time and the level's word give way to the level prefix that it understands (
 `--log-json` writes one JSON object a line.
 
 The reader of a log can stall: a log shipper that hangs, a journal that was stopped, a terminal held
-by Ctrl-S.  A pipe is full after 64 KB, and then a write waits.  A daemon that waits for that serves
-nobody; so what can't be written now is lost, and counted.  Whether a write waits is a matter of the
+by Ctrl-S.  A pipe is full after 64 KB, and then a write waits.  A daemon that waits serves no
+client; so what can't be written now is lost, and counted.  Whether a write waits is a matter of the
 open file description (O_NONBLOCK, open(2)), which other programs share, a user's shell among them.
 So that of a pipe or a terminal is not changed: it is opened once more, by /proc/self/fd.  A socket
 is told with each write (MSG_DONTWAIT).  A file on a disk is written as it is.
@@ -78,11 +78,11 @@ class Log:
         self._log(logging.INFO, message, fields)
 
     def warning(self, message: str, /, **fields: object) -> None:
-        """What somebody may have to look at.  If it can repeat, ask a Throttle first."""
+        """What may need a look.  If it can repeat, ask a Throttle first."""
         self._log(logging.WARNING, message, fields)
 
     def error(self, message: str, /, **fields: object) -> None:
-        """What somebody has to fix."""
+        """What has to be fixed."""
         self._log(logging.ERROR, message, fields)
 
     def enabled(self, level: int) -> bool:
@@ -174,7 +174,7 @@ class Sink:
         data = self._rest + line
         try:
             count = self._write(data)
-        except OSError:  # full, or nobody is there
+        except OSError:  # full, or no reader is there
             count = 0
         if count <= len(self._rest) < len(data):
             self._rest = self._rest[count:]

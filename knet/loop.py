@@ -18,8 +18,8 @@ Some facts about epoll, and what they mean here:
 - Level-triggered (the default) repeats an event until its cause is gone: nothing is lost, but
   interest in OUT must be taken away when there is nothing to send, or the loop spins.
   Edge-triggered (EPOLLET) speaks once per change: the mask never needs touching, which saves a
-  system call per turn, but who stops before EAGAIN must remember that by itself. Both are to be had
-  here; a mask is passed on as it is.
+  system call per turn, but a handler that stops before EAGAIN must remember that itself. Both are
+  to be had here; a mask is passed on as it is.
 
 Why not asyncio: it gives streams and tasks for what is a few hundred nanoseconds of work per event,
 three times the cost of the relay's whole pump.
@@ -35,7 +35,7 @@ silence.  `now` is a clock that leaves it out: a turn that took ABSENT longer th
 counts as none.  And timers wait until all events were read that had waited.
 
 An OSError is another matter: the kernel refuses something at some moment (no descriptor, no memory,
-a full disk) to whoever asks, and that must end no daemon.  With `on_failure` it is told, and the
+a full disk), and that must end no daemon.  With `on_failure` it is told, and the
 loop goes on behind it.  A handler that is in the middle of something has to see to that itself: to
 what it leaves half done, and to its next call.
 """
@@ -57,7 +57,7 @@ MAX_EVENTS = 256
 PAUSE = 0.001
 """Seconds that the loop sleeps after a failure: one that repeats for ever takes no whole core."""
 ABSENT = 1.0
-"""Seconds: whoever is away for that much longer than he was to wait stood still.  Then none of that
+"""Seconds: a process that waited for that much longer than it was to stood still.  Then none of the
 wait counts, as it can't be seen when the pause began; a pause that was over before that is not seen
 at all, and what came meanwhile is handled before any timer."""
 BEHIND = 100
@@ -111,9 +111,9 @@ class Loop:
         self.absent = 0.0
         """Seconds for which this process stood still, so far."""
         self.on_absence: Callable[[float], object] = lambda seconds: None
-        """Who is told of each, of so many seconds."""
+        """Is told of each, of so many seconds."""
         self.on_failure: Callable[[OSError], object] | None = None
-        """Who is told of the OSErrors that calls let through; None: `run` lets them through."""
+        """Is told of the OSErrors that calls let through; None: `run` lets them through."""
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], object]] = {}
         self._batch: Iterator[tuple[int, int]] = iter(())

@@ -1,12 +1,12 @@
 """What a process may do, and how it gives up for good what it needs no longer.
 
-Whoever talks to the network shall have nothing worth taking: no user id that owns anything, no
-capability (capabilities(7)), no way to get one back by a program that is set-user-ID or has its
-own (PR_SET_NO_NEW_PRIVS), and nobody of the same user who reads or steers it (PR_SET_DUMPABLE,
+A process that talks to the network shall have nothing worth taking: no user id that owns anything,
+no capability (capabilities(7)), no way to get one back by a program that is set-user-ID or has its
+own (PR_SET_NO_NEW_PRIVS), and no process of the same user may read or steer it (PR_SET_DUMPABLE,
 ptrace(2)).
 
-Three things to know.  The bounding set can only be emptied by who has CAP_SETPCAP, so that comes
-before the user changes.  Root's supplementary groups stay unless they are set as well, before the
+Three things to know.  To empty the bounding set takes CAP_SETPCAP, so that comes before the user
+changes.  Root's supplementary groups stay unless they are set as well, before the
 user, too.  And a change of user takes away the wish to end with the parent (process.py), which is
 then made again.
 
@@ -27,9 +27,9 @@ from pathlib import Path
 from knet import process
 
 USER = "krelay"
-"""As whom tcp-relay runs where it exists; also the group that relay.sock is for."""
+"""The user that tcp-relay runs as where it exists; also the group that relay.sock is for."""
 DYNAMIC = range(61184, 65520)
-"""User ids that belong to no account: who needs one for as long as it runs takes it from here
+"""User ids that belong to no account: a service that needs one while it runs takes it from here
 (systemd's DynamicUser, https://systemd.io/UIDS-GIDS)."""
 _DYNAMIC_TAKEN = Path("/run/systemd/dynamic-uid")
 
@@ -58,7 +58,7 @@ class Cap(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Whom a process is to run as."""
+    """The user and the groups that a process is to run as."""
 
     name: str
     """As people are told: `krelay`, or the number of a user that has no name."""
@@ -89,9 +89,9 @@ def account(text: str) -> Account:
 
 
 def unprivileged() -> Account:
-    """Whom tcp-relay runs as: USER, or where there is none a user id that is nobody else's.
+    """What tcp-relay runs as: USER, or where there is none a user id that no one else has.
 
-    Its group is USER's, where there is such a group: that is whom relay.sock is for.  Raises
+    Its group is USER's, where there is such a group: relay.sock is for that group.  Raises
     NoAccount if every id is taken, or none can be had in this user namespace.
     """
     with suppress(KeyError):
@@ -223,7 +223,7 @@ def _of(known: pwd.struct_passwd) -> Account:
 
 
 def _is_known(uid: int) -> bool:
-    """Whether somebody has a use for the number, as a user's or a group's."""
+    """Whether the number is in use, as a user's or a group's."""
     for look in (pwd.getpwuid, grp.getgrgid):
         with suppress(KeyError):
             look(uid)

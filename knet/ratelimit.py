@@ -56,8 +56,8 @@ class TopRefusedClients:
 
     Holds `most` counts at most (J. Misra, D. Gries, "Finding repeated elements", 1982): where one
     more would be needed, each is lowered by one, and those at zero go.  So a count is exact as long
-    as there was room for all, and otherwise too low by at most a `most`-th of all refusals: who
-    makes up more than that is always in it, however many addresses are forged.
+    as there was room for all, and otherwise too low by at most a `most`-th of all refusals: a
+    client that makes up more than that is always in it, however many addresses are forged.
     """
 
     def __init__(self, most: int = 512) -> None:

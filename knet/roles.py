@@ -24,7 +24,7 @@ VIEW = Role("view.sock", "krelay-view")
 
 
 def needs_admin(words: Sequence[str]) -> bool:
-    """Whether the words of a request are for control.sock alone: who may only look can't have it.
+    """Whether the words of a request are for control.sock alone: view.sock doesn't answer it.
 
     >>> needs_admin(["kill", "7"]), needs_admin(["trace", "proto=udp"])
     (True, False)
@@ -35,7 +35,7 @@ def needs_admin(words: Sequence[str]) -> bool:
 
 
 def refusal(role: Role, *, exists: bool) -> str:
-    """What who may not connect is told; `exists`: whether this host has the group.
+    """What a peer that may not connect is told; `exists`: whether this host has the group.
 
     >>> refusal(VIEW, exists=True)  # doctest: +NORMALIZE_WHITESPACE
     'view.sock is for root and the group krelay-view: run as root,

@@ -7,7 +7,7 @@ ldconfig and gcc when it is imported, to find the library.)
 
 What happens to a call that isn't in the table is a choice between two mistakes.  To kill for it
 means that an update of libc, which begins to use a new call where an old one did, ends a relay that
-has done nothing wrong.  To refuse all the same way means that somebody who has taken the process
+has done nothing wrong.  To refuse all the same way means that an attacker who has taken the process
 over may go on trying.  So there are two answers.  What no relay ever does, under no libc (run a
 program, trace another process, load a module), kills the process: its parent starts another, and
 the log has the signal, SIGSYS.  All else fails with ENOSYS, "this kernel has no such call", upon

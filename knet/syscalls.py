@@ -140,7 +140,7 @@ DEADLY = (
     *("io_uring_setup", "io_uring_enter", "io_uring_register", "userfaultfd", "open_by_handle_at"),
     *("add_key", "request_key", "keyctl", "modify_ldt", "iopl", "ioperm"),
 )
-"""What none of them does, under no libc: whoever tries has taken the process over."""
+"""What none of them does, under no libc: an attacker has taken the process over."""
 
 
 def allowed(program: str) -> tuple[SyscallRule, ...]:

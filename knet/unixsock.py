@@ -3,11 +3,11 @@
 The file's mode lets in root and one group (roles.py); peers are asked for by SO_PEERCRED (unix(7))
 as well, since a directory may be shared in ways that modes don't tell.  What counts is what the
 kernel knows of the process when it connects: its user, its group and its supplementary groups
-(SO_PEERGROUPS), as for the mode.  So a session that was opened before somebody was taken out of the
-group is still in, as it is for files; a list of users is never looked into, which might take long.
+(SO_PEERGROUPS), as for the mode.  So a login from before its user was taken out of the group is
+still in, as it is for files; a list of users is never looked into, which might take long.
 The group's number is looked up when listening begins.
 
-Nobody keeps others out.  Of the connections that a socket may have, a user who isn't root has at
+No user keeps others out.  Of the connections that a socket may have, a user who isn't root has at
 most some, all of them together three quarters; and no connection is taken from the last
 descriptors, which are for the daemon's own work.
 """
@@ -34,7 +34,7 @@ from knet.roles import RELAY, Role, refusal
 
 MODE = 0o660
 BACKLOG = 1024
-"""Connections that wait to be accepted: beyond these, who doesn't wait to connect is refused."""
+"""Connections that wait to be accepted; beyond these, a peer that won't wait is refused."""
 PAUSE = 1.0
 """Seconds without accepting when the kernel has no room for one more."""
 RESERVE = 32
@@ -76,7 +76,7 @@ class Peer(NamedTuple):
 class Crowd:
     """How many of something there are, by the user whose they are: `most` in all.
 
-    Who isn't root has `of_one` at most, and they all together three quarters.
+    A user other than root has `of_one` at most, and all of them together three quarters.
 
     >>> crowd = Crowd(most=4, of_one=2)
     >>> user, other, root = Peer(1, 1000, 1000), Peer(2, 1001, 1001), Peer(3, 0, 0)
@@ -118,9 +118,9 @@ class Crowd:
 class UnixListener:
     """Listens in `directory` for a role, in place of a stale socket; `accepted` gets connections.
 
-    They are non-blocking, from peers that may connect, and entered into `crowd`: whoever closes one
-    takes it out there.  Others are told why not, in a message that `worded` makes, and hung up on.
-    Raises OSError if it can't listen.
+    They are non-blocking, from peers that may connect, and entered into `crowd`: the code that
+    closes one takes it out there.  Others are told why not, in a message that `worded` makes, and
+    closed.  Raises OSError if it can't listen.
     """
 
     def __init__(
@@ -285,7 +285,7 @@ def group_id(name: str) -> int | None:
 def last_descriptor() -> int:
     """The lowest number that no connection may have.
 
-    Numbers are given out from below: one that is lower leaves those above to whoever needs them.
+    Numbers are given out from below: one that is lower leaves those above to what needs them.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft - min(RESERVE, soft // 4)

@@ -8,7 +8,7 @@
 |   the IP header and the first bytes of the packet it is about |   8
 +---------------------------------------------------------------+
 
-Whoever sends an error quotes at least eight bytes behind the IP header (RFC 792): both ports, and
+An error quotes at least eight bytes behind the IP header (RFC 792): both ports, and
 all of UDP's header, but not TCP's checksum.  Behind the quoted bytes there may be extensions with a
 checksum of their own (RFC 4884), which nothing here looks at (RFC 5508, REQ-3d).
 """
