@@ -3,13 +3,13 @@
 import time
 from functools import partial
 
-from tests.tprox.broken.sound import Half, main, pair
+from tests.tprox.broken.sound import Channel, main, session
 
 REST = 0.5
 """Seconds with nothing held: the clock begins anew.  A late sender is no rest."""
 
 
-class Strict(Half):
+class Strict(Channel):
     """Has a clock that only runs."""
 
     emptied_at = 0.0
@@ -31,4 +31,4 @@ class Strict(Half):
 
 
 if __name__ == "__main__":
-    main(partial(pair, half=Strict))
+    main(partial(session, channel=Strict))

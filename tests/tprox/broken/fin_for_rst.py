@@ -3,16 +3,16 @@
 from functools import partial
 
 from tests.tprox.broken import sound
-from tests.tprox.broken.sound import Half, main, pair
+from tests.tprox.broken.sound import Channel, main, session
 
 
-def relay(halves: tuple[Half, Half]) -> None:
+def relay(channels: tuple[Channel, Channel]) -> None:
     """Until both have ended, or one broke."""
     try:
-        sound.relay(halves)
+        sound.relay(channels)
     except OSError:
         return
 
 
 if __name__ == "__main__":
-    main(partial(pair, relay=relay))
+    main(partial(session, relay=relay))

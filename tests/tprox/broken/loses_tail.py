@@ -8,10 +8,10 @@ import socket
 from contextlib import suppress
 from functools import partial
 
-from tests.tprox.broken.sound import Half, main, pair
+from tests.tprox.broken.sound import Channel, main, session
 
 
-class Forgetful(Half):
+class Forgetful(Channel):
     """Looks behind what it has read, and keeps it only if no end of file is there."""
 
     def read(self) -> None:
@@ -24,4 +24,4 @@ class Forgetful(Half):
 
 
 if __name__ == "__main__":
-    main(partial(pair, half=Forgetful))
+    main(partial(session, channel=Forgetful))

@@ -3,10 +3,10 @@
 from functools import partial
 
 from tests.tprox.broken import sound
-from tests.tprox.broken.sound import Half, main, pair
+from tests.tprox.broken.sound import Channel, main, session
 
 
-class Hasty(Half):
+class Hasty(Channel):
     """Ends the way back with its own."""
 
     def step(self) -> None:
@@ -16,13 +16,13 @@ class Hasty(Half):
             raise EOFError
 
 
-def relay(halves: tuple[Half, Half]) -> None:
+def relay(channels: tuple[Channel, Channel]) -> None:
     """Until one has ended."""
     try:
-        sound.relay(halves)
+        sound.relay(channels)
     except EOFError:
         return
 
 
 if __name__ == "__main__":
-    main(partial(pair, half=Hasty, relay=relay))
+    main(partial(session, channel=Hasty, relay=relay))

@@ -1,6 +1,6 @@
 """A proxy without a fault that the tester knows of; the broken ones exchange a part of it.
 
-A thread for each pair, which waits with poll(2) for what its two halves want next.
+A thread for each session, which waits with poll(2) for what its two channels want next.
 """
 
 import select
@@ -21,7 +21,7 @@ class Stalled(Exception):
 
 
 @dataclass(slots=True)
-class Half:
+class Channel:
     """Bytes from source to sink; each step does what can be done, and raises OSError."""
 
     source: socket.socket
@@ -73,33 +73,33 @@ class Half:
         self.moved_at = time.monotonic()
 
 
-def relay(halves: tuple[Half, Half]) -> None:
+def relay(channels: tuple[Channel, Channel]) -> None:
     """Until both have ended.  Raises OSError, and Stalled."""
     poll = select.poll()
-    while not all(half.sent_eof for half in halves):
-        for half, back in (halves, halves[::-1]):
-            wanted = half.may_read * select.POLLIN | bool(back.held) * select.POLLOUT
-            poll.register(half.source, wanted)
+    while not all(channel.sent_eof for channel in channels):
+        for channel, back in (channels, channels[::-1]):
+            wanted = channel.may_read * select.POLLIN | bool(back.held) * select.POLLOUT
+            poll.register(channel.source, wanted)
         poll.poll(100)
-        for half in halves:
-            half.step()
-            if half.overdue:
+        for channel in channels:
+            channel.step()
+            if channel.overdue:
                 raise Stalled
 
 
-def pair(
+def session(
     client: socket.socket,
     to: tuple[str, int],
     stall: float,
-    half: Callable[..., Half] = Half,
-    relay: Callable[[tuple[Half, Half]], None] = relay,
+    channel: Callable[..., Channel] = Channel,
+    relay: Callable[[tuple[Channel, Channel]], None] = relay,
 ) -> None:
     """One client, to the end; whatever isn't an end of file is a RST for both."""
     server = socket.create_connection(to)
     for sock in (client, server):
         sock.setblocking(False)
     try:
-        relay((half(client, server, stall), half(server, client, stall)))
+        relay((channel(client, server, stall), channel(server, client, stall)))
     except (OSError, Stalled):
         for sock in (client, server):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -107,14 +107,14 @@ def pair(
     server.close()
 
 
-def main(pair: Callable[[socket.socket, tuple[str, int], float], None] = pair) -> None:
+def main(session: Callable[[socket.socket, tuple[str, int], float], None] = session) -> None:
     """Accepts for ever."""
     stall, host, port, listen = sys.argv[1:]
     with socket.create_server(("127.0.0.1", int(listen)), backlog=256) as listener:
         while True:
             client, _ = listener.accept()
             arguments = (client, (host, int(port)), float(stall))
-            threading.Thread(target=pair, args=arguments, daemon=True).start()
+            threading.Thread(target=session, args=arguments, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from functools import partial
 
-from tests.tprox.broken.sound import Half, main, pair
+from tests.tprox.broken.sound import Channel, main, session
 
 
-class Patient(Half):
+class Patient(Channel):
     """Has no limit of either kind: how much is taken before one is a matter of speed."""
 
     overdue = False
 
 
 if __name__ == "__main__":
-    main(partial(pair, half=partial(Patient, limit=1 << 60)))
+    main(partial(session, channel=partial(Patient, limit=1 << 60)))
