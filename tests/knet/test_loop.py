@@ -80,6 +80,28 @@ def test_a_mask_can_be_changed(loop: Loop, pairs: Pairs) -> None:
     assert set(got) == {select.EPOLLOUT}
 
 
+def test_another_handler_has_the_events_from_the_same_batch_on(loop: Loop, pairs: Pairs) -> None:
+    """And no event is lost or told twice: the registration stays as it is."""
+    got: list[str] = []
+    one, other = pairs[0][0].fileno(), pairs[1][0].fileno()
+
+    def exchange(mine: int, its: int) -> None:
+        got.append(f"first {mine == one}")
+        loop.set_handler(mine, lambda _: got.append("its own, later"))
+        loop.set_handler(its, lambda _: got.append("the other's"))
+
+    loop.add(one, select.EPOLLIN | select.EPOLLET, lambda _: exchange(one, other))
+    loop.add(other, select.EPOLLIN | select.EPOLLET, lambda _: exchange(other, one))
+    for _, end in pairs[:2]:
+        end.send(b"x")
+    turn(loop)
+    assert got[1:] == ["the other's"]
+    pairs[0][1].send(b"x")
+    pairs[1][1].send(b"x")
+    turn(loop)
+    assert sorted(got[2:]) == ["its own, later", "the other's"]
+
+
 def test_who_is_removed_gets_nothing_more_of_the_same_batch(loop: Loop, pairs: Pairs) -> None:
     called: list[int] = []
 

@@ -161,3 +161,26 @@ def test_a_session_is_smooth_if_both_channels_are() -> None:
     assert not session.is_smooth
     session.down.writable = True
     assert session.is_smooth
+
+
+@pytest.mark.parametrize("side", list(SessionSide))
+def test_an_overdue_session_says_which_side_and_why(side: SessionSide) -> None:
+    other = SessionSide.CLIENT if side else SessionSide.SERVER
+    stalled, forgotten, lost = Session(), Session(), Session()
+    stalled.drained_by(side).hold(b"12345")
+    forgotten.fed_by(side).shut(now=0.0)
+    lost.lost(side, 0.0, f"{side}: connection reset by peer")
+    lost.drained_by(other).hold(b"67")
+
+    assert [
+        session.overdue_in_words(end, LIMITS)
+        for session, end in (
+            (stalled, End.STALLED),
+            (forgotten, End.FORGOTTEN),
+            (lost, End.RESET),
+        )
+    ] == [
+        f"the {side} took none of 5 bytes for 10 s",
+        f"the {side} has finished, and nothing came for 100 s",
+        f"{side}: connection reset by peer",
+    ]
