@@ -7,24 +7,24 @@ Four facts about the kernel shape this module.
     and if it was modified since, not before the next close.  truncate(2) modifies without any
     close: whether a writer is left is then asked (fact 3).
 2.  Opening for writing and closing is an event even if nothing was written.  So write-back looks
-    first and opens for writing only when it will write; otherwise a refused file that somebody
+    first and opens for writing only when it will write; otherwise a refused file that a program
     holds open would be judged in a circle.
-3.  A lease (fcntl(2), F_SETLEASE) is granted only if nobody else has the file open: F_RDLCK, for
-    writing; F_WRLCK, at all.  While it is held, whoever opens the file waits.  Taken for the
+3.  A lease (fcntl(2), F_SETLEASE) is granted only if no other process has the file open: F_RDLCK,
+    for writing; F_WRLCK, at all.  While it is held, whoever opens the file waits.  Taken for the
     instant of a write-back it makes "still the text that was judged?" and the writing one step, so
     no user's write is lost between.  The signal that breaks a lease is SIGIO, which would end the
-    process; SIGURG is asked for instead, which nobody notices.  Leases are for the owner and not on
-    every file system; without one the two steps are merely close together.
+    process; SIGURG is asked for instead, which no process notices.  A lease is for the owner, and
+    not on every file system; without one the two steps are merely close together.
 4.  A rename in place changes the inode: an editor's open descriptor would go on writing to a file
     that is gone.  So settings are written in place.  A read may overlap such a write; under the
-    lease, nobody who opens the file sees anything but the old text or the new one, and who had it
-    open all the time sees newlines, not the old text's tail, until the file is cut to its size.
+    lease, a program that opens the file sees the old text or the new one and nothing else; one that
+    had it open all the time sees newlines, not the old text's tail, until the file is cut to size.
     Status files are for reading alone and are renamed into place.
 
 Two things about who else may be at work.  What lies in the place of a setting may be a link to a
-file of other use: only our own file is written, changed or shown (`_is_ours`); anything else loses
-its name here to a new file, which who owned or opened the old one doesn't reach.  And a disk may be
-full or broken: what can't be written is told, by name, and stays as it was.
+file of other use: only our own file is written, changed or shown (files.is_ours); anything else
+loses its name here to a new file, which no owner or reader of the old one reaches.  And a disk may
+be full or broken: what can't be written is told, by name, and stays as it was.
 """
 
 import errno
@@ -92,7 +92,7 @@ class FileTree:
                     ) from None
             else:
                 directory.chmod(DIRECTORY_MODE)
-        check(self.root)  # again: somebody may have been faster
+        check(self.root)  # again: another may have been faster
 
     def read(self, name: str) -> str | None:
         """The text of a file, None if there is none.
@@ -134,8 +134,8 @@ class FileTree:
     def write_back(self, outcome: Outcome) -> dict[str, OSError]:
         """Show what is to be shown, and give the judged files their owner and mode back.
 
-        A file that holds another text by now, or that somebody has open for writing, is left alone:
-        its next event is under way.  Name -> why of those that couldn't be written.
+        A file that holds another text by now, or that a program has open for writing, is left
+        alone: its next event is under way.  Name -> why of those that couldn't be written.
         """
         failed: dict[str, OSError] = {}
         for name, text in outcome.judged.items():
@@ -184,7 +184,7 @@ class FileTree:
             time.sleep(_PAUSE)
 
     def show_if(self, name: str, expected: str | None, text: str) -> bool:
-        """Write a setting in place if it still holds `expected` and nobody has it open for writing.
+        """Write a setting in place if it still holds `expected` and isn't open for writing.
 
         `expected` None: if it is still gone.  False if it was left alone.
         """
@@ -214,7 +214,7 @@ class FileTree:
         return self._make_way(name) and self._create_file(name, text)
 
     def has_writer(self, name: str) -> bool | None:
-        """Whether somebody has this file open for writing; None if that can't be known."""
+        """Whether a program has this file open for writing; None if that can't be known."""
         try:
             with self._opened(name, os.O_RDONLY, files.is_file) as fd:
                 if fd is None:
@@ -243,7 +243,7 @@ class FileTree:
             raise
 
     def remove_status(self) -> None:
-        """Remove the status files: nobody keeps them any more."""
+        """Remove the status files: no daemon keeps them any more."""
         for name in STATUS:
             for path in (self.root / name, self.root / new_name(name)):
                 with suppress(FileNotFoundError, IsADirectoryError):
@@ -259,7 +259,7 @@ class FileTree:
         with files.closing(fd):
             try:
                 files.overwrite(fd, text)
-            except OSError:  # no room: an empty file would be a text that somebody has to judge
+            except OSError:  # no room: an empty file would be a text that is to be judged
                 with suppress(OSError):
                     (self.root / name).unlink()
                 raise

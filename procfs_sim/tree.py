@@ -34,7 +34,7 @@ DIRECTORIES = ("timeouts", "limits", "status")
 
 MAX_PORT = 0xFFFF
 MAX_SECONDS = 604800
-MAX_ROWS = 1_000_000
+MAX_FLOWS = 1_000_000
 MAX_RATE = 1_000_000
 MAX_SHOWN = 60
 """Characters of a refused text that its reason repeats."""
@@ -148,7 +148,7 @@ class Config:
     )
     source: str = "client"
     datapath: str = "auto"
-    """`auto`: the kernel takes over what it can; `queue`: every packet visits krelay."""
+    """`auto`: flows are offloaded where they can be; `queue`: every packet takes the slow path."""
     timeouts_udp: int = 300
     """Seconds, like all timeouts."""
     timeouts_udp_dns: int = 20
@@ -161,7 +161,7 @@ class Config:
     limits_flows: int = 65536
     limits_flows_per_client: int = 4096
     limits_new_flows_per_client: int = 0
-    """Rows a second; 0: no limit."""
+    """Flows a second; 0: no limit."""
     limits_refusal: str = "reset"
 
     def serves(self, proto: str, port: int) -> bool:
@@ -285,8 +285,8 @@ def _seconds(text: str) -> int:
     return _number(text, MAX_SECONDS, "a number of seconds", units=_SECONDS_OF)
 
 
-def _rows(text: str) -> int:
-    return _number(text, MAX_ROWS, "a number of rows")
+def _flows(text: str) -> int:
+    return _number(text, MAX_FLOWS, "a number of flows")
 
 
 def _rate(text: str) -> int:
@@ -364,8 +364,8 @@ _TABLE = (
     Setting("timeouts/tcp_transitory",     _seconds, str,   "seconds, 1-604800"),
     Setting("timeouts/tcp_established",    _seconds, str,   "seconds, 1-604800"),
     Setting("timeouts/stall",              _seconds, str,   "seconds, 1-604800"),
-    Setting("limits/flows",                _rows,    str,   "flows, 1-1000000"),
-    Setting("limits/flows_per_client",     _rows,    str,   "flows, 1-1000000"),
+    Setting("limits/flows",                _flows,   str,   "flows, 1-1000000"),
+    Setting("limits/flows_per_client",     _flows,   str,   "flows, 1-1000000"),
     Setting("limits/new_flows_per_client", _rate,    str,   "flows a second, 1-1000000; 0: any"),
     Setting("limits/refusal",              _refusal, str,   "reset or drop"),
 )
@@ -399,7 +399,7 @@ def conflicts(config: Config, changed: Collection[str]) -> dict[str, str]:
     Name -> reason, for those of the two that changed.
 
     Only tcp counts: the relay daemon listens on tcp, and a relayed udp port of the same number
-    meets nobody.
+    meets no program of ours.
     """
     for service in config.services:
         if service.contains("tcp", config.gport):

@@ -63,7 +63,7 @@ class TreeWatcher:
     def changes(self) -> dict[str, str | None]:
         """Name -> text (None: gone) of what was written since the last call; never waits.
 
-        In the order of their last events.  A status file that somebody else wrote or removed is
+        In the order of their last events.  A status file that others wrote or removed is
         told with None.
         """
         settled: dict[str, bool] = {}

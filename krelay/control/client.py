@@ -26,11 +26,11 @@ PAUSE = 0.02
 
 
 class NoDaemon(Exception):
-    """Nobody serves that tree, or not this user.  The text says what to do."""
+    """No krelay serves that tree, or not this user.  The text says what to do."""
 
 
 class NoPermission(NoDaemon):
-    """Somebody serves it, but not this user."""
+    """A krelay serves it, but not this user."""
 
 
 class Rejected(Exception):

@@ -91,7 +91,7 @@ class ControlClient:
         trace = self.tracing
         if trace is None or WORDS[what.verdict] not in trace.verdicts:
             return
-        if trace.filter.admits_stranger(what.packet) and self._has_room(what):
+        if trace.filter.admits_unmatched(what.packet) and self._has_room(what):
             self._out += self._recorder.untouched(what, time.time_ns())
 
     def _has_room(self, what: Rewrite | Untouched) -> bool:

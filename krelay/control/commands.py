@@ -36,7 +36,7 @@ HELP = (
     "show counters [json]",
     "show config [json]",
     "kill ID",
-    "flush (ends all rows to other servers than real_ip)",
+    "flush (ends all flows to other servers than real_ip)",
     "trace [pcap] [filters as for show nat] [verdict=rewrite,drop,pass]",
     "help",
 )
@@ -118,11 +118,11 @@ def answer(
         case ["kill", number] if number.isascii() and number.isdigit():
             flow = relay.nat.get(int(number))
             if flow is None:
-                raise BadRequest(f"no row {number}; `show nat` lists them")
+                raise BadRequest(f"no flow {number}; `show nat` lists them")
             relay.kill(flow)
             return iter([f"killed={flow.id}"])
         case ["kill", *_]:
-            raise BadRequest("kill takes the id of one row, as `show nat` lists it")
+            raise BadRequest("kill takes the id of one flow, as `show nat` lists it")
         case ["flush"]:
             return iter([f"flushed={relay.flush()}"])
         case ["flush", word, *_]:

@@ -30,7 +30,7 @@ MAX_CLIENTS, MAX_OF_ONE = 64, 16
 MAX_TRACERS, MAX_TRACERS_OF_ONE = 32, 4
 """The same for those that trace, of both sockets together: each costs something per packet."""
 END_AFTER = 0.1
-"""Seconds after the end of a trace until the kernel may be handed its flows again."""
+"""Seconds after the end of a trace until its flows may be offloaded again."""
 
 
 class ControlSocket:
@@ -101,21 +101,24 @@ class ControlSocket:
         self._look()
 
     def _trace_ended(self) -> None:
-        """What was taken back from the kernel for it may go there again by and by.
+        """What was withdrawn for it may be offloaded again after a while.
 
-        That can take a change of rules, and somebody may begin and end traces without pause.
+        That can take a change of rules, and a client may begin and end traces without pause.
         """
         self._look()
         if self._ending is None or not self._ending.pending:
             self._ending = self._loop.call_at(self._loop.now + END_AFTER, self._tell_relay)
 
     def _tell_relay(self) -> None:
-        """Only what visits the worker can be shown; a flow may come into the wanted state yet."""
+        """Tracing moves the selected flows to the slow path: only there packets can be shown.
+
+        A flow may come into the wanted state yet, so all states are selected.
+        """
         filters = [each.tracing.filter for each in self._clients if each.tracing is not None]
         self._relay.traced([each.in_any_state for each in filters])
 
     def _look(self) -> None:
-        """Packets are looked at for traces only while somebody traces, and only those wanted."""
+        """Packets are shown only while there is a trace, and only those that it wants."""
         tracers = [client for client in self._clients if client.tracing is not None]
         wanted = {
             verdict for client in tracers if client.tracing for verdict in client.tracing.verdicts

@@ -243,7 +243,7 @@ class Daemon:
             yield from some
 
     def traced(self, filters: Sequence[Filter]) -> None:
-        """Somebody traces the flows that one of these admits: the worker sees all their packets."""
+        """Tracing moves the flows that one of these admits to the slow path while it runs."""
         self._relaying.trace(filters)
 
     def kill(self, flow: Flow) -> None:
@@ -349,7 +349,7 @@ class Daemon:
             self._relaying.on_time(now)
 
     def _warn_of_evictions(self, now: float) -> None:
-        """Says so while flows are evicted: somebody floods, or a limit is too low."""
+        """Warns while flows are evicted: it is a flood, or a limit is too low."""
         if self.nat.admission.evicted == self._evicted or self._eviction_warning.admit(now) is None:
             return
         _log.warning(

@@ -180,7 +180,7 @@ class TreeKeeper:
         return lock
 
     def _take_again(self) -> None:
-        """Somebody removed or replaced our directories: everything in force is shown again."""
+        """The directories were removed or replaced: everything in force is shown again."""
         try:
             self._tree.create_directories()
             lock: int | None = self._lock
@@ -264,7 +264,7 @@ class TreeKeeper:
         except OSError as error:
             self._troubles.begin("", in_words(error))
         if any(name not in SETTINGS for name in texts):
-            self._published.clear()  # somebody wrote a status file: say it again
+            self._published.clear()  # a status file was written by others: say it again
             self.publish()
         self._judge(texts)
 

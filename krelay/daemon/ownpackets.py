@@ -30,7 +30,7 @@ class OwnPackets:
         stopped = self.stopped - self._told
         if stopped and self._warning.admit(now) is not None:
             _log.warning(
-                "rules of this host stop krelay's own packets: who is refused or killed isn't told",
+                "rules of this host stop krelay's own packets: refused clients get no answer",
                 packets=stopped,
                 fix="krelay doctor",
             )

@@ -1,8 +1,8 @@
 """The rules: made, changed with the config, the flows and the links, and put back if taken out.
 
 A change that isn't possible now is tried again within a second; where rules can't be made at all,
-relaying fails.  What somebody else takes out is announced by the kernel (rules/watch.py), or looked
-for at times where nothing is announced, and put back at once.
+relaying fails.  What another program takes out is announced by the kernel (rules/watch.py), or
+looked for at times where nothing is announced, and put back at once.
 """
 
 import select
@@ -262,7 +262,7 @@ class RuleKeeper:
                 "rules can't be changed now; trying again", reason=error, again=before or None
             )
 
-    # Rules that somebody else takes out
+    # Rules that another program takes out
 
     def _watch(self, backend: Backend) -> None:
         self._look_at = self._loop.now + LOOK_EVERY
@@ -301,11 +301,11 @@ class RuleKeeper:
             self._loop.call_at(self._loop.now + RETRY, self._restore)
             return
         except RulesUnavailable as error:
-            self._failed(f"somebody took krelay's rules out, and they can't be put back: {error}")
+            self._failed(f"krelay's rules were taken out, and they can't be put back: {error}")
             return
         if (before := self._removal_warning.admit(self._loop.now)) is not None:
             _log.warning(
-                "somebody took krelay's rules out; they are put back",
+                "krelay's rules were taken out; they are put back",
                 again=before or None,
                 fix="to stop relaying, krelay stop",
             )

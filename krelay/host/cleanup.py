@@ -31,7 +31,7 @@ def clean(root: Path, *, keep_settings: bool = False) -> list[str]:
 
 @contextmanager
 def _held(root: Path) -> Iterator[None]:
-    """Nobody begins to serve the tree meanwhile.  Raises StillServed."""
+    """No krelay begins to serve the tree meanwhile.  Raises StillServed."""
     try:
         lock = treelock.take(root)
     except (FileNotFoundError, NotADirectoryError):

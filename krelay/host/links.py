@@ -51,7 +51,7 @@ class HostView(NamedTuple):
     mtu: int = 0xFFFF
     """Bytes of the largest packet that the link towards the server takes."""
     reserved: frozenset[int] = frozenset()
-    """Ports that this host gives to nobody who asks for any."""
+    """Ports that this host gives to no program that asks for any."""
 
 
 class Looker:
@@ -96,7 +96,7 @@ class Looker:
         return HostView(own, beside, towards, forwards, min(0xFFFF, mtu or 0xFFFF), reserved)
 
     def reserved(self) -> frozenset[int]:
-        """HostView.reserved, now: nobody tells of changes.  Raises OSError."""
+        """HostView.reserved, now: changes aren't announced.  Raises OSError."""
         text = os.pread(self._reserved, _LIST, 0)
         if text != self._reserved_text:
             self._reserved_ports = localports.reserved(text.decode())
@@ -133,7 +133,7 @@ class Looker:
     def _ask(self, request: bytes, answers: int | None = None) -> Iterator[Message]:
         """What the kernel answers to this: so many messages, or all until it says that it is done.
 
-        What is late to an earlier question is passed over.  Raises OSError, and of these _NoAnswer
+        What is late to an earlier request is passed over.  Raises OSError, and of these _NoAnswer
         if the kernel says so itself.
         """
         self._socket.sendto(request, (0, 0))
@@ -156,7 +156,7 @@ class LocalAddresses:
     """Which addresses this host has at this moment, as the kernel's rules see it.
 
     An answer takes the kernel some microseconds.  That an address is local is known until something
-    changes (`forget`); that it isn't, for the moment of the question alone.
+    changes (`forget`); that it isn't, for the moment of the request alone.
     """
 
     def __init__(self) -> None:
@@ -201,7 +201,7 @@ class LocalAddresses:
             while True:
                 for message in netlink.messages(self._socket.recv(1 << 13)):
                     if message.sequence != self._sequence:
-                        continue  # what is late to a question that failed
+                        continue  # what is late to a request that failed
                     if code := message.error:
                         return False if code in _NO_ROUTE else None
                     return rtnetlink.route([message]).is_local

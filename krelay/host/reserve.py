@@ -1,8 +1,8 @@
 """Room on the disk that the file tree has in hand before it is needed.
 
 A user who writes a setting has it emptied first, and where the disk is full the block that this
-frees is soon somebody else's: the file stays empty, krelay can't show the value in force in it, and
-its next user can't write to it either.  So some blocks, and an inode, are kept in a file of no
+frees is soon another program's: the file stays empty, krelay can't show the value in force in it,
+and its next user can't write to it either.  So some blocks, and an inode, are kept in a file of no
 content, which is given up when a write finds no room, and made again when there is some.
 """
 

@@ -7,7 +7,7 @@ no connections: all it does is to answer which process holds one of some sockets
 krelay.
 
 If it is gone, nothing is known of anybody.  So it is while it doesn't answer (it can be stopped, as
-any process): krelay has packets to see to, so one question is waited for, and no other is asked
+any process): krelay has packets to see to, so one query is waited for, and no other is asked
 until that one was answered.
 """
 
@@ -62,14 +62,14 @@ class Witness:
         with suppress(ChildProcessError):
             os.waitpid(self._pid, 0)
 
-    def _ask(self, question: dict[str, Any]) -> Any:
+    def _ask(self, query: dict[str, Any]) -> Any:
         try:
             if self._answered != self._asked:
-                self._read(0.0)  # an answer that nobody waits for any more
+                self._read(0.0)  # an answer that is not waited for any more
             if self._answered != self._asked:
                 return None
             self._asked += 1
-            self._socket.send(json.dumps({"number": self._asked, **question}).encode())
+            self._socket.send(json.dumps({"number": self._asked, **query}).encode())
             return self._read(ANSWER_WITHIN)
         except (OSError, ValueError):
             return None
@@ -95,21 +95,21 @@ def _serve(its: socket.socket, parent: int) -> NoReturn:
         with suppress(seccomp.FilterUnavailable):
             seccomp.load(syscalls.allowed("witness"), syscalls.DEADLY)
         with socket.socket(fileno=kept) as connection:
-            while question := connection.recv(_ROOM):
-                connection.send(_answer(json.loads(question)))
+            while query := connection.recv(_ROOM):
+                connection.send(_answer(json.loads(query)))
     except (OSError, KeyboardInterrupt):
         pass
     finally:
         os._exit(0)
 
 
-def _answer(question: dict[str, Any]) -> bytes:
-    return json.dumps([question["number"], _looked(question)]).encode()
+def _answer(query: dict[str, Any]) -> bytes:
+    return json.dumps([query["number"], _looked(query)]).encode()
 
 
-def _looked(question: dict[str, Any]) -> Any:
-    inodes = question["inodes"]
-    if "pid" in question:
-        return listeners.holds_any(question["pid"], inodes)
+def _looked(query: dict[str, Any]) -> Any:
+    inodes = query["inodes"]
+    if "pid" in query:
+        return listeners.holds_any(query["pid"], inodes)
     found = listeners.holder(inodes)
     return None if found is None else list(found)

@@ -6,8 +6,8 @@ with the message `listening`, and krelay keeps that descriptor:
 - It is the socket itself, known by the kernel's cookie.  Only where every socket that could get a
   client's packets (sockdiag.Socket.may_accept_for) is one that was handed over are clients led
   there.  Otherwise they are refused, and `why_not` says why.
-- As long as it is held, nobody else can have the port, whatever becomes of the process: two sockets
-  listen on a port only if both say SO_REUSEPORT and are of one user (inet_csk_get_port).
+- As long as it is held, no other program can have the port, whatever becomes of the process: two
+  sockets listen on a port only if both say SO_REUSEPORT and are of one user (inet_csk_get_port).
 - When a tcp-relay's connection is lost, `on_change` is called first, which ends T1, and then the
   descriptor is closed: at no moment is anybody led to a port that another could have.
 
@@ -46,7 +46,7 @@ class GatewayPorts:
     ) -> None:
         """`cookie_of` tells a listening TCP socket's cookie, `listeners` who listens on a port.
 
-        `listeners` is None where the kernel doesn't tell; then nobody is led anywhere.  `close`
+        `listeners` is None where the kernel doesn't tell; then no client is led anywhere.  `close`
         closes descriptors.
         """
         self.on_change: Callable[[], object] = lambda: None
@@ -109,7 +109,7 @@ class GatewayPorts:
         self._changed([])
 
     def others(self, port: int) -> list[Socket] | None:
-        """The sockets that could get clients led to this port, and that nobody has handed over.
+        """The sockets that could get clients led to this port, and that no tcp-relay handed over.
 
         None where the kernel doesn't tell.
         """

@@ -84,7 +84,7 @@ class BadMessage(ValueError):
     """Bytes that are no message of this protocol.  The text says what is wrong."""
 
 
-# Nobody changes a message; that they aren't frozen is because making one would take thrice as long.
+# No part changes a message; they aren't frozen because making one would take thrice as long.
 
 
 @dataclass(slots=True, unsafe_hash=True)

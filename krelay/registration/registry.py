@@ -12,9 +12,9 @@ bounded by what krelay knows itself:
     close    flows of its own
 
 A flow belongs to the connection of the relay socket on which it was opened or resumed; when that
-connection is lost, tcp-relay has died (then the kernel resets the legs of its connections, and
+connection is lost, tcp-relay has ended (then the kernel resets the legs of its connections, and
 these resets still pass through the flows) or it will be back and resume them.  After ORPHAN_GRACE,
-flows that nobody has resumed are closed.
+flows that no tcp-relay has resumed are closed.
 
 What tcp-relays report is summed up over all that there have been: who is gone has still counted, so
 that totals never go backwards, but has nothing open.  A worker that comes back repeats what it has
@@ -77,7 +77,7 @@ class SocketOwners(Protocol):
     """Who of this host has which TCP connections, as the kernel knows it (sockdiag.SocketDiag)."""
 
     def carrier(self, local: Endpoint, remote: Endpoint, may_open: bool = False) -> int | None:
-        """The uid of who has this one; `may_open`: also one that isn't answered yet.  None: nobody.
+        """The uid of its owner; `may_open`: also one that isn't answered yet.  None: no process.
 
         Raises OSError if that can't be known.
         """
@@ -219,7 +219,7 @@ class Relays(IdleObserver):
             owner(Marked(flow.relay, flow.dscps))
 
     def on_time(self, now: float) -> None:
-        """Closes what nobody has come back for, and forgets flows that are no more."""
+        """Closes what no tcp-relay has come back for, and forgets flows that are no more."""
         while self._orphans and self._orphans[0][0] <= now:
             for flow_id in self._orphans.pop(0)[2]:
                 flow = self._nat.of_id(flow_id)
@@ -257,7 +257,7 @@ class Relays(IdleObserver):
         flow.accepted = True
         if flow.abort_asked or flow.closed_at is not None:
             self._nat.close(flow, now)
-            return Refused(request.id, "the row was ended")
+            return Refused(request.id, "the flow was ended")
         try:
             self._nat.attach(flow, request.relay, now, services=policy.tcp)
         except Refusal:
@@ -279,13 +279,13 @@ class Relays(IdleObserver):
             return Resumed(request.id, known.dscps)
         other = self._nat.mappings.accepted(request.client, request.gport)
         if other is not None and other.closed_at is None:
-            return Refused(request.id, "can't be resumed: another row has this client")
+            return Refused(request.id, "can't be resumed: another flow has this client")
         service = request.service or Endpoint(request.relay.addr, request.server.port)
         origin = request.origin or request.client
         policy = self._policy()
         source = request.source or (policy.source_for(request.client.addr) if policy else None)
         if now >= self.resumable_until or policy is None or source is None:
-            return Refused(request.id, "can't be resumed: krelay has no row of it")
+            return Refused(request.id, "can't be resumed: krelay has no flow of it")
         wrong = self._never_was(request, service, origin, source, policy, send, now)
         if wrong is not None:
             return Refused(request.id, f"can't be resumed: {wrong}")
@@ -316,7 +316,7 @@ class Relays(IdleObserver):
         return Resumed(request.id)
 
     def _is_own(self, address: bytes, policy: Policy, now: float) -> bool:
-        """Whether this host has this address; False, too, if nobody knows."""
+        """Whether this host has this address; False, too, if that isn't known."""
         return address in policy.own or bool(self.asks_host(address, now))
 
     def _never_was(
@@ -347,7 +347,7 @@ class Relays(IdleObserver):
             return "this was never in force"
         taken = self._nat.tables[Hook.PREROUTING, Proto.TCP].get(flow_key(origin, service))
         if taken is not None and taken.flow.closed_at is None:
-            return "another row has this client"
+            return "another flow has this client"
         link = self._links.get(send)
         try:
             whose = {
@@ -365,7 +365,7 @@ class Relays(IdleObserver):
         if flow is None:
             return None
         if self._owner.get(flow.id) is not send:
-            return Refused(None, "that row is not this tcp-relay's")
+            return Refused(None, "that flow is not this tcp-relay's")
         del self._owner[flow.id]
         self._nat.close(flow, now)
         return None

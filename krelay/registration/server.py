@@ -224,7 +224,7 @@ class _Link:
                 return True
             except OSError as error:
                 if error.errno in HOST_FAILS:  # what was said is still there to be read
-                    self._failures.tell(self._loop.now, "tcp-relay can't be heard now", error)
+                    self._failures.tell(self._loop.now, "tcp-relay can't be read from now", error)
                     return True
                 packet, held = b"", []
             if not packet:

@@ -41,7 +41,7 @@ class SocketDiag:
         return found
 
     def carrier(self, local: Endpoint, remote: Endpoint, may_open: bool = False) -> int | None:
-        """The uid of who has this connection, accepted or made; None if nobody has.
+        """The uid of who has this connection, accepted or made; None if no process has.
 
         With `may_open` also one that was begun here and isn't answered yet.
 
@@ -53,7 +53,7 @@ class SocketDiag:
                 return each.uid if opens or each.state in sockdiag.CARRYING else None
         except FileNotFoundError:
             if self.listeners(local.port) is None:
-                raise  # not the connection is unknown, but the question
+                raise  # not the connection is unknown, but the request
         return None
 
     def carriers(self, ends: Sequence[tuple[Endpoint, Endpoint]]) -> list[int | None]:
@@ -67,7 +67,7 @@ class SocketDiag:
         return found + [None] * (len(ends) - len(found))
 
     def _drain(self) -> None:
-        """Forgets the answers to a question that was given up."""
+        """Forgets the answers to a request that was given up."""
         with suppress(BlockingIOError):
             while self._receive():
                 pass

@@ -1,4 +1,4 @@
-"""Packets for people: one line for each, and which of them somebody wants to see.
+"""Packets for people: one line for each, and which of them a trace selects.
 
     T1 10.0.0.1:40000 > 192.168.0.2:80 [S] => > 192.168.0.2:16000 flow 17
     drop gateway_port 10.0.0.9:5000 > 192.168.0.2:16000 [S] answered [R.]
@@ -56,7 +56,10 @@ class Untouched(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which flows somebody wants to see; None means any."""
+    """Which flows a trace or a listing selects; None means any.
+
+    Tracing moves the selected flows to the slow path while it runs; the others stay offloaded.
+    """
 
     proto: Proto | None = None
     client_addr: bytes | None = None
@@ -83,7 +86,7 @@ class Filter:
             and (self.state is None or flow.state == self.state)
         )
 
-    def admits_stranger(self, packet: bytes) -> bool:
+    def admits_unmatched(self, packet: bytes) -> bool:
         """Whether a packet that no flow claims could be of such a flow, from or to its client."""
         if self == _ANY:
             return True
@@ -108,7 +111,7 @@ _ANY = Filter()
 
 
 class Recorder(Protocol):
-    """What becomes of packets that somebody wants to see.  Times are nanoseconds since 1970."""
+    """What becomes of packets that a trace selects.  Times are nanoseconds since 1970."""
 
     def begin(self) -> bytes:
         """What comes before all packets."""

@@ -235,7 +235,7 @@ def test_kill_ends_the_flow_that_it_names_and_no_other(world: World) -> None:
 
     gone = world.krelay("kill", str(datagrams["id"]), check=False)
     assert (gone.status, gone.stdout) == (1, "")
-    assert gone.stderr == (f"krelay kill: no row {datagrams['id']}; `show nat` lists them\n")
+    assert gone.stderr == (f"krelay kill: no flow {datagrams['id']}; `show nat` lists them\n")
 
 
 def test_set_real_ip_with_flush_ends_the_flows_to_the_old_server(world: World) -> None:

@@ -147,7 +147,7 @@ def test_rules_that_somebody_took_out_and_that_cannot_be_put_back_come_back(
     world.until_state("running")
     tool.break_it()
     world.lab.run("relay", "nft", "flush", "ruleset")
-    failed(world, "somebody took krelay's rules out, and they can't be put back")
+    failed(world, "krelay's rules were taken out, and they can't be put back")
     tool.repair()
 
     heals(world)

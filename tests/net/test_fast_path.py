@@ -31,7 +31,7 @@ UNDER_WAY = 60
 BUSY = 4
 """Packets after which a direction of UDP is handed over."""
 LOST = "the kernel's maps of flows aren't as krelay left them; made anew"
-FLUSHED = "somebody took krelay's rules out; they are put back"
+FLUSHED = "krelay's rules were taken out; they are put back"
 Element = tuple[str, str, str]
 """The map, the source and the destination of an element: `udp-u12`, `10.0.0.1:4000`, ..."""
 

@@ -35,7 +35,7 @@ table ip deaf {
 }
 """
 """Nobody who has these rules gets an answer when they open a connection."""
-OURS = "somebody took krelay's rules out; they are put back"
+OURS = "krelay's rules were taken out; they are put back"
 
 
 def begin_with(world: World, services: str, **programs: str) -> Path:
@@ -161,7 +161,7 @@ def test_rules_that_cannot_be_put_back_end_relaying_with_the_reason(world: World
     world.lab.run("relay", "nft", "flush", "ruleset")
 
     world.until(lambda: world.read("status/state").startswith("failed: "), "failed")
-    assert "somebody took krelay's rules out" in world.read("status/state")
+    assert "krelay's rules were taken out" in world.read("status/state")
     with pytest.raises(ConnectionRefusedError):
         world.connect("client", 80)
 

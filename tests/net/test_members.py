@@ -221,7 +221,7 @@ def command(world: World, gid: int, *words: str) -> tuple[int, str]:
         (VIEW, ("status",), 0, "running"),
         (VIEW, ("nat",), 0, ""),
         (VIEW, ("kill", "7"), 1, "usermod -aG krelay-admin USER"),
-        (ADMIN, ("kill", "7"), 1, "no row 7"),
+        (ADMIN, ("kill", "7"), 1, "no flow 7"),
         (RELAY, ("status",), 1, "usermod -aG krelay-view USER"),
         (NOBODY, ("trace",), 1, "usermod -aG krelay-view USER"),
     ],

@@ -52,7 +52,7 @@ REFUSED = [
     ("source", "server", "'server' is neither client nor relay"),
     ("datapath", "kernel", "'kernel' is neither auto nor queue"),
     ("timeouts/udp", "0", "'0' is not a number of seconds (1-604800)"),
-    ("limits/flows", "-1", "'-1' is not a number of rows (1-1000000)"),
+    ("limits/flows", "-1", "'-1' is not a number of flows (1-1000000)"),
     ("limits/new_flows_per_client", "many", "'many' is not a number of flows a second (0-1000000)"),
     ("limits/refusal", "icmp", "'icmp' is neither reset nor drop"),
 ]
@@ -245,9 +245,9 @@ def test_others_may_not_ask_or_register(served: World) -> None:
 GARBAGE = [
     (b"show nat proto=icmp\n", b"error: proto is tcp or udp, not 'icmp'\n\n"),
     (b"rm -rf /\n", b"error: 'rm' is no command; try help\n\n"),
-    (b"kill 999999\n", b"error: no row 999999; `show nat` lists them\n\n"),
+    (b"kill 999999\n", b"error: no flow 999999; `show nat` lists them\n\n"),
     (b"flush now\n", b"error: 'now' isn't understood here; flush stands alone\n\n"),
-    (b"kill x\n", b"error: kill takes the id of one row, as `show nat` lists it\n\n"),
+    (b"kill x\n", b"error: kill takes the id of one flow, as `show nat` lists it\n\n"),
     (b"\0\xff\xfe\n", None),
     (b"\n", b"error: no command; try help\n\n"),
 ]
@@ -288,7 +288,7 @@ def test_a_line_in_pieces_and_several_in_one_piece_are_answered_in_order(
         connection.shutdown(socket.SHUT_WR)
         config, error, commands, rest = answers.read().split("\n\n")
     assert f"services={SERVICES}" in config.splitlines()
-    assert error == "error: no row 0; `show nat` lists them"
+    assert error == "error: no flow 0; `show nat` lists them"
     assert "kill ID" in commands.splitlines()
     assert rest == ""
 

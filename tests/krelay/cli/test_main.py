@@ -282,7 +282,7 @@ REFUSED = [
     ("source", "server", "'server' is neither client nor relay"),
     ("datapath", "fast", "'fast' is neither auto nor queue"),
     ("timeouts/udp", "0", "'0' is not a number of seconds (1-604800)"),
-    ("limits/flows", "x", "'x' is not a number of rows (1-1000000)"),
+    ("limits/flows", "x", "'x' is not a number of flows (1-1000000)"),
 ]
 
 

@@ -140,9 +140,9 @@ def test_an_ended_flow_is_refused_and_closed(world: World) -> None:
     flow.tracker.client_acked = True
     world.relays.abort(flow, 0)
 
-    assert world.relays.handle(OPEN, world.one, 1) == Refused(1, "the row was ended")
+    assert world.relays.handle(OPEN, world.one, 1) == Refused(1, "the flow was ended")
     assert flow.state is State.CLOSED
-    assert world.relays.handle(OPEN, world.one, 2) == Refused(1, "the row was ended")
+    assert world.relays.handle(OPEN, world.one, 2) == Refused(1, "the flow was ended")
     assert flow.closed_at == 1
 
 
@@ -369,7 +369,7 @@ def test_a_flow_is_closed_by_its_own_tcp_relay_alone(world: World) -> None:
     flow = world.connected()
     for other in (world.two, world.joined(STRANGER), TcpRelay()):
         answer = world.relays.handle(Close(Y), other, 1)
-        assert answer == Refused(None, "that row is not this tcp-relay's")
+        assert answer == Refused(None, "that flow is not this tcp-relay's")
 
     assert flow.closed_at is None
 
@@ -459,7 +459,7 @@ def test_a_connection_that_this_user_does_not_have_is_not_resumed(
 def test_outside_of_a_restart_nothing_is_resumed_but_flows(world: World) -> None:
     world.relays.resumable_until = 5.0
     answer = world.relays.handle(RESUME, world.one, 5.0)
-    assert answer == Refused(2, "can't be resumed: krelay has no row of it")
+    assert answer == Refused(2, "can't be resumed: krelay has no flow of it")
     assert world.relays.handle(RESUME, world.one, 4.9) == Resumed(2)
     world.relays.lost(world.one, 6)
 
@@ -491,7 +491,7 @@ def test_no_clients_other_connection_is_displaced_by_one_that_is_resumed(world: 
 
     answer = world.relays.handle(request, world.two, 0)
 
-    assert answer == Refused(2, "can't be resumed: another row has this client")
+    assert answer == Refused(2, "can't be resumed: another flow has this client")
     assert all(rewrite.table[rewrite.old] is rewrite for rewrite in flow.rewrites.values())
 
 
@@ -596,7 +596,7 @@ def test_a_flow_that_tcp_relay_has_not_asked_for_waits_to_refuse_it(world: World
     world.relays.abort(flow, 1)
 
     assert flow.closed_at is None
-    assert world.relays.handle(OPEN, world.one, 2) == Refused(1, "the row was ended")
+    assert world.relays.handle(OPEN, world.one, 2) == Refused(1, "the flow was ended")
 
 
 def test_a_flow_whose_client_has_not_completed_its_handshake_ends_at_once(world: World) -> None:

@@ -178,7 +178,7 @@ def test_any_bytes_can_be_looked_at(packet: bytes) -> None:
     assert told.startswith("pass no_flow ")
     assert "\n" not in told
     for wanted in (Filter(), Filter(Proto.UDP), Filter(service=(Proto.TCP, 80))):
-        assert wanted.admits_stranger(packet) in (True, False)
+        assert wanted.admits_unmatched(packet) in (True, False)
 
 
 def test_lines_tell_what_was_lost_before_the_next_or_when_all_is_read() -> None:
@@ -257,5 +257,5 @@ def test_a_filter_admits_a_packet_without_a_flow_that_could_be_of_one(
         "icmp": ipv4.build(1, addr("C"), addr("K"), bytes(8)),
         "nonsense": b"\xff" * 40,
     }
-    found = [name for name, packet in packets.items() if wanted.admits_stranger(packet)]
+    found = [name for name, packet in packets.items() if wanted.admits_unmatched(packet)]
     assert found == admitted.split()
