@@ -67,6 +67,8 @@ def lines(page: Path) -> Iterator[str]:
             yield from (line[2:] for line in block.splitlines() if line[:2] in ("# ", "$ "))
         elif language == "sh":
             yield from block.splitlines()
+        elif language == "ini":  # a unit of systemd's
+            yield from re.findall(r"^ExecStart=(.+)$", block, re.MULTILINE)
     for span in SPAN.findall(FENCE.sub("", text(page))):
         if not GRAMMAR.search(span):
             yield " ".join(span.split())
@@ -187,6 +189,7 @@ def test_the_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
             "netns",
         ],
         ["make", "setup"],
+        ["/opt/krelay/.venv/bin/krelay", "daemon"],
     ):
         assert words in ours
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from krelay.control.metrics import COUNTERS
+from krelay.datapath.reasons import Reason
 from procfs_sim.tree import SETTINGS
 from tools.reference import counters, events, markdown, settings, sockets
 from tools.reference.markdown import NoSentence, agree, sentences
@@ -25,6 +26,11 @@ def test_each_setting_and_counter_is_listed() -> None:
     assert all(f"| `{name}` |" in settings.settings() for name in SETTINGS)
     assert all(f"| `{metric.name}` |" in counters.counters() for metric in COUNTERS)
     assert all(metric.sentence.endswith(".") for metric in COUNTERS)
+
+
+def test_each_reason_is_listed() -> None:
+    assert all(f"| `{reason}` |" in counters.reasons() for reason in Reason)
+    assert all(reason.sentence.endswith(".") for reason in Reason)
 
 
 def test_events_are_found() -> None:

@@ -16,7 +16,7 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     },
     "control-socket.md": {"commands": sockets.control},
     "relay-socket.md": {"requests": sockets.requests, "answers": sockets.answers},
-    "counters.md": {"counters": counters.counters},
+    "counters.md": {"counters": counters.counters, "reasons": counters.reasons},
     "log-events.md": {"events": events.tables},
 }
 
