@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
 
-from knet.endpoint import Endpoint, FlowKey, Proto, Source
+from knet.endpoint import Endpoint, Proto, Source, key_dst_end, key_src_end
 from knet.wire.checksum import ONES
 from krelay.nat.tcpstate import State, Tracker
 from krelay.steps import SIDES, Side, Step
@@ -117,12 +117,12 @@ class Rewrite:
     @property
     def src(self) -> Endpoint:
         """The source that packets leave with."""
-        return FlowKey.unpack(self.new).src
+        return key_src_end(self.new)
 
     @property
     def dst(self) -> Endpoint:
         """The destination that packets leave with."""
-        return FlowKey.unpack(self.new).dst
+        return key_dst_end(self.new)
 
 
 def deltas(old: bytes, new: bytes) -> tuple[int, int]:
@@ -167,6 +167,8 @@ class Flow:
     """TCP: the tcp-relay that had it is not connected any more."""
     marked_at: float = -inf
     """TCP: when a change of DSCP is the next to be followed, if there were many."""
+    heard_at: float = -inf
+    """TCP: when the server was last heard on a leg that the flow has given up (`detach`)."""
     reset_at: float = 0.0
     """TCP: when the RST came that made it `closing`."""
     closed_at: float | None = None
@@ -223,6 +225,8 @@ class Flow:
     def seen_at(self) -> float:
         """When the client or the server was last heard (RFC 4787 REQ-6; never the relay itself)."""
         seen = self.created_at
+        if self.heard_at > seen:
+            seen = self.heard_at
         for step, rewrite in self.rewrites.items():
             if rewrite.seen_at > seen and step in SIDES:
                 seen = rewrite.seen_at

@@ -217,6 +217,8 @@ class FlowStore:
         self.mappings.give_relay_back(flow)
         for step in (Step.T3, Step.T4):
             rewrite = flow.rewrites.pop(step)
+            if step is Step.T4 and rewrite.packets:
+                flow.heard_at = max(flow.heard_at, rewrite.seen_at)
             if rewrite.table.get(rewrite.old) is rewrite:
                 del rewrite.table[rewrite.old]
         self.mappings.give_outside_back(flow)

@@ -57,6 +57,8 @@ class FlowTracking:
             return
         if flow.id not in self._store.flows or isinstance(tracker, Through):
             return
+        if flow.rewrites.get(rewrite.step) is not rewrite:
+            flow.heard_at = max(flow.heard_at, now)  # of a leg that it has given up since
         before, reset = tracker.state, tracker.reset
         tracker.saw(SIDES[rewrite.step], ACK)
         tracker.reset = reset  # they came before the RST, which wasn't theirs

@@ -13,8 +13,10 @@ from knet.endpoint import (
     flow_key,
     key_addrs,
     key_dst,
+    key_dst_end,
     key_ports,
     key_src,
+    key_src_end,
     reverse_key,
     with_dst,
 )
@@ -121,5 +123,6 @@ def test_a_flow_key_of_either_family_is_read_as_it_is_written(
     assert FlowKey(src, dst).pack() == key
     assert reverse_key(key) == flow_key(dst, src) == FlowKey(src, dst).reverse().pack()
     assert (key_src(key), key_dst(key)) == (src.addr, dst.addr)
+    assert (key_src_end(key), key_dst_end(key)) == (src, dst)
     assert key_addrs(key) + key_ports(key) == key
     assert with_dst(key, other.addr) == flow_key(src, Endpoint(other.addr, dst.port))

@@ -402,6 +402,18 @@ def test_a_direct_query_is_forgotten_sooner_than_a_connection() -> None:
     assert at_server not in nat.direct
 
 
+def test_a_server_stays_heard_when_its_leg_is_given_up(nat: NatTable) -> None:
+    flow = open_tcp(nat)
+    nat.attach(flow, at("K:45678"), 0)
+    back = flow.rewrites[Step.T4]
+    back.packets, back.seen_at = 1, 100.0
+
+    nat.detach(flow)
+    assert flow.seen_at == 100
+    nat.tracking.heard(back, 1, 40, 101)  # what the kernel has counted is told later
+    assert flow.seen_at == 101
+
+
 def test_a_refused_second_attach_leaves_the_server_leg() -> None:
     nat = table()
     flow, other = open_tcp(nat), open_tcp(nat, "C:40001")
