@@ -78,38 +78,29 @@ class NewFlows:
         at = header.length
         src = Endpoint(header.src, int.from_bytes(packet[at : at + 2]))
         dst = Endpoint(header.dst, int.from_bytes(packet[at + 2 : at + 4]))
-        decision = self._classified(packet, header, proto, src, dst, hook, now)
-        if isinstance(decision, NotRewritten):
-            return decision
-        return self._created(decision, proto, src, dst, hook, now)
-
-    # First stage: what it is
-
-    def _classified(
-        self,
-        packet: bytes,
-        header: ipv4.Header,
-        proto: Proto,
-        src: Endpoint,
-        dst: Endpoint,
-        hook: int,
-        now: float,
-    ) -> Decision:
-        if self._state.policy is None:
+        policy = self._state.policy
+        if policy is None:
             return _NOT_RELAYING
-        flags = packet[header.length + tcp.FLAGS] if proto is _TCP else 0
-        here = self._is_here(proto, dst, src, hook, now)
+        flags = packet[at + tcp.FLAGS] if proto is _TCP else 0
+        # First stage: what it is
+        decision: Decision
+        end = dst if hook == _PREROUTING else src
+        here = end.addr in policy.own or self._is_here(proto, end, now)
         if here is None:
             return _ADDRESS_UNKNOWN
         if hook == _PREROUTING:
             if here:
-                return self._to_host(header, proto, src, dst, flags, now)
-            if not self.is_minded(proto, dst):
-                return self._unmatched(now)
-            return _DIRECT if self._can_be_forwarded(header, dst.addr) else _NOT_FORWARDED
-        if here:
-            return self._from_host(packet, header, proto, src, dst, flags, now)
-        return self._passing(proto, src, dst, flags, now)
+                decision = self._to_host(header, proto, src, dst, flags, now)
+            else:
+                decision = self._through_host(header, proto, dst, now)
+        elif here:
+            decision = self._from_host(packet, header, proto, src, dst, flags, now)
+        else:
+            decision = self._passing(proto, src, dst, flags, now)
+        if isinstance(decision, NotRewritten):
+            return decision
+        # Second stage: its flow is made
+        return self._created(decision, proto, src, dst, hook, now)
 
     def _to_host(
         self,
@@ -143,6 +134,14 @@ class NewFlows:
             return _NEW_TCP
         server = policy.backend_for(dst, src)
         return _NEW_FORWARDED if self._can_be_forwarded(header, server.addr) else _NOT_FORWARDED
+
+    def _through_host(
+        self, header: ipv4.Header, proto: Proto, dst: Endpoint, now: float
+    ) -> Decision:
+        """A packet that comes in and will be forwarded."""
+        if not self.is_minded(proto, dst):
+            return self._unmatched(now)
+        return _DIRECT if self._can_be_forwarded(header, dst.addr) else _NOT_FORWARDED
 
     def _from_host(
         self,
@@ -265,20 +264,15 @@ class NewFlows:
 
     # What is asked for it
 
-    def _is_here(
-        self, proto: Proto, dst: Endpoint, src: Endpoint, hook: int, now: float
-    ) -> bool | None:
-        """Whether this host is the end of a packet's that the rules ask about: where it goes to, in
-        POSTROUTING where it comes from.
+    def _is_here(self, proto: Proto, end: Endpoint, now: float) -> bool | None:
+        """Whether this host is the end of a packet's that the rules ask about, though it isn't
+        known as one: where it goes to, in POSTROUTING where it comes from.
 
-        Where that end isn't known as one and it matters, the kernel is asked, since it has decided
-        the same a moment ago; None: it doesn't tell, so nothing may be led or refused for that.
+        Where that matters, the kernel is asked, since it has decided the same a moment ago; None:
+        it doesn't tell, so nothing may be led or refused for that.
         """
         policy = self._state.policy
         assert policy is not None
-        end = dst if hook == _PREROUTING else src
-        if end.addr in policy.own:
-            return True
         if end.addr in policy.backends:
             return False
         matters = policy.serves(proto, end.port) or (proto is _TCP and self._is_gateway(end.port))

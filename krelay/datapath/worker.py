@@ -82,7 +82,6 @@ class Worker(WorkerState):
         for hook in Hook:
             self._tcp[hook] = nat.tables[hook, Proto.TCP]
             self._udp[hook] = nat.tables[hook, Proto.UDP]
-        self._tables = {Proto.TCP: self._tcp, Proto.UDP: self._udp}
 
     def handle(self, packet: bytes, hook: int, now: float) -> bytes | Verdict:
         """What the packet becomes: other bytes, or a verdict.  Never raises for any bytes."""
@@ -163,11 +162,14 @@ class Worker(WorkerState):
                 return self._drop(OF_WORD[bad.reason])  # whole, it might have been a flow's
             return self._pass(OF_WORD[bad.reason])
         at = header.length
-        rewrite = self._tables[proto][hook].get(packet[ipv4.ADDRESSES] + packet[at : at + 4])
+        tables = self._tcp if proto is _TCP else self._udp
+        rewrite = tables[hook].get(packet[ipv4.ADDRESSES] + packet[at : at + 4])
         found: Rewrite | NotRewritten
         try:
             if rewrite is None:
                 found = self._new_flows.begin(packet, header, proto, hook, now)
+                if isinstance(found, Pass):
+                    return self._pass(found.reason)
                 if isinstance(found, Rewrite) and packet[0] == ipv4.PLAIN:
                     return self.handle(packet, hook, now)  # the usual way is open to it now
             else:

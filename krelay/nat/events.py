@@ -8,8 +8,8 @@ Each call is made in the midst of a change of the table, so an observer may read
 call `NatTable.heard`, but must neither make nor end flows, and raises nothing.
 """
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from knet.endpoint import Endpoint
 from krelay.nat.flow import Flow, Rewrite
@@ -88,52 +88,61 @@ class IdleObserver(NatObserver):
 
 
 class Observers(NatObserver):
-    """Passes each event on to all of its observers, in the order in which they were added."""
+    """Passes each event on to those of its observers that care for it, in the order in which they
+    were added."""
 
     def __init__(self, observers: Iterable[NatObserver] = ()) -> None:
-        self._all = tuple(observers)
+        self._told: dict[str, tuple[Callable[..., Any], ...]] = dict.fromkeys(_EVENTS, ())
+        for observer in observers:
+            self.add(observer)
 
     def add(self, observer: NatObserver) -> None:
         """It is told from now on, after those that were there before."""
-        self._all = (*self._all, observer)
+        for event in _EVENTS:
+            method = getattr(observer, event)
+            if getattr(method, "__func__", None) is not getattr(IdleObserver, event):
+                self._told[event] += (method,)
 
     def changed(self, flow: Flow) -> None:
-        for each in self._all:
-            each.changed(flow)
+        for tell in self._told["changed"]:
+            tell(flow)
 
     def marked(self, flow: Flow) -> None:
-        for each in self._all:
-            each.marked(flow)
+        for tell in self._told["marked"]:
+            tell(flow)
 
     def closed(self, flow: Flow, now: float) -> None:
-        for each in self._all:
-            each.closed(flow, now)
+        for tell in self._told["closed"]:
+            tell(flow, now)
 
     def ended(self, flow: Flow) -> None:
-        for each in self._all:
-            each.ended(flow)
+        for tell in self._told["ended"]:
+            tell(flow)
 
     def displaced(self, flow: Flow) -> None:
-        for each in self._all:
-            each.displaced(flow)
+        for tell in self._told["displaced"]:
+            tell(flow)
 
     def before_mark(self, rewrite: Rewrite) -> None:
-        for each in self._all:
-            each.before_mark(rewrite)
+        for tell in self._told["before_mark"]:
+            tell(rewrite)
 
     def before_expiry(self, flows: list[Flow]) -> None:
-        for each in self._all:
-            each.before_expiry(flows)
+        for tell in self._told["before_expiry"]:
+            tell(flows)
 
     def needs_rules(self) -> None:
-        for each in self._all:
-            each.needs_rules()
+        for tell in self._told["needs_rules"]:
+            tell()
 
     def needs_ends(self) -> None:
-        for each in self._all:
-            each.needs_ends()
+        for tell in self._told["needs_ends"]:
+            tell()
 
     def learnt_address(self, client: Endpoint) -> bytes | None:
         """The first answer that isn't None."""
-        answers = (each.learnt_address(client) for each in self._all)
+        answers = (ask(client) for ask in self._told["learnt_address"])
         return next((found for found in answers if found is not None), None)
+
+
+_EVENTS = [name for name in vars(IdleObserver) if not name.startswith("_")]

@@ -130,7 +130,10 @@ class Mappings:
         for each in flow.reserved:
             if outside.get(each) is flow:
                 del outside[each]
-            if flow.is_any_port and self._asked_by.get(_known_by(each)) is flow:
+
+    def _forget_any_port(self, flow: Flow) -> None:
+        for each in flow.reserved:
+            if self._asked_by.get(_known_by(each)) is flow:
                 del self._asked_by[_known_by(each)]
 
     def give_relay_back(self, flow: Flow) -> None:
@@ -140,7 +143,12 @@ class Mappings:
 
     def give_back(self, flow: Flow) -> None:
         """The flow has ended."""
-        self.give_outside_back(flow)
+        outside = self._outside[flow.proto]  # as give_outside_back: a call would cost a part of it
+        for each in flow.reserved:
+            if outside.get(each) is flow:
+                del outside[each]
+        if flow.is_any_port:
+            self._forget_any_port(flow)
         if flow.inside and flow.gport and self._inside.get((flow.inside, flow.gport)) is flow:
             del self._inside[flow.inside, flow.gport]
         if flow.relay and flow.gport is None:
