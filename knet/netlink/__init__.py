@@ -19,6 +19,7 @@ the host's own; those inside netfilter's attributes, and the resource id, the ne
 rtnetlink  a host's addresses and routes
 sockdiag   its TCP sockets
 nftables   elements of maps, and rules with a text beside them
+socket     a netlink socket: opened, asked, read; the only one that is no pure module
 nflog      copies of packets' heads
 """
 
@@ -42,7 +43,7 @@ GENERIC = 4
 IPV4 = 2
 """NFPROTO_IPV4."""
 
-_HEAD = struct.Struct("=IHHII")
+HEADER = struct.Struct("=IHHII")
 _GENERIC = struct.Struct("!BBH")
 _ATTRIBUTE = struct.Struct("=HH")
 _CODE = struct.Struct("=i")
@@ -89,7 +90,7 @@ def message(
 
 def request(kind: int, flags: int, body: bytes, *, sequence: int = 0) -> bytes:
     """A request of any family: what follows its sixteen bytes is that family's matter."""
-    return _HEAD.pack(HEAD + len(body), kind, REQUEST | flags, sequence, 0) + body
+    return HEADER.pack(HEAD + len(body), kind, REQUEST | flags, sequence, 0) + body
 
 
 def batch(subsystem: int, messages: bytes) -> bytes:
@@ -107,8 +108,8 @@ def _batch_ends(subsystem: int) -> tuple[bytes, bytes]:
 
 def acknowledged(request: bytes) -> bytes:
     """The same request, to be acknowledged also if all is well."""
-    length, kind, flags, sequence, port = _HEAD.unpack_from(request)
-    return _HEAD.pack(length, kind, flags | ACK, sequence, port) + request[HEAD:]
+    length, kind, flags, sequence, port = HEADER.unpack_from(request)
+    return HEADER.pack(length, kind, flags | ACK, sequence, port) + request[HEAD:]
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -135,7 +136,7 @@ def messages(data: bytes) -> Iterator[Message]:
     """What was received, message by message.  Ends before the first that isn't whole."""
     at = 0
     while at + HEAD <= len(data):
-        length, kind, flags, sequence, _ = _HEAD.unpack_from(data, at)
+        length, kind, flags, sequence, _ = HEADER.unpack_from(data, at)
         if length < HEAD or at + length > len(data):
             return
         yield Message(kind >> 8, kind & 0xFF, flags, sequence, data[at + HEAD : at + length])

@@ -32,8 +32,7 @@ FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING; in TIME_WAIT and SYN_RECV no program h
 
 _TCP = 6
 _ANY_COOKIE = b"\xff" * 8
-_HEAD = struct.Struct("=IHHII")
-_REQUEST = struct.Struct("=IHHIIBBBxIHH16s16sI8s")
+_REQUEST = struct.Struct("=BBBxIHH16s16sI8s")
 _MESSAGE = struct.Struct("=BBBB4s16s16sI8sIIIII")
 _PORTS = struct.Struct("!HH")
 _V6ONLY = 11
@@ -104,10 +103,10 @@ def carried_by(data: bytes) -> int | None:
 
     As `sockets` tells it, in a third of the time.
     """
-    length, kind, _, _, _ = _HEAD.unpack_from(data)
-    if kind != BY_FAMILY or not _HEAD.size + _MESSAGE.size <= length <= len(data):
+    length, kind, *_ = netlink.HEADER.unpack_from(data)
+    if kind != BY_FAMILY or not netlink.HEAD + _MESSAGE.size <= length <= len(data):
         return None
-    _, state, *_, uid, _ = _MESSAGE.unpack_from(data, _HEAD.size)
+    _, state, *_, uid, _ = _MESSAGE.unpack_from(data, netlink.HEAD)
     return uid if state in CARRYING else None
 
 
@@ -144,12 +143,7 @@ def _request(
 ) -> bytes:
     source, destination = (address.ljust(16, b"\0") for address in addresses)
     ports = _PORTS.pack(port, peer)
-    return _REQUEST.pack(
-        _REQUEST.size,
-        BY_FAMILY,
-        netlink.REQUEST | flags,
-        0,
-        0,
+    body = _REQUEST.pack(
         family,
         _TCP,
         0,
@@ -160,3 +154,4 @@ def _request(
         0,
         _ANY_COOKIE,
     )
+    return netlink.request(BY_FAMILY, flags, body)

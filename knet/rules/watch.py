@@ -7,7 +7,6 @@ alike (linux/netfilter/nf_tables.h).  What was *added* is of no interest: nobody
 ours away by that.
 """
 
-import errno
 import socket
 import struct
 import sys
@@ -15,6 +14,7 @@ from array import array
 from collections.abc import Iterator
 
 from knet import netlink
+from knet.netlink.socket import NetlinkSocket
 
 NFNLGRP_NFTABLES = 7
 SUBSYS_NFTABLES = 10
@@ -33,14 +33,8 @@ class RuleWatcher:
     """A socket of that group.  Raises OSError where the kernel has none, or without privilege."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.FAMILY)
-        try:
-            self._socket.setblocking(False)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
-            self._socket.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
-        except OSError:
-            self._socket.close()
-            raise
+        group = 1 << (NFNLGRP_NFTABLES - 1)
+        self._socket = NetlinkSocket(netlink.FAMILY, groups=group, timeout=0, buffer=BUFFER)
 
     def fileno(self) -> int:
         """Readable when something was announced."""
@@ -66,15 +60,12 @@ class RuleWatcher:
         """The tables from which something was taken since; None: any, for messages were lost."""
         tables: set[str] = set()
         lost = False
-        while True:
-            try:
-                tables.update(taken_from(self._socket.recv(1 << 16)))
-            except BlockingIOError:
-                return None if lost else frozenset(tables)
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
+        for data in self._socket.waiting():
+            if data is None:
                 lost = True
+            else:
+                tables.update(taken_from(data))
+        return None if lost else frozenset(tables)
 
     def close(self) -> None:
         """Stops watching."""

@@ -14,7 +14,6 @@ The descriptors are opened at the start and kept: a host that has none left look
 
 import errno
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +22,7 @@ from typing import NamedTuple
 
 from knet import localports, netlink
 from knet.netlink import Message, rtnetlink
+from knet.netlink.socket import NetlinkSocket
 from knet.networks import network
 
 _GROUPS = 0x1 | 0x10 | 0x40
@@ -67,8 +67,7 @@ class Looker:
         self._reserved_ports: frozenset[int] = frozenset()
         try:
             self._reserved = os.open(localports.RESERVED, os.O_RDONLY | os.O_CLOEXEC)
-            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-            self._socket.settimeout(PATIENCE)
+            self._socket = NetlinkSocket(rtnetlink.FAMILY, timeout=PATIENCE)
         except BaseException:
             os.close(self._forward)
             if self._reserved >= 0:
@@ -164,8 +163,8 @@ class LocalAddresses:
         self._others: dict[bytes, bool | None] = {}
         self._asked_at = -1.0
         self._sequence = 0
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        self._socket.setblocking(False)  # what is asked is answered before `send` returns
+        # What is asked is answered before `send` returns.
+        self._socket = NetlinkSocket(rtnetlink.FAMILY, timeout=0)
 
     def has(self, address: bytes, now: float) -> bool | None:
         """Whether this is an address of this host; None if the kernel doesn't tell."""
@@ -221,9 +220,7 @@ class LinkWatcher:
     """Tells when links, addresses or routes have changed."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        self._socket.setblocking(False)
-        self._socket.bind((0, _GROUPS))
+        self._socket = NetlinkSocket(rtnetlink.FAMILY, groups=_GROUPS, timeout=0)
 
     def fileno(self) -> int:
         """Readable when something has changed."""
@@ -231,14 +228,8 @@ class LinkWatcher:
 
     def drain(self) -> None:
         """Forgets what was told: whoever calls this looks for himself."""
-        while True:
-            try:
-                self._socket.recv(1 << 16)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
+        for _ in self._socket.waiting():
+            pass
 
     def close(self) -> None:
         """Stops watching."""

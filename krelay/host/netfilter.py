@@ -17,7 +17,6 @@ import ctypes
 import json
 import os
 import shutil
-import socket
 import threading
 from collections import Counter
 from contextlib import suppress
@@ -29,6 +28,7 @@ from typing import Any, Protocol
 
 from knet import netlink
 from knet.netlink import nftables
+from knet.netlink.socket import NetlinkSocket
 from knet.rules import iptables
 from knet.rules.run import PASSING, TIMEOUT, RulesAbsent, RulesDelayed, RulesUnavailable, run
 from krelay.rules import ruleset
@@ -361,16 +361,8 @@ def _leave_for_a_new_namespace() -> bool:
 
 def _send_rules(*rules: bytes) -> None:
     """Puts these in, in one transaction.  Raises OSError."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.FAMILY) as kernel:
-        kernel.settimeout(TIMEOUT)
-        kernel.bind((0, 0))
-        kernel.send(nftables.joined(rules))
-        heard = 0
-        while heard < len(rules):
-            for message in netlink.messages(kernel.recv(1 << 16)):
-                heard += 1
-                if message.error:
-                    raise OSError(message.error, os.strerror(message.error))
+    with NetlinkSocket(netlink.FAMILY, timeout=TIMEOUT) as kernel:
+        kernel.carry_out(nftables.joined(rules), len(rules))
 
 
 @cache

@@ -8,12 +8,11 @@ the group, or its buffer is full, there are no copies, and packets go on all the
 """
 
 import errno
-import os
-import socket
 
 from knet import netlink
 from knet.netlink import nflog
 from knet.netlink.nflog import Copy
+from knet.netlink.socket import NetlinkSocket
 from knet.sockbuf import Direction, enlarge
 
 SOCKET_BUFFER = 8 << 20
@@ -39,10 +38,9 @@ class Copies:
         self.lost = 0
         """How often the kernel told that it had dropped copies for want of buffer."""
         self._reader = nflog.Reader()
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.FAMILY)
+        self._socket = NetlinkSocket(netlink.FAMILY, timeout=TIMEOUT)
         self._receive = self._socket.recv
         try:
-            self._socket.bind((0, 0))
             enlarge(self._socket, Direction.RECEIVING, buffer)
             self._take(group, together)
             self._socket.setblocking(False)
@@ -83,15 +81,9 @@ class Copies:
         self._socket.close()
 
     def _take(self, group: int, together: int) -> None:
-        self._socket.settimeout(TIMEOUT)
-        self._socket.send(nflog.settings(group, _SEQUENCE, together))
-        while True:
-            for message in netlink.messages(self._receive(nflog.ROOM)):
-                if message.error is None or message.sequence != _SEQUENCE:
-                    continue  # a copy, made since
-                if message.error == errno.EPERM:
-                    # Whose socket it is, not what he may, which nf_tables has granted before.
-                    raise OSError(errno.EBUSY, f"log group {group} is another program's")
-                if message.error:
-                    raise OSError(message.error, os.strerror(message.error))
-                return
+        settings = nflog.settings(group, _SEQUENCE, together)
+        try:
+            self._socket.carry_out(settings, 1, _SEQUENCE)  # copies may come before it is answered
+        except PermissionError:
+            # Whose socket it is, not what he may, which nf_tables has granted before.
+            raise OSError(errno.EBUSY, f"log group {group} is another program's") from None

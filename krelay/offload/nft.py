@@ -19,6 +19,7 @@ from knet import netlink
 from knet.endpoint import Proto
 from knet.netlink import nftables
 from knet.netlink.nftables import Elements
+from knet.netlink.socket import NetlinkSocket
 from knet.sockbuf import Direction, enlarge
 from krelay.nat.flow import Rewrite
 from krelay.offload.backend import Changes, Counted, OffloadBackend, OffloadLost, begins, new_value
@@ -69,7 +70,7 @@ class NftBackend(OffloadBackend):
     @property
     def port(self) -> int:
         """Of this socket: the changes it makes are announced with it."""
-        return int(self._socket.getsockname()[0])
+        return self._socket.port
 
     def change(self, changes: Changes) -> list[Counted]:
         """Carries them out; what was counted for those that were withdrawn, in any order.
@@ -253,11 +254,10 @@ class NftBackend(OffloadBackend):
         raise OffloadLost("the kernel doesn't answer")
 
 
-def _connected() -> tuple[socket.socket, int]:
+def _connected() -> tuple[NetlinkSocket, int]:
     """A socket, and how many elements its buffers take at a time."""
-    kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.FAMILY)
+    kernel = NetlinkSocket(netlink.FAMILY)
     try:
-        kernel.bind((0, 0))
         kernel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _WAITS)
         granted = min(enlarge(kernel, direction, _BUFFER) for direction in Direction)
     except OSError:

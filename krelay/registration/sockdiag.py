@@ -4,13 +4,13 @@ The answer is the kernel's own, of one system call or two; no process is looked 
 """
 
 import errno
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import starmap
 
 from knet.endpoint import Endpoint
 from knet.netlink import sockdiag
+from knet.netlink.socket import NetlinkSocket
 
 BUFFER = 1 << 16
 
@@ -19,9 +19,9 @@ class SocketDiag:
     """A socket to ask by, in hand from the start.  Raises OSError if the kernel gives none."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sockdiag.FAMILY)
+        # What is asked is answered before `send` returns.
+        self._socket = NetlinkSocket(sockdiag.FAMILY, timeout=0)
         self._buffer = memoryview(bytearray(BUFFER))
-        self._socket.setblocking(False)  # what is asked is answered before `send` returns
 
     def close(self) -> None:
         """Asks nothing more."""
