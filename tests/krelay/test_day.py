@@ -7,7 +7,7 @@ all of it for each packet.  It foretells each verdict, and holds the table, its 
 counters to its own.  What the relay may choose, a port, the model reads off and checks.
 
 The day goes by once as if every packet visited the worker, and once with a kernel before it that is
-handed flows.  The model knows nothing of that: nobody can tell, but for flows that go a little
+offloaded flows.  The model knows nothing of that: nobody can tell, but for flows that go a little
 late.
 
     KRELAY_SEED=123 pytest tests/krelay/test_day.py            that day

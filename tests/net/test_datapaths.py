@@ -93,7 +93,7 @@ def test_a_connections_bytes_are_those_of_its_flow(busy: World, port: int) -> No
     busy.soon(counted, "all bytes counted")
 
 
-def test_what_the_kernel_was_handed_is_taken_back_when_its_flow_ends(busy: World) -> None:
+def test_what_the_kernel_was_given_is_withdrawn_when_its_flow_ends(busy: World) -> None:
     with (
         busy.connect("client", 80) as terminated,
         busy.connect("client", 443) as forwarded,
@@ -170,14 +170,14 @@ def test_a_trace_takes_its_own_flows_back_and_leaves_the_others(busy: World) -> 
     with busy.connect("client", 80) as one, busy.connect("client2", 80) as other:
         greet(one)
         greet(other)
-        busy.soon(lambda: quiet(one) == quiet(other) == busy.in_kernel, "both handed over or none")
+        busy.soon(lambda: quiet(one) == quiet(other) == busy.in_kernel, "both offloaded or none")
         with control_socket(busy.root) as trace, trace.makefile() as lines:
             trace.sendall(f"trace client={others}\n".encode())
             busy.until(lambda: not quiet(other), "the traced one in the queue")
             busy.until(still, "an end of that")
             assert quiet(one) == busy.in_kernel
             assert others in next(lines)
-        busy.soon(lambda: quiet(other) == busy.in_kernel, "handed over again")
+        busy.soon(lambda: quiet(other) == busy.in_kernel, "offloaded again")
         assert quiet(one) == busy.in_kernel
 
 

@@ -1,4 +1,4 @@
-"""Flows that the kernel was handed: ended, flushed, switched, left alone, and always told of."""
+"""Flows that the kernel was given: ended, flushed, switched, left alone, and always told of."""
 
 import json
 import re
@@ -22,14 +22,14 @@ from tests.net.world import AGREES_WITHIN, GPORT, World, echo, greet
 
 pytestmark = [
     pytest.mark.net,
-    pytest.mark.one_datapath("what the kernel was handed is there in one of them alone"),
+    pytest.mark.one_datapath("what the kernel was given is there in one of them alone"),
 ]
 
 DATAGRAM = b"some words"
 UNDER_WAY = 60
 """Datagrams that wait for their answers at most: all that a socket surely holds."""
 BUSY = 4
-"""Packets after which a direction of UDP is handed over."""
+"""Packets after which a direction of UDP is offloaded."""
 LOST = "the kernel's maps of flows aren't as krelay left them; made anew"
 FLUSHED = "krelay's rules were taken out; they are put back"
 Element = tuple[str, str, str]

@@ -81,7 +81,7 @@ def test_a_flow_is_asked_again_and_its_flow_stays_the_same() -> None:
     assert figures(only(nat))[0] == [2, 1]
 
 
-def test_a_port_that_asks_again_and_again_gets_a_flow_that_can_be_handed_over() -> None:
+def test_a_port_that_asks_again_and_again_gets_a_flow_that_can_be_offloaded() -> None:
     nat = table()
     changed: list[Flow] = []
     observe(nat, changed=changed.append)

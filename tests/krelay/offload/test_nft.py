@@ -1,4 +1,4 @@
-"""Maps of flows in a real kernel: written, counted by real packets, read, and given back."""
+"""Maps of flows in a real kernel: written, counted by real packets, read, and withdrawn."""
 
 import errno
 import json
@@ -145,7 +145,7 @@ def test_packets_are_rewritten_and_counted_each_way(host: Host) -> None:
             server.recv(1000)
 
 
-def test_counts_of_what_is_given_back_are_each_its_own(host: Host) -> None:
+def test_counts_of_what_is_withdrawn_are_each_its_own(host: Host) -> None:
     """Rewrites whose counts nobody reads are told of by nobody, also between others."""
     flows = [host.tcp(port) for port in range(20000, 20600, 2)]
     rewrites = [rewrite for flow in flows for rewrite in flow.rewrites.values()]

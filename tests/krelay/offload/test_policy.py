@@ -128,10 +128,10 @@ def shown(flow: Flow) -> tuple[list[int], list[int]]:
     return [side.packets for side in sides], [side.bytes for side in sides]
 
 
-# When flows are handed over
+# When flows are offloaded
 
 
-def test_a_connection_is_handed_over_as_far_as_it_has_come() -> None:
+def test_a_connection_is_offloaded_as_far_as_it_has_come() -> None:
     d = datapath()
     flow = opened(d)
     assert handed(d, flow) == {Step.T1, Step.T2}
@@ -144,7 +144,7 @@ def test_a_connection_is_handed_over_as_far_as_it_has_come() -> None:
     assert by(d, POST, "K:16000 > C:40000 [P.]", "K:16000 > C:40000 [F.]") == ["kernel"] * 2
 
 
-def test_of_connections_that_are_only_begun_a_number_is_handed_over() -> None:
+def test_of_connections_that_are_only_begun_a_number_is_offloaded() -> None:
     """They may be forged, all of them."""
     d = datapath(room=2 * HALF_OPEN)
     d.nat.limits = FlowLimits(10_000, 10_000)
@@ -213,7 +213,7 @@ def test_what_changes_how_a_connection_stands_visits_the_worker() -> None:
         assert flow.state is State.CLOSING
 
 
-def test_a_forwarded_connection_is_handed_over_when_it_is_established() -> None:
+def test_a_forwarded_connection_is_offloaded_when_it_is_established() -> None:
     d = datapath()
     flow = forwarded(d)
     assert handed(d, flow) == BOTH
@@ -222,7 +222,7 @@ def test_a_forwarded_connection_is_handed_over_when_it_is_established() -> None:
     assert flow.state is State.CLOSING
 
 
-def test_a_direction_of_udp_is_handed_over_when_it_is_busy() -> None:
+def test_a_direction_of_udp_is_offloaded_when_it_is_busy() -> None:
     d = datapath()
     flow = asked(d, times=BUSY - 1)
     assert handed(d, flow) == frozenset()
@@ -288,10 +288,10 @@ def test_what_changes_a_port_beside_stays_with_the_worker() -> None:
     assert handed(d, other) == frozenset()
 
 
-# When they are taken back
+# When they are withdrawn
 
 
-def test_a_forwarded_connection_that_is_over_is_taken_back_or_never_handed_over() -> None:
+def test_a_forwarded_connection_that_is_over_is_withdrawn_or_never_offloaded() -> None:
     d = datapath()
     flow = forwarded(d)
     assert handed(d, flow) == BOTH
@@ -305,7 +305,7 @@ def test_a_forwarded_connection_that_is_over_is_taken_back_or_never_handed_over(
     assert handed(d, flow) == frozenset()
 
 
-def test_a_reset_takes_all_back_until_an_end_says_that_it_lives() -> None:
+def test_a_reset_withdraws_all_until_an_end_says_that_it_lives() -> None:
     d = datapath()
     flow = connected(d)
     by(d, PRE, "S:80 > C:45678 [R]")  # its number is tcp-relay's host's to judge
@@ -363,7 +363,7 @@ def test_a_closed_connection_retires_when_its_last_packets_are_through() -> None
     assert d.offload.accounting.flows == 0
 
 
-def test_a_connection_that_gives_up_its_port_is_taken_back() -> None:
+def test_a_connection_that_gives_up_its_port_is_withdrawn() -> None:
     """From that port tcp-relay couldn't connect."""
     d = datapath()
     flow = opened(d)
@@ -378,7 +378,7 @@ def test_a_connection_that_gives_up_its_port_is_taken_back() -> None:
     assert len(d.kernel) == 0
 
 
-def test_a_killed_flow_is_taken_back_before_the_ends_are_told() -> None:
+def test_a_killed_flow_is_withdrawn_before_the_ends_are_told() -> None:
     d = datapath()
     flow = forwarded(d)
     d.nat.kill(flow, 0)
@@ -407,7 +407,7 @@ def test_flows_that_are_traced_and_no_others_are_the_workers() -> None:
     assert [handed(d, each) for each in (flow, other, udp, late)] == [ALL, ALL, BOTH, BOTH]
 
 
-def test_room_is_made_by_what_is_taken_back_and_each_map_has_its_own() -> None:
+def test_room_is_made_by_what_is_withdrawn_and_each_map_has_its_own() -> None:
     d = datapath(room=2)
     flows = [asked(d, f"C:{port}") for port in (4000, 4001, 4002)]
     assert [bool(handed(d, flow)) for flow in flows] == [True, True, False]
@@ -419,7 +419,7 @@ def test_room_is_made_by_what_is_taken_back_and_each_map_has_its_own() -> None:
     assert handed(d, flows[2]) == BOTH
 
 
-def test_nothing_is_handed_over_where_there_are_no_maps() -> None:
+def test_nothing_is_offloaded_where_there_are_no_maps() -> None:
     d = datapath(room=0)
     flow, other = connected(d), asked(d)
     close(d)
@@ -447,7 +447,7 @@ def test_maps_that_are_made_anew_get_all_that_should_be_in_them() -> None:
     assert shown(udp)[0] == [BUSY + 4, BUSY]
 
 
-def test_what_the_kernel_has_learnt_by_itself_is_not_handed_to_it() -> None:
+def test_what_the_kernel_has_learnt_by_itself_is_not_offloaded() -> None:
     """The table makes flows of it to be shown, which have no packets."""
     d = datapath()
     d.nat.dns_flows.learns(d.policy.own, d.policy.server)
@@ -589,7 +589,7 @@ def test_a_relay_port_that_is_used_again_never_carries_the_former_clients_addres
     assert handed(d, other) == ALL
 
 
-def test_a_flow_is_given_back_before_another_with_its_addresses_is_handed_over() -> None:
+def test_a_flow_is_withdrawn_before_another_with_its_addresses_is_offloaded() -> None:
     d = datapath()
     flow = asked(d)
     for most in (1, 2, 10):
@@ -665,7 +665,7 @@ def test_what_is_wanted_again_before_the_kernel_was_told_stays_there_and_is_look
     assert shown(flow)[0] == [BUSY + 3, BUSY]
 
 
-def test_counts_are_right_when_a_rewrite_is_taken_back_and_handed_over_again() -> None:
+def test_counts_are_right_when_a_rewrite_is_withdrawn_and_offloaded_again() -> None:
     d = datapath()
     flow = asked(d)
     size = len(template("C:4000 > K:53").build())
@@ -757,7 +757,7 @@ def test_flows_that_have_ended_take_nobodys_turn() -> None:
 
 
 def asked_once(d: Datapath, number: int) -> Flow:
-    """A flow that is handed over though it hasn't said so much."""
+    """A flow that is offloaded though it hasn't said so much."""
     client = Endpoint(bytes((10, 0, *number.to_bytes(2))), 4000)
     flow = d.nat.open_forwarded(Proto.UDP, client, at("K:53"), at("S:53"), Source.CLIENT, 0)
     flow.rewrites[Step.U12].packets = BUSY
@@ -1055,7 +1055,7 @@ def test_nobody_can_tell_whether_the_kernel_has_rewritten_a_packet(seed: int, la
 
 
 def test_much_goes_past_the_worker_while_nobody_can_tell() -> None:
-    """The traffic above is of use only if a good part of it is handed over."""
+    """The traffic above is of use only if a good part of it is offloaded."""
     roomy = (twins for seed in range(99) if (twins := Twins(seed, lazy=True)).fast.room > 2)
     twins = next(roomy)
     twins.run(3000)
@@ -1078,7 +1078,7 @@ def test_a_closed_flow_goes_when_it_would_have_gone() -> None:
 
 
 def ripening(seen_at: float) -> tuple[OffloadPolicy, Flow]:
-    """A flow of datagrams that is fit to be handed over, and was heard of then."""
+    """A flow of datagrams that is fit to be offloaded, and was heard of then."""
     nat = NatTable(rng=Random(1))
     fast = OffloadPolicy(nat)
     fast.begin(10)
@@ -1088,7 +1088,7 @@ def ripening(seen_at: float) -> tuple[OffloadPolicy, Flow]:
     return fast, flow
 
 
-def test_a_silent_flow_is_handed_over_when_it_has_lasted() -> None:
+def test_a_silent_flow_is_offloaded_when_it_has_lasted() -> None:
     fast, flow = ripening(seen_at=10.0)
 
     assert fast.changes(10, 10.01) is None
@@ -1099,7 +1099,7 @@ def test_a_silent_flow_is_handed_over_when_it_has_lasted() -> None:
     assert not fast.waits
 
 
-def test_a_busy_flow_is_handed_over_in_its_next_pause() -> None:
+def test_a_busy_flow_is_offloaded_in_its_next_pause() -> None:
     fast, flow = ripening(seen_at=10.0)
     assert fast.changes(10, 10.0) is None
     now = 10.0 + OFFLOAD_MIN_AGE
@@ -1109,7 +1109,7 @@ def test_a_busy_flow_is_handed_over_in_its_next_pause() -> None:
     assert fast.changes(10, now + SILENCE) is not None
 
 
-def test_a_flow_without_pauses_is_handed_over_all_the_same() -> None:
+def test_a_flow_without_pauses_is_offloaded_all_the_same() -> None:
     fast, flow = ripening(seen_at=10.0)
     assert fast.changes(10, 10.0) is None
     for now in (10.0 + OFFLOAD_MIN_AGE, 10.0 + OFFLOAD_MAX_WAIT - 0.001):
@@ -1139,7 +1139,7 @@ def beginning() -> tuple[OffloadPolicy, Flow]:
     return fast, flow
 
 
-def test_a_connection_that_begins_is_handed_over_at_once() -> None:
+def test_a_connection_that_begins_is_offloaded_at_once() -> None:
     fast, flow = beginning()
     assert fast.is_urgent
     begun = [flow.rewrites[step] for step in (Step.T1, Step.T2, Step.T3, Step.T4)]
@@ -1167,7 +1167,7 @@ def test_what_the_client_has_begun_to_send_must_ripen() -> None:
     assert not fast.waits
 
 
-def test_a_connection_that_goes_on_is_handed_over_as_a_whole_when_it_has_lasted() -> None:
+def test_a_connection_that_goes_on_is_offloaded_as_a_whole_when_it_has_lasted() -> None:
     fast, flow = beginning()
     flow.rewrites[Step.T3].packets = 1
     fast.withdraw(flow)
@@ -1180,7 +1180,7 @@ def test_a_connection_that_goes_on_is_handed_over_as_a_whole_when_it_has_lasted(
     assert set(told.installed) == set(flow.rewrites.values())
 
 
-def test_what_waits_when_its_connection_is_closed_is_never_handed_over() -> None:
+def test_what_waits_when_its_connection_is_closed_is_never_offloaded() -> None:
     for before in (0, 2):
         fast, flow = beginning()
         if before:
@@ -1207,7 +1207,7 @@ def test_a_step_without_a_map_stays_with_the_worker() -> None:
 # DSCP
 
 
-def test_what_changes_its_dscp_is_given_back_before_and_handed_over_after() -> None:
+def test_what_changes_its_dscp_is_withdrawn_before_and_offloaded_after() -> None:
     d = datapath()
     flow = connected(d)
     assert handed(d, flow) == ALL
