@@ -233,7 +233,8 @@ def test_a_command_leaves_the_folder_in_which_it_was_started(trap: Path, lead: s
         "XTABLES_LIBDIR": ".",
         "BASH_ENV": "./rc",
     }
-    shell = f"trap '' CHLD; exec {shlex.join((sys.executable, '-c', LEAVES))}"
+    python = (sys.executable, *children.compiled_as_here(), "-c", LEAVES)
+    shell = f"trap '' CHLD; exec {shlex.join(python)}"
     done = subprocess.run(
         ("sh", "-c", shell), cwd=trap, env=env, capture_output=True, text=True, timeout=20
     )
