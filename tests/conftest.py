@@ -207,7 +207,7 @@ def _keep_durations(file: Path, reports: Iterable[pytest.TestReport]) -> None:
         )
     longest = sorted(seconds, key=lambda test: seconds[test], reverse=True)
     lines = [f"{seconds[test]:8.2f} {cpu[test]:8.2f} {test}" for test in longest]
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("".join(f"{line}\n" for line in lines))
 
 
 def _keep_reasons(file: Path, reports: Iterable[pytest.TestReport]) -> None:

@@ -678,6 +678,7 @@ RARE = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", seeds())
 @pytest.mark.parametrize("room", [0, 30, 1000], ids=["queue", "little room", "room for all"])
 def test_a_day_goes_by_as_the_model_foretells(seed: int, room: int) -> None:

@@ -72,7 +72,7 @@ def child(program: Program, module: str) -> int:
     (found,) = (
         int(pid)
         for pid in pids
-        if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:5]
+        if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:7]
     )
     return found
 
