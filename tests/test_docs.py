@@ -234,6 +234,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in map(slug, HEADING.findall(FENCE.sub("", target.read_text()))), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_modules_that_are_named_exist(page: Path) -> None:
+    for name in re.findall(r"(?<![\w/])([\w/]+\.py)\b", page.read_text()):
+        folders = (ROOT, ROOT / "tests")
+        there = any((folder / name).exists() for folder in folders)
+        assert there or ("/" not in name and any((ROOT / "tests").rglob(name))), name
+
+
 def test_index_names_each_page() -> None:
     index = DOCS / "index.md"
     named = re.findall(r"^- \[[^]]+\]\(([^)#]+)\): ", index.read_text(), re.MULTILINE)

@@ -209,7 +209,11 @@ def test_two_daemons_and_firewall_can_be_pasted_in_one_go(readme: World) -> None
     if readme.lab.run("relay", *reachable.split(), str(python), check=False).status:
         script = script.replace("tcp-relay --user krelay", "tcp-relay")  # it couldn't read itself
     program = type_in(readme, script)
-    readme.until(lambda: "pasted" in program.output or program.poll() is not None, "all of it")
+    readme.until(
+        lambda: "pasted" in program.output or program.poll() is not None,
+        "all of it",
+        timeout=30,  # five programs are started
+    )
 
     assert program.poll() is None, program.output
     assert "No such file" not in program.output
