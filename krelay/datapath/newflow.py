@@ -97,6 +97,8 @@ class NewFlows:
             decision = self._from_host(packet, header, proto, src, dst, flags, now)
         else:
             decision = self._passing(proto, src, dst, flags, now)
+        if decision is _OTHER_PORT:  # the most usual by far, so it is asked for first
+            return self._from_other_port(src, dst, now)
         if isinstance(decision, NotRewritten):
             return decision
         # Second stage: its flow is made
@@ -197,10 +199,10 @@ class NewFlows:
     ) -> Rewrite | NotRewritten:
         nat = self._nat
         match decision:
-            case NewTcp():
-                return self.open_tcp(src, dst, now).rewrites[_T1]
             case NewForwarded():
                 return self.open_forwarded(proto, src, dst, now).by(_CLIENT) or _NO_FLOW
+            case NewTcp():
+                return self.open_tcp(src, dst, now).rewrites[_T1]
             case OtherPort():
                 return self._from_other_port(src, dst, now)
             case Direct():

@@ -10,8 +10,6 @@ Only packets that this host sends make an entry; of TCP only a SYN without an AC
 begins a connection.  Times are seconds that the caller passes in.
 """
 
-from collections.abc import Iterator
-
 from knet.endpoint import Proto
 from krelay.nat.flow import Timeouts
 
@@ -37,9 +35,15 @@ class OwnFlows:
         self._waiting: dict[Proto, Flows] = {proto: {} for proto in Proto}
         """Those without a reply."""
         self._replied: dict[Proto, Flows] = {proto: {} for proto in Proto}
+        self._tables = (*self._waiting.values(), *self._replied.values())
+
+    def __bool__(self) -> bool:
+        """Whether there is any: asked for each new flow, so without counting them."""
+        one, two, three, four = self._tables
+        return bool(one or two or three or four)
 
     def __len__(self) -> int:
-        return sum(map(len, self._all()))
+        return sum(map(len, self._tables))
 
     def sent(self, proto: Proto, at: bytes, now: float) -> None:
         """This host has sent such a packet."""
@@ -73,9 +77,5 @@ class OwnFlows:
 
     def clear(self) -> None:
         """Forgets all."""
-        for flows in self._all():
+        for flows in self._tables:
             flows.clear()
-
-    def _all(self) -> Iterator[Flows]:
-        yield from self._waiting.values()
-        yield from self._replied.values()

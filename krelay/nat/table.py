@@ -186,11 +186,10 @@ class NatTable(FlowStore):
         (`answered_elsewhere`).  Raises Refusal (`table_full`, `client_full`, `client_rate`,
         `no_port`).
         """
-        if (
-            proto is _UDP
-            and (known := self.learning.adopt(flow_key(client, service), now)) is not None
-        ):
-            return known
+        if proto is _UDP and self.dns_flows.addresses:
+            known = self.learning.adopt(flow_key(client, service), now)
+            if known is not None:
+                return known
         self.admission.make_room(proto, client, now)
         flow = self.new(proto, client, service, server, source, now)
         if source is _CLIENT:
