@@ -71,6 +71,11 @@ class Service(NamedTuple):
         relay.
         """
         match = _SERVICE.fullmatch(text)
+        if match is None and "," in text:
+            apart = shown(" ".join(text.replace(",", " ").split()))[1:-1]
+            raise SettingRefused(
+                f"{shown(text)} is not a service; write blanks between services, {apart}"
+            )
         if match is None:
             raise SettingRefused(
                 f"{shown(text)} is not a service (like tcp/80, udp/53 or tcp/8000-8100)"

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from knet.usage import CommandParser, meant
 from krelay_vm import attended, guest, netns, registry
 from krelay_vm.build import boot_to_stay, build, machines, remove, remove_leftovers
 from krelay_vm.errors import LabError
@@ -24,8 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     if unknown and options.command != "up":
-        parser.error(f"unknown: {' '.join(unknown)}")
+        hint = meant(unknown[0], options.parser.known)
+        options.parser.error(f"unknown: {' '.join(unknown)}{hint}")
     if options.command == "exec" and not options.argv:
         parser.error("exec needs a COMMAND, as in: python -m krelay_vm exec client ip addr")
     try:
@@ -164,15 +169,17 @@ def _chosen(name: str | None) -> Record:
     raise LabError(f"there is no lab {name}; python -m krelay_vm list shows those there are")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m krelay_vm",
         description="Virtual hosts, in network namespaces or as virtual machines, apart from this "
         "machine's own network.",
         epilog="example: python -m krelay_vm up && "
         "python -m krelay_vm exec client ip route && python -m krelay_vm down",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_version()
+    parser.nouns = {"command": "command"}
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     up = commands.add_parser(
         "up",
@@ -241,6 +248,8 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--name", help="which lab (default: the only one that stays)")
     which.add_argument("--all", action="store_true", help="all that stay or were left behind")
     which.add_argument("--stale", action="store_true", help="those whose process was killed")
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 

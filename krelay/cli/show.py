@@ -93,7 +93,8 @@ def _show_values(args: argparse.Namespace, request: str) -> int:
     if args.name:
         for name in args.name:
             if name not in values:
-                raise Misused(f"{args.command} has no {name!r}{meant(name, values)}")
+                kind = "counter" if args.command == "counters" else "value"
+                raise Misused(f"no {kind} {name!r}{meant(name, values)}")
         values = {name: values[name] for name in args.name}
         answer = json.dumps(values)
     if args.json:

@@ -112,7 +112,10 @@ BAD = [
     ("datapath", "Queue", "'Queue' is neither auto nor queue"),
     ("services", "", "'' names no service (like tcp/80, udp/53 or tcp/8000-8100)"),
     ("services", "tcp/80 http", f"'http' {LIKE}"),
-    ("services", "tcp/80,udp/53", f"'tcp/80,udp/53' {LIKE}"),
+    (
+        *("services", "tcp/80,udp/53"),
+        "'tcp/80,udp/53' is not a service; write blanks between services, tcp/80 udp/53",
+    ),
     ("services", "TCP/80", f"'TCP/80' {LIKE}"),
     ("services", "tcp/+80", f"'tcp/+80' {LIKE}"),
     ("services", "tcp/\u0661", f"'tcp/\u0661' {LIKE}"),

@@ -68,11 +68,30 @@ def test_every_help_shows_an_example(
     ],
 )
 def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status: object = main(arguments)
+    except SystemExit as end:
+        status = end.code
+
+    assert status == 2
+    assert "usage: python -m krelay_vm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("lst", "no command 'lst'; did you mean list?"),
+        ("down --stael", "unknown: --stael; did you mean --stale?"),
+    ],
+)
+def test_a_wrong_word_is_told_what_was_probably_meant(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        main(typed.split())
 
     assert ended.value.code == 2
-    assert "usage: python -m krelay_vm" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(f"error: {said}\n")
 
 
 def test_without_root_one_line_says_so(

@@ -277,6 +277,10 @@ REFUSED = [
     ),
     ("real_ip", "127.0.0.1", "'127.0.0.1' is a loopback address (127.0.0.0/8), no server has it"),
     ("services", "tcp/80 tcp/22", "'tcp/22' would relay ssh, tcp/22; write tcp/22! if you mean it"),
+    (
+        *("services", "tcp/80,udp/53"),
+        "'tcp/80,udp/53' is not a service; write blanks between services, tcp/80 udp/53",
+    ),
     ("services", "http", "'http' is not a service (like tcp/80, udp/53 or tcp/8000-8100)"),
     ("start", "yes", "'yes' is neither 0 nor 1"),
     ("source", "server", "'server' is neither client nor relay"),
@@ -388,7 +392,7 @@ def test_some_figures_may_be_named(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     status, out, err = run("counters", "T2", "dropped_tabel_full")
     assert (status, out) == (2, "")
     assert err.endswith(
-        "krelay counters: error: counters has no 'dropped_tabel_full'; "
+        "krelay counters: error: no counter 'dropped_tabel_full'; "
         "did you mean dropped_table_full?\n"
     )
 
