@@ -344,4 +344,6 @@ class Play:
 def _name(program: Program) -> str:
     """What to call a program: tcp-relay and krelay are modules of ours (children.python)."""
     argv = program.argv
-    return Path(argv[0]).name if argv[0] != sys.executable else argv[3].replace("_", "-")
+    if argv[0] != sys.executable:
+        return Path(argv[0]).name
+    return argv[len(children.python("")) - 1].replace("_", "-")
