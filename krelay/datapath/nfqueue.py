@@ -1,6 +1,6 @@
 """The netfilter queue: packets from the kernel to the worker, verdicts back.
 
-All of NetfilterQueue's traps are closed here, so that nobody else need know them:
+All of NetfilterQueue's traps are closed here, so that no other module need know them:
 
 - It asks the kernel for at most 4,016 bytes of a packet.  A longer one would come cut, and if
   rewritten leave cut (the kernel trims to what it is sent).  So the range is set again, by a
@@ -81,7 +81,7 @@ class Queued(Protocol):
 
 
 def figures(number: int) -> Figures | None:
-    """The kernel's figures of that queue in this network namespace; None if nobody serves it."""
+    """The kernel's figures of that queue in this network namespace; None if it is unserved."""
     try:
         lines = _FIGURES.read_text().splitlines()
     except OSError:

@@ -5,7 +5,7 @@ to the worker for each, and a flow, would cost more than all else that a relay d
 these services (ruleset.py) the kernel decides by itself what can only be decided one way, relays
 query and answer, and sends copies of both packets' heads.  From them this table is filled, some
 milliseconds later (nat.py).  It holds as little as may be, and makes a whole flow of it only when
-somebody wants to see it, or when a packet comes that the worker must decide about.
+it is to be shown, or when a packet comes that the worker must decide about.
 """
 
 import struct
@@ -197,7 +197,7 @@ class DnsFlows:
     def remove_oldest(self, client: bytes | None = None) -> bool:
         """Takes out the one that began first, of this client if it is among the first of all.
 
-        Whether there was one.  A client with a good part of all is soon found; who isn't has few.
+        Whether there was one.  A client with a good part of all is soon found; one without has few.
         """
         dns_flows, oldest = self._dns_flows, self._oldest
         for fetched in (False, True):

@@ -285,7 +285,7 @@ class Flow:
     @property
     def is_over(self) -> bool:
         """Whether both ends have ended a connection that tcp-relay has no part in, or one has reset
-        it, and nobody need be told.  Its last packets are perhaps still to come."""
+        it, and no end need be told.  Its last packets are perhaps still to come."""
         return self.gport is None and self.state is State.CLOSING and not self.abort_asked
 
     def expires_at(self, timeouts: Timeouts) -> float:

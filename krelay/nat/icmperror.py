@@ -21,7 +21,7 @@ out, in POSTROUTING, and are of two kinds:
 
     made before the packet's own POSTROUTING: too big for the next link, time to live over.  What
         they quote is what an answer meets in POSTROUTING; nothing is special.
-    made behind it: nobody on the link has that address.  They quote the packet as it left, and go
+    made behind it: no host on the link has that address.  They quote the packet as it left, and go
         where it seems to come from: to the client, though it was tcp-relay's, or to this host,
         though it was forwarded.  An answer would be met in PREROUTING.  The error is translated as
         if it had come in and gone through, and sent anew to where that leads.

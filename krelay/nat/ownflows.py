@@ -21,7 +21,7 @@ UNREPLIED, REPLIED = 30.0, 180.0
 nf_conntrack_udp_timeout_stream was first (120 in later kernels)."""
 
 Flows = dict[bytes, float]
-"""When each flow was last heard of, by the twelve bytes of a packet that this host sends; the first
+"""When each flow was last heard of, by the flow key of a packet that this host sends; the first
 is the one that was silent longest."""
 
 

@@ -2,7 +2,7 @@
 
 No port is ever two flows', whatever servers they lead to (RFC 4787, REQ-3).  A flow gets the port
 its client has if that is free; otherwise one at random of the same range, below 1024 or not
-(REQ-3a), and parity (REQ-4), then of the other parity.  Who comes from below 1024 is served from
+(REQ-3a), and parity (REQ-4), then of the other parity.  A client from below 1024 is served from
 above rather than not at all; the reverse would give away ports that mean privilege.
 
 The free ports of each kind stand in an array without gaps, so that the last free port is found as
@@ -47,7 +47,7 @@ class FreePorts:
         return place < len(kind) and kind[place] == port
 
     def take(self, port: int) -> bool:
-        """Makes it nobody else's; False if it is already."""
+        """Takes it for one flow alone; False if it is taken already."""
         if port not in self:
             return False
         kind, place = self._kind(port), self._place[port]

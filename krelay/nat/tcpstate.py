@@ -13,13 +13,13 @@ own, and derives the four states that a timeout is chosen by:
                  after it shows that, and the RST is forgotten (RFC 6146, section 3.5.2.2)
     closed       tcp-relay has closed both legs
 
-Anybody can forge a FIN or RST who knows addresses and ports.  Where tcp-relay ends the connection,
+A FIN or RST can be forged with the addresses and ports alone.  Where tcp-relay ends the connection,
 its host knows the numbers and has judged it by them before tcp-relay hears of it: so only what that
 host sends itself counts, a FIN by which tcp-relay passes an end on, or a RST.
 
 What goes through this host has no such judge.  There a connection is established when each end has
 acknowledged the other's SYN, by its number, and refused by a RST that has the number of what it
-refuses.  Later its packets go past the worker, and nobody here knows its numbers: flags decide, but
+refuses.  Later its packets go past the worker, and its numbers aren't known here: flags decide, but
 never what becomes of a packet, only when the flow goes.
 """
 
