@@ -65,7 +65,7 @@ class RelaySocket:
         self._loop = loop
         self._relays = relays
         self._gateways = gateways
-        self._links: set[_Link] = set()
+        self._links: set[_Connection] = set()
         self._crowd = Crowd(MAX_LINKS, MAX_OF_ONE)
         self._told = RateLimiter(TOLD, TOLD_AT_ONCE)
         self._untold = 0
@@ -96,7 +96,7 @@ class RelaySocket:
 
     def _accepted(self, connection: socket.socket, peer: Peer) -> None:
         is_told = self._told.admits(self._loop.now)
-        link = _Link(
+        link = _Connection(
             self._loop,
             connection,
             peer,
@@ -118,7 +118,7 @@ def _worded(reason: str) -> bytes:
     return emit(Refused(None, reason))
 
 
-class _Link:
+class _Connection:
     def __init__(
         self,
         loop: Loop,
@@ -126,7 +126,7 @@ class _Link:
         peer: Peer,
         relays: Relays,
         gateways: GatewayPorts,
-        links: "set[_Link]",
+        links: "set[_Connection]",
         crowd: Crowd,
         *,
         is_told: bool,
