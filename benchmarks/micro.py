@@ -160,7 +160,7 @@ def _nanoseconds(
     order = list(range(len(handles)))
     slices = [packets[at : at + _TURN] for at in range(0, len(packets), _TURN)]
     until = clock() + _LEAST_SECONDS * 1e9 * len(handles)
-    while clock() < until:
+    while not found[0] or clock() < until:
         for some in slices:
             for number in order:
                 handle = handles[number]
@@ -195,7 +195,7 @@ def _lives() -> dict[tuple[str, str], float]:
 
     kernel = SocketDiag()  # of what is measured nothing asks it
     until = clock() + _LEAST_SECONDS * 1e9 * 6
-    while clock() < until:
+    while not costs or clock() < until:
         worker = _worker(_FLOWS)
         nat = worker.nat
         relays = Relays(nat, partial(getattr, worker, "policy"), kernel)

@@ -45,7 +45,6 @@ LONGEST = (
     "net/test_up.py",
     "net/test_trees.py",
     "tcp_relay/test_failing_calls.py",
-    "vm/test_power_cuts.py",
     "net/test_commands.py",
     "net/test_gateway_port.py",
     "net/test_failed.py",
@@ -65,7 +64,6 @@ LONGEST = (
     "krelay/demo/test_play.py",
     "net/test_soak.py",
     "net/test_firewall_tools.py",
-    "vm/test_crossing.py",
     "krelay/test_day.py",
 )
 """Files whose tests take 30 seconds or more, the longest first; the last run's figures are in the

@@ -90,7 +90,7 @@ def _read(wheel: Path, name: str) -> str:
 def _packages() -> list[str]:
     """The folders of the repository that are packages of ours, by the names of the wheel."""
     folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    return sorted(folders - {"vm", "tests", "benchmarks"})
+    return sorted(folders - {"vm", "tests", "tools", "benchmarks"})
 
 
 def test_its_names_are_no_others(names: list[str]) -> None:
@@ -140,7 +140,7 @@ def test_it_says_what_it_is(metadata: Message) -> None:
 
 
 def test_what_only_tests_and_benchmarks_need_is_an_extra(metadata: Message) -> None:
-    by_extra: dict[str, set[str]] = {"": set(), "bench": set(), "dev": set()}
+    by_extra: dict[str, set[str]] = {"": set(), "bench": set(), "docs": set(), "dev": set()}
     for line in metadata.get_all("Requires-Dist", []):
         name = re.split(r"[^\w-]", line.lower().replace("_", "-"), maxsplit=1)[0]
         by_extra[line.partition('extra == "')[2].rstrip('"')].add(name)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 WITHIN = 15.0
 """Seconds; a slow machine takes one or two."""
-GRACE = 0.2
+GRACE = 0.5
 """Seconds that a process may take until it is seen to be krelay's."""
 STARTS = ("daemon", "up")
 _PAUSE = 0.02
