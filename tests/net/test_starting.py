@@ -35,11 +35,12 @@ def type_in(world: World, script: str) -> Program:
     """A shell of the relay host, with krelay and tcp-relay as commands."""
     names = {"krelay": "krelay", "tcp-relay": "tcp_relay"}
     folder = world.lab.directory / "commands"
-    folder.mkdir(exist_ok=True)
-    for name, module in names.items():
-        command = folder / name
-        command.write_text(f'#!/bin/sh\nexec {shlex.join(PYTHON)} -m {module} "$@"\n')
-        command.chmod(0o755)
+    if not folder.exists():  # a shell that runs already may be about to execute one of them
+        folder.mkdir()
+        for name, module in names.items():
+            command = folder / name
+            command.write_text(f'#!/bin/sh\nexec {shlex.join(PYTHON)} -m {module} "$@"\n')
+            command.chmod(0o755)
     path = f"PATH={folder}:/usr/sbin:/usr/bin:/sbin:/bin"
     return world.lab.start("relay", "env", path, "unshare", "-m", "sh", "-c", script)
 
