@@ -126,6 +126,8 @@ def test_what_relays_makes_few_system_calls(world: World, options: tuple[str, ..
         os.kill(pids[0], signal.SIGKILL)
         world.until(lambda: len(set(children(program.pid)) - set(pids)) == 1, "another worker")
         (new,) = set(children(program.pid)) - set(pids)
+        gone = f"tcp-relay disconnected pid={pids[0]}"  # until then krelay holds its listener open
+        world.until(lambda: gone in world.krelay_process.output, "its end to be seen")
         world.until(lambda: status(new)["Seccomp"] == ["2"], "its filter")
         world.until(lambda: int(world.values("status")["tcp_relays"]) == workers, "all connected")
         assert world.who("client", 80).startswith(f"{world.client}:")
