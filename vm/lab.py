@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from knet import listeners
 from krelay_vm import guest, netns
 from krelay_vm.build import build, machines, remove
 from krelay_vm.errors import LabError, LabTimeout
@@ -256,6 +257,8 @@ class Lab:
             shown = self.run(host, guest.BUSYBOX, "cat", *tables, check=False).stdout
             return listens(shown, proto, port)
         with self.enter(host):
+            if proto == "tcp":
+                return bool(listeners.listening(port))
             files = [Path(f"/proc/thread-self/net/{proto}{v}") for v in ("", "6")]
             return any(listens(file.read_text(), proto, port) for file in files if file.exists())
 

@@ -1,14 +1,30 @@
 """Who listens on a port: asked about sockets of this very process."""
 
+import errno
 import os
 import socket
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from knet import listeners
 from knet.listeners import holder, holds_any, listening
 
 NO_INODE = 0
+
+
+@pytest.fixture(autouse=True, params=["sock_diag", "proc"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel's answers, and as it is where a kernel gives none."""
+
+    def refused(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EPROTONOSUPPORT, "no such family")
+
+    if request.param == "proc":
+        monkeypatch.setattr(listeners, "NetlinkSocket", refused)
+    else:
+        monkeypatch.delattr(listeners, "_in_tables")
 
 
 def inode(of: socket.socket) -> int:
