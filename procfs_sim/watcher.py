@@ -1,11 +1,12 @@
 """inotify on the tree: which of its files were written."""
 
+import ctypes
 import errno
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import inotify_simple
 from inotify_simple import INotify, flags
 
 from procfs_sim.files import without_frames
@@ -17,13 +18,10 @@ NO_WATCH = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM)
 (inotify(7))."""
 
 
-def prepare_watching() -> None:
-    """Does what the first TreeWatcher would, for a process that may start no program later.
-
-    inotify_simple looks for libc by running ldconfig, or gcc (ctypes.util.find_library).
-    """
-    with suppress(OSError):
-        INotify().close()
+# inotify_simple would look for libc by running ldconfig, or gcc (ctypes.util.find_library), which
+# takes as long as all else that it does, and a process that is confined may start no program.  It
+# is loaded already: this is a handle to it.
+inotify_simple._libc = ctypes.CDLL(None, use_errno=True)
 
 
 class TreeWatcher:

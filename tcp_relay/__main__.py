@@ -10,7 +10,7 @@ from knet import log, privileges, relayoptions
 from knet.loop import Loop
 from knet.privileges import Account, NoAccount
 from knet.usage import CommandParser
-from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, ondisk, watcher
+from procfs_sim import DEFAULT_ROOT, ROOT_VARIABLE, ondisk
 from tcp_relay.engine.limits import SessionLimits
 from tcp_relay.relay.daemon import TcpRelayDaemon
 from tcp_relay.service import options
@@ -75,15 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         PROGRAM,
         asked,
         serve,
-        before=lambda: _look_first(asked.root),
+        before=lambda: ondisk.check(asked.root),
         user=asked.user,
     )
-
-
-def _look_first(root: Path) -> None:
-    """While there is still the privilege that this was started with.  Raises OSError."""
-    ondisk.check(root)
-    watcher.prepare_watching()
 
 
 def _account(text: str) -> Account:

@@ -101,7 +101,7 @@ class RuleKeeper:
         Those that are to be replaced in one step (`start`, and made the same way) stay.
         """
         self.probe()
-        for backend in netfilter.CANDIDATES:
+        for backend in netfilter.places():
             with suppress(RulesUnavailable):
                 if not backend.present(self._name):
                     continue

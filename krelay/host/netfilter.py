@@ -19,6 +19,7 @@ import os
 import shutil
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -295,6 +296,17 @@ def same_rules(one: Backend, other: Backend) -> bool:
     if isinstance(one, Iptables) and isinstance(other, Iptables):
         return one.is_legacy == other.is_legacy
     return isinstance(one, Nft) and isinstance(other, Nft)
+
+
+def places() -> Sequence[Backend]:
+    """One of CANDIDATES for each place where rules can be: several look into the same."""
+    found: list[Backend] = []
+    for backend in CANDIDATES:
+        with suppress(RulesUnavailable):  # its tool can't be asked what it is
+            if any(same_rules(backend, other) for other in found):
+                continue
+        found.append(backend)
+    return found
 
 
 def probe() -> Backend:

@@ -16,7 +16,7 @@ can be, and the order can't be foreseen (RFC 6056).
 """
 
 import itertools
-import random
+import os
 import socket
 from array import array
 from collections.abc import Sequence
@@ -283,8 +283,9 @@ def _own_address(real_ip: str) -> str | None:
 
 
 def _shuffled(chosen: Sequence[int]) -> "array[int]":
-    """By lot; two bytes each."""
-    return array("H", random.SystemRandom().sample(chosen, len(chosen)))
+    """By lot, from one read of the kernel's random bytes; two bytes each."""
+    lots = array("Q", os.urandom(8 * len(chosen)))
+    return array("H", (port for _, port in sorted(zip(lots, chosen, strict=True))))
 
 
 def _own_ports(index: int, of: int) -> Sequence[int]:

@@ -202,9 +202,14 @@ class World:
 
     def write(self, name: str, text: str, tree: Path | None = None) -> None:
         """`echo TEXT > NAME`."""
-        path = (tree or self.root) / name
-        echo = ("sh", "-c", 'echo "$1" > "$2"', "sh", text, str(path))
-        self.lab.run("relay", *echo, timeout=self.patience)
+        self._write({name: text}, tree)
+
+    def _write(self, texts: Mapping[str, str], tree: Path | None) -> None:
+        """One after the other, in one shell."""
+        root = tree or self.root
+        echo = 'while [ $# != 0 ]; do echo "$1" > "$2" || exit; shift 2; done'
+        words = (word for name, text in texts.items() for word in (text, str(root / name)))
+        self.lab.run("relay", "sh", "-c", echo, "sh", *words, timeout=self.patience)
 
     def read(self, name: str, tree: Path | None = None) -> str:
         """What `cat NAME` shows, without the last newline."""
@@ -220,8 +225,7 @@ class World:
     def put(self, tree: Path | None = None, **values: object) -> None:
         """Writes these settings, and waits until all are in force; `timeouts__udp=1`."""
         names = {name.replace("__", "/"): str(value) for name, value in values.items()}
-        for name, text in names.items():
-            self.write(name, text, tree)
+        self._write(names, tree)
         self.until(
             lambda: all(self.applies(name, text, tree) for name, text in names.items()),
             f"{names} in force",

@@ -395,3 +395,27 @@ def test_a_worse_way_is_not_taken_because_the_best_has_no_room_now(
     with pytest.raises(RulesDelayed):
         probe()
     assert tried == [netfilter.CANDIDATES[0]]
+
+
+def test_each_place_of_rules_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "iptables": "iptables v1.8.9 (legacy)",
+        "iptables-nft": "iptables v1.8.9 (nf_tables)",
+        "iptables-legacy": "iptables v1.8.9 (legacy)",
+    }
+    monkeypatch.setattr(netfilter, "_version", told.__getitem__)
+
+    assert [backend.name for backend in netfilter.places()] == ["nft", "iptables", "iptables-nft"]
+
+
+def test_a_place_whose_tool_does_not_say_what_it_is_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent(command: str) -> str:
+        raise RulesAbsent(f"{command} is not installed")
+
+    monkeypatch.setattr(netfilter, "_version", absent)
+
+    assert [backend.name for backend in netfilter.places()] == [
+        *("nft", "iptables", "iptables-nft", "iptables-legacy")
+    ]
