@@ -3,10 +3,9 @@
 Who may not use control.sock asks view.sock what that answers (roles.py).
 """
 
-import errno
 import json
 import socket
-import struct
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +19,10 @@ CHUNK = 1 << 20
 """Bytes of a capture that are read at once."""
 TIMEOUT = 10.0
 """Seconds for an answer; the daemon answers in milliseconds."""
+
+
+PAUSE = 0.02
+"""Seconds between tries to connect to a daemon that hasn't accepted others yet."""
 
 
 class NoDaemon(Exception):
@@ -164,35 +167,20 @@ def _needed(roles: tuple[Role, ...]) -> str:
 
 
 def _connected(path: Path) -> socket.socket:
-    """A connection to the socket there; waits TIMEOUT at most while others are accepted first.
-
-    The kernel wakes it at each place that comes free (unix(7)).  Looking now and then wouldn't do:
-    the place would be taken again, by members that connect without pause.
-    """
+    """A connection to the socket there; waits while others are to be accepted first."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(TIMEOUT)
+    give_up = time.monotonic() + TIMEOUT
     try:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(TIMEOUT))
-        connection.connect(str(path))
-        while not _is_connected(connection):
-            connection.connect(str(path))
-        connection.settimeout(TIMEOUT)
+        while True:
+            try:
+                connection.connect(str(path))
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(PAUSE)
+            else:
+                return connection
     except BaseException:
         connection.close()
         raise
-    return connection
-
-
-def _is_connected(connection: socket.socket) -> bool:
-    """Whether it is; not if a signal came meanwhile, which Python takes for success."""
-    try:
-        connection.getpeername()
-    except OSError as error:
-        if error.errno != errno.ENOTCONN:
-            raise
-        return False
-    return True
-
-
-def _timeval(seconds: float) -> bytes:
-    """A time limit for SO_SNDTIMEO, which holds for `connect` too (socket(7))."""
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))

@@ -113,8 +113,7 @@ class RuleKeeper:
     def probe(self) -> Backend | None:
         """Finds out how rules can be made; where they can't, that is told to `failed`."""
         try:
-            self.backend = netfilter.probe()
-            self._knows_dscp = netfilter.knows_dscp(self.backend)
+            self.backend, self._knows_dscp = netfilter.probe()
             if self.backend.has_maps and not self._knows_dscp:
                 _log.info("nft has no maps with DSCP: changes of it are seen in the worker alone")
         except RulesUnavailable as error:

@@ -32,7 +32,7 @@ def backend(seen: Survey) -> None:
         seen.unseen("rules", "left out")
         return
     try:
-        backend = netfilter.probe()
+        backend = netfilter.probe().backend
         datapath = "kernel" if backend.has_maps else f"queue ({netfilter.NO_MAPS})"
         seen.add(backend=backend.name, datapath=datapath)
     except RulesUnavailable as error:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from knet import netlink
 from knet.netlink import nftables
@@ -309,49 +309,27 @@ def places() -> Sequence[Backend]:
     return found
 
 
-def probe() -> Backend:
+class Way(NamedTuple):
+    """How rules can be made on this host."""
+
+    backend: Backend
+    knows_dscp: bool
+    """Whether maps can have the DSCP in their keys (RuleSpec.follows_dscp): older nft can't."""
+
+
+def probe() -> Way:
     """The first way that works here.  Raises RulesUnavailable if none does.
 
     RulesDelayed if that can't be said now: a worse way isn't taken for that.
     """
-    tried = []
-    for backend in CANDIDATES:
-        try:
-            _try(backend)
-        except RulesDelayed:
-            raise
-        except RulesUnavailable as error:
-            tried.append(f"{backend.name}: {error}")
-        else:
-            return backend
-    raise RulesUnavailable(
-        "no way to queue packets: neither nft's queue nor the NFQUEUE target of iptables works "
-        f"here ({'; '.join(tried)}); install nftables or iptables, and a kernel with one of them"
-    )
-
-
-def knows_dscp(backend: Backend) -> bool:
-    """Whether maps can have the DSCP in their keys (RuleSpec.follows_dscp): older nft can't."""
-    if not backend.has_maps:
-        return False
-    try:
-        _try(backend, replace(_PROBE, follows_dscp=True))
-    except RulesUnavailable:
-        return False
-    return True
-
-
-def _try(backend: Backend, spec: RuleSpec | None = None) -> None:
-    """Installs the rules where nobody else sees them.  Raises RulesUnavailable."""
+    found: list[Way] = []
     failed: list[RulesUnavailable] = []
-    apart: list[bool] = []
-    wanted = spec or (_PROBE if backend.has_maps else _PROBE_WITHOUT_MAPS)
 
     def attempt() -> None:
+        if not _leave_for_a_new_namespace():
+            return
         try:
-            apart.append(_leave_for_a_new_namespace())
-            if apart[0]:
-                backend.install(wanted)
+            found.append(_first_way())
         except RulesUnavailable as error:
             failed.append(error.with_traceback(None))
 
@@ -361,9 +339,43 @@ def _try(backend: Backend, spec: RuleSpec | None = None) -> None:
     thread.join()
     if failed:
         raise failed.pop()  # not left in this frame, which the error holds
-    if apart == [False]:  # no namespaces for us: try on the host
-        backend.install(wanted)
-        backend.remove(_PROBE.name)
+    return found[0] if found else _probe_on_the_host()
+
+
+def _probe_on_the_host() -> Way:
+    """Where no namespace can be had."""
+    try:
+        return _first_way()
+    finally:
+        for backend in places():
+            with suppress(RulesUnavailable):
+                backend.remove(_PROBE.name)
+
+
+def _first_way() -> Way:
+    """Leaves the rules that it tried.  Raises as `probe`."""
+    tried = []
+    for backend in CANDIDATES:
+        try:
+            backend.install(_PROBE if backend.has_maps else _PROBE_WITHOUT_MAPS)
+        except RulesDelayed:
+            raise
+        except RulesUnavailable as error:
+            tried.append(f"{backend.name}: {error}")
+        else:
+            return Way(backend, backend.has_maps and _knows_dscp(backend))
+    raise RulesUnavailable(
+        "no way to queue packets: neither nft's queue nor the NFQUEUE target of iptables works "
+        f"here ({'; '.join(tried)}); install nftables or iptables, and a kernel with one of them"
+    )
+
+
+def _knows_dscp(backend: Backend) -> bool:
+    try:
+        backend.install(replace(_PROBE, follows_dscp=True))
+    except RulesUnavailable:
+        return False
+    return True
 
 
 def _leave_for_a_new_namespace() -> bool:

@@ -80,7 +80,7 @@ class Ends:
 def ends() -> Iterator[Ends]:
     with Lab() as lab:
         with lab.enter("relay"):
-            probe().install(RULES)
+            probe().backend.install(RULES)
         with closing(Ends(lab)) as both:
             yield both
 

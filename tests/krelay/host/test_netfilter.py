@@ -53,7 +53,7 @@ def relay() -> Iterator[Lab]:
 @pytest.fixture
 def backend(relay: Lab, request: pytest.FixtureRequest) -> Backend:
     """Each that works here: the tests may name one."""
-    return getattr(request, "param", None) or probe()
+    return getattr(request, "param", None) or probe().backend
 
 
 def rules() -> str:
@@ -263,7 +263,18 @@ def test_looking_for_a_way_changes_nothing_here(relay: Lab) -> None:
     probe()
 
     assert rules() == ""
-    assert not probe().present("krelay-probe")
+    assert not probe().backend.present("krelay-probe")
+
+
+@pytest.mark.net
+def test_where_no_namespace_can_be_had_nothing_stays_either(
+    relay: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = probe()
+    monkeypatch.setattr(netfilter, "_leave_for_a_new_namespace", lambda: False)
+
+    assert probe() == way
+    assert rules() == ""
 
 
 def test_what_was_tried_is_told_where_nothing_works(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,11 +398,12 @@ def test_a_worse_way_is_not_taken_because_the_best_has_no_room_now(
 ) -> None:
     tried: list[Backend] = []
 
-    def attempt(backend: Backend) -> None:
+    def install(backend: Backend, *_: object, **__: object) -> None:
         tried.append(backend)
         raise RulesDelayed("nft: Too many open files")
 
-    monkeypatch.setattr(netfilter, "_try", attempt)
+    for kind in (Nft, Iptables):
+        monkeypatch.setattr(kind, "install", install)
     with pytest.raises(RulesDelayed):
         probe()
     assert tried == [netfilter.CANDIDATES[0]]
