@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from krelay_vm import Host, Lab, LabError, Topology, kernels, registry
-from tests.tools import apart
+from krelay_vm import Host, Lab, LabError, Topology, kernels, program, registry
+from tests.tools import apart, prefork
 
 # A shared machine may be slow at any moment, so no example has a deadline (pytest-timeout holds the
 # whole test); and a run of CI that is repeated does the same again.
@@ -280,6 +280,18 @@ def _is_ours(pid: int) -> bool:
             return False
         pid = int(stat.rpartition(")")[2].split()[1])
     return False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs_are_forked() -> Iterator[None]:
+    """krelay and tcp-relay of labs are forked from processes that have loaded them (prefork.py)."""
+    if os.environ.get("KRELAY_EXEC"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "POPEN", prefork.Popen)
+        yield
+        prefork.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

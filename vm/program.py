@@ -21,6 +21,8 @@ from krelay_vm.machine import Job, Machine
 
 GRACE = 2.0
 """Seconds that programs have to end by themselves after SIGTERM."""
+POPEN: type[subprocess.Popen[bytes]] = subprocess.Popen
+"""What makes a process of a command line."""
 _UNLESS_ORPHANED = ("sh", "-c", '[ $PPID = "$1" ] && shift && exec "$@"', "sh")
 """Who is killed before PR_SET_PDEATHSIG is set leaves a child that nothing will end (prctl(2))."""
 
@@ -122,7 +124,7 @@ def run_here(
     Raises LabTimeout, the command being killed.
     """
     began = time.monotonic()
-    with subprocess.Popen(
+    with POPEN(
         command,
         stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -146,7 +148,7 @@ def run_here(
 def start_here(command: Sequence[str], log: Path, env: Mapping[str, str] | None) -> Local:
     """Starts a command of this kernel's, whose output is appended to `log`."""
     with log.open("ab") as output:
-        process = subprocess.Popen(
+        process = POPEN(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -1,9 +1,12 @@
 """Writes down what a process has inherited: `python -m tests.tools.inherited FILE`."""
 
+import ctypes
 import json
 import os
 import sys
 from pathlib import Path
+
+_PR_GET_PDEATHSIG = 2  # linux/prctl.h
 
 
 def main() -> None:
@@ -16,6 +19,7 @@ def main() -> None:
         if os.path.lexists(f"/proc/self/fd/{name}"):
             open_ones[name] = os.readlink(f"/proc/self/fd/{name}")
     umask = os.umask(0)
+    ctypes.CDLL(None).prctl(_PR_GET_PDEATHSIG, ctypes.byref(dies_with := ctypes.c_int()))
     found = {
         "environment": dict(os.environ),
         "path": sys.path,
@@ -26,6 +30,10 @@ def main() -> None:
         "groups": os.getgroups(),
         "session": os.getsid(0) == os.getpid(),
         "folder": os.getcwd(),
+        "arguments": sys.argv[1:],
+        "network": os.readlink("/proc/self/ns/net"),
+        "limits": Path("/proc/self/limits").read_text(),
+        "dies with its parent": dies_with.value,
     }
     path = Path(sys.argv[1])
     path.with_suffix(".new").write_text(json.dumps(found))
