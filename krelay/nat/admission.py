@@ -207,8 +207,13 @@ class Admission:
         return self._live() <= self._limits.flows and udp <= self._udp_most
 
     def trim(self, now: float) -> None:
-        """Evicts some of what is beyond a limit that was lowered; call it now and then."""
-        for _ in range(min(TRIMMED, self._live() - self._limits.flows)):
+        """Evicts some of what is beyond a limit that was lowered, closed flows first; call it now
+        and then."""
+        beyond = min(TRIMMED, self._count() - self._limits.flows)
+        closed = list(islice(self._closed.values(), max(0, beyond)))
+        for flow in closed:
+            self._end(flow)
+        for _ in range(beyond - len(closed)):
             if not self._evict_one(now, self._any):
                 break
 

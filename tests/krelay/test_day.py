@@ -304,17 +304,18 @@ class Day:
     def evict(self, *, now_closed: bool = False) -> int:
         """Takes out what the table has evicted; how many, without those that were closed.
 
-        These go only where one has just begun (`now_closed`), and there was no other place.
+        These go only where one has just begun (`now_closed`) and there was no other place, or where
+        there are more than a lowered limit allows.
         """
         still = {flow.id for flow in self.nat}
         gone = [flow for flow in self.flows if flow.id not in still]
         gone = [flow for flow in gone if now_closed or flow.expires(self.timeouts) > self.now]
-        for flow in gone:
+        for flow in sorted(gone, key=lambda flow: flow.closed_at or 0):
             if flow.closed_at is None:
                 assert flow.unconfirmed()
                 self.evicted += 1
             else:
-                assert now_closed
+                assert now_closed or len(still) >= self.nat.limits.flows
                 oldest = min(r.closed_at for r in self.flows if r.closed_at is not None)
                 assert flow.closed_at == oldest
             self.flows.remove(flow)

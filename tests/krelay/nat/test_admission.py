@@ -120,6 +120,10 @@ class Model:
                 del self.flows[oldest]
 
     def trim(self, now: float) -> None:
+        closed = [(flow.since, i) for i, flow in self.flows.items() if flow.kind == "closed"]
+        for _, oldest in sorted(closed):
+            if len(self.flows) > self.limits.flows:
+                del self.flows[oldest]
         for _ in range(min(TRIMMED, self.live() - self.limits.flows)):
             if not self.evict(now, KINDS):
                 break
@@ -497,6 +501,19 @@ def test_where_confirmed_flows_are_beyond_a_lowered_limit_none_begins_and_none_e
     assert flood.served("C", 5000) == dict.fromkeys(ALL, False)
     flood.host.nat.limits = FlowLimits(flows=200)
     assert flood.served("C", 5000) == ALL
+
+
+def test_closed_flows_beyond_a_lowered_limit_go_first() -> None:
+    both = Both(FlowLimits(flows=40))
+    for _ in range(20):
+        for kind in ("datagram", "closed"):
+            both.begins(kind, "C")
+    both.set(FlowLimits(flows=20))
+    both.nat.expire(both.now)
+    both.model.trim(both.now)
+    both.agree()
+    assert both.model.live() == len(both.nat) == 20
+    assert both.nat.admission.evicted == 0
 
 
 def test_more_than_is_evicted_at_a_time_goes_by_and_by() -> None:
