@@ -118,7 +118,7 @@ def test_what_the_kernel_was_given_is_withdrawn_when_its_flow_ends(busy: World) 
 
 
 def test_a_conversation_lives_while_it_talks_and_its_timeout_longer(busy: World) -> None:
-    busy.put(timeouts__udp=2)
+    busy.put(timeouts__udp=4)
     with busy.open("client", socket.SOCK_DGRAM) as sock:
         busy.exchange(sock, b"first", (busy.relay, 7))
         flow = udp_flow(busy, sock)
@@ -129,7 +129,7 @@ def test_a_conversation_lives_while_it_talks_and_its_timeout_longer(busy: World)
             now = udp_flow(busy, sock)
             assert now is not None
             assert now["id"] == flow["id"]
-        busy.until(lambda: udp_flow(busy, sock) is None, "its end", 5)
+        busy.until(lambda: udp_flow(busy, sock) is None, "its end")
         assert busy.exchange(sock, b"anew", (busy.relay, 7)) == b"anew"
         again = busy.until(lambda: udp_flow(busy, sock), "a new row")
         assert again["id"] != flow["id"]

@@ -102,7 +102,7 @@ def fast_tcp(world: World, port: int) -> socket.socket:
     return sock
 
 
-def until_fast(world: World, act: Callable[[], object]) -> None:
+def until_fast(world: World, act: Callable[[], object], within: float | None = None) -> None:
     """Waits until what this does visits no queue."""
 
     def is_fast() -> bool:
@@ -110,7 +110,7 @@ def until_fast(world: World, act: Callable[[], object]) -> None:
         act()
         return visits(world) == before
 
-    world.until(is_fast, "the kernel's path", AGREES_WITHIN)
+    world.until(is_fast, "the kernel's path", within)
 
 
 def flow(world: World, sock: socket.socket) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def test_a_flow_that_is_killed_ends_at_once(busy: World) -> None:
     again = flow(busy, udp)
     assert again["id"] != number
     assert again["packets"] == [1, 1]
-    busy.until(lambda: not elements(busy), "nothing in the kernel", AGREES_WITHIN)
+    busy.until(lambda: not elements(busy), "nothing in the kernel")
 
 
 @pytest.mark.serial
@@ -192,6 +192,26 @@ def test_a_flow_that_falls_silent_expires_neither_early_nor_late(busy: World) ->
         # The table looks once a second; and a flow may have been heard of at the time of a look.
         assert earliest - last[port] <= timeout + 1 + AGREES_WITHIN, "late"
     assert not elements(busy)
+
+
+@pytest.mark.serial
+def test_the_kernel_has_what_krelay_has_within_the_time_that_is_promised(busy: World) -> None:
+    udp, terminated, forwarded = fast_udp(busy), fast_tcp(busy, 80), fast_tcp(busy, 443)
+    other = busy.open("client", socket.SOCK_DGRAM)
+    for _ in range(BUSY):
+        busy.exchange(other, b"busy", (busy.relay, 7))
+    until_fast(busy, lambda: busy.exchange(other, b"fast", (busy.relay, 7)), AGREES_WITHIN)
+    usual = elements(busy)
+    for command in (*HANDS["a map"], *HANDS["all maps"]):
+        busy.lab.run("relay", *command.format(table=table(busy)).split())
+        echo(terminated, b"goes on")
+        echo(forwarded, b"goes on")
+        for sock in (udp, other):
+            busy.exchange(sock, b"goes on", (busy.relay, 7))
+        busy.until(lambda: elements(busy) == usual, "all in the kernel again", AGREES_WITHIN)
+    for sock in (udp, other, terminated, forwarded):
+        busy.ask(f"kill {flow(busy, sock)['id']}")
+    busy.until(lambda: not elements(busy), "nothing in the kernel", AGREES_WITHIN)
 
 
 def test_relaying_that_stops_leaves_nothing_in_the_kernel(busy: World) -> None:
@@ -241,7 +261,7 @@ def test_what_somebody_takes_out_of_the_maps_is_put_back_and_told_once(
         echo(terminated, b"goes on")
         echo(forwarded, b"goes on")
         busy.exchange(udp, b"goes on", (busy.relay, 7))
-        busy.until(lambda: elements(busy) == usual, "all in the kernel again", AGREES_WITHIN)
+        busy.until(lambda: elements(busy) == usual, "all in the kernel again")
 
     output = busy.krelay_process.output  # a warning comes once in ten seconds
     if commands is HANDS["the ruleset"]:
@@ -442,6 +462,7 @@ def watched(world: World) -> Iterator[Watch]:
         watch.end()
 
 
+@pytest.mark.serial
 def test_the_table_and_the_kernel_never_disagree_for_long_while_flows_come_and_go(
     busy: World,
 ) -> None:

@@ -73,7 +73,7 @@ class Questions:
         text = b"question %d" % number
         began = time.monotonic()
         with sock:
-            sock.settimeout(1)
+            sock.settimeout(5)
             sock.connect((self._world.relay, 53))
             error = ""
             for _ in range(3):

@@ -198,7 +198,8 @@ def test_beyond_the_limit_it_is_refused_as_it_is_set(
     with through.connect("client", PORT) as sock:
         greet(sock)
         with through.open("client2") as refused:
-            refused.settimeout(0.7)
+            if heard is TimeoutError:
+                refused.settimeout(0.7)
             with pytest.raises(heard):
                 refused.connect((through.relay, PORT))
         echo(sock, b"undisturbed")

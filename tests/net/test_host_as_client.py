@@ -12,24 +12,24 @@ import pytest
 
 from tests.net.test_doctor import finding
 from tests.net.test_doctor_firewalls import doctor, type_as_root
-from tests.net.world import World
+from tests.net.world import PATIENCE, World
 
 pytestmark = pytest.mark.net
 
 SERVICES = "tcp/80 tcp/443=forward udp/7 udp/53"
 
 
-def answered(world: World, host: str, address: str, port: int) -> bool:
+def answered(world: World, host: str, address: str, port: int, within: float = PATIENCE) -> bool:
     """Whether a program of that host has an answer."""
     with contextlib.suppress(OSError):
         if port in (80, 443):
             with world.open(host) as sock:
-                sock.settimeout(2)
+                sock.settimeout(within)
                 sock.connect((address, port))
                 sock.sendall(b"who\n")
                 return bool(sock.recv(100))
         with world.open(host, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(1)
+            sock.settimeout(within)
             sock.connect((address, port))
             sock.send(b"who")
             return bool(sock.recv(100))
@@ -53,7 +53,7 @@ def test_the_relay_host_reaches_its_own_services_by_the_rule_that_the_doctor_has
     world.begin(services=SERVICES, source=source)
     addresses = (world.relay, world.lab.address("relay", towards="client"))
     ports = (80, 443, 7, 53)
-    assert not any(answered(world, "relay", world.relay, port) for port in ports)
+    assert not any(answered(world, "relay", world.relay, port, 1) for port in ports)
     assert all(answered(world, "relay", world.server, port) for port in ports)  # the server itself
     type_as_root(world, told_rule(world))
 

@@ -250,7 +250,12 @@ def test_traceroute_shows_every_router_as_it_does_directly(
 
 
 def test_tracepath_finds_the_narrow_link(relayed: World) -> None:
-    direct, through = both_ways(relayed, "tracepath", "-n", "-p", "44444", "TARGET")
+    """It shows a hop twice, or none, where an answer takes a second: then it is asked again."""
+    tracepath = ("tracepath", "-n", "-p", "44444", "TARGET")
+    for _ in range(10):
+        direct, through = both_ways(relayed, *tracepath)
+        if through == direct:
+            break
 
     assert through == direct
     assert f"pmtu {MTU} hops 5 back 5" in through

@@ -157,7 +157,7 @@ def test_a_stop_cuts_connections_off(world: World) -> None:
 
     with pytest.raises(ConnectionResetError):
         idle.recv(1)
-    world.until(lambda: world.read("status/state") == "stopped", "stopped", timeout=1)
+    world.until(lambda: world.read("status/state") == "stopped", "stopped")
     assert world.flows() == []
     with pytest.raises(ConnectionRefusedError):
         world.connect("client", 80)

@@ -38,7 +38,7 @@ PYTHON = (sys.executable, *compiled_as_here())
 TOPOLOGY = relay_topology("172.20.5.0/24", "10.77.3.0/24", clients=2, servers=2, neighbours=1)
 """Nothing in it is a default: client .1, client2 .2, relay .254 | relay .2, server .1, server2 .3,
 neighbour .254."""
-PATIENCE, PATIENCE_VM = 10.0, 180.0
+PATIENCE, PATIENCE_VM = 30.0, 180.0
 GPORT = 18000
 SERVICES = "tcp/80 tcp/443 udp/7 udp/53"
 RESTLESS = re.compile(r"packets \d+ bytes \d+|\[\d+:\d+\]|^#.*\n", re.MULTILINE)
@@ -239,7 +239,7 @@ class World:
         """Waits until krelay is `running` or `stopped`."""
         self.until(lambda: self.read("status/state", tree) == state, state)
 
-    def krelay(self, *words: str, check: bool = True, timeout: float = 20.0) -> Result:
+    def krelay(self, *words: str, check: bool = True, timeout: float = 60.0) -> Result:
         """A `krelay` command, typed in the relay host."""
         command, *rest = words
         argv = (*PYTHON, "-m", "krelay", command, "--root", str(self.root), *rest)
@@ -331,7 +331,7 @@ class World:
         """A socket in the network of a host; it is closed with this world."""
         with self.lab.enter(host):
             sock = self._held.enter_context(socket.socket(socket.AF_INET, kind))
-        sock.settimeout(10)
+        sock.settimeout(PATIENCE)
         return sock
 
     def connect(
@@ -474,7 +474,7 @@ def doubled(rules: str) -> list[str]:
 def control_socket(root: Path) -> Iterator[socket.socket]:
     """A connection to the control socket."""
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE)
         connection.connect(str(root / "control.sock"))
         yield connection
 
