@@ -83,6 +83,8 @@ class RuleKeeper:
         self._spec: RuleSpec | None = None
         """The rules that are in; None: those are to be made afresh."""
         self._made_for: tuple[object, ...] = ()
+        self._are_missing = False
+        """Whether another program has taken rules out, and they aren't put back yet."""
         self._watcher: RuleWatcher | None = None
         self._looking: Timer | None = None
         self._look_at: float | None = None
@@ -124,6 +126,7 @@ class RuleKeeper:
         """Puts the rules in, and keeps them.  Raises RulesUnavailable."""
         assert self.backend is not None
         self._is_kept = True
+        self._are_missing = False
         self._watch(self.backend)
         self._install(self._wanted(), afresh=True)
 
@@ -253,6 +256,8 @@ class RuleKeeper:
         if self._watcher is not None and port is not None:
             self._watcher.ignore(port)
         self._announced(ours=True)
+        if self._are_missing:
+            self._put_back()
 
     def _delayed(self, error: RulesDelayed) -> None:
         """The rules stay as they are; within a second it is tried again (on_time)."""
@@ -294,14 +299,17 @@ class RuleKeeper:
             if self.backend.intact(self._spec):
                 return
             self._spec = None  # there is nothing to go by
+            self._are_missing = True
             self._install(self._wanted(), afresh=True)
-        except RulesDelayed as error:
+        except RulesDelayed as error:  # of what is missing on_time has another try
             self._delayed(error)
             self._loop.call_at(self._loop.now + RETRY, self._restore)
-            return
         except RulesUnavailable as error:
             self._failed(f"krelay's rules were taken out, and they can't be put back: {error}")
-            return
+
+    def _put_back(self) -> None:
+        """The rules that were taken out are in again, now or after some tries."""
+        self._are_missing = False
         if (before := self._removal_warning.admit(self._loop.now)) is not None:
             _log.warning(
                 "krelay's rules were taken out; they are put back",

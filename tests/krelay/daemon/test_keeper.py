@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import logging
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import SETTINGS, in_force
 from procfs_sim.watcher import TreeWatcher
 from tests.tcp_relay.helpers import run_until
+from tests.tools.logs import complaints
 from tests.tools.nobody import NOBODY, Nobody, Somebody, needs_root, open_directory
 
 ERRORS = ("EMFILE", "ENFILE", "ENOSPC", "EROFS", "EIO", "ENOMEM", "EPERM", "EDQUOT")
@@ -144,16 +144,6 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
-
-
-def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-
-
-@pytest.fixture(autouse=True)
-def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("krelay"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="krelay")
 
 
 # A disk that can't be written
