@@ -79,6 +79,8 @@ class World:
         self._tree = tree
         self._behind = behind
         self._held = ExitStack()
+        self._counted: dict[str, int] = {}
+        self._logged: dict[Program, int] = {}
 
     def __enter__(self) -> Self:
         self.lab.__enter__()
@@ -281,6 +283,25 @@ class World:
         found: dict[str, Any] = json.loads(line)
         return found
 
+    def mark(self) -> None:
+        """`counted` and `logged` begin here."""
+        counters: dict[str, Any] = {}
+        while counters != (again := self.values("counters")):
+            counters = again
+            time.sleep(COPIES_WITHIN / 10)
+        self._counted = counters
+        self._logged = {each: each.log.stat().st_size for each in self.lab.programs}
+
+    def counted(self) -> dict[str, int]:
+        """krelay's counters: what each has grown by since `mark`, or the beginning."""
+        found = self.values("counters")
+        return {name: value - self._counted.get(name, 0) for name, value in found.items()}
+
+    def logged(self, program: Program | None = None) -> str:
+        """What a program, by default krelay, has written since `mark`, or the beginning."""
+        program = program or self.krelay_process
+        return program.log.read_bytes()[self._logged.get(program, 0) :].decode(errors="replace")
+
     def soon(self, condition: Callable[[], T | None], what: str) -> T:
         """What a condition on krelay's figures found: at once where every packet visits krelay.
 
@@ -333,6 +354,10 @@ class World:
             sock = self._held.enter_context(socket.socket(socket.AF_INET, kind))
         sock.settimeout(PATIENCE)
         return sock
+
+    def close_sockets(self) -> None:
+        """Closes all that were opened in hosts."""
+        self._held.close()
 
     def connect(
         self, host: str, port: int, *, to: str | None = None, bind: int = 0
