@@ -80,7 +80,7 @@ class World:
     def connect(self) -> socket.socket:
         link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         link.connect(str(self.path))
-        link.settimeout(5)
+        link.settimeout(30)
         self.turn()
         return link
 

@@ -27,7 +27,7 @@ def test_a_packet_arrives_at_the_neighbour_as_it_was_made() -> None:
             sender = RawSender()
         sender.send(packet)
         sender.close()
-        wire.settimeout(5)
+        wire.settimeout(30)
         for _ in range(100):
             frame = wire.recv(2000)
             if frame[12:14] == b"\x08\x00":
@@ -44,7 +44,7 @@ def test_a_packet_for_which_there_is_no_route_is_let_go() -> None:
         sender.send(datagram("192.168.0.2:1", "203.0.113.1:1"))
         with receiver:
             receiver.bind(("192.168.0.2", 7000))
-            receiver.settimeout(5)
+            receiver.settimeout(30)
             sender.send(datagram("192.168.0.2:5000", "192.168.0.2:7000"))
 
             assert receiver.recvfrom(100) == (b"hello", ("192.168.0.2", 5000))

@@ -77,7 +77,7 @@ def door(loop: Loop, path: Path) -> Iterator[Door]:
 def knock(path: Path) -> socket.socket:
     visitor = socket.socket(socket.AF_UNIX)
     visitor.connect(str(path))
-    visitor.settimeout(5)
+    visitor.settimeout(30)
     return visitor
 
 
@@ -189,7 +189,7 @@ class Visitor:
                 greeted += 1
                 connection.send(b"welcome")
         os.close(pid)
-        heard = self.process.communicate(timeout=5)[0].decode().strip()
+        heard = self.process.communicate(timeout=30)[0].decode().strip()
         return heard, [peer for _, peer in door.let_in]
 
 
@@ -341,7 +341,7 @@ def test_connections_leave_the_last_descriptors_to_the_daemon(
     door = Door(loop, path)
     program = (
         "import socket, sys\nheld = []\nfor _ in range(300):\n"
-        " s = socket.socket(1); s.settimeout(5); s.connect(sys.argv[1]); held.append(s)\n"
+        " s = socket.socket(1); s.settimeout(30); s.connect(sys.argv[1]); held.append(s)\n"
         "print('connected', flush=True); sys.stdin.read()"
     )
     visitor = subprocess.Popen(
@@ -362,7 +362,7 @@ def test_connections_leave_the_last_descriptors_to_the_daemon(
         held.append(os.open("/dev/null", os.O_RDONLY))
     for fd in held:
         os.close(fd)
-    visitor.communicate(timeout=5)
+    visitor.communicate(timeout=30)
 
     assert 3 * RESERVE <= len(door.let_in) <= 4 * RESERVE
     door.close()

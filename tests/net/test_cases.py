@@ -246,7 +246,7 @@ def test_other_ports_and_ping_are_the_relay_hosts_own(relaying: World) -> None:
 def ping(world: World, to: str) -> bool:
     """Whether an ICMP echo request is answered (RFC 792)."""
     with world.lab.enter("client"), socket.socket(socket.AF_INET, socket.SOCK_RAW, 1) as sock:
-        sock.settimeout(5)
+        sock.settimeout(30)
         request = bytes.fromhex("0800f7fd00010001")
         sock.sendto(request, (to, 0))
         while True:

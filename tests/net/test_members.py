@@ -237,7 +237,7 @@ def test_commands_of_members_say_what_is_missing(
 def test_who_gets_to_the_relay_socket_past_its_mode_is_told_the_group(grouped: World) -> None:
     grouped.root.joinpath("relay.sock").chmod(0o666)
     program = (
-        "import socket, sys; s = socket.socket(1, 5); s.connect(sys.argv[1]); s.settimeout(5)\n"
+        "import socket, sys; s = socket.socket(1, 5); s.connect(sys.argv[1]); s.settimeout(30)\n"
         "print(s.recv(4096).decode()); print(s.recv(1))"
     )
     words = (sys.executable, "-I", "-S", "-c", program, str(grouped.root / "relay.sock"))

@@ -310,7 +310,7 @@ def test_garbage_on_the_relay_socket_is_answered_by_an_error_and_the_end(
 ) -> None:
     for message in MESSAGES:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
-            link.settimeout(5)
+            link.settimeout(30)
             link.connect(str(served.root / "relay.sock"))
             link.send(message)
             answer = json.loads(link.recv(4096))
@@ -323,7 +323,7 @@ def test_garbage_on_the_relay_socket_is_answered_by_an_error_and_the_end(
 def test_an_open_for_nobody_is_refused_and_the_link_stays(served: World) -> None:
     query = {"op": "open", "client": ["172.20.5.1", 1], "gport": GPORT}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
-        link.settimeout(5)
+        link.settimeout(30)
         link.connect(str(served.root / "relay.sock"))
         for number in (1, 2):
             link.send(json.dumps({**query, "id": number, "relay": ["10.77.3.2", 45678]}).encode())

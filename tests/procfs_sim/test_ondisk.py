@@ -26,7 +26,7 @@ from procfs_sim.watcher import TreeWatcher
 from tests.tools.hours import garbage
 from tests.tools.nobody import Nobody, as_nobody, needs_root, open_directory
 
-BOUND = 10.0
+BOUND = 30.0
 """Seconds after which a condition that doesn't come is a failure."""
 
 

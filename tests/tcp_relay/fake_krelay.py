@@ -66,7 +66,7 @@ class FakeKrelay:
         self._path.unlink(missing_ok=True)
         listening, self._listening = self._listening, None
         listening.shutdown(socket.SHUT_RDWR)
-        give_up = time.monotonic() + 5
+        give_up = time.monotonic() + 30
         while self._thread.is_alive():
             assert time.monotonic() < give_up
             self.hang_up()  # again: it may just be accepting

@@ -20,7 +20,7 @@ from knet.loop import Loop
 from procfs_sim import FileTree
 
 LOCALHOST = "127.0.0.1"
-BOUND = 10.0
+BOUND = 30.0
 """Seconds after which waiting is a failure."""
 
 

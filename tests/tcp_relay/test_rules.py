@@ -90,17 +90,17 @@ def test_held_bytes_that_nobody_takes_reset_both_sides_after_the_stall_limit(
 
 def test_an_idle_connection_is_never_ended(start: Start) -> None:
     with Server(echo) as server:
-        options = ("--stall", "0.1", "--half-close", "0.1", "--connect-timeout", "0.1")
+        options = ("--stall", "0.3", "--half-close", "0.3", "--connect-timeout", "0.3")
         proxy = start(server.endpoint.port, *options)
         with proxy.dial() as client:
             for _ in range(3):
-                threading.Event().wait(0.25)
+                threading.Event().wait(0.5)
                 assert echoes(client)
 
 
 def test_the_other_direction_goes_on_and_a_forgotten_one_is_ended(start: Start) -> None:
     with Server(until_closed_late) as server:
-        proxy = start(server.endpoint.port, "--half-close", "0.5")
+        proxy = start(server.endpoint.port, "--half-close", "1.5")
         with proxy.dial() as client:
             client.shutdown(socket.SHUT_WR)
             assert exactly(client, 10) == b"0123456789"  # it took longer than the limit
@@ -112,7 +112,7 @@ def until_closed_late(sock: socket.socket) -> None:
     """Goes on for a while after the end of file, then says nothing."""
     everything(sock)
     for number in range(10):
-        threading.Event().wait(0.1)
+        threading.Event().wait(0.2)
         sock.sendall(b"%d" % number)
     with suppress(OSError):
         while True:  # waits for the reset: an end of file was read before

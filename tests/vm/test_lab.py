@@ -186,7 +186,7 @@ def test_capture_sees_a_datagram_on_the_wire() -> None:
     with Lab() as lab:
         interface = lab.topology.interface("relay", towards="server").name
         with lab.capture("relay", interface) as packets:
-            packets.settimeout(5)
+            packets.settimeout(30)
             lab.run("client", "python3", "-c", send)
             # The first frames are ARP's.
             frames = iter(lambda: packets.recvfrom(2048), None)

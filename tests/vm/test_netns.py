@@ -18,7 +18,7 @@ c.close()
 """
 ASK = """
 import socket, sys
-c = socket.create_connection((sys.argv[1], 5000), timeout=5)
+c = socket.create_connection((sys.argv[1], 5000), timeout=30)
 c.sendall(b"hello")
 print(c.recv(100).decode(), c.getsockname()[0])
 """

@@ -56,7 +56,7 @@ def test_what_is_carried_out_is_acknowledged_or_refused(relay: Lab) -> None:
     subprocess.run(["nft", "-f", "-"], input="table ip t {\n chain c {\n }\n}\n", text=True,
                    check=True)  # fmt: skip
     rule = nftables.queue_rule("t", "c", 7)
-    with closing(NetlinkSocket(netlink.FAMILY, timeout=5)) as kernel:
+    with closing(NetlinkSocket(netlink.FAMILY, timeout=30)) as kernel:
         kernel.carry_out(nftables.joined([rule, rule]), 2)
         shown = subprocess.run(["nft", "list", "table", "ip", "t"], capture_output=True, text=True)
         assert shown.stdout.count("7") == 2

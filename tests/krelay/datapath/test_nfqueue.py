@@ -62,7 +62,7 @@ class Ends:
         with lab.enter("relay"):
             self.receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             self.receiver.bind(("0.0.0.0", PORT))
-            self.receiver.settimeout(5)
+            self.receiver.settimeout(30)
         self.lab = lab
 
     def waiting(self) -> int:

@@ -350,11 +350,11 @@ def test_the_kernel_does_what_we_make_of_random_rules(network: Network, tool: st
             client = network.client(way)
             expected = told(chains, way, client.getsockname()[1])
             if expected[0] is not None:
+                known = 1 if expected[1] is None or not expected[0] else 2
                 found = network.passes(way, client, WITHIN)
-                if found != expected:
-                    found = network.passes(way, network.client(way), 20 * WITHIN)
-                compared = found[: 1 if expected[1] is None or not expected[0] else 2]
-                assert compared == expected[: len(compared)], f"{way.name}\n{text}"
+                if found[:known] != expected[:known]:  # on a busy machine
+                    found = network.passes(way, network.client(way), 100 * WITHIN)
+                assert found[:known] == expected[:known], f"{way.name}\n{text}"
             seen["there", expected[0]] += 1
             seen["back", expected[1]] += expected[0] is True
         network.clear(tool)

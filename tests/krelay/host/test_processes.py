@@ -118,7 +118,7 @@ def child(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_what_runs_is_found_with_its_folder_and_environment(
     tmp_path: Path, child: subprocess.Popen[bytes]
 ) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not (found := list(running(tmp_path / "run"))) and time.monotonic() < deadline:
         time.sleep(0.01)
 

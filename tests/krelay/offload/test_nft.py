@@ -118,8 +118,8 @@ def test_packets_are_rewritten_and_counted_each_way(host: Host) -> None:
     with host.lab.enter("server"):
         server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with client, server:
-        client.settimeout(5)
-        server.settimeout(5)
+        client.settimeout(30)
+        server.settimeout(30)
         client.bind((host.client, 4000))
         server.bind((host.server, PORT))
         for number in range(3):
