@@ -1,11 +1,13 @@
 """The structure of the programs: what may import what, how large parts may be, names, lists.
 
 What doesn't hold yet stands in EXCEPTIONS with today's figure: it may shrink, never grow, and what
-isn't needed any longer has to be taken out.  That pure modules stay pure is ruff's part (TID251).
+isn't needed any longer has to be taken out.  That pure modules import no I/O is ruff's part
+(TID251); that no module of ours brings it in is shown here.
 """
 
 import ast
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -105,17 +107,63 @@ def directions(modules: Tree) -> Iterator[str]:
                 yield f"{name} imports {target}"
 
 
+def pure(modules: Tree) -> Iterator[str]:
+    """A module that says it is pure, or of which its package says so."""
+    for name, module in modules.items():
+        package, _, last = name.rpartition(".")
+        listed = ast.get_docstring(modules[package].syntax) or "" if package in modules else ""
+        is_said = (
+            r"\bPure\.",  # of all
+            r"\bPure but for (?!.*\b%s\b)",
+            r"\bPure:\n\n( *\S.*\n)*? *%s/? ",  # a list of those that are
+            r"(?m)^ *([\w/, ]+, )?%s\b.*(\(pure|  pure$)",
+        )
+        own = ast.get_docstring(module.syntax) or ""
+        if "Pure." in own or any(re.search(each.replace("%s", last), listed) for each in is_said):
+            yield name
+
+
+def shells(root: Path, modules: Tree) -> set[str]:
+    """The modules that may do I/O, by ruff's settings."""
+    ruff = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["ruff"]
+    patterns = []
+    for pattern, codes in ruff["lint"]["per-file-ignores"].items():
+        if "TID251" in codes:
+            head, *names, tail = (
+                re.split(r"[{},]", pattern) if "{" in pattern else (pattern, "", "")
+            )
+            patterns += [f"{head}{name}{tail}" for name in names]
+    return {
+        name
+        for name, module in modules.items()
+        if any(fnmatch(module.path, pattern) for pattern in patterns)
+    }
+
+
+def impure(root: Path, modules: Tree) -> Iterator[str]:
+    """A pure module that imports one that does I/O, perhaps by way of others."""
+    edges, outside = imports(modules), shells(root, modules)
+    for name in pure(modules):
+        for module in reached(edges, name) & outside:
+            yield f"{name} is pure, and has {module}"
+
+
 def circles(modules: Tree) -> Iterator[str]:
     """A module that is in a circle: what it imports leads back to it."""
     edges = imports(modules)
     for name in modules:
-        reached, ahead = set[str](), list(edges[name])
-        while ahead:
-            if (module := ahead.pop()) not in reached:
-                reached.add(module)
-                ahead += edges[module]
-        if name in reached:
+        if name in reached(edges, name):
             yield f"{name} is in a circle of imports"
+
+
+def reached(edges: dict[str, set[str]], begin: str) -> set[str]:
+    """What this module imports, and what that does, and so on."""
+    found, ahead = set[str](), list(edges[begin])
+    while ahead:
+        if (module := ahead.pop()) not in found:
+            found.add(module)
+            ahead += edges[module]
+    return found
 
 
 def sizes(modules: Tree) -> Iterator[tuple[str, int]]:
@@ -179,7 +227,7 @@ def folders(root: Path) -> Iterator[str]:
 def faults(root: Path) -> dict[str, int]:
     """What doesn't hold, each with its figure, or 1."""
     modules = tree(root)
-    found = [*folders(root)]
+    found = [*folders(root), *impure(root, modules)]
     for check in (directions, circles, names, lists):
         found += check(modules)
     return dict(sizes(modules)) | dict.fromkeys(found, 1)
@@ -195,8 +243,9 @@ def test_structure_holds() -> None:
 # -------------------------------------------------------------- the checker, on trees made for it
 
 MADE = {
-    "knet/__init__.py": '"""Ground.\n\nloop  waits\n"""',
+    "knet/__init__.py": '"""Ground.\n\nloop   waits\nticks  counts\n"""',
     "knet/loop.py": "import os",
+    "knet/ticks.py": "from knet.loop import now",
     "krelay/__init__.py": '"""A relay.\n\nnat/  flows\ncli/  commands\n"""',
     "krelay/nat/__init__.py": '"""Flows.\n\nflow   one\ntable  all\n"""',
     "krelay/nat/flow.py": "from knet import loop\nclass Flow: ...",
@@ -204,6 +253,14 @@ MADE = {
     "krelay/cli/__init__.py": '"""Commands.\n\nmain  all\n"""',
     "krelay/cli/main.py": "import krelay.nat.table",
 }
+
+
+ALWAYS = {
+    ".gitignore": "build/\n",
+    "pyproject.toml": "[tool.ruff.lint.per-file-ignores]\n'knet/{loop,log}.py' = ['TID251']",
+}
+PURE = '"""Flows.  Pure.\n\nflow  one\ntable  all\n"""'
+IMPURE_MAIN = "krelay.cli.main is pure, and has knet.loop"
 
 
 @pytest.mark.parametrize(
@@ -228,6 +285,10 @@ MADE = {
             "krelay.nat.flow.Flow: methods",
         ),
         ("knet/loop.py", "class Flow: ...", "class Flow is there 2 times"),
+        ("krelay/nat/__init__.py", PURE, "krelay.nat.flow is pure, and has knet.loop"),
+        ("krelay/cli/main.py", '"""Pure."""\nimport knet.ticks', IMPURE_MAIN),
+        ("krelay/cli/__init__.py", '"""main  all (pure)"""', IMPURE_MAIN),
+        ("krelay/cli/__init__.py", '"""Pure:\n\nmain  all\n"""', IMPURE_MAIN),
         ("knet/clock.py", "", "knet doesn't list clock"),
         ("krelay/extra/__init__.py", "", "krelay doesn't list extra"),
         ("knet/__init__.py", '"""loop  waits\nlog  tells"""', "knet lists log, which isn't there"),
@@ -248,6 +309,6 @@ def test_thirteen_rooms_are_too_many(tmp_path: Path) -> None:
 
 
 def make(root: Path, files: dict[str, str]) -> None:
-    for path, text in {".gitignore": "build/\n", **files}.items():
+    for path, text in (ALWAYS | files).items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)

@@ -3,7 +3,7 @@
 daemon        the file tree, the sockets, signals, and relaying between them
 relaying      relaying started, stopped, and as the config says
 apply         what follows from a config: policy and rules (pure)
-attempts      when what failed is tried again (pure)
+attempts      when what failed is tried again
 rulekeeper    the rules, made and kept
 queues        the queues of packets
 surroundings  this host: addresses, the link to the server

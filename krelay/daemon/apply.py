@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from knet.endpoint import Source
 from krelay.datapath.policy import Policy
-from krelay.host.links import HostView
+from krelay.host.hostview import HostView
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Footprint, Timeouts
 from krelay.rules.spec import Learning, RuleSpec, wanted

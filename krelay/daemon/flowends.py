@@ -8,7 +8,7 @@ from knet.loop import Loop, Timer
 from knet.rawsocket import RawSender
 from krelay.datapath.policy import Policy
 from krelay.datapath.probes import abort_probes, liveness_probes
-from krelay.host.links import HostView
+from krelay.host.hostview import HostView
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.offload.service import Offload

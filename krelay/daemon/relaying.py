@@ -43,7 +43,8 @@ from krelay.datapath.nfqueue import QueueUnavailable, figures_shown
 from krelay.datapath.policy import Policy
 from krelay.datapath.refusals import AWAY_GRACE
 from krelay.datapath.worker import Worker
-from krelay.host.links import HostView, LocalAddresses, Looker
+from krelay.host.hostview import HostView
+from krelay.host.links import LocalAddresses, Looker
 from krelay.nat.events import IdleObserver
 from krelay.nat.table import NatTable
 from krelay.offload.service import Offload

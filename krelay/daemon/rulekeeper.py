@@ -18,7 +18,7 @@ from knet.rules.watch import RuleWatcher
 from krelay.daemon import apply
 from krelay.datapath.policy import Policy
 from krelay.host import netfilter
-from krelay.host.links import HostView
+from krelay.host.hostview import HostView
 from krelay.host.netfilter import Backend
 from krelay.nat.table import NatTable
 from krelay.offload.service import Offload

@@ -8,7 +8,8 @@ from knet.log import Failures, Log
 from knet.loop import Loop
 from krelay.doctor import checks
 from krelay.doctor.facts import Facts, Path
-from krelay.host.links import LOOPBACK, HostView, LocalAddresses, Looker
+from krelay.host.hostview import LOOPBACK, HostView
+from krelay.host.links import LocalAddresses, Looker
 from krelay.registration.sockdiag import SocketDiag
 from procfs_sim.tree import Config
 

@@ -1,6 +1,7 @@
 """What krelay asks of this host, and what it keeps on it.
 
-links      addresses, routes and subnets, as they change
+hostview   addresses, and what lies beside the server (pure)
+links      those are asked for, and watched
 netfilter  rules are put into the kernel and taken out again
 tracking   connection tracking's timers
 processes  programs of ours that run, and their file trees

@@ -17,13 +17,13 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from ipaddress import IPv4Address, IPv4Network
-from typing import NamedTuple
+from ipaddress import IPv4Address
 
 from knet import localports, netlink
 from knet.netlink import Message, rtnetlink
 from knet.netlink.socket import NetlinkSocket
 from knet.networks import network
+from krelay.host.hostview import LOOPBACK, HostView
 
 _GROUPS = 0x1 | 0x10 | 0x40
 """RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE (linux/rtnetlink.h)."""
@@ -31,27 +31,9 @@ PATIENCE = 2.0
 """Seconds for an answer of the kernel's, which mostly is there at once."""
 MOST_LOCAL = 4096
 """Addresses that are known to be local beside those that this host is told of."""
-LOOPBACK = 127
 _FORWARD = "/proc/sys/net/ipv4/ip_forward"
 _LIST = 1 << 20
 """Bytes of the list of reserved ports: more than the longest takes."""
-
-
-class HostView(NamedTuple):
-    """This host, as the worker needs to know it."""
-
-    own: frozenset[bytes]
-    """Its addresses, but for 127.0.0.0/8."""
-    beside: tuple[IPv4Network, ...]
-    """Subnets on the link that leads to the server, if the server is in one of them."""
-    towards: bytes | None
-    """Its address towards the server; None if there is no route."""
-    forwards: bool
-    """Whether it passes on packets between its links (net.ipv4.ip_forward)."""
-    mtu: int = 0xFFFF
-    """Bytes of the largest packet that the link towards the server takes."""
-    reserved: frozenset[int] = frozenset()
-    """Ports that this host gives to no program that asks for any."""
 
 
 class Looker:

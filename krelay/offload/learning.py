@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, IPv4Network
 from knet.endpoint import Proto, Source
 from knet.networks import collapse, network
 from krelay.datapath.policy import Policy
-from krelay.host.links import LOOPBACK
+from krelay.host.hostview import LOOPBACK
 from krelay.nat.flow import DNS_PORT
 from krelay.nat.table import NatTable
 from krelay.rules.dnslearning import LEARNING_MOST

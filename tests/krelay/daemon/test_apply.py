@@ -4,7 +4,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 from knet.endpoint import Proto, Source
 from krelay.daemon import apply
-from krelay.host.links import HostView
+from krelay.host.hostview import HostView
 from krelay.nat.flow import Footprint
 from krelay.rules.spec import RuleSpec
 from procfs_sim.tree import Config, parse

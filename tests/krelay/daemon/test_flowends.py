@@ -13,7 +13,7 @@ from knet.rawsocket import RawSender
 from krelay.daemon import flowends
 from krelay.daemon.flowends import PROBE_AFTER, PROBED_AT_ONCE, FlowEnder
 from krelay.datapath.probes import abort_probes, liveness_probes
-from krelay.host.links import HostView
+from krelay.host.hostview import HostView
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.offload.service import Offload

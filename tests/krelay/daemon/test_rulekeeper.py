@@ -24,7 +24,7 @@ from krelay.daemon.rulekeeper import (
 )
 from krelay.datapath.policy import Policy
 from krelay.host import netfilter
-from krelay.host.links import HostView
+from krelay.host.hostview import HostView
 from krelay.host.netfilter import Backend, Way
 from krelay.nat.table import NatTable
 from krelay.offload.service import Offload

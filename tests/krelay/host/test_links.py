@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from knet import netlink
-from krelay.host.links import MOST_LOCAL, HostView, LinkWatcher, LocalAddresses, Looker
+from krelay.host.hostview import HostView
+from krelay.host.links import MOST_LOCAL, LinkWatcher, LocalAddresses, Looker
 from krelay_vm import Lab
 
 pytestmark = pytest.mark.net
