@@ -1,6 +1,6 @@
 """The ground that all packages here stand on; it imports nothing of theirs.  Pure:
 
-    endpoint     who talks to whom: addresses, ports, five-tuples
+    endpoint     addresses, ports, five-tuples, flow keys
     networks     subnets, without the circle of `ipaddress`
     localports   local ports that the kernel keeps back
     timerwheel   what is to be looked at, by the second in which to do so

@@ -37,7 +37,7 @@ KEPT = frozenset(
 )
 """Variables that children get, beside LC_*."""
 LOADERS = ("PYTHON", "LD_", "BASH_ENV", "ENV", "XTABLES_LIBDIR", "IPTABLES_LIB_DIR")
-"""How variables begin that name code to be run by whoever reads them."""
+"""How variables begin that name code to be run by the program that reads them."""
 UMASK = 0o022
 
 

@@ -1,4 +1,4 @@
-"""Endpoints, five-tuples and flow keys: who talks to whom, as the packets read on the wire.
+"""Endpoints, five-tuples and flow keys, as the packets read on the wire.
 
 An address is kept packed, in network order, because that is how it arrives, how it is compared and
 how it leaves; text is made only for people.  Nothing here knows what becomes of a flow: that is

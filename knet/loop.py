@@ -6,7 +6,7 @@ Some facts about epoll, and what they mean here:
 
 - It watches open file descriptions, not descriptors.  Closing a descriptor takes its registration
   away only if nothing else (a dup, a child) holds the description open; otherwise events go on
-  arriving under a number that may by then belong to someone else.  So: `remove(fd)` first, close
+  arriving under a number that may by then be another file's.  So: `remove(fd)` first, close
   second, both in the object that owns the descriptor; `closing(fd)` where that alone holds it open.
 - A number is reused at once.  One wake-up brings a batch of events; a handler may close 7 and
   accept a new 7 while an event for the old 7 is still in the batch.  What was removed during a

@@ -127,7 +127,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
 }
 
 DEADLY = (
-    # To run another program, to look into others, to be somebody else.
+    # To run another program, to look into others, to be another user.
     *("execve", "execveat", "fork", "vfork", "memfd_create", "personality"),
     *("ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "pidfd_getfd", "perf_event_open"),
     *("setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid", "setgroups", "capset"),

@@ -1,4 +1,5 @@
-"""Whether a file tree is for its owner alone to change, so that others can't steer who serves it.
+"""Whether a file tree is for its owner alone to change, so that others can't steer the daemon that
+serves it.
 
 The rule is that of sshd's StrictModes (sshd_config(5)), for the tree and for the whole way to it:
 every directory belongs to root or to our own user, and nobody else may write to it.  A directory

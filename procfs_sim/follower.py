@@ -1,8 +1,8 @@
-"""What is written to the tree, as it is written: for the daemon that keeps it, and who only reads.
+"""What is written to the tree, as it is written: for the daemon that keeps it, and for readers.
 
 inotify tells, as long as the kernel has a watch left for this user.  Where it has none the tree is
-looked at instead: whoever follows calls `look` every LOOK seconds, which also tries for a watch
-again.
+looked at instead: the follower's owner calls `look` every LOOK seconds, which also tries for a
+watch again.
 """
 
 import select

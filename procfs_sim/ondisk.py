@@ -10,18 +10,18 @@ Four facts about the kernel shape this module.
     first and opens for writing only when it will write; otherwise a refused file that a program
     holds open would be judged in a circle.
 3.  A lease (fcntl(2), F_SETLEASE) is granted only if no other process has the file open: F_RDLCK,
-    for writing; F_WRLCK, at all.  While it is held, whoever opens the file waits.  Taken for the
-    instant of a write-back it makes "still the text that was judged?" and the writing one step, so
-    no user's write is lost between.  The signal that breaks a lease is SIGIO, which would end the
-    process; SIGURG is asked for instead, which no process notices.  A lease is for the owner, and
-    not on every file system; without one the two steps are merely close together.
+    for writing; F_WRLCK, at all.  While it is held, a process that opens the file waits.  Taken for
+    the instant of a write-back it makes "still the text that was judged?" and the writing one step,
+    so no user's write is lost between.  The signal that breaks a lease is SIGIO, which would end
+    the process; SIGURG is asked for instead, which no process notices.  A lease is for the owner,
+    and not on every file system; without one the two steps are merely close together.
 4.  A rename in place changes the inode: an editor's open descriptor would go on writing to a file
     that is gone.  So settings are written in place.  A read may overlap such a write; under the
     lease, a program that opens the file sees the old text or the new one and nothing else; one that
     had it open all the time sees newlines, not the old text's tail, until the file is cut to size.
     Status files are for reading alone and are renamed into place.
 
-Two things about who else may be at work.  What lies in the place of a setting may be a link to a
+Two things about other users at work.  What lies in the place of a setting may be a link to a
 file of other use: only our own file is written, changed or shown (files.is_ours); anything else
 loses its name here to a new file, which no owner or reader of the old one reaches.  And a disk may
 be full or broken: what can't be written is told, by name, and stays as it was.
@@ -201,7 +201,7 @@ class FileTree:
                 with self._opened(name, os.O_RDWR) as fd:
                     if fd is None:
                         break
-                    # Who only reads prevents the lease too: on the last try the text alone decides.
+                    # A reader prevents the lease too: on the last try the text alone decides.
                     if files.lease(fd, fcntl.F_WRLCK) is not False or not tries_left:
                         if files.text(fd, name) != expected:
                             return False

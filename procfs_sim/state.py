@@ -186,7 +186,7 @@ class TreeState:
         return frozenset(n for n, s in SETTINGS.items() if _differ(before, config, s.field))
 
     def _try(self, old: Config, values: Mapping[str, Any]) -> tuple[Config, Mapping[str, str]]:
-        """The config with these values, or the old one and who is to blame."""
+        """The config with these values, or the old one and which value is to blame."""
         if not values:
             return old, {}
         names = frozenset(values)

@@ -81,7 +81,7 @@ def _serve(asked: argparse.Namespace, limits: SessionLimits, ready: Callable[[],
                 listener.resume()
             service.on_room()
 
-        # Before anybody can see it listening: a signal would find no handler, and end it.
+        # Before any process can see it listening: a signal would find no handler, and end it.
         service = RelayService(loop, engine, stop_accepting)
         engine.on_room = on_room
         listeners += _listeners(

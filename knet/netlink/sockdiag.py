@@ -47,7 +47,7 @@ class Socket(NamedTuple):
 
     cookie: int
     uid: int
-    """Of who made it, or accepted its connection."""
+    """Of the process that made it, or accepted its connection."""
     state: int
     address: bytes
     """Its own, of four or sixteen bytes."""
@@ -99,7 +99,7 @@ def sockets(data: bytes) -> Iterator[Socket | int | None]:
 
 
 def carried_by(data: bytes) -> int | None:
-    """The uid of who has the connection that was asked for; None if nobody has.
+    """The uid of the connection that was asked for; None if no process has it.
 
     As `sockets` tells it, in a third of the time.
     """

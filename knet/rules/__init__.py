@@ -1,4 +1,4 @@
-"""Rules of the packet filter, whoever makes them.
+"""Rules of the packet filter, of krelay and of other programs.
 
 rows      rules as values; the texts of nft and iptables come from them (pure)
 ports     ranges of ports, and sets, as both tools write them (pure)

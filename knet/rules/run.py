@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from knet import children
 
 TIMEOUT = 10.0
-"""Seconds for one run of nft or iptables; they take milliseconds unless somebody holds a lock."""
+"""Seconds for one run of nft or iptables; they take milliseconds unless another run holds a
+lock."""
 
 
 class RulesUnavailable(Exception):

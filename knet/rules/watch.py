@@ -1,10 +1,10 @@
-"""Tells when somebody takes rules out of tables in which krelay has its own.
+"""Tells when another program takes rules out of tables in which krelay has its own.
 
 The kernel announces each change of nf_tables to the netlink group NFNLGRP_NFTABLES
 (net/netfilter/nf_tables_api.c), those made by iptables over nf_tables included; the older interface
 announces nothing.  The first kind of attribute names the table, for a table, a chain and a rule
-alike (linux/netfilter/nf_tables.h).  What was *added* is of no interest: nobody's rules can take
-ours away by that.
+alike (linux/netfilter/nf_tables.h).  What was *added* is of no interest: no added rule takes
+ours away.
 """
 
 import socket

@@ -25,7 +25,7 @@ class CaptureFailed(Exception):
 
 
 class ReaderGone(Exception):
-    """Nobody reads standard output any more."""
+    """No program reads standard output any more."""
 
 
 class Tally:
@@ -134,7 +134,7 @@ def _opened(name: str) -> Iterator[int]:
 
 
 class _Asked:
-    """Whether somebody has asked for the end."""
+    """Whether the user has asked for the end."""
 
     ended = False
 

@@ -5,7 +5,7 @@
 
 The second line is there long before the first has made its file tree.  So where nobody answers a
 command looks whether a krelay for this tree is among the processes of this host, and waits as long
-as that is so; who asks where there is none is told at once.
+as that is so; a command where there is none is told at once.
 """
 
 import time

@@ -1,11 +1,11 @@
 """`krelay up`: the daemon and tcp-relay together, in the foreground, until Ctrl-C.
 
 Both run as processes of their own, as they would under a service manager, and are told to end if
-this one dies in whatever way.  Who of the two ends by itself is started again, at once and then
-after longer and longer pauses; only who doesn't stay up at all ends the whole.  While krelay is
-away its rules stay, as they do under a service manager: what they catch is dropped, never passed on
-unrewritten.  tcp-relay needs no privilege: it gives root up before it opens its
-first socket, and runs as user `krelay`, or where there is none as a user id that is nobody else's
+this one dies in whatever way.  One of the two that ends by itself is started again, at once and
+then after longer and longer pauses; only one that doesn't stay up at all ends the whole.  While
+krelay is away its rules stay, as they do under a service manager: what they catch is dropped, never
+passed on unrewritten.  tcp-relay needs no privilege: it gives root up before it opens its first
+socket, and runs as user `krelay`, or where there is none as a user id that is nobody else's
 (privileges.py).  What wasn't there before is gone afterwards, the file tree included.
 """
 
@@ -238,7 +238,7 @@ def _checked(root: Path, values: Mapping[str, str]) -> dict[str, Any]:
         errors = (FileTree(root).read("status/errors") or "").splitlines()
         if ours := [line for line in errors if line.partition(":")[0] in values]:
             raise UpFailed(ours[0].partition(";")[0])
-    return config  # or somebody has written another value meanwhile
+    return config  # or a user has written another value meanwhile
 
 
 def _served(root: Path) -> Callable[[], bool]:

@@ -8,6 +8,6 @@ The sockets themselves:
 
 server    both are listened on, and packets are shown to traces
 clients   one client: its requests, its answers, its trace
-turns     who is next
+turns     which client is next
 client    the other side: what commands ask the daemon
 """

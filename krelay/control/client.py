@@ -1,6 +1,6 @@
 """The control sockets from the other side: what the commands ask the daemon.
 
-Who may not use control.sock asks view.sock what that answers (roles.py).
+A user who may not use control.sock asks view.sock what that answers (roles.py).
 """
 
 import json
@@ -160,7 +160,7 @@ def _connect(root: Path, request: str) -> socket.socket:
 
 
 def _needed(roles: tuple[Role, ...]) -> str:
-    """What who may use none of these has to do: the least first."""
+    """What a user who may use none of these has to do: the least first."""
     role = roles[-1]
     told = refusal(role, exists=group_id(role.group) is not None)
     return f"{told}; {ADMIN.group} may do everything" if role is VIEW else told

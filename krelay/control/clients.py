@@ -249,7 +249,8 @@ class ControlClient:
             self._end_capture()
 
     def _end_capture(self) -> None:
-        """Who half-closes has had enough of a capture; lines go on, for `echo trace | socat`."""
+        """A client that half-closes has had enough of a capture; lines go on, for `echo trace |
+        socat`."""
         if self.tracing is not None and self.tracing.pcap:
             self._out += self._recorder.end(time.time_ns())
             self._end_trace()

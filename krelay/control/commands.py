@@ -8,7 +8,7 @@ are sent, so that a large table delays no packet.
     show status [json]    show counters [json]    show config [json]
     flush    kill ID    trace [pcap] [filters] [verdict=rewrite,drop,pass]    help
 
-Who may only look (`may_change` false) has the same language without `kill`, `flush` and
+A user who may only look (`may_change` false) has the same language without `kill`, `flush` and
 `trace pcap`, which shows what is in packets.
 """
 
@@ -44,7 +44,7 @@ HELP = (
 VIEW_HELP = tuple(
     line.replace("[pcap] ", "") for line in HELP if not line.startswith(("kill", "flush"))
 )
-"""What is left of it for who may only look."""
+"""What is left of it for a user who may only look."""
 
 SHOWN = ("nat", "status", "counters", "config")
 """What `show` shows."""

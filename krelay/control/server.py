@@ -1,6 +1,7 @@
 """The control sockets themselves: lines in and out for clients, none of whom can hold us up.
 
-There are two, of one language: control.sock with all of it, and view.sock for who may only look.
+There are two, of one language: control.sock with all of it, and view.sock for users who may only
+look.
 
 A client has a bounded buffer in either direction.  Lines of an answer are made only as fast as the
 client takes them; a tracing client that is too slow loses packets and is told how many.  Who says
@@ -59,7 +60,7 @@ class ControlSocket:
         return sum(client.tracing is not None for client in self._clients)
 
     def on_time(self, now: float) -> None:
-        """Drops who has been silent for too long; call about once a second."""
+        """Drops clients that have been silent for too long; call about once a second."""
         for client in list(self._clients):
             client.on_time(now)
 

@@ -1,4 +1,4 @@
-"""Who is next to be served by the control sockets: answers are made piece by piece, in turn."""
+"""Which client the control sockets serve next: answers are made piece by piece, in turn."""
 
 import time
 from collections import deque
@@ -28,7 +28,8 @@ class TakesTurns(Protocol):
 
 
 class Turns:
-    """Who is next to have a request heard, or a piece of an answer made: one in a turn of the loop.
+    """Which client next has a request heard, or a piece of an answer made: one in a turn of the
+    loop.
 
     Root's clients first, and those of others one after the other.  A turn that took longer than
     nothing had other work: then the next piece waits until that has had its share.

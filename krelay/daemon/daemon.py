@@ -378,9 +378,9 @@ def serve(root: Path, queue_num: int, witness: Witness, relay_gid: int | None = 
 
 
 def _hurry() -> None:
-    """Everybody's packets wait for this process, so it waits less for others than they for it.
+    """All clients' packets wait for this process, so it waits less for others than they for it.
 
-    Unless whoever started it has given it a niceness of his own, or the kernel permits it none.
+    Unless it was started with a niceness of its own, or the kernel permits it none.
     """
     with suppress(PermissionError):
         if os.getpriority(os.PRIO_PROCESS, 0) == 0:

@@ -22,7 +22,7 @@ class GatewayWatch:
         self._gateways = gateways
         self._holder = holder
         self._named: tuple[list[sockdiag.Socket], str] = ([], "")
-        """Who listens on the gateway port without being known, and what that program is called."""
+        """The sockets of other programs on the gateway port, and the name of their program."""
         self._refusing: str | None = None
         """Why clients of TCP are refused, when last looked."""
         self._warning = Throttle()

@@ -53,7 +53,7 @@ class TreeKeeper:
     """Takes the tree at `root`, which is made if need be.  Raises CannotKeep.
 
     `judged` is called with what has come of texts that were written; `status` are the texts of the
-    status files.  `sockets` are kept in their places: whoever makes them sets it.
+    status files.  `sockets` are kept in their places: the maker of the sockets sets it.
     """
 
     def __init__(
@@ -304,7 +304,7 @@ class TreeKeeper:
         self._troubles.tell(self._loop.now)
 
     def _finish(self, outcome: Outcome) -> None:
-        self._publish({"status/errors"})  # who finds his text put back finds the reason there
+        self._publish({"status/errors"})  # a user whose text was put back finds the reason there
         self._write_back(outcome)
         self._judged(outcome)
         self._troubles.tell(self._loop.now)

@@ -319,7 +319,7 @@ class Relaying(IdleObserver):
         self.nat.mappings.reserved = view.reserved
         self.gateways.check()
 
-    # Whom T1 leads to
+    # Where T1 leads
 
     def _gateways_changed(self) -> None:
         """A tcp-relay listens, or does no more, or is not alone; T1 follows before anything else.

@@ -96,8 +96,8 @@ def figures(number: int) -> Figures | None:
 
 
 def figures_shown() -> bool:
-    """Whether the kernel shows its figures to this user: to root and its group, whoever else has
-    which capability."""
+    """Whether the kernel shows its figures to this user: to root and its group, by no
+    capability."""
     return os.access(_FIGURES, os.R_OK, effective_ids=True)
 
 
@@ -230,7 +230,7 @@ class Queue:
             try:
                 self._socket.send(told)
             except OSError:
-                self._socket.send(told)  # packets wait for it, and for nobody else
+                self._socket.send(told)  # packets wait for it, and for nothing else
 
     def _failed(self, packet: Queued, error: Exception) -> None:
         self.errors += 1
@@ -251,7 +251,7 @@ class Queue:
         )
         self._socket.sendto(request, (0, 0))
         if not figures_shown():
-            return  # no kernel refuses this to who has bound the queue
+            return  # no kernel refuses this to the process that has bound the queue
         got = figures(self.number)
         if got is None or got.copy_range < COPY_RANGE - 8:
             self.close()

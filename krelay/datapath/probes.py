@@ -1,6 +1,6 @@
 """Packets that make an end of a TCP connection say something, so that it can be told what it must.
 
-All are SYNs.  An end answers a SYN in a connection by an ACK, whoever has sent it (RFC 9293,
+All are SYNs.  An end answers a SYN in a connection by an ACK, from whatever sender (RFC 9293,
 section 3.10.7.4: the challenge ACK), and elsewhere by a RST.  So nothing need be known of sequence
 numbers.
 """

@@ -31,7 +31,7 @@ class Reopening:
         or is for an end to judge by its numbers.  `at`: where its TCP header begins.
 
         RFC 9293, section 3.6.1: a port may be used again; and 3.10.7.4: in a connection a SYN is
-        answered by a challenge ACK, whoever has sent it.
+        answered by a challenge ACK, from whatever sender.
         """
         flow, step = rewrite.flow, rewrite.step
         if flow.leg is None and step in (_T3, _T4):

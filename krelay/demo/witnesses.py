@@ -75,7 +75,7 @@ class Witnesses:
         return self.ask("show nat json")
 
     def ask(self, request: str) -> list[dict[str, Any]]:
-        """What the control socket answers; nothing if nobody is there."""
+        """What the control socket answers; nothing if no krelay is there."""
         argv = ("socat", "-t10", "-", self._control)
         answer = self._lab.run("relay", *argv, input=f"{request}\n", check=False, timeout=20)
         return [json.loads(line) for line in answer.stdout.splitlines() if line]

@@ -98,7 +98,7 @@ def after_start(root: Path) -> list[Finding]:
         return []
     _wait_for_tcp_relay(root)
     facts = gather(root)
-    stopped = facts.state == "stopped"  # then it is no news that nobody serves
+    stopped = facts.state == "stopped"  # then it is no news that no process serves
     return [
         finding
         for finding in checks.mattering(checks.examine(facts))

@@ -160,7 +160,7 @@ class Facts:
     port_range: tuple[int, int] = (32768, 60999)
     """First and last of the ports that programs get which ask for any (ip(7))."""
     reserved_ports: frozenset[int] = frozenset()
-    """Those that nobody gets who asks for any."""
+    """Those that no program gets that asks for any."""
     rmem_max: int | None = None
     buffer: int = 8 << 20
     """Bytes that krelay asks for the queue's socket."""

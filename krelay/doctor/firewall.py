@@ -5,8 +5,8 @@ packet through the base chains of one hook, in the order of their priorities:
 
     judge(chains, "forward", packet)   ->   [Fate(kind="drop", certain=True, ...)], packet
 
-A match has three answers: yes, no, and None, "can't tell" (a rate, a mark that somebody sets, an
-address that isn't known).  Where it is None both ways are followed, so a fate is certain or only
+A match has three answers: yes, no, and None, "can't tell" (a rate, a mark that another rule sets,
+an address that isn't known).  Where it is None both ways are followed, so a fate is certain or only
 possible.  A list without a fate means that the packet is let by and stays as it is.
 
 How the kernel goes about it (net/netfilter/core.c, nf_tables_core.c): accept ends a base chain but

@@ -70,7 +70,7 @@ def datapath(facts: Facts) -> list[Finding]:
     if facts.config.datapath == "queue":
         return [Finding("datapath", OK, "every packet visits krelay, as the setting says")]
     if facts.datapath == "kernel":
-        return [Finding("datapath", OK, "flows are handed to the kernel")]
+        return [Finding("datapath", OK, "flows are offloaded to the kernel")]
     reason = facts.datapath.removeprefix("queue").strip(" ()")
     fix = "" if facts.backend.startswith("nft") else "apt-get install nftables"
     return [Finding("datapath", WARNING, f"every packet visits krelay: {reason}", fix)]
@@ -90,7 +90,7 @@ def serving(facts: Facts) -> list[Finding]:
 
 
 def tree(facts: Facts) -> list[Finding]:
-    """Whether the file tree can be served, and is shown by who serves it."""
+    """Whether the file tree can be served, and which process serves it."""
     if facts.tree_fault:
         return [Finding("file tree", FAILED, facts.tree_fault, facts.tree_fix)]
     if facts.tree_state != "ok":
@@ -100,8 +100,8 @@ def tree(facts: Facts) -> list[Finding]:
 
 
 def buffer(facts: Facts) -> list[Finding]:
-    """Who has CAP_NET_ADMIN may go over rmem_max (SO_RCVBUFFORCE, socket(7)); a user namespace's
-    root may not."""
+    """A process with CAP_NET_ADMIN may go over rmem_max (SO_RCVBUFFORCE, socket(7)); a user
+    namespace's root may not."""
     check = "buffer"
     if facts.rmem_max is None and not facts.buffer_is_granted:
         return [not_tried(check, "this network namespace doesn't show net.core.rmem_max")]
@@ -126,7 +126,8 @@ def files(facts: Facts) -> list[Finding]:
 
 
 def leftovers(facts: Facts) -> list[Finding]:
-    """What a killed krelay left: its rules drop what they catch while nobody serves the queue."""
+    """What a killed krelay left: its rules drop what they catch while no krelay serves the
+    queue."""
     findings = []
     for left in facts.leftovers:
         text = (

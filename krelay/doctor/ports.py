@@ -13,7 +13,7 @@ WIDE_RANGE = (20000, 65535)
 
 
 def gateway_port(facts: Facts) -> list[Finding]:
-    """Nobody but tcp-relay may listen there."""
+    """No program but tcp-relay may listen there."""
     check, port = "gateway port", facts.config.gport
     if not facts.config.terminated:
         return [Finding(check, OK, "not used: no service needs tcp-relay")]
@@ -34,7 +34,7 @@ def services(facts: Facts) -> list[Finding]:
             continue
         what = f"{one.proto}/{one.port}"
         if one.address is not None and one.address.is_loopback:
-            continue  # nobody else could reach it, and it goes on answering this host
+            continue  # no other host could reach it, and it goes on answering this host
         text = f"{_who(one)} serves {what} here: other hosts won't reach it while {what} is relayed"
         findings.append(Finding("services", WARNING, text, _stop(one)))
     if findings:

@@ -108,7 +108,7 @@ def redirects(facts: Facts) -> list[Finding]:
 
 
 def server(facts: Facts) -> list[Finding]:
-    """A route to the real server, and somebody at its end."""
+    """A route to the real server, and a host at its end."""
     check, path = "server", facts.server
     if path is None:
         return [not_tried(check, "the way to it isn't known")]

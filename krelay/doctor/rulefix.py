@@ -97,7 +97,7 @@ def _ufw(facts: Facts, stage: Stage, fate: Fate, ports: tuple[Ports, ...]) -> st
 def _firewalld(facts: Facts, stage: Stage, fate: Fate, ports: tuple[Ports, ...]) -> str:
     """By firewalld, for good; empty where it can't say it.
 
-    A port is added to its zone, unless somebody's rule there, or a policy, comes first.  Everything
+    A port is added to its zone, unless a user's rule there, or a policy, comes first.  Everything
     else is a policy of our own, ahead of all others.
     """
     base, packet = fate.base, stage.packet

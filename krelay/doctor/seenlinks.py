@@ -14,7 +14,7 @@ from krelay.doctor.seen import SYS, Survey, number
 
 NUD_FAILED = 0x20  # linux/neighbour.h
 FAR_AWAY = IPv4Address("192.88.99.1")
-"""Anybody: an address that nobody has a route of its own to (RFC 7526)."""
+"""Any host: an address to which no route of its own leads (RFC 7526)."""
 OWN_TABLES = (253, 254, 255)
 """Those that each host has: default, main, local (linux/rtnetlink.h)."""
 UDP_GRO = ("rx-udp-gro-forwarding", "rx-gro-list")
@@ -54,7 +54,7 @@ def links(seen: Survey) -> None:
 
 
 def routes(seen: Survey) -> None:
-    """The ways to the server, to the client, to anybody."""
+    """The ways to the server, to the client, to any host."""
     from pyroute2 import IPRoute
 
     config = seen.facts.config

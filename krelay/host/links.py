@@ -4,10 +4,10 @@ Read through the kernel's routing socket when something has changed there, not w
 One route is asked for, never the whole table, which on a router would take seconds: what is on a
 link is told by the addresses that this host has there.
 
-The rules act on what the kernel knows at that moment (`fib`), which may be news to who was told of
-changes: an address that has just arrived, and the addresses of a network that is local by a route
-of its own (`ip route add local`), which none has been told of.  So for an address that isn't among
-the known ones the kernel is asked at once (LocalAddresses).
+The rules act on what the kernel knows at that moment (`fib`), which may be news to krelay, though
+it is told of changes: an address that has just arrived, and the addresses of a network that is
+local by a route of its own (`ip route add local`), which none has been told of.  So for an address
+that isn't among the known ones the kernel is asked at once (LocalAddresses).
 
 The descriptors are opened at the start and kept: a host that has none left looks all the same.
 """
@@ -209,7 +209,7 @@ class LinkWatcher:
         return self._socket.fileno()
 
     def drain(self) -> None:
-        """Forgets what was told: whoever calls this looks for himself."""
+        """Forgets what was told: the caller looks at the host itself."""
         for _ in self._socket.waiting():
             pass
 

@@ -1,4 +1,5 @@
-"""Puts the rules of a RuleSpec into the kernel and takes them out again; nothing of anybody else's.
+"""Puts the rules of a RuleSpec into the kernel and takes them out again; it touches no other
+program's.
 
 There are three ways in, and the first that works on this kernel is taken: nft with its own `queue`;
 nft with the NFQUEUE target of iptables, which nft shows but doesn't make, so that rule is a message
@@ -106,9 +107,9 @@ class Backend(Protocol):
         """
 
     def tables(self, name: str) -> frozenset[str]:
-        """The tables of nf_tables that hold the rules: who watches these hears of changes.
+        """The tables of nf_tables that hold the rules: a watcher of these is told of changes.
 
-        None for the older interface, which tells nobody.
+        None for the older interface, which announces nothing.
         """
 
 
@@ -138,7 +139,7 @@ class Nft:
             except RulesDelayed:
                 raise
             except RulesUnavailable:
-                pass  # somebody has taken some of it out
+                pass  # another program has taken some of it out
             else:
                 return
         run(("nft", "-f", "-"), ruleset.nft_install(spec, afresh=afresh, with_xt=self.with_xt))
@@ -406,7 +407,7 @@ def legacy_tables() -> list[str]:
 def _remove_empty_table(table: str) -> None:
     """Removes an iptables table that holds nothing but its empty base chains.
 
-    In one transaction that the kernel refuses if somebody has put a rule there meanwhile.
+    In one transaction that the kernel refuses if a rule was put there meanwhile.
     """
     try:
         listed = json.loads(run(("nft", "-j", "list", "table", "ip", table)))["nftables"]

@@ -16,7 +16,7 @@ SIZE = 64 * 1024
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 STEP = SIZE // 4
-"""What is given up at a time: who fills the disk may be quicker than who needs the room."""
+"""What is given up at a time: the program that fills the disk may be quicker than krelay."""
 
 _HOW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o600

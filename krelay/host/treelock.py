@@ -1,6 +1,6 @@
 """Who serves a file tree: the process that holds the lock on its file `.lock`, until it dies.
 
-flock(2) asks for no more than a descriptor, so whoever may read a file can lock it, and keep
+flock(2) asks for no more than a descriptor, so a user who may read a file can lock it, and keep
 krelay from its own tree.  So the lock is on a file that its owner alone can open; one that others
 can open is worth nothing, whoever has locked it, and is replaced.
 """

@@ -9,16 +9,16 @@ three quarters.
 Where a limit is reached, the first of these that there is goes, of the client and its budget alone
 where the limit is the client's:
 
-    a closed flow, whose last packets are through: it is no reason to refuse anyone
+    a closed flow, whose last packets are through: it is no reason to refuse a client
     the oldest query that the kernel has learnt
     the oldest unconfirmed flow, and among these exchanges that only the server has gone on with, if
     they have been silent for a while: servers that repeat themselves do so to forged addresses too
     the oldest connection that is over, silent likewise
 
 These are early_drop and can_early_drop of Linux's connection tracking
-(net/netfilter/nf_conntrack_core.c); without them a flood from forged addresses would keep everybody
-out for as long as its flows live, and a client with many short connections itself.  Flows that are
-confirmed never go for others.
+(net/netfilter/nf_conntrack_core.c); without them a flood from forged addresses would keep all
+clients out for as long as its flows live, and a client with many short connections itself.  Flows
+that are confirmed never go for others.
 
 Where a limit was lowered, each new flow evicts a few more than one, and `trim` does the rest.
 
@@ -108,7 +108,7 @@ class Admission:
         """UDP among the flows."""
         self._closed: dict[
             int, Flow
-        ] = {}  # lingering, the oldest first: no reason to refuse anyone
+        ] = {}  # lingering, the oldest first: no reason to refuse a client
         self._relayed = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED)
         self._forwarded = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED)
         self._datagrams = Spare(_IS_UNCONFIRMED, _IS_CONFIRMED, on_settled=self.confirmed)

@@ -197,7 +197,8 @@ class Flow:
 
     @property
     def seen(self) -> Endpoint | None:
-        """TCP: as whom the server knows the client, while tcp-relay has a port towards it."""
+        """TCP: the endpoint by which the server knows the client, while tcp-relay has a port
+        towards it."""
         towards = self.rewrites.get(Step.T3)
         return None if towards is None else towards.src
 

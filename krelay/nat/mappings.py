@@ -182,7 +182,7 @@ class Mappings:
         return outside
 
     def low_outside_for(self, flow: Flow, outside: Endpoint, services: Collection[int]) -> Endpoint:
-        """As whom the server sees a client below 1024: from its own port where that is free.
+        """How the server sees a client below 1024: from its own port where that is free.
 
         As `outside`, from above, where no port below is free.
         """

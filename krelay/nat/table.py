@@ -349,8 +349,9 @@ class NatTable(FlowStore):
             self.observers.closed(flow, now)
 
     def orphaned(self, flow: Flow) -> None:
-        """Whose tcp-relay is gone, its port towards the server is anybody's: no connection may
-        begin from there in this flow's name, unless tcp-relay is back and asks again (`attach`)."""
+        """Whose tcp-relay is gone, its port towards the server is free for any program: no
+        connection may begin from there in this flow's name, unless tcp-relay is back and asks again
+        (`attach`)."""
         flow.orphaned = True
         self._leave(flow)
 

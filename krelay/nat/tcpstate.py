@@ -8,7 +8,7 @@ own, and derives the four states that a timeout is chosen by:
     established  from then on, also while one side has ended and the other still sends: such a
                  half-closed connection may live for hours (RFC 6146, section 3.5.2.2, likewise
                  keeps the long timeout until both sides have sent a FIN)
-    closing      both sides have sent a FIN, or anyone a RST.  The flow stays, since a RST may
+    closing      both sides have sent a FIN, or any side a RST.  The flow stays, since a RST may
                  be forged or lost (RFC 7857, section 2.2); a packet of either end that comes
                  after it shows that, and the RST is forgotten (RFC 6146, section 3.5.2.2)
     closed       tcp-relay has closed both legs

@@ -3,7 +3,7 @@
 A rule `log group N snaplen 28` has the kernel copy a packet's head and send the packet on; it waits
 for nobody.  The copies of some milliseconds come together (nflog.TOGETHER, HUNDREDTHS), so that
 one costs little; what they mean for each other, the packets have done long since.  Or each comes at
-once: then whoever sees a packet that came after it can have read it.  Where nobody has
+once: then the worker can have read it before any packet that came after it.  Where nobody has
 the group, or its buffer is full, there are no copies, and packets go on all the same.
 """
 
@@ -68,7 +68,7 @@ class Copies:
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     if found:
-                        break  # it is met again, by who has nothing to lose
+                        break  # it is met again, when there is nothing to lose
                     raise
                 self.lost += 1
                 some = []

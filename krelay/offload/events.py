@@ -103,7 +103,7 @@ class KernelEvents(OffloadEvents):
         return self._read(self._ends, ENDS_TOGETHER)
 
     def _read_strays(self, _: int = 0) -> None:
-        """What servers send from ports that nobody has asked: clients wait for it in vain."""
+        """What servers send from ports that no client has asked: clients wait for it in vain."""
         for hook, head in self._read(self._strays, ENDS_TOGETHER):
             asked = self._saw_stray(head, hook, self._loop.now) if head[9] == Proto.UDP else None
             if asked is None or (before := self._stray_warning.admit(self._loop.now)) is None:

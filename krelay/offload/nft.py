@@ -2,8 +2,8 @@
 
 Each call waits for the kernel's answer, which takes some microseconds an element and some tens for
 a transaction; so what a turn of the loop has gathered goes together.  A transaction happens as a
-whole or not at all.  If one fails, or the answer is not what it must be, somebody else has changed
-the maps: OffloadLost is raised, and whoever owns them makes them anew.
+whole or not at all.  If one fails, or the answer is not what it must be, another program has
+changed the maps: OffloadLost is raised, and the service makes them anew.
 """
 
 import errno
@@ -31,7 +31,7 @@ TOGETHER = 256
 """Elements in one transaction, or asked for at once: a millisecond.  Fewer where the kernel grants
 less than _BUFFER."""
 TIMEOUT = 5.0
-"""Seconds: somebody else's transaction may be under way."""
+"""Seconds: another program's transaction may be under way."""
 _BUFFER = 4 << 20
 _RECEIVE = 1 << 17
 _LOST = (errno.ENOBUFS, errno.EBADF, errno.EAGAIN)
@@ -119,7 +119,7 @@ class NftBackend(OffloadBackend):
     def leave(self, rewrites: Sequence[Rewrite]) -> Iterator[Counted]:
         """Takes these out before the maps go; what was counted for those that are still there.
 
-        Raises nothing, whatever somebody else has done to the maps.
+        Raises nothing, whatever another program has done to the maps.
         """
         for some in self._slices(rewrites):
             with suppress(OffloadLost):

@@ -75,7 +75,7 @@ class Offload(IdleObserver):
         self._backend: OffloadBackend | None = None
         self._learning: Learning | None = None
         self._traced_clients: frozenset[bytes] | None = frozenset()
-        """Whose queries are traced; None: everybody's."""
+        """Whose queries are traced; None: all clients'."""
         self._refused = ""
         """Why the kernel lets us have no maps, for good."""
         self._lost_at: deque[float] = deque(maxlen=MOST_LOSSES)
@@ -137,7 +137,7 @@ class Offload(IdleObserver):
             self._nat.dns_flows.learns(addresses, spec.learning.server.packed)
         if not afresh or not spec.room:
             return None
-        self.needs_ends()  # who has begun may not begin again
+        self.needs_ends()  # a flow that has begun may not begin again
         connect = partial(NftBackend, self._table, spec.room, follows_dscp=spec.follows_dscp)
         try:
             self._backend = connect()
@@ -287,11 +287,12 @@ class Offload(IdleObserver):
         found: Counter[Step] = Counter()
         for (_, step), packets in self._backend.totals().items():
             found[step] += packets
-        self._steps_seen |= found  # somebody may have taken counters out, too
+        self._steps_seen |= found  # another program may have taken counters out, too
         return self._steps_seen
 
     def _lost(self, error: OffloadLost) -> None:
-        """Somebody has changed the maps: they are made anew, with all that should be in them."""
+        """Another program has changed the maps: they are made anew, with all that should be in
+        them."""
         now = self._loop.now
         self._lost_at.append(now)
         while self._lost_at[0] < now - LOSSES_WITHIN:

@@ -1,7 +1,7 @@
-"""Whom T1 leads to: the listening sockets that tcp-relays have handed over.
+"""Where T1 leads: the listening sockets that tcp-relays have handed over.
 
-A port number says nothing about who listens there.  So a tcp-relay hands over its listening socket
-with the message `listening`, and krelay keeps that descriptor:
+A port number doesn't say which program listens there.  So a tcp-relay hands over its listening
+socket with the message `listening`, and krelay keeps that descriptor:
 
 - It is the socket itself, known by the kernel's cookie.  Only where every socket that could get a
   client's packets (sockdiag.Socket.may_accept_for) is one that was handed over are clients led
@@ -9,7 +9,7 @@ with the message `listening`, and krelay keeps that descriptor:
 - As long as it is held, no other program can have the port, whatever becomes of the process: two
   sockets listen on a port only if both say SO_REUSEPORT and are of one user (inet_csk_get_port).
 - When a tcp-relay's connection is lost, `on_change` is called first, which ends T1, and then the
-  descriptor is closed: at no moment is anybody led to a port that another could have.
+  descriptor is closed: at no moment is a client led to a port that another could have.
 
 A socket that is held accepts nothing, if its tcp-relay is gone; so it isn't held for longer.
 """
@@ -44,7 +44,8 @@ class GatewayPorts:
         listeners: Callable[[int], Sequence[Socket] | None],
         close: Callable[[list[int]], object],
     ) -> None:
-        """`cookie_of` tells a listening TCP socket's cookie, `listeners` who listens on a port.
+        """`cookie_of` tells a listening TCP socket's cookie, `listeners` which sockets listen on a
+        port.
 
         `listeners` is None where the kernel doesn't tell; then no client is led anywhere.  `close`
         closes descriptors.
@@ -104,7 +105,7 @@ class GatewayPorts:
         self._changed(list(self._held.pop(owner, {}).values()))
 
     def check(self) -> None:
-        """Looks whether anybody else has come to listen, or has gone; call it once a second."""
+        """Looks whether another program has begun or ceased to listen; call it once a second."""
         self._let_go = {cookie: left - 1 for cookie, left in self._let_go.items() if left > 1}
         self._changed([])
 

@@ -36,7 +36,7 @@ class InForce(NamedTuple):
     """Ports that tcp-relay served."""
 
     def allows(self, gport: int, server: Endpoint, source: Source) -> bool:
-        """Whether a connection can have begun with these; who is beside the server sees RELAY."""
+        """Whether a connection can have begun with these; a client beside the server sees RELAY."""
         return (
             gport == self.gport
             and server.addr == self.server

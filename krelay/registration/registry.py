@@ -16,10 +16,10 @@ connection is lost, tcp-relay has ended (then the kernel resets the legs of its 
 these resets still pass through the flows) or it will be back and resume them.  After ORPHAN_GRACE,
 flows that no tcp-relay has resumed are closed.
 
-What tcp-relays report is summed up over all that there have been: who is gone has still counted, so
-that totals never go backwards, but has nothing open.  A worker that comes back repeats what it has
-told before, so the gone are remembered one by one; only of the oldest, which won't come back, no
-more than their sum is kept.
+What tcp-relays report is summed up over all that there have been: one that is gone has still
+counted, so that totals never go backwards, but has nothing open.  A worker that comes back repeats
+what it has told before, so the gone are remembered one by one; only of the oldest, which won't come
+back, no more than their sum is kept.
 """
 
 from collections import Counter
@@ -74,7 +74,8 @@ Send = Callable[[Answer], object]
 
 
 class SocketOwners(Protocol):
-    """Who of this host has which TCP connections, as the kernel knows it (sockdiag.SocketDiag)."""
+    """Which processes of this host have which TCP connections, as the kernel knows it
+    (sockdiag.SocketDiag)."""
 
     def carrier(self, local: Endpoint, remote: Endpoint, may_open: bool = False) -> int | None:
         """The uid of its owner; `may_open`: also one that isn't answered yet.  None: no process.

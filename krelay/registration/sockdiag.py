@@ -41,7 +41,7 @@ class SocketDiag:
         return found
 
     def carrier(self, local: Endpoint, remote: Endpoint, may_open: bool = False) -> int | None:
-        """The uid of who has this connection, accepted or made; None if no process has.
+        """The uid of the process that accepted or made this connection; None if no process has.
 
         With `may_open` also one that was begun here and isn't answered yet.
 

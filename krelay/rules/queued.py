@@ -219,9 +219,10 @@ def own_udp(spec: RuleSpec) -> list[RuleRow]:
 def _any_port(spec: RuleSpec) -> tuple[list[RuleRow], list[RuleRow]]:
     """The rows for services whose servers may answer from any port.
 
-    First those that note who asks; then those that queue what isn't between a client and a service.
-    A client is noted as it comes, and as it reads between the hooks, where its port was taken and
-    another is given it.  Where there is no set for that, all UDP from the servers is queued.
+    First those that note which client asks; then those that queue what isn't between a client and a
+    service.  A client is noted as it comes, and as it reads between the hooks, where its port was
+    taken and another is given it.  Where there is no set for that, all UDP from the servers is
+    queued.
     """
     if not spec.any_port:
         return [], []

@@ -20,7 +20,7 @@ and this host's own packets from a service's port (of TCP, SYNs).
 TCP that is forwarded is caught as UDP is.  Where a server may answer from any port, also what it
 sends to who has asked it, and what they send to this host: that is who stands in the set `askers`,
 which the rules fill themselves.  Of other UDP that servers send, a few copies a second are made
-(`strays`), so that somebody finds out that answers come from where nobody expects them.
+(`strays`), so that counters tell of answers from where no client expects them.
 
 What this host itself sends from a relayed port, and hosts that it masquerades, the worker must have
 seen, or it would take the reply for a client's (ownflows.py).  The rules for that come last, and
@@ -100,7 +100,7 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
 
 
 def _queue(number: int, with_xt: bool) -> str:
-    """How a chain of queues ends; the comment is for who looks for the queue of stale rules."""
+    """How a chain of queues ends; the comment tells the doctor the queue of stale rules."""
     return f'drop comment "queue num {number}"' if with_xt else f"queue num {number}"
 
 

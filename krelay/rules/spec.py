@@ -62,8 +62,8 @@ class RuleSpec:
     follows_dscp: bool = False
     """Whether packets of terminated TCP visit the worker where the DSCP isn't what it was."""
     asked_within: int = 0
-    """Seconds for which the kernel knows who has asked these; 0: it doesn't (no set of nft's), and
-    whatever UDP the servers send is queued."""
+    """Seconds for which the kernel knows which clients have asked these; 0: it doesn't (no set of
+    nft's), and whatever UDP the servers send is queued."""
     tells_strays: bool = False
     """Whether of some of the servers' UDP that isn't relayed copies are made for krelay."""
 
@@ -86,7 +86,7 @@ class RuleSpec:
 def openings(queue: int) -> int:
     """The queue of the SYNs to services, beside that of everything else.
 
-    So a flood of SYNs overflows a queue in which nobody else waits.
+    So a flood of SYNs overflows a queue in which no other packet waits.
     """
     return queue ^ _BESIDE
 

@@ -25,7 +25,7 @@ class SessionLimits:
     hold: int = relayoptions.HOLD
     """Bytes held per direction at most, and read at once.
 
-    The more at once, the less often anybody has to wake up: bulk gains up to here, and hardly
+    The more at once, the less often a process has to wake up: bulk gains up to here, and hardly
     beyond.  A thousand connections stalled both ways hold 1 GB.
     """
 

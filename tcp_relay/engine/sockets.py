@@ -29,8 +29,9 @@ _PROBING = (socket.TCP_KEEPCNT, socket.TCP_KEEPINTVL, socket.TCP_KEEPIDLE)
 (net/ipv4/tcp_timer.c, tcp_keepalive_timer)."""
 _PROBES = 3
 _PATIENCE = 127
-"""Unanswered probes that the kernel may send: its most.  Who is lost is for this process to judge
-(`Heard.is_silent`), because the kernel doesn't know when it was this host that stood still."""
+"""Unanswered probes that the kernel may send: its most.  Which peer is lost is for this process to
+judge (`Heard.is_silent`), because the kernel doesn't know when it was this host that stood
+still."""
 _SECOND_LOOK = 1.0
 """Seconds that an answer to what was sent last may take before its absence means anything."""
 _TCP_RTO_MAX_MS = 44  # linux/tcp.h, from 6.15 on

@@ -120,7 +120,7 @@ class Resolver:
             self._patience = self._loop.call_at(self._loop.now + PATIENCE, self._late)
 
     def _look_up_again(self, error: OSError) -> None:
-        """There was no descriptor, no memory or no thread for it; who asked waits."""
+        """There was no descriptor, no memory or no thread for it; the session waits."""
         self._failures.tell(self._loop.now, "no look-up now", error, host=self._host)
         self._again = self._loop.call_at(self._loop.now + AGAIN, self._retry)
         if isinstance(self._answer, list):

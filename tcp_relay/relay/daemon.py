@@ -1,7 +1,7 @@
 """tcp-relay: file tree -> gateway -> relay <-> krelay, on one loop.
 
-It has no start and stop of its own: it listens where `gport` says, and whoever krelay sends there
-is served.  Fallen silent are only those that krelay knows nothing of.
+It has no start and stop of its own: it listens where `gport` says, and a client that krelay sends
+there is served.  Fallen silent are only those that krelay knows nothing of.
 
 Of several workers each follows the tree, listens and talks to krelay by itself.
 """

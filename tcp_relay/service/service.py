@@ -108,7 +108,7 @@ class RelayService:
         self._loop.stop()
 
     def _show(self) -> None:
-        with suppress(OSError, ValueError):  # whoever read it is gone, or it was never open
+        with suppress(OSError, ValueError):  # its reader is gone, or it was never open
             sys.stderr.write(self._engine.table())
             sys.stderr.flush()
 

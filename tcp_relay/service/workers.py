@@ -67,9 +67,9 @@ def run(count: int, serve: Serve, grace: float) -> int:
     """Has `serve` run `count` times, in a process each, and tells the service manager when it does.
 
     The exit status: 0 after SIGTERM, 130 after SIGINT, 1 if no worker came up.  Both signals are
-    passed on to the workers, each time they come, and so is SIGUSR1; who is still there `grace`
-    seconds after the first is killed.  A single worker is this process itself, its exit status and
-    its signals are `serve`'s own affair.
+    passed on to the workers, each time they come, and so is SIGUSR1; a worker that is still there
+    `grace` seconds after the first is killed.  A single worker is this process itself, its exit
+    status and its signals are `serve`'s own affair.
 
     To be called from the main thread, while there is no other, and with nothing open that a worker
     shouldn't have.
@@ -216,7 +216,7 @@ class _Parent:
             self._loop.call_at(now + pause, partial(self._start, worker))
 
     def _hear(self, _: int = 0) -> None:
-        """Who is ready."""
+        """Which workers are ready."""
         try:
             numbers = os.read(self._hearing, 1024 * _NUMBER.size)
         except OSError:  # nothing; or what is there stays there

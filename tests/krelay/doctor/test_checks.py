@@ -124,7 +124,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("rules", {"backend": None, "backend_problem": "nft: not installed"}, "failed",
      "not installed", "apt-get install nftables iptables"),
     ("rules", {"backend": None, "backend_problem": "nft: no such file"}, "failed", "no such", ""),
-    ("datapath", {}, "ok", "handed to the kernel", ""),
+    ("datapath", {}, "ok", "offloaded to the kernel", ""),
     ("datapath", {"config": Config(datapath="queue"), "datapath": "queue"}, "ok",
      "every packet visits krelay, as the setting says", ""),
     ("datapath", {"backend": "iptables", "datapath": "queue (maps need nft)"}, "warning",
