@@ -90,7 +90,6 @@ def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
         yield {proxy: threads.submit(tprox, *command(proxy)) for proxy in FAILS if proxy in wanted}
 
 
-@pytest.mark.serial
 @pytest.mark.slow
 @pytest.mark.parametrize("proxy", FAILS)
 def test_a_proxy_fails_where_its_fault_shows_and_nowhere_else(proxy: str, runs: Runs) -> None:
@@ -109,7 +108,6 @@ def test_a_proxy_fails_where_its_fault_shows_and_nowhere_else(proxy: str, runs: 
 # What is demanded of a proxy is what TCP gives
 
 
-@pytest.mark.serial
 @pytest.mark.slow
 def test_a_direct_connection_passes_all_but_the_time_outs() -> None:
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)

@@ -170,7 +170,7 @@ def test_a_flow_that_is_killed_ends_at_once(busy: World) -> None:
 
 @pytest.mark.serial
 def test_a_flow_that_falls_silent_expires_neither_early_nor_late(busy: World) -> None:
-    timeout = 3
+    timeout = 2
     busy.put(timeouts__udp=timeout)
     socks = [fast_udp(busy) for _ in range(20)]
     last = {}

@@ -102,6 +102,30 @@ def grouped(world: World) -> World:
     return world
 
 
+@pytest.fixture(scope="module")
+def shared_grouped() -> Iterator[World]:
+    """The same for several tests, each of which ends what it has started (`calm`)."""
+    with World() as world:
+        world.serve("server", "tcp/80", "udp/7", "udp/53")
+        world.lab.directory.chmod(0o755)
+        relay_with_groups(world, f"--nofile={DESCRIPTORS}:{DESCRIPTORS}")
+        yield world
+
+
+@pytest.fixture
+def calm(shared_grouped: World) -> Iterator[World]:
+    """Relaying on a host that has the groups, with nothing of the tests before."""
+    world = shared_grouped
+    before, programs = descriptors(world.krelay_process), len(world.lab.programs)
+    yield world
+    for program in world.lab.programs[programs:]:
+        program.kill()
+    world.until(lambda: descriptors(world.krelay_process) == before, "no connection left", 20)
+    for program in (world.krelay_process, world.tcp_relay_process):
+        assert program.poll() is None
+        assert "Traceback" not in program.output
+
+
 def member(gid: int, *words: str, supplementary: bool = False) -> tuple[str, ...]:
     """A command as somebody of that group."""
     groups = (
@@ -260,14 +284,14 @@ def test_who_gets_to_the_relay_socket_past_its_mode_is_told_the_group(grouped: W
     ],
 )
 def test_members_who_ask_as_often_as_they_can_keep_nobody_out(
-    grouped: World, gid: int, path: str, said: str
+    calm: World, gid: int, path: str, said: str
 ) -> None:
-    before = is_served(grouped)
-    hog(grouped, gid, socket.SOCK_STREAM, path, 200, said)
-    assert grouped.ask("show status")[0] == "state=running"
-    with control_socket(grouped.root) as tracer:
+    before = is_served(calm)
+    hog(calm, gid, socket.SOCK_STREAM, path, 200, said)
+    assert calm.ask("show status")[0] == "state=running"
+    with control_socket(calm.root) as tracer:
         tracer.sendall(b"trace proto=tcp\n")
-        slowest = is_served(grouped)
+        slowest = is_served(calm)
         assert b" flow " in tracer.recv(1000)
     print(f"\n    slowest client {before:.3f} s before, {slowest:.3f} s now", end="")
     assert slowest < before + 0.5
@@ -275,15 +299,15 @@ def test_members_who_ask_as_often_as_they_can_keep_nobody_out(
 
 @pytest.mark.serial
 @pytest.mark.parametrize("said", ["", "show nat json\n", "show counters\n", "trace\n", "kill 1\n"])
-def test_members_who_come_without_pause_leave_packets_their_time(grouped: World, said: str) -> None:
-    before = is_served(grouped)
-    words = (sys.executable, "-I", "-S", "-c", STORM, str(grouped.root / "control.sock"), said)
+def test_members_who_come_without_pause_leave_packets_their_time(calm: World, said: str) -> None:
+    before = is_served(calm)
+    words = (sys.executable, "-I", "-S", "-c", STORM, str(calm.root / "control.sock"), said)
     for _ in range(2):
-        program = grouped.lab.start("relay", *member(ADMIN, *words))
-        grouped.until(lambda: "storm" in program.output, "a storm")  # noqa: B023
-    slowest = is_served(grouped)
+        program = calm.lab.start("relay", *member(ADMIN, *words))
+        calm.until(lambda: "storm" in program.output, "a storm")  # noqa: B023
+    slowest = is_served(calm)
     began = time.monotonic()
-    assert client.ask(grouped.root, "show status")[0] == "state=running"
+    assert client.ask(calm.root, "show status")[0] == "state=running"
     answered = time.monotonic() - began
     print(
         f"\n    slowest {before:.3f} s before, {slowest:.3f} now, root's answer {answered:.3f}",

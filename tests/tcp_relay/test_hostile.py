@@ -46,7 +46,7 @@ DESCRIPTORS = 20_500
 """That this process and the proxy would have; what the machine gives may be less."""
 IDLE, LEAST_IDLE, ACTIVE = 10_000, 4_000, 100
 IDLE_COST = 4096  # bytes, resident
-ROUNDS, ROUND = 5, 0.3  # seconds
+ROUNDS, ROUND = 5, 0.15  # seconds
 
 HOSTILE = 1000
 BUFFER = 16 << 10
@@ -56,7 +56,7 @@ ROOM = 8 << 20
 """Bytes that a proxy may take for all else than what it holds."""
 
 QUIET = 5.0  # seconds
-TRICKLE = 30 if LONG else 6  # seconds
+TRICKLE = 30 if LONG else 4  # seconds
 TRICKLE_CPU = 0.2  # of a core
 
 RESETS, CLOSES = 2000, 5000
