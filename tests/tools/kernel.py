@@ -80,6 +80,8 @@ class Element:
     value: int
     packets: int = 0
     bytes: int = 0
+    count: Count | None = None
+    """Both, since they were last read."""
 
 
 Guard = Callable[[Fields], bool]
@@ -158,6 +160,7 @@ class FakeKernel(OffloadBackend, OffloadEvents):
                     continue
                 element.packets += 1
                 element.bytes += len(packet.build())
+                element.count = None
                 self.counters[rule.map] += 1
                 seen[rule.field] = element.value
                 ends = (
@@ -203,11 +206,15 @@ class FakeKernel(OffloadBackend, OffloadEvents):
 
     def read(self, rewrites: Sequence[Rewrite]) -> Iterator[Counted]:
         """What was counted for each, or raises Refused."""
+        maps = self.maps
         for rewrite in rewrites:
-            element = self._map(rewrite).get(_key(rewrite.old))
-            if element is None:
-                raise Refused(f"{rewrite.step.name} of row {rewrite.flow.id} isn't there")
-            yield rewrite, Count(element.packets, element.bytes)
+            try:
+                element = maps[_name(rewrite.flow.proto, rewrite.step)][_key(rewrite.old)]
+            except KeyError:
+                raise Refused(f"{rewrite.step.name} of row {rewrite.flow.id} isn't there") from None
+            if element.count is None:
+                element.count = Count(element.packets, element.bytes)
+            yield rewrite, element.count
 
     def totals(self) -> dict[tuple[Proto, Step], int]:
         """Packets by step that were rewritten."""
@@ -254,7 +261,7 @@ def _name(proto: Proto, step: Step) -> str:
     return f"{proto}-{step.name.lower()}"
 
 
-@lru_cache(4096)
+@lru_cache(1024)
 def _key(old: bytes) -> tuple[int, ...]:
     return tuple(map(int.from_bytes, (old[:4], old[8:10], old[4:8], old[10:])))
 
