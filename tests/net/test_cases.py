@@ -116,19 +116,17 @@ def test_who_asks_the_gateway_port_is_refused_also_while_others_are_served(
 
 
 def test_a_relayed_connection_bears_a_direct_one_from_its_port_to_the_gateway_port(
-    world: World,
+    shared: World,
 ) -> None:
-    world.serve("server", "tcp/80")
-    world.begin()
-    served = reusable(world, "client", 41000)
-    served.connect((world.relay, 80))
+    served = reusable(shared, "client", 41000)
+    served.connect((shared.relay, 80))
     greet(served)
-    direct = reusable(world, "client", 41000)
+    direct = reusable(shared, "client", 41000)
     with pytest.raises((ConnectionError, TimeoutError)) as failed:
-        direct.connect((world.relay, GPORT))
+        direct.connect((shared.relay, GPORT))
 
     echo(served, b"undisturbed")
-    assert flow_of(world, served)["state"] == "established"
+    assert flow_of(shared, served)["state"] == "established"
     assert failed.type is ConnectionRefusedError
 
 
@@ -256,38 +254,35 @@ def ping(world: World, to: str) -> bool:
 
 
 def test_source_relay_shows_the_relay_for_tcp_and_udp_and_each_client_its_answers(
-    world: World,
+    shared: World,
 ) -> None:
-    world.serve("server", "tcp/80", "udp/7")
-    world.begin(source="relay")
+    shared.put(source="relay")
 
     for host in ("client", "client2", "server", "neighbour"):
-        assert host_of(world.who(host, 80)) == world.relay
+        assert host_of(shared.who(host, 80)) == shared.relay
     socks = []
     for host in ("client", "client2", "neighbour"):  # the same port: the relay must tell them apart
-        sock = world.open(host, socket.SOCK_DGRAM)
+        sock = shared.open(host, socket.SOCK_DGRAM)
         sock.bind(("", 43000))
         socks.append(sock)
-    seen = {world.exchange(sock, b"who", (world.relay, 7)).decode().strip() for sock in socks}
-    assert {host_of(one) for one in seen} == {world.relay}
+    seen = {shared.exchange(sock, b"who", (shared.relay, 7)).decode().strip() for sock in socks}
+    assert {host_of(one) for one in seen} == {shared.relay}
     assert len(seen) == 3
     for sock in socks:
         for number in range(3):
             data = f"{sock.getsockname()} {number}".encode()
-            assert world.exchange(sock, data, (world.relay, 7)) == data
+            assert shared.exchange(sock, data, (shared.relay, 7)) == data
 
 
 def test_flows_keep_gateway_port_server_source_and_service_they_began_with(
-    world: World,
+    shared: World,
 ) -> None:
-    for host in ("server", "server2"):
-        world.serve(host, "tcp/80", "udp/7", "tcp/8080")
-    second = world.lab.address("server2")
-    world.begin()
-    tcp = world.connect("client", 80)
-    udp = world.open("client", socket.SOCK_DGRAM)
-    seen, seen_udp = greet(tcp), world.exchange(udp, b"who", (world.relay, 7))
-    before = flow_of(world, tcp)
+    second = shared.lab.address("server2")
+    shared.serve("server2", "tcp/8080")
+    tcp = shared.connect("client", 80)
+    udp = shared.open("client", socket.SOCK_DGRAM)
+    seen, seen_udp = greet(tcp), shared.exchange(udp, b"who", (shared.relay, 7))
+    before = flow_of(shared, tcp)
     kept = ("id", "gport", "relay", "server", "source", "service")
 
     for change in (
@@ -296,17 +291,17 @@ def test_flows_keep_gateway_port_server_source_and_service_they_began_with(
         {"real_ip": second},
         {"services": "tcp/8080 udp/5353"},
     ):
-        world.put(**change)
+        shared.put(**change)
         echo(tcp, b"goes on" * 1000)
-        assert world.exchange(udp, b"who", (world.relay, 7)) == seen_udp
-    after = flow_of(world, tcp)
+        assert shared.exchange(udp, b"who", (shared.relay, 7)) == seen_udp
+    after = flow_of(shared, tcp)
     assert [after[name] for name in kept] == [before[name] for name in kept]
-    assert host_of(seen) == world.client
-    assert host_of(world.who("client", 8080)) == world.relay
+    assert host_of(seen) == shared.client
+    assert host_of(shared.who("client", 8080)) == shared.relay
     with pytest.raises(ConnectionRefusedError):
-        world.connect("client", 80)
+        shared.connect("client", 80)
     with pytest.raises(ConnectionRefusedError):
-        world.connect("client", GPORT)
+        shared.connect("client", GPORT)
     tcp.close()
 
 
@@ -329,22 +324,20 @@ def test_a_change_is_in_force_within_a_tenth_of_a_second(world: World) -> None:
     assert median(took) < 0.1, took  # not each: the machine may be busy with others
 
 
-def test_kill_ends_a_flow_and_resets_both_its_connections(world: World) -> None:
-    world.serve("server", "tcp/80", "udp/7")
-    world.begin()
+def test_kill_ends_a_flow_and_resets_both_its_connections(shared: World) -> None:
     with ExitStack() as stack:
-        victim, other = (stack.enter_context(world.connect("client", 80)) for _ in range(2))
+        victim, other = (stack.enter_context(shared.connect("client", 80)) for _ in range(2))
         server_leg = greet(victim)
         greet(other)
-        number = flow_of(world, victim)["id"]
-        assert world.ask(f"kill {number}") == [f"killed={number}"]
+        number = flow_of(shared, victim)["id"]
+        assert shared.ask(f"kill {number}") == [f"killed={number}"]
 
         with pytest.raises(ConnectionResetError):
             victim.recv(1)
         ss = ("ss", "-Htn", "state", "established", "dst", server_leg)
-        world.until(lambda: not world.lab.run("server", *ss).stdout, "the server's end reset")
+        shared.until(lambda: not shared.lab.run("server", *ss).stdout, "the server's end reset")
         echo(other, b"left alone")
-    world.who_udp("client", 7, bind=43001)
-    (flow,) = world.flows(f"client={world.client}:43001")
-    world.ask(f"kill {flow['id']}")
-    assert not world.flows(f"client={world.client}:43001")
+    shared.who_udp("client", 7, bind=43001)
+    (flow,) = shared.flows(f"client={shared.client}:43001")
+    shared.ask(f"kill {flow['id']}")
+    assert not shared.flows(f"client={shared.client}:43001")

@@ -12,6 +12,9 @@ from tests.net.world import PYTHON, World
 
 pytestmark = pytest.mark.net
 both_sources = pytest.mark.parametrize("source", ["client", "relay"])
+PORT = 8080
+"""Of servers of the tests' own."""
+SERVICES = f"tcp/{PORT}"
 EF, AF21, CS1 = 46 << 2, 18 << 2, 8 << 2
 ECT0 = 2
 
@@ -49,10 +52,15 @@ def tos_of(world: World, host: str, port: int, *, sent: bool, peer: int = 0) -> 
             thread.join()
 
 
-def listening(world: World, port: int = 80, tos: int = 0) -> socket.socket:
+def begin(shared: World, source: str = "client") -> None:
+    """Relaying to such a server."""
+    shared.put(services=SERVICES, source=source)
+
+
+def listening(world: World, tos: int = 0) -> socket.socket:
     sock = world.open("server")
     mark(sock, tos)
-    sock.bind(("", port))
+    sock.bind(("", PORT))
     sock.listen()
     return sock
 
@@ -62,7 +70,7 @@ def mark(sock: socket.socket, tos: int) -> None:
 
 
 def connected(
-    world: World, server: socket.socket, tos: int = 0, port: int = 80
+    world: World, server: socket.socket, tos: int = 0, port: int = PORT
 ) -> tuple[socket.socket, socket.socket]:
     """A client's connection and the server's."""
     client = world.open("client")
@@ -86,8 +94,8 @@ def marks_of(
     """How some packets of both ends arrive: the client's at the server, the server's there."""
     port = server.getpeername()[1]
     with (
-        tos_of(world, "server", 80, sent=False, peer=port) as there,
-        tos_of(world, "client", 80, sent=True) as here,
+        tos_of(world, "server", PORT, sent=False, peer=port) as there,
+        tos_of(world, "client", PORT, sent=True) as here,
     ):
         converse(client, server)
     return there, here
@@ -99,11 +107,11 @@ def handed(world: World) -> bool:
 
 
 @both_sources
-def test_clients_dscp_is_that_of_the_whole_server_leg(world: World, source: str) -> None:
-    world.begin(services="tcp/80", source=source)
-    server = listening(world)
-    with tos_of(world, "server", 80, sent=False) as seen:
-        client, there = connected(world, server, EF)
+def test_clients_dscp_is_that_of_the_whole_server_leg(shared: World, source: str) -> None:
+    begin(shared, source)
+    server = listening(shared)
+    with tos_of(shared, "server", PORT, sent=False) as seen:
+        client, there = connected(shared, server, EF)
         converse(client, there)
         client.shutdown(socket.SHUT_WR)
         assert there.recv(10) == b""
@@ -113,36 +121,36 @@ def test_clients_dscp_is_that_of_the_whole_server_leg(world: World, source: str)
 
 @both_sources
 @pytest.mark.parametrize("early", [True, False])
-def test_servers_dscp_is_that_of_the_client_leg(world: World, source: str, early: bool) -> None:
-    world.begin(services="tcp/80", source=source)
-    server = listening(world, tos=AF21 if early else 0)
-    client, there = connected(world, server)
+def test_servers_dscp_is_that_of_the_client_leg(shared: World, source: str, early: bool) -> None:
+    begin(shared, source)
+    server = listening(shared, tos=AF21 if early else 0)
+    client, there = connected(shared, server)
     mark(there, AF21)
 
-    world.until(lambda: marks_of(world, client, there) == ({0}, {AF21}), "the mark")
-    world.until(lambda: handed(world), "the kernel to have it")
-    assert marks_of(world, client, there) == ({0}, {AF21})
+    shared.until(lambda: marks_of(shared, client, there) == ({0}, {AF21}), "the mark")
+    shared.until(lambda: handed(shared), "the kernel to have it")
+    assert marks_of(shared, client, there) == ({0}, {AF21})
 
 
-def test_dscp_that_changes_is_followed(world: World) -> None:
-    world.begin(services="tcp/80")
-    client, there = connected(world, listening(world), EF)
+def test_dscp_that_changes_is_followed(shared: World) -> None:
+    begin(shared)
+    client, there = connected(shared, listening(shared), EF)
     for tos, answer in ((AF21, CS1), (CS1, EF), (0, 0), (EF, 0)):
         converse(client, there)
-        world.until(lambda: handed(world), "the kernel to have it")
+        shared.until(lambda: handed(shared), "the kernel to have it")
         mark(client, tos)
         mark(there, answer)
 
         def are_followed(wanted: tuple[set[int], set[int]] = ({tos}, {answer})) -> bool:
-            return marks_of(world, client, there) == wanted
+            return marks_of(shared, client, there) == wanted
 
-        world.until(are_followed, "both marks")
+        shared.until(are_followed, "both marks")
 
 
 @pytest.mark.one_datapath
 def test_marked_flows_are_the_kernels_too() -> None:
     with World() as world:
-        world.begin(services="tcp/80")
+        world.begin(services=SERVICES)
         client, there = connected(world, listening(world), EF)
         mark(there, AF21)
         world.until(lambda: marks_of(world, client, there) == ({EF}, {AF21}), "the marks")
@@ -154,14 +162,14 @@ def test_marked_flows_are_the_kernels_too() -> None:
 
 def test_dscp_may_be_left_to_each_leg(world: World) -> None:
     world.start_krelay()
-    world.put(gport=18000, services="tcp/80", real_ip=world.server)
+    world.put(gport=18000, services=SERVICES, real_ip=world.server)
     world.start_tcp_relay("--dscp", "none")
     world.put(start=1)
     world.until_state("running")
     server = listening(world)
     with (
-        tos_of(world, "server", 80, sent=False) as seen,
-        tos_of(world, "client", 80, sent=True) as answers,
+        tos_of(world, "server", PORT, sent=False) as seen,
+        tos_of(world, "client", PORT, sent=True) as answers,
     ):
         client, there = connected(world, server, EF)
         mark(there, AF21)
@@ -174,7 +182,7 @@ def test_dscp_may_be_left_to_each_leg(world: World) -> None:
 
 
 def test_dscp_outlives_a_killed_krelay(world: World) -> None:
-    world.begin(services="tcp/80")
+    world.begin(services=SERVICES)
     client, there = connected(world, listening(world), EF)
     mark(there, AF21)
     world.until(lambda: marks_of(world, client, there) == ({EF}, {AF21}), "the marks")
@@ -188,26 +196,37 @@ def test_dscp_outlives_a_killed_krelay(world: World) -> None:
     assert marks_of(world, client, there) == ({EF}, {AF21})
 
 
-def test_each_connection_has_its_own_dscp(world: World) -> None:
-    world.begin(services="tcp/80 tcp/443")
-    server = listening(world)
+def test_each_connection_has_its_own_dscp(shared: World) -> None:
+    begin(shared)
+    server = listening(shared)
     marks = [EF, 0, AF21, CS1] * 3
-    pairs = [connected(world, server, tos) for tos in marks]
+    pairs = [connected(shared, server, tos) for tos in marks]
     for (client, there), tos in zip(pairs, marks, strict=True):
         port = there.getpeername()[1]
-        with tos_of(world, "server", 80, sent=False, peer=port) as seen:
+        with tos_of(shared, "server", PORT, sent=False, peer=port) as seen:
             converse(client, there, 3)
         assert seen == {tos}
 
 
-def test_ecn_belongs_to_each_leg(world: World) -> None:
-    for host in ("client", "relay"):
-        world.lab.run(host, "sysctl", "-qw", "net.ipv4.tcp_ecn=1")
-    world.begin(services="tcp/80")
-    client, there = connected(world, listening(world), EF)
+@contextmanager
+def ecn_asked_for(world: World, host: str) -> Iterator[None]:
+    """By connections that this host begins meanwhile."""
+    name = "net.ipv4.tcp_ecn"
+    before = world.run(host, "sysctl", "-n", name).strip()
+    world.run(host, "sysctl", "-qw", f"{name}=1")
+    try:
+        yield
+    finally:
+        world.run(host, "sysctl", "-qw", f"{name}={before}")
+
+
+def test_ecn_belongs_to_each_leg(shared: World) -> None:
+    begin(shared)
+    with ecn_asked_for(shared, "client"), ecn_asked_for(shared, "relay"):
+        client, there = connected(shared, listening(shared), EF)
     with (
-        tos_of(world, "client", 80, sent=False) as seen,
-        tos_of(world, "server", 80, sent=False) as behind,
+        tos_of(shared, "client", PORT, sent=False) as seen,
+        tos_of(shared, "server", PORT, sent=False) as behind,
     ):
         for _ in range(5):
             converse(client, there)
@@ -238,10 +257,10 @@ def urgent(world: World, sock: socket.socket) -> bytes:
 @both_sources
 @pytest.mark.parametrize("who", ["client", "server"])
 def test_urgent_byte_is_out_of_band_for_who_keeps_it_so(
-    world: World, source: str, who: str
+    shared: World, source: str, who: str
 ) -> None:
-    world.begin(services="tcp/80", source=source)
-    pair = connected(world, listening(world))
+    begin(shared, source)
+    pair = connected(shared, listening(shared))
     sender, receiver = pair if who == "client" else pair[::-1]
     for number in range(5):
         sender.sendall(b"ab")
@@ -251,14 +270,14 @@ def test_urgent_byte_is_out_of_band_for_who_keeps_it_so(
             got += receiver.recv(10)
         assert got == b"ab"
 
-        assert urgent(world, receiver) == bytes([number])
+        assert urgent(shared, receiver) == bytes([number])
         sender.sendall(b"cd")
         assert receiver.recv(10) == b"cd"
 
 
-def test_urgent_byte_in_the_stream_is_where_it_was(world: World) -> None:
-    world.begin(services="tcp/80")
-    client, there = connected(world, listening(world))
+def test_urgent_byte_in_the_stream_is_where_it_was(shared: World) -> None:
+    begin(shared)
+    client, there = connected(shared, listening(shared))
     there.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     sent = b""
     for number in range(30):
@@ -276,10 +295,10 @@ def test_urgent_byte_in_the_stream_is_where_it_was(world: World) -> None:
 @pytest.mark.one_datapath
 def test_plain_proxy_carries_urgent_marks(world: World) -> None:
     server = listening(world)
-    command = (*PYTHON, "-m", "tcp_relay.tcpproxy", world.server, "80", "8080")
+    command = (*PYTHON, "-m", "tcp_relay.tcpproxy", world.server, str(PORT), "80")
     world.lab.start("relay", *command)
-    world.lab.wait_listening("relay", "tcp", 8080, world.patience)
-    client, there = connected(world, server, port=8080)
+    world.lab.wait_listening("relay", "tcp", 80, world.patience)
+    client, there = connected(world, server, port=80)
     client.send(b"x!", socket.MSG_OOB)
     assert there.recv(10) == b"x"
 

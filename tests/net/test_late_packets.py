@@ -61,23 +61,22 @@ def begin(world: World) -> None:
 
 
 @pytest.mark.parametrize("first", ["client", "server"])
-def test_after_a_connection_its_port_speaks_for_who_has_it(world: World, first: str) -> None:
+def test_after_a_connection_its_port_speaks_for_who_has_it(shared: World, first: str) -> None:
     """Where the server closes first, no TIME_WAIT holds the port."""
-    begin(world)
     for _ in range(3):
-        client = world.connect("client", 80)
+        client = shared.connect("client", 80)
         if first == "server":
             client.sendall(b"download 1 100 0\n")
             while client.recv(4096):
                 pass
         else:
             greet(client)
-        port = relay_port(world, client)
+        port = relay_port(shared, client)
         client.close()
-        world.until(lambda: world.flows("state=closed"), "closed")
+        shared.until(lambda: shared.flows("state=closed"), "closed")
 
-        assert not seen_from(world, port).startswith(world.client)
-    assert world.who("client", 80).startswith(world.client)
+        assert not seen_from(shared, port).startswith(shared.client)
+    assert shared.who("client", 80).startswith(shared.client)
 
 
 def test_after_tcp_relays_death_its_ports_speak_for_who_has_them(world: World) -> None:
@@ -131,22 +130,21 @@ def test_a_late_answer_of_the_server_reaches_nobody_who_has_taken_the_port(world
 
 @pytest.mark.parametrize("source", ["client", "relay"])
 def test_a_local_users_datagrams_are_his_own_whatever_port_a_flow_has(
-    world: World, source: str
+    shared: World, source: str
 ) -> None:
-    world.serve("server", "tcp/80", "udp/7")
-    world.begin(services="tcp/80 udp/7", source=source)
-    with world.open("client", socket.SOCK_DGRAM) as client:
-        seen = world.exchange(client, b"who", (world.relay, 7)).decode().strip()
+    shared.put(source=source)
+    with shared.open("client", socket.SOCK_DGRAM) as client:
+        seen = shared.exchange(client, b"who", (shared.relay, 7)).decode().strip()
         port = int(seen.partition(":")[2])
-        with seized(world, port, socket.SOCK_DGRAM) as local:
-            local.sendto(b"who", (world.server, 7))
+        with seized(shared, port, socket.SOCK_DGRAM) as local:
+            local.sendto(b"who", (shared.server, 7))
             answer, peer = local.recvfrom(4096)
-            assert peer == (world.server, 7)
-            assert answer.decode().startswith(world.relay)
+            assert peer == (shared.server, 7)
+            assert answer.decode().startswith(shared.relay)
             if source == "relay":
                 assert answer.decode().strip() != seen
             for word in (b"one", b"two"):
-                assert world.exchange(client, word, (world.relay, 7)) == word
+                assert shared.exchange(client, word, (shared.relay, 7)) == word
             local.settimeout(0.2)
             with pytest.raises(TimeoutError):
                 local.recvfrom(4096)
