@@ -9,6 +9,7 @@ different then is an error of the run.  Labs of other programs that run meanwhil
 """
 
 import functools
+import gc
 import os
 import re
 import shutil
@@ -147,6 +148,12 @@ def why_no_qemu() -> str | None:
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # one of several processes (pytest-xdist)
         apart.enter()
+
+
+def pytest_collection_finish() -> None:
+    """What was loaded stays: the garbage collector needn't walk through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
