@@ -69,7 +69,7 @@ def command(proxy: str) -> tuple[str, ...]:
 
 def tprox(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs the tester."""
-    return subprocess.run((*TPROX, *arguments), capture_output=True, text=True, timeout=110)
+    return subprocess.run((*TPROX, *arguments), capture_output=True, text=True, timeout=280)
 
 
 Runs = dict[str, "Future[subprocess.CompletedProcess[str]]"]

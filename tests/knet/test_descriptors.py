@@ -53,7 +53,7 @@ def lingering() -> tuple[int, socket.socket]:
     return one.detach(), two
 
 
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from krelay_vm import Host, Link, Topology
 from procfs_sim import DEFAULTS
-from tests.net.world import World
+from tests.net.world import PATIENCE, World
 
 MTU = 1300
 """Of the narrow link, which is nobody's own who speaks through the relay."""
@@ -58,7 +58,7 @@ class Watch:
         self._sock = sock
         self._admits = admits
 
-    def next(self, timeout: float = 5.0) -> bytes:
+    def next(self, timeout: float = PATIENCE) -> bytes:
         """Waits for the next.  Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:

@@ -217,6 +217,6 @@ def test_a_trace_that_begins_late_has_each_packet_from_then_on(busy: World) -> N
                 return found
 
             wanted = Counter(dict.fromkeys((*STEPS, "U1,U2", "U3,U4"), 10))
-            busy.until(lambda: traced() == wanted, f"{wanted}, not {traced()}", 5)
+            busy.until(lambda: traced() == wanted, f"{wanted}, not {traced()}")
         echo(tcp, b"after")
         assert busy.exchange(udp, b"after", (busy.relay, 7)) == b"after"

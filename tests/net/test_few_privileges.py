@@ -103,7 +103,7 @@ def test_without_one_of_the_two_it_names_it(
 ) -> None:
     program = start(tree, *held)
 
-    assert program.wait(10) == 1
+    assert program.wait(30) == 1
     (line,) = program.output.splitlines()
     assert line.startswith("krelay daemon: needs root, or CAP_NET_ADMIN and CAP_NET_RAW")
     assert wanting in line

@@ -167,7 +167,7 @@ def test_a_limit_lowered_in_a_flood_serves_newcomers_at_once(
     assert served(live) == ALL
     assert served(live, "client2") == ALL
     if not one:
-        live.until(lambda: live.values("status")["flows"] <= 20, "the rest has gone", 20)
+        live.until(lambda: live.values("status")["flows"] <= 20, "the rest has gone")
     live.put(None, **{setting: 50})
     assert served(live) == ALL
 

@@ -342,10 +342,10 @@ def test_who_asks_and_never_reads_stalls_nobody(served: World, request_line: byt
     try:
         for _ in range(50):
             assert served.who("client", 80).startswith(f"{served.client}:")
-        served.download("client", 80, seed=1, size=20 << 20).finish(20)
+        served.download("client", 80, seed=1, size=20 << 20).finish()
         assert served.values("status")["state"] == "running"
         with traffic(served) as clients:
-            served.until(lambda: clients.outcomes["_tcp fine"] > 100, "a hundred clients", 20)
+            served.until(lambda: clients.outcomes["_tcp fine"] > 100, "a hundred clients")
         assert clients.wrong == []
     finally:
         for connection in connections:

@@ -103,11 +103,11 @@ def test_after_thousands_of_conversations_nothing_is_left_of_them(world: World) 
         return not left and [descriptors(program) for program in programs] == opened
 
     talk(world)
-    world.until(settled, "no rows and flows, and as many descriptors as before", timeout=20)
+    world.until(settled, "no rows and flows, and as many descriptors as before")
     warm = [memory(program) for program in programs]
     talk(world)
     world.soon(lambda: world.values("counters")["U1"] >= 2 * QUERIES, "all counted")
-    world.until(settled, "the same again", timeout=20)
+    world.until(settled, "the same again")
 
     grown = [memory(program) - before for program, before in zip(programs, warm, strict=True)]
     assert max(grown) < GROWTH, grown
@@ -125,7 +125,7 @@ def test_connections_that_are_refused_leave_nothing_either(world: World) -> None
     for _ in range(200):
         with pytest.raises(ConnectionResetError), world.connect("client", 80) as sock:
             sock.recv(1)
-    world.until(lambda: not world.flows(), "no rows", timeout=20)
+    world.until(lambda: not world.flows(), "no rows")
 
     assert [descriptors(program) for program in programs] == opened
 

@@ -36,7 +36,7 @@ class Traffic:
         """Waits for all clients."""
         self._ended.set()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive()
 
     def wait_for_more(self) -> None:

@@ -37,7 +37,7 @@ SETTLE = 0.05
 """Seconds of sleep after which the process is done with a stimulus."""
 SETTLED_WITHIN = 1.0
 """Seconds after which it is, even if it never sleeps for so long."""
-PATIENCE = 10.0
+PATIENCE = 30.0
 
 _LINE = re.compile(r"^(\w+)\((.*)")
 _DESCRIPTOR = re.compile(r"(?:^|[ \[{=])\d+<((?:[^<>]|->)+)>")

@@ -65,7 +65,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+def until(condition: Callable[[], bool], timeout: float = 30.0) -> None:
     """Waits, bounded, for something outside any lab."""
     deadline = time.monotonic() + timeout
     while not condition():
