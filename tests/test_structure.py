@@ -215,6 +215,17 @@ def lists(modules: Tree) -> Iterator[str]:
                 yield f"{package} lists {name}, which isn't there"
 
 
+def references(root: Path, modules: Tree) -> Iterator[str]:
+    """A module that a text of the code names by its file, and that isn't there."""
+    paths = [f"/{module.path}" for module in modules.values()]
+    for module in modules.values():
+        text = (root / module.path).read_text()
+        for name in re.findall(r"[\w/]+\.py\b", text):
+            is_ours = any(path.endswith("/" + name.lstrip("/")) for path in paths)
+            if not is_ours and not (root / name).exists():
+                yield f"{module.path} names {name}, which isn't there"
+
+
 def folders(root: Path) -> Iterator[str]:
     """A folder at the top that house rules don't know, but for what .gitignore names."""
     ignored = (root / ".gitignore").read_text().replace("/\n", "\n").split()
@@ -227,7 +238,7 @@ def folders(root: Path) -> Iterator[str]:
 def faults(root: Path) -> dict[str, int]:
     """What doesn't hold, each with its figure, or 1."""
     modules = tree(root)
-    found = [*folders(root), *impure(root, modules)]
+    found = [*folders(root), *impure(root, modules), *references(root, modules)]
     for check in (directions, circles, names, lists):
         found += check(modules)
     return dict(sizes(modules)) | dict.fromkeys(found, 1)
@@ -292,6 +303,7 @@ IMPURE_MAIN = "krelay.cli.main is pure, and has knet.loop"
         ("knet/clock.py", "", "knet doesn't list clock"),
         ("krelay/extra/__init__.py", "", "krelay doesn't list extra"),
         ("knet/__init__.py", '"""loop  waits\nlog  tells"""', "knet lists log, which isn't there"),
+        ("knet/loop.py", "# see log.py", "knet/loop.py names log.py, which isn't there"),
         ("other/thing.py", "", "other/ is no folder of the top level"),
     ],
 )

@@ -296,7 +296,7 @@ class Daemon:
         """The program that listens there, unless it is a tcp-relay: those follow gport faster.
 
         It only says what a person should know: whom clients are led to is another matter
-        (gatewayport.py).
+        (gatewayports.py).
         """
         inodes = listeners.listening(port)
         if not inodes or self._relay_socket is None:

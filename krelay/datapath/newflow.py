@@ -14,7 +14,7 @@ What is decided, and why (K is any address of this host):
                               ever
     to K, the gateway port    refused with a RST: only rewritten packets may reach tcp-relay
     a SYN for a gateway port  refused likewise, unless tcp-relay is known to listen there: a port
-                              that it has lost may be another program's (gatewayport.py).  For
+                              that it has lost may be another program's (gatewayports.py).  For
                               AWAY_GRACE after its loss in silence, so that the client tries again
     from a client to S        the client's own connection, seen on its way through this router: its
                               port is noted, so that the relay never uses it (NatTable.saw_direct)

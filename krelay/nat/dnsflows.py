@@ -1,11 +1,11 @@
 """Flows that the kernel has learnt by itself: a query each, and mostly its answer.
 
-A resolver asks each query from a port of its own, so half of its packets begin a flow.  A visit
-to the worker for each, and a flow, would cost more than all else that a relay does for it.  So for
+A resolver asks each query from a port of its own, so half of its packets begin a flow.  A visit to
+the worker for each, and a flow, would cost more than all else that a relay does for it.  So for
 these services (ruleset.py) the kernel decides by itself what can only be decided one way, relays
 query and answer, and sends copies of both packets' heads.  From them this table is filled, some
-milliseconds later (nat.py).  It holds as little as may be, and makes a whole flow of it only when
-it is to be shown, or when a packet comes that the worker must decide about.
+milliseconds later (learning.py).  It holds as little as may be, and makes a whole flow of it only
+when it is to be shown, or when a packet comes that the worker must decide about.
 """
 
 import struct

@@ -5,7 +5,7 @@ flows in the kernel, is one; metrics or a second relay would be others.  Most ob
 few of the events, and inherit the rest from IdleObserver.
 
 Each call is made in the midst of a change of the table, so an observer may read the table and may
-call `NatTable.heard`, but must neither make nor end flows, and raises nothing.
+call `FlowTracking.heard`, but must neither make nor end flows, and raises nothing.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,14 +39,14 @@ class NatObserver(Protocol):
 
     def before_expiry(self, flows: list[Flow]) -> None:
         """These flows are about to go for their silence, or are judged by what was heard of them:
-        an observer tells now what it has counted (`NatTable.heard`)."""
+        an observer tells now what it has counted (`FlowTracking.heard`)."""
 
     def needs_rules(self) -> None:
         """A flow needs something of the rules that no flow needed before."""
 
     def needs_ends(self) -> None:
         """It matters now how far tcp-relay's connections have come: an observer tells it
-        (`NatTable.begun`, `NatTable.ended`)."""
+        (`FlowTracking.begun`, `FlowTracking.ended`)."""
 
     def learnt_address(self, client: Endpoint) -> bytes | None:
         """It matters whether the kernel has learnt a flow of this client's, of which nothing was

@@ -2,7 +2,7 @@
 
 Flows are plain values: all that is needed to make one again is in its public fields.  What the
 packet path needs of a flow are its Rewrites; which packets are whose, how long flows live and which
-ports are free is the table's matter (nat.py).
+ports are free is the table's matter (table.py).
 """
 
 from dataclasses import dataclass, field
@@ -105,9 +105,9 @@ class Rewrite:
         """Whether each packet's flags matter: the connection is opening, or was perhaps reset."""
         self.tos = 0
         """DSCP and ECN of the last packet of TCP, as they stand in one byte (RFC 2474; RFC 3168);
-        of those that an end sends, changed only by NatTable.mark."""
+        of those that an end sends, changed only by FlowTracking.mark."""
         self.tell_at = BUSY
-        """Packets at which the table is told (NatTable.counted)."""
+        """Packets at which the table is told (FlowTracking.counted)."""
 
     def told(self) -> None:
         """The table was: from now on at multiples of BUSY, later less often."""
@@ -142,7 +142,7 @@ class Flow:
     proto: Proto
     client: Endpoint
     service: Endpoint
-    """The address and port the client talks to.  Equal to `server` in a direct flow (nat.py)."""
+    """The address and port the client talks to.  Equal to `server` in a direct flow (direct.py)."""
     server: Endpoint
     source: Source
     created_at: float

@@ -22,7 +22,7 @@ LINGER = 0.5
 NOTHING = Count(0, 0)
 
 Heard = Callable[[Rewrite, int, int, float], None]
-"""NatTable.heard: so many packets and bytes more were rewritten, at the latest at this time."""
+"""FlowTracking.heard: so many packets and bytes more were rewritten, at the latest at this time."""
 
 
 class Accounting:

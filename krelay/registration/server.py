@@ -3,7 +3,7 @@
 A malformed message gets an error and ends that connection.  A tcp-relay that doesn't read its
 answers is disconnected once its buffer is full: it will reconnect and resume.
 
-Descriptors may come with any message (handed.py); but for `listening`, a message with one is
+Descriptors may come with any message (descriptors.py); but for `listening`, a message with one is
 malformed.  Where a connection is lost, what still lies in it unread may hold some, too, and so it
 is closed apart.
 """

@@ -35,7 +35,7 @@ drops what shares one that isn't confirmed yet instead of queueing it (nf_ct_dro
 net/netfilter/nfnetlink_queue.c).  So what the host's firewall rejects is none of ours.  This also
 catches what the host tells itself over `lo` (icmperror.py).  No other ICMP visits the queue.
 
-Nor does this host tell anybody, by an ICMP redirect, of a shorter way for packets to or from a
+Nor does this host tell any other, by an ICMP redirect, of a shorter way for packets to or from a
 server.  Where these leave by the link they came by, its kernel would (ip_forward,
 net/ipv4/ip_forward.c), and before our POSTROUTING, so of packets that are half rewritten.  A
 server that has heard that once answers that client past the relay, TCP and UDP alike.
