@@ -59,13 +59,13 @@ def rules(
     learning: Learning | None,
     has_maps: bool,
     tells_ends: bool,
-    tells_strays: bool,
+    tells_unmatched: bool,
     follows_dscp: bool,
 ) -> RuleSpec:
     """The rules for new flows and for those that live, whose `footprints` these are.
 
     `room`: how many flows can be offloaded in each step.  `has_maps`, `follows_dscp`: what the
-    packet filter can; `tells_ends`, `tells_strays`: what of it the worker can be told.
+    packet filter can; `tells_ends`, `tells_unmatched`: what of it the worker can be told.
     """
     return wanted(
         name=name,
@@ -84,7 +84,7 @@ def rules(
         tells_ends=tells_ends,
         any_port=((s.first, s.last) for s in config.services if s.any_port),
         asked_within=config.timeouts_udp if has_maps else 0,
-        tells_strays=tells_strays and has_maps,
+        tells_unmatched=tells_unmatched and has_maps,
         follows_dscp=follows_dscp,
     )
 

@@ -222,7 +222,7 @@ class RuleKeeper:
             learning=self._kernel.learning(now.config, now.policy) if room and now.policy else None,
             has_maps=backend is not None and backend.has_maps,
             tells_ends=self._kernel.events.tells_ends,
-            tells_strays=self._kernel.events.tells_strays,
+            tells_unmatched=self._kernel.events.tells_unmatched,
             follows_dscp=self._knows_dscp,
         )
 
@@ -233,7 +233,7 @@ class RuleKeeper:
         """
         now, kernel = self._now(), self._kernel
         condition = kernel.condition(now.config)
-        told = (kernel.events.tells_ends, kernel.events.tells_strays)
+        told = (kernel.events.tells_ends, kernel.events.tells_unmatched)
         return *now, self.backend, self._nat.footprint_changes, condition, *told
 
     def _install(self, spec: RuleSpec, *, afresh: bool) -> None:

@@ -57,12 +57,12 @@ _PROBE = RuleSpec(
     tells_ends=True,
     any_port=((69, 69),),
     asked_within=300,
-    tells_strays=True,
+    tells_unmatched=True,
 )
 
 
 _PROBE_WITHOUT_MAPS = replace(
-    _PROBE, room=0, learning=None, tells_ends=False, asked_within=0, tells_strays=False
+    _PROBE, room=0, learning=None, tells_ends=False, asked_within=0, tells_unmatched=False
 )
 
 

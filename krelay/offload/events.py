@@ -15,14 +15,14 @@ from knet.wire import ipv4
 from krelay.nat.table import NatTable
 from krelay.offload.backend import OffloadEvents
 from krelay.offload.copies import Copies
-from krelay.rules.spec import begun, ends, strays
+from krelay.rules.spec import begun, ends, unmatched
 
 COPIES_TOGETHER = 2048
 """Copies of packets taken note of before packets have their turn: some milliseconds."""
 ENDS_TOGETHER = 256
 """Copies of SYNs or FINs read in one piece."""
 
-SawStray = Callable[[bytes, int, float], Endpoint | None]
+SawUnmatched = Callable[[bytes, int, float], Endpoint | None]
 
 _log = Log("kernel")
 
@@ -30,19 +30,20 @@ _log = Log("kernel")
 class KernelEvents(OffloadEvents):
     """The copies of one krelay's log groups, for the flows of `nat`.
 
-    `saw_stray` is told of a copy of what a server sends past the relaying (Worker.saw_elsewhere).
+    `saw_unmatched` is told of a copy of what a server sends past the relaying
+    (Worker.saw_elsewhere).
     """
 
-    def __init__(self, loop: Loop, nat: NatTable, group: int, saw_stray: SawStray) -> None:
+    def __init__(self, loop: Loop, nat: NatTable, group: int, saw_unmatched: SawUnmatched) -> None:
         self._loop = loop
         self._nat = nat
         self._group = group
-        self._saw_stray = saw_stray
+        self._saw_unmatched = saw_unmatched
         self._copies: Copies | None = None
         self._ends: Copies | None = None
         self._begun: Copies | None = None
-        self._strays: Copies | None = None
-        self._stray_warning = Throttle()
+        self._unmatched: Copies | None = None
+        self._unmatched_warning = Throttle()
         self._failures = Failures(_log)
 
     @property
@@ -56,14 +57,14 @@ class KernelEvents(OffloadEvents):
         return self._ends is not None and self._begun is not None
 
     @property
-    def tells_strays(self) -> bool:
+    def tells_unmatched(self) -> bool:
         """Whether copies of what servers send past the relaying are taken."""
-        return self._strays is not None
+        return self._unmatched is not None
 
     @property
     def lost(self) -> int:
         """How often the kernel had more copies for us than there was room for."""
-        groups = (self._copies, self._ends, self._begun, self._strays)
+        groups = (self._copies, self._ends, self._begun, self._unmatched)
         return sum(each.lost for each in groups if each is not None)
 
     def listen(self) -> None:
@@ -73,21 +74,21 @@ class KernelEvents(OffloadEvents):
             self._loop.add(self._copies.fileno(), select.EPOLLIN, self.read_queries)
         self._ends = _copies_of(ends(self._group), 1)
         self._begun = _copies_of(begun(self._group), 1)
-        self._strays = _copies_of(strays(self._group), 1)
-        if self._strays is not None:
-            self._loop.add(self._strays.fileno(), select.EPOLLIN, self._read_strays)
+        self._unmatched = _copies_of(unmatched(self._group), 1)
+        if self._unmatched is not None:
+            self._loop.add(self._unmatched.fileno(), select.EPOLLIN, self._read_unmatched)
 
     def close(self) -> None:
         """Takes note of what waits, of queries, and gives the groups up."""
         if self._copies is not None:
             self.read_queries()
             self._loop.remove(self._copies.fileno())
-        if self._strays is not None:
-            self._loop.remove(self._strays.fileno())
-        for copies in (self._copies, self._ends, self._begun, self._strays):
+        if self._unmatched is not None:
+            self._loop.remove(self._unmatched.fileno())
+        for copies in (self._copies, self._ends, self._begun, self._unmatched):
             if copies is not None:
                 copies.close()
-        self._copies = self._ends = self._begun = self._strays = None
+        self._copies = self._ends = self._begun = self._unmatched = None
 
     def read_queries(self, _: int = 0) -> None:
         """What the kernel tells of queries and answers that it has relayed."""
@@ -102,11 +103,12 @@ class KernelEvents(OffloadEvents):
         """As `begun`, of FINs."""
         return self._read(self._ends, ENDS_TOGETHER)
 
-    def _read_strays(self, _: int = 0) -> None:
+    def _read_unmatched(self, _: int = 0) -> None:
         """What servers send from ports that no client has asked: clients wait for it in vain."""
-        for hook, head in self._read(self._strays, ENDS_TOGETHER):
-            asked = self._saw_stray(head, hook, self._loop.now) if head[9] == Proto.UDP else None
-            if asked is None or (before := self._stray_warning.admit(self._loop.now)) is None:
+        for hook, head in self._read(self._unmatched, ENDS_TOGETHER):
+            is_udp = head[9] == Proto.UDP
+            asked = self._saw_unmatched(head, hook, self._loop.now) if is_udp else None
+            if asked is None or (before := self._unmatched_warning.admit(self._loop.now)) is None:
                 continue
             _log.warning(
                 "a server answers from another port than it was asked at",

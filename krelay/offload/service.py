@@ -21,7 +21,7 @@ from krelay.nat.events import IdleObserver
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.offload.backend import OffloadBackend, OffloadLost
-from krelay.offload.events import KernelEvents, SawStray
+from krelay.offload.events import KernelEvents, SawUnmatched
 from krelay.offload.learning import is_full, learning_for, traced_clients
 from krelay.offload.nft import NftBackend
 from krelay.offload.policy import OffloadPolicy
@@ -53,7 +53,8 @@ class Offload(IdleObserver):
     """Offloads flows of `nat` to the kernel, by the nft table and the log group of these names.
 
     `on_lost` is called when the maps aren't as they were left: the rules are to be made afresh.
-    `saw_stray` is told of a copy of what a server sends past the relaying (Worker.saw_elsewhere).
+    `saw_unmatched` is told of a copy of what a server sends past the relaying
+    (Worker.saw_elsewhere).
     """
 
     def __init__(
@@ -63,11 +64,11 @@ class Offload(IdleObserver):
         table: str,
         group: int,
         on_lost: Callable[[], None],
-        saw_stray: SawStray = lambda head, hook, now: None,
+        saw_unmatched: SawUnmatched = lambda head, hook, now: None,
     ) -> None:
         self.policy = OffloadPolicy(nat, self._change_soon, self.withdraw_now)
         self.accounting = self.policy.accounting
-        self.events = KernelEvents(loop, nat, group, saw_stray)
+        self.events = KernelEvents(loop, nat, group, saw_unmatched)
         self._loop = loop
         self._nat = nat
         self._table = table

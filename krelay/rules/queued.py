@@ -32,7 +32,7 @@ from knet.rules.rows import (
     goto,
 )
 from knet.wire import icmp
-from krelay.rules.spec import RuleSpec, openings, strays
+from krelay.rules.spec import RuleSpec, openings, unmatched
 from krelay.rules.steprows import POST, PRE, STEP_ROWS, TERMINATED, ends_of
 from krelay.steps import Step
 
@@ -45,7 +45,7 @@ ASKERS = "askers"
 """The set of the clients' addresses and ports, as this host and the server know them, which have
 asked what may be answered from any port."""
 NEVER = "255.255.255.255"
-_STRAYS_A_SECOND = 32
+_UNMATCHED_A_SECOND = 32
 """Copies of a server's datagrams that no row asks for."""
 _OWN = "own flow"
 _SYN = Flags(("syn", "ack"), ("syn",))
@@ -194,10 +194,10 @@ def _udp(spec: RuleSpec) -> list[RuleRow]:
             rows.append(RuleRow(_OWN, post, (server, ports, _FROM_US), queue))
         rows += _step(spec, Proto.UDP, Step.U2)
     rows += elsewhere
-    if spec.tells_strays and spec.udp:
+    if spec.tells_unmatched and spec.udp:
         told = Statement(
-            f"limit rate {_STRAYS_A_SECOND}/second burst {2 * _STRAYS_A_SECOND} packets "
-            f"log group {strays(spec.queue)} snaplen {HEAD}"
+            f"limit rate {_UNMATCHED_A_SECOND}/second burst {2 * _UNMATCHED_A_SECOND} packets "
+            f"log group {unmatched(spec.queue)} snaplen {HEAD}"
         )
         sent = OneOf("saddr", spec.servers)
         rows.append(RuleRow("other port", pre, (sent, _TO_US), told))

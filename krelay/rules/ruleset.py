@@ -20,7 +20,7 @@ and this host's own packets from a service's port (of TCP, SYNs).
 TCP that is forwarded is caught as UDP is.  Where a server may answer from any port, also what it
 sends to who has asked it, and what they send to this host: that is who stands in the set `askers`,
 which the rules fill themselves.  Of other UDP that servers send, a few copies a second are made
-(`strays`), so that counters tell of answers from where no client expects them.
+(`unmatched`), so that counters tell of answers from where no client expects them.
 
 What this host itself sends from a relayed port, and hosts that it masquerades, the worker must have
 seen, or it would take the reply for a client's (ownflows.py).  The rules for that come last, and

@@ -64,7 +64,7 @@ class RuleSpec:
     asked_within: int = 0
     """Seconds for which the kernel knows which clients have asked these; 0: it doesn't (no set of
     nft's), and whatever UDP the servers send is queued."""
-    tells_strays: bool = False
+    tells_unmatched: bool = False
     """Whether of some of the servers' UDP that isn't relayed copies are made for krelay."""
 
     @property
@@ -101,7 +101,7 @@ def begun(queue: int) -> int:
     return queue ^ _BESIDE_TOO
 
 
-def strays(queue: int) -> int:
+def unmatched(queue: int) -> int:
     """The log group of the servers' datagrams that no rule asks for, beside all others."""
     return queue ^ _BESIDE ^ _BESIDE_TOO
 
@@ -152,7 +152,7 @@ def wanted(
     any_port: Iterable[tuple[int, int]] = (),
     follows_dscp: bool = False,
     asked_within: int = 0,
-    tells_strays: bool = False,
+    tells_unmatched: bool = False,
 ) -> RuleSpec:
     """What new flows need, and what the flows that live still need.  No `gport`: none is needed."""
     live = list(footprints)
@@ -178,5 +178,5 @@ def wanted(
         any_port=elsewhere,
         follows_dscp=follows_dscp and room > 0,
         asked_within=asked_within if elsewhere else 0,
-        tells_strays=tells_strays,
+        tells_unmatched=tells_unmatched,
     )

@@ -33,7 +33,7 @@ def rules(of: Config, *footprints: Footprint, has_maps: bool = True) -> RuleSpec
         learning=None,
         has_maps=has_maps,
         tells_ends=False,
-        tells_strays=True,
+        tells_unmatched=True,
         follows_dscp=False,
     )
 
@@ -81,5 +81,5 @@ def test_the_rules_hold_what_flows_that_live_still_need() -> None:
 
 def test_rules_without_maps_ask_for_nothing_that_takes_one() -> None:
     with_maps, without = rules(config()), rules(config(), has_maps=False)
-    assert (with_maps.asked_within, with_maps.tells_strays) == (300, True)
-    assert (without.asked_within, without.tells_strays) == (0, False)
+    assert (with_maps.asked_within, with_maps.tells_unmatched) == (300, True)
+    assert (without.asked_within, without.tells_unmatched) == (0, False)

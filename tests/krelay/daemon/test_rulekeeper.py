@@ -98,7 +98,7 @@ class FakeOffload:
     fails: list[OSError] = field(default_factory=list)
     is_for_good: bool = False
     tells_ends: bool = True
-    tells_strays: bool = True
+    tells_unmatched: bool = True
 
     @property
     def events(self) -> "FakeOffload":

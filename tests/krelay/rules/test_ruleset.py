@@ -24,7 +24,7 @@ from krelay.rules.spec import (
     ends,
     instance_name,
     queue_of,
-    strays,
+    unmatched,
     wanted,
 )
 from krelay.steps import SIDES, Step
@@ -455,7 +455,7 @@ EVERYTHING = replace(
     tells_ends=True,
     any_port=((53, 53),),
     asked_within=300,
-    tells_strays=True,
+    tells_unmatched=True,
 )
 
 
@@ -776,8 +776,8 @@ def test_where_dscp_is_followed_it_is_part_of_what_the_ends_packets_are_known_by
 
 
 def test_some_of_what_servers_send_elsewhere_is_copied() -> None:
-    spec = replace(SPEC, tells_strays=True)
-    told = f"limit rate 32/second burst 64 packets log group {strays(1600)} snaplen 28"
+    spec = replace(SPEC, tells_unmatched=True)
+    told = f"limit rate 32/second burst 64 packets log group {unmatched(1600)} snaplen 28"
 
     assert added(spec, SPEC, "pre") == [f"ip saddr {{ {S} }} fib daddr type local {told}"]
     assert added(spec, SPEC, "post") == [f"ip saddr {{ {S} }} {told}"]
@@ -785,7 +785,7 @@ def test_some_of_what_servers_send_elsewhere_is_copied() -> None:
         nft_install(spec), "post"
     ).index(f"ip saddr {{ {S} }} udp sport {{ 53 }} Q")
     assert added(replace(spec, udp=()), replace(SPEC, udp=()), "post") == []
-    assert len({1600, begun(1600), ends(1600), strays(1600)}) == 4
+    assert len({1600, begun(1600), ends(1600), unmatched(1600)}) == 4
 
 
 def test_flows_keep_the_rules_of_services_that_any_port_may_answer() -> None:
