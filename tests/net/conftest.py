@@ -10,8 +10,8 @@ Whatever they show holds whichever way packets take: a test whose world comes fr
 with each data path, unless a mark says why one is enough (`one_datapath`).
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
 
@@ -59,10 +59,10 @@ def relaying(datapath: str) -> Iterator[World]:
 
 
 class SharedWorlds:
-    """The shared world of a module and data path, made when it is first asked for."""
+    """The shared world of a module and data path: `make` is called when it is first asked for."""
 
-    def __init__(self, datapath: str) -> None:
-        self._datapath = datapath
+    def __init__(self, make: Callable[[], AbstractContextManager[World]]) -> None:
+        self._make = make
         self._held = ExitStack()
         self._shared: Shared | None = None
 
@@ -70,7 +70,7 @@ class SharedWorlds:
     def lend(self) -> Iterator[World]:
         """For one test.  Raises AssertionError if it can't be put back as it was."""
         if self._shared is None:
-            self._shared = Shared(self._held.enter_context(relaying_world(self._datapath)))
+            self._shared = Shared(self._held.enter_context(self._make()))
         yield self._shared.world
         try:
             self._shared.restore()
@@ -86,7 +86,8 @@ class SharedWorlds:
 
 @pytest.fixture(scope="module")
 def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
-    worlds = SharedWorlds(datapath)
+    """A module that needs other servers or settings has a fixture of this name, of its own."""
+    worlds = SharedWorlds(lambda: relaying_world(datapath))
     yield worlds
     worlds.drop()
 

@@ -45,8 +45,9 @@ NO_LISTENERS = (1 << 12) - 1 & ~(1 << sockdiag.LISTEN | 1 << 7)
 """All states but LISTEN and CLOSE."""
 SYSCTLS = Path("/proc/sys/net")
 MOVING = {"nf_conntrack_count", "tcp_fastopen_key", "fib_sync_mem"}
-OF_STATUS = {"generation", "uptime"}
-"""What `show status` may say otherwise than at first."""
+OF_STATUS = {"generation", "uptime", "conntrack"}
+"""What `show status` may say otherwise than at first: krelay looks for connection tracking now and
+then only."""
 TOGETHER = 100
 """Commands to the control socket at once."""
 State = dict[str, Any]
@@ -77,6 +78,8 @@ class Shared:
         Raises AssertionError, also with LabTimeout for a cause, where it can't be had.
         """
         self._end()
+        for host in self._hosts:
+            self._remove_tables(host)
         self._write_back()
         self._end_flows()
         for host in self._hosts:
@@ -107,13 +110,15 @@ class Shared:
         return values
 
     def _write_back(self) -> None:
-        """Relaying ends for a moment if there are connections: ended ones stay for a while."""
+        """Relaying ends for a moment if there are connections, ended ones stay for a while, or
+        flows of the host's own."""
         world, now = self.world, self._in_force()
         wrong = {name: text for name, text in self._settings.items() if now[name] != text}
         for line in world.read("status/errors").splitlines():
             name = line.partition(":")[0]
             wrong[name] = self._settings[name]
-        if world.ask("show nat proto=tcp") or "start" in wrong:
+        status = self._status()
+        if status["flows_tcp"] or status["own_flows"] or "start" in wrong:
             world.put(start=0)
             world.until_state("stopped")
             wrong["start"] = wrong.pop("start", "1")  # the last one
@@ -165,6 +170,14 @@ class Shared:
         for name, first in self._first.items():
             assert now[name] == first, f"{name}: {changes(first, now[name])}"
 
+    def _remove_tables(self, host: str) -> None:
+        """Those that weren't there at first."""
+        if self._inside(host, generation) == self._generations[host]:
+            return
+        shown = self.world.run(host, "nft", "list", "tables")
+        for line in set(tables(shown)) - set(tables(self._rules[host])):
+            self.world.nft(host, f"delete {line}")
+
     def _check_rules(self, host: str) -> None:
         """The text is compared only if something has changed: a flow of the kernel's is enough."""
         now = self._inside(host, generation)
@@ -172,8 +185,6 @@ class Shared:
             return
         world, first = self.world, self._rules[host]
         rules = world.rules(host)
-        for line in set(tables(rules)) - set(tables(first)):
-            world.nft(host, f"delete {line}")
         try:  # krelay follows what changes in its host
             world.until(lambda: rules == first or world.rules(host) == first, "the first rules")
         except LabTimeout:
@@ -194,7 +205,7 @@ def changes(first: State, now: State) -> str:
 
 
 def tables(rules: str) -> list[str]:
-    """`table ip NAME`, of all tables that nft shows."""
+    """`table ip NAME`, of all tables that nft shows or lists."""
     return [line.split(" {")[0] for line in rules.splitlines() if line.startswith("table ")]
 
 

@@ -3,9 +3,12 @@ ports: they go where the kernel's own NAT would send them, and no client's flow 
 
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
+from tests.net.conftest import SharedWorlds
 from tests.net.test_flushed_rules import begin_with, iptables
 from tests.net.world import World, echo, greet
 
@@ -30,6 +33,22 @@ def serve(world: World) -> str:
     return world.lab.address("server2")
 
 
+@contextmanager
+def asking(datapath: str) -> Iterator[World]:
+    """Servers on all sides, and relaying."""
+    with World(datapath=datapath) as world:
+        serve(world)
+        world.begin(services=SERVICES)
+        yield world
+
+
+@pytest.fixture(scope="module")
+def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
+    worlds = SharedWorlds(lambda: asking(datapath))
+    yield worlds
+    worlds.drop()
+
+
 def ask(world: World, port: int, to: tuple[str, int], host: str = "relay") -> str:
     """Whom `to` saw when this host asked it from that port."""
     with world.open(host, DATAGRAM) as sock:
@@ -39,31 +58,29 @@ def ask(world: World, port: int, to: tuple[str, int], host: str = "relay") -> st
 
 @pytest.mark.parametrize("source", ["client", "relay"])
 @pytest.mark.parametrize("peer", ["server", "server2", "client2"])
-def test_replies_to_the_hosts_own_datagrams_reach_it(world: World, peer: str, source: str) -> None:
-    serve(world)
-    world.begin(services=SERVICES, source=source)
-    there = world.lab.address(peer)
-    here = world.lab.address("relay", towards=peer)
+def test_replies_to_the_hosts_own_datagrams_reach_it(shared: World, peer: str, source: str) -> None:
+    shared.put(source=source)
+    there = shared.lab.address(peer)
+    here = shared.lab.address("relay", towards=peer)
     for port, to in ((123, 123), (53, 53), (40005, 500), (40005, 53), (123, 123)):
-        assert ask(world, port, (there, to)) == f"{here}:{port}"
+        assert ask(shared, port, (there, to)) == f"{here}:{port}"
 
-    assert world.flows() == []
-    assert world.values("status")["own_flows"] == 4
-    assert world.who_udp("client", 123)  # and clients are relayed as ever
+    assert shared.flows() == []
+    assert shared.values("status")["own_flows"] == 4
+    assert shared.who_udp("client", 123)  # and clients are relayed as ever
 
 
-def test_many_queries_from_port_53_are_answered(world: World) -> None:
+def test_many_queries_from_port_53_are_answered(shared: World) -> None:
     """With the kernel's own data path, which learns queries to that port without asking."""
-    peer = serve(world)
-    world.begin(services=SERVICES)
-    with world.open("relay", DATAGRAM) as sock:
+    peer = shared.lab.address("server2")
+    with shared.open("relay", DATAGRAM) as sock:
         sock.bind(("", 53))
         for number in range(100):
             data = b"question %d" % number
-            assert world.exchange(sock, data, (peer, 53)) == data
+            assert shared.exchange(sock, data, (peer, 53)) == data
             if number % 10 == 0:
-                assert world.who_udp("client", 53).startswith(world.client)
-    assert all(flow["client"].startswith(world.client) for flow in world.flows())
+                assert shared.who_udp("client", 53).startswith(shared.client)
+    assert all(flow["client"].startswith(shared.client) for flow in shared.flows())
 
 
 @pytest.mark.parametrize(
@@ -71,55 +88,49 @@ def test_many_queries_from_port_53_are_answered(world: World) -> None:
 )
 @pytest.mark.parametrize("peer", ["server", "client2"])
 def test_the_hosts_own_connections_from_relayed_ports_work(
-    world: World, peer: str, port: int, to: int
+    shared: World, peer: str, port: int, to: int
 ) -> None:
-    serve(world)
-    world.begin(services=SERVICES)
-    there = world.lab.address(peer)
-    here = world.lab.address("relay", towards=peer)
-    with world.connect("relay", to, to=there, bind=port) as sock:
+    there = shared.lab.address(peer)
+    here = shared.lab.address("relay", towards=peer)
+    with shared.connect("relay", to, to=there, bind=port) as sock:
         assert greet(sock) == f"{here}:{port}"
         for number in range(20):
             echo(sock, b"%d" % number * 1000)
 
-    assert not any(flow["service"].startswith(here) for flow in world.flows()), world.flows()
-    assert world.who("client", 80).startswith(world.client)
-    assert world.who("client", 443).startswith(world.client)
+    assert not any(flow["service"].startswith(here) for flow in shared.flows()), shared.flows()
+    assert shared.who("client", 80).startswith(shared.client)
+    assert shared.who("client", 443).startswith(shared.client)
 
 
 @pytest.mark.parametrize("peer", ["server", "server2"])
-def test_replies_reach_hosts_that_are_masqueraded(world: World, peer: str) -> None:
-    serve(world)
-    there = world.lab.address(peer)
-    lan = world.client
-    world.begin(services=SERVICES)
-    world.nft("relay", MASQUERADE.format(lan=lan, peer=there))
+def test_replies_reach_hosts_that_are_masqueraded(shared: World, peer: str) -> None:
+    there = shared.lab.address(peer)
+    lan = shared.client
+    shared.nft("relay", MASQUERADE.format(lan=lan, peer=there))
     for port, to in ((123, 123), (53, 53), (40005, 500), (53, 53)):
-        assert ask(world, port, (there, to), "client") == f"{world.relay}:{port}"
+        assert ask(shared, port, (there, to), "client") == f"{shared.relay}:{port}"
     for port in (443, 41005):
-        with world.connect("client", 80, to=there, bind=port) as sock:
-            assert greet(sock) == f"{world.relay}:{port}"
+        with shared.connect("client", 80, to=there, bind=port) as sock:
+            assert greet(sock) == f"{shared.relay}:{port}"
             for number in range(20):
                 echo(sock, b"%d" % number * 1000)
 
-    assert not any(flow["service"].startswith(world.relay) for flow in world.flows())
+    assert not any(flow["service"].startswith(shared.relay) for flow in shared.flows())
 
 
-def test_a_clients_flow_is_never_the_hosts_own(world: World) -> None:
+def test_a_clients_flow_is_never_the_hosts_own(shared: World) -> None:
     """Whoever may use a port of the relay's host can't have what clients send there."""
-    serve(world)
-    world.begin(services=SERVICES)
-    towards_clients = world.lab.address("relay", towards="client")
-    with world.open("client", DATAGRAM) as sock, world.open("relay", DATAGRAM) as own:
+    towards_clients = shared.lab.address("relay", towards="client")
+    with shared.open("client", DATAGRAM) as sock, shared.open("relay", DATAGRAM) as own:
         sock.bind(("", 123))
         own.bind(("", 123))
         for _ in range(6):
-            seen = world.exchange(sock, b"who", (towards_clients, 123))
-            assert seen.decode().strip() == f"{world.client}:123"
-            own.sendto(b"mine", (world.client, 123))
+            seen = shared.exchange(sock, b"who", (towards_clients, 123))
+            assert seen.decode().strip() == f"{shared.client}:123"
+            own.sendto(b"mine", (shared.client, 123))
             assert sock.recvfrom(100) == (b"mine", (towards_clients, 123))
 
-    assert world.values("status")["own_flows"] == 0
+    assert shared.values("status")["own_flows"] == 0
 
 
 def test_a_reply_that_came_first_is_put_right(world: World) -> None:
@@ -147,10 +158,9 @@ def test_a_reply_that_came_first_is_put_right(world: World) -> None:
     assert world.flows() == []
 
 
-def test_errors_about_own_datagrams_reach_their_sender(world: World) -> None:
-    peer = serve(world)
-    world.begin(services=SERVICES)
-    with world.open("relay", DATAGRAM) as sock:
+def test_errors_about_own_datagrams_reach_their_sender(shared: World) -> None:
+    peer = shared.lab.address("server2")
+    with shared.open("relay", DATAGRAM) as sock:
         sock.bind(("", 123))
         sock.connect((peer, 9))
         for _ in range(3):
@@ -158,7 +168,7 @@ def test_errors_about_own_datagrams_reach_their_sender(world: World) -> None:
             with pytest.raises(ConnectionRefusedError):
                 sock.recv(100)
 
-    assert world.flows() == []
+    assert shared.flows() == []
 
 
 @pytest.mark.one_datapath("a timer of the worker's")

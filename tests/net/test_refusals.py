@@ -18,10 +18,9 @@ pytestmark = pytest.mark.net
 
 
 @pytest.fixture
-def served(world: World) -> Iterator[World]:
+def served(shared: World) -> Iterator[World]:
     """Relaying, and with a connection that must not be disturbed by anything."""
-    world.serve("server", "tcp/80", "udp/7")
-    world.begin()
+    world = shared
     with world.connect("client", 80) as idle:
         seen = greet(idle)
         assert seen.startswith(f"{world.client}:")
@@ -65,7 +64,7 @@ def complains(world: World, line: str) -> bool:
 
 def logs(world: World, line: str) -> bool:
     """Whether krelay's log has this reason."""
-    said = world.krelay_process.output
+    said = world.logged()
     return "value refused" in said and line in said.replace('\\"', '"')
 
 
@@ -149,7 +148,7 @@ def test_a_second_krelay_on_the_same_tree_refuses_in_one_line(served: World) -> 
 
 
 def test_a_second_krelay_on_the_same_queue_says_that_it_is_taken(served: World) -> None:
-    other = served.lab.directory / "other"
+    other = served.lab.directory / "taken"
     rules = served.rules()
     program = served.start_krelay(tree=other)
     served.put(tree=other, gport=GPORT + 1, real_ip=served.lab.address("server2"))
@@ -175,7 +174,7 @@ def test_two_krelays_with_trees_and_queues_of_their_own_work_side_by_side(
     served: World,
 ) -> None:
     served.serve("server2", "tcp/8080", "udp/5353")
-    other = served.lab.directory / "other"
+    other = served.lab.directory / "beside"
     rules = served.rules()
     first = served.start_krelay("--queue-num", "1601", tree=other)
     values = {"real_ip": served.lab.address("server2"), "services": "tcp/8080 udp/5353"}
@@ -384,5 +383,5 @@ def test_a_full_table_refuses_new_flows_and_leaves_live_ones_alone(served: World
     udp.send(b"who")
     with pytest.raises(OSError, match="No route to host"):
         udp.recv(1)  # what ICMP 3/13 is in Linux
-    assert served.values("counters")["dropped_table_full"] >= 2
+    assert served.counted()["dropped_table_full"] >= 2
     served.put(limits__flows=100)

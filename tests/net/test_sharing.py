@@ -117,7 +117,7 @@ def test_a_daemon_that_ended_fails(kept: Shared) -> None:
 
 @looks_at_hosts
 def test_after_a_failure_the_next_test_has_a_new_lab(datapath: str) -> None:
-    worlds = SharedWorlds(datapath)
+    worlds = SharedWorlds(lambda: relaying_world(datapath))
     try:
         with pytest.raises(AssertionError, match=r"^ended: "), worlds.lend() as spoilt:
             spoilt.kill(spoilt.krelay_process)

@@ -293,9 +293,16 @@ class World:
         self._logged = {each: each.log.stat().st_size for each in self.lab.programs}
 
     def counted(self) -> dict[str, int]:
-        """krelay's counters: what each has grown by since `mark`, or the beginning."""
+        """What each of krelay's counters has grown by since `mark`, or the beginning.
+
+        Not the tables of `show counters json`.
+        """
         found = self.values("counters")
-        return {name: value - self._counted.get(name, 0) for name, value in found.items()}
+        return {
+            name: value - self._counted.get(name, 0)
+            for name, value in found.items()
+            if isinstance(value, int)
+        }
 
     def logged(self, program: Program | None = None) -> str:
         """What a program, by default krelay, has written since `mark`, or the beginning."""
