@@ -152,12 +152,13 @@ def set_up(lab: Lab, way: str) -> str:
     return to
 
 
-def dnsperf(lab: Lab, to: str, seconds: float) -> Load:
-    """dnsperf's own queries."""
+def dnsperf(lab: Lab, to: str, seconds: float, most: int | None = None) -> Load:
+    """dnsperf's own queries, as many a second as it can, or `most`."""
     data = str(lab.directory / "questions")
     whole = max(1, round(seconds))
     fixed = ("-c", str(PORTS), "-q", str(asker.UNDER_WAY), "-t", f"{asker.PATIENCE:g}")
-    command = ("dnsperf", "-s", to, "-d", data, "-l", str(whole), *fixed)
+    pace = () if most is None else ("-Q", str(most))
+    command = ("dnsperf", "-s", to, "-d", data, "-l", str(whole), *pace, *fixed)
     return parse_dnsperf(lab.run("client", *command, timeout=whole + 20).stdout)
 
 

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -124,10 +125,25 @@ def tool(directory: Path, name: str, script: str) -> None:
 # A whole run
 
 
-@pytest.mark.net
-def test_the_demo_shows_each_step_and_every_check_holds() -> None:
+class Whole(NamedTuple):
+    """A run to its end: the exit status, what it printed, and what remained."""
+
+    status: int
+    out: str
+    err: str
+    remained: list[str]
+
+
+@pytest.fixture(scope="module")
+def whole() -> Whole:
     with running() as process:
         status, out, err = finish(process)
+    return Whole(status, out, err, remains(process.pid, out))
+
+
+@pytest.mark.net
+def test_the_demo_shows_each_step_and_every_check_holds(whole: Whole) -> None:
+    status, out, err, remained = whole
 
     assert (status, err) == (0, "")
     assert "✗" not in out
@@ -135,7 +151,7 @@ def test_the_demo_shows_each_step_and_every_check_holds() -> None:
     for line in SHOWN:
         pattern = re.sub(r"\b[CKS]\b", lambda match: ADDRESSES[match[0]], line)
         assert re.search(pattern, out), line
-    assert remains(process.pid, out) == []
+    assert remained == []
 
 
 @pytest.mark.slow
@@ -156,9 +172,8 @@ def test_between_virtual_machines_every_check_holds_too(backend: str) -> None:
 
 
 @pytest.mark.net
-def test_piped_output_is_plain_and_at_most_100_columns_wide() -> None:
-    with running() as process:
-        _, out, _ = finish(process)
+def test_piped_output_is_plain_and_at_most_100_columns_wide(whole: Whole) -> None:
+    out = whole.out
 
     assert "\x1b" not in out
     assert [line for line in out.splitlines() if len(line.rstrip()) > 100] == []
