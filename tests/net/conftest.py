@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import pytest
 
 from procfs_sim.tree import DEFAULTS
-from tests.net.sharing import Shared
+from tests.net.sharing import Shared, relay_anew
 from tests.net.world import World
 
 DATAPATHS = ("queue", "auto")
@@ -55,6 +55,15 @@ def relaying_world(datapath: str) -> Iterator[World]:
 def relaying(datapath: str) -> Iterator[World]:
     """For a whole module, of tests that change nothing: our server on both servers, relaying."""
     with relaying_world(datapath) as world:
+        yield world
+
+
+@contextmanager
+def prepared_world(datapath: str, prepare: Callable[[World], object]) -> Iterator[World]:
+    """The same, with what all tests of a module need."""
+    with relaying_world(datapath) as world:
+        prepare(world)
+        relay_anew(world)
         yield world
 
 

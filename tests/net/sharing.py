@@ -111,19 +111,17 @@ class Shared:
 
     def _write_back(self) -> None:
         """Relaying ends for a moment if there are connections, ended ones stay for a while, or
-        flows of the host's own."""
+        flows of the host's own; or other settings, as rules that grew have another order.
+        """
         world, now = self.world, self._in_force()
         wrong = {name: text for name, text in self._settings.items() if now[name] != text}
         for line in world.read("status/errors").splitlines():
             name = line.partition(":")[0]
             wrong[name] = self._settings[name]
         status = self._status()
-        if status["flows_tcp"] or status["own_flows"] or "start" in wrong:
-            world.put(start=0)
-            world.until_state("stopped")
-            wrong["start"] = wrong.pop("start", "1")  # the last one
-        if wrong:
-            world.put(None, **wrong)
+        if status["flows_tcp"] or status["own_flows"] or wrong:
+            wrong.pop("start", None)
+            relay_anew(world, **wrong)
         world.until_state("running")
         assert self._in_force() == self._settings
         assert not world.read("status/errors")
@@ -188,11 +186,20 @@ class Shared:
         try:  # krelay follows what changes in its host
             world.until(lambda: rules == first or world.rules(host) == first, "the first rules")
         except LabTimeout:
+            rules = world.rules(host)
             left = "\n".join(unified_diff(first.splitlines(), rules.splitlines(), lineterm=""))
             raise AssertionError(f"rules of {host}\n{left}") from None
         if host == "relay" and world.in_kernel:
             assert world.handed() == 0
         self._generations[host] = self._inside(host, generation)
+
+
+def relay_anew(world: World, **settings: str) -> None:
+    """Ends relaying, and begins it with these settings."""
+    world.put(start=0)
+    world.until_state("stopped")
+    world.put(None, **settings, start=1)
+    world.until_state("running")
 
 
 def changes(first: State, now: State) -> str:
