@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from tests.net.world import PYTHON, World
+from tests.net.world import World, control_socket
 
 pytestmark = pytest.mark.net
 both_sources = pytest.mark.parametrize("source", ["client", "relay"])
@@ -40,72 +40,72 @@ def converses(
 
 
 @both_sources
-def test_tftp_file_arrives(world: World, source: str) -> None:
-    files = world.lab.directory / "tftp"
-    files.mkdir(mode=0o755)
+def test_tftp_file_arrives(shared: World, source: str) -> None:
+    files = shared.lab.directory / "tftp"
+    files.mkdir(mode=0o755, exist_ok=True)
     (files / "boot").write_bytes(bytes(range(256)) * 300)
-    world.lab.start(
+    shared.lab.start(
         "server", "dnsmasq", "-k", "-C", "/dev/null", "--port=0", "-u", "root", "--enable-tftp",
         f"--tftp-root={files}", f"--pid-file={files}.pid",
     )  # fmt: skip
-    world.lab.wait_listening("server", "udp", 69, world.patience)
-    world.begin(services="udp/69+any-port", source=source)
+    shared.lab.wait_listening("server", "udp", 69, shared.patience)
+    shared.put(services="udp/69+any-port", source=source)
     got = files / "got"
     for _ in range(2):
-        url = f"tftp://{world.relay}/boot"
-        world.lab.run("client", "curl", "-sS", "-m", "10", "-o", str(got), url)
+        url = f"tftp://{shared.relay}/boot"
+        shared.lab.run("client", "curl", "-sS", "-m", "10", "-o", str(got), url)
         assert got.read_bytes() == (files / "boot").read_bytes()
         got.unlink()
 
 
 @both_sources
-def test_answer_from_another_port_begins_a_flow_of_its_own(world: World, source: str) -> None:
-    world.begin(services="udp/69+any-port", source=source)
-    server, other = listening(world), listening(world, 4321)
-    sock = world.open("client", socket.SOCK_DGRAM)
-    client = asked(world, sock, server)
+def test_answer_from_another_port_begins_a_flow_of_its_own(shared: World, source: str) -> None:
+    shared.put(services="udp/69+any-port", source=source)
+    server, other = listening(shared), listening(shared, 4321)
+    sock = shared.open("client", socket.SOCK_DGRAM)
+    client = asked(shared, sock, server)
 
-    converses(world, sock, other, client)
+    converses(shared, sock, other, client)
 
-    mine = f"{world.client}:{sock.getsockname()[1]}"
-    flows = {flow["service"]: flow for flow in world.flows("proto=udp")}
-    assert set(flows) == {f"{world.relay}:69", f"{world.relay}:4321"}
+    mine = f"{shared.client}:{sock.getsockname()[1]}"
+    flows = {flow["service"]: flow for flow in shared.flows("proto=udp")}
+    assert set(flows) == {f"{shared.relay}:69", f"{shared.relay}:4321"}
     assert {flow["client"] for flow in flows.values()} == {mine}
-    assert flows[f"{world.relay}:4321"]["server"] == f"{world.server}:4321"
-    assert flows[f"{world.relay}:4321"]["packets"] == [8, 8]
-    assert flows[f"{world.relay}:69"]["state"] == "unreplied"
-    assert client[0] == (world.client if source == "client" else world.relay)
+    assert flows[f"{shared.relay}:4321"]["server"] == f"{shared.server}:4321"
+    assert flows[f"{shared.relay}:4321"]["packets"] == [8, 8]
+    assert flows[f"{shared.relay}:69"]["state"] == "unreplied"
+    assert client[0] == (shared.client if source == "client" else shared.relay)
 
 
 @both_sources
-def test_clients_with_one_port_are_told_apart(world: World, source: str) -> None:
-    world.begin(services="udp/69+any-port udp/70+any-port", source=source)
-    server, server70 = listening(world), listening(world, 70)
+def test_clients_with_one_port_are_told_apart(shared: World, source: str) -> None:
+    shared.put(services="udp/69+any-port udp/70+any-port", source=source)
+    server, server70 = listening(shared), listening(shared, 70)
     first, second = (
-        world.open("client", socket.SOCK_DGRAM),
-        world.open("client2", socket.SOCK_DGRAM),
+        shared.open("client", socket.SOCK_DGRAM),
+        shared.open("client2", socket.SOCK_DGRAM),
     )
     for sock in (first, second):
         sock.bind(("", 5000))
-    clients = [asked(world, sock, server) for sock in (first, second)]
-    others = [listening(world, port) for port in (4321, 4322)]
+    clients = [asked(shared, sock, server) for sock in (first, second)]
+    others = [listening(shared, port) for port in (4321, 4322)]
     assert clients[0] != clients[1]
 
     for sock, other, client in zip((first, second), others, clients, strict=True):
-        converses(world, sock, other, client)
-    again = asked(world, second, server70, 70)  # the other service, from the same port
-    converses(world, second, listening(world, 4323), again)
-    converses(world, first, others[0], clients[0])
+        converses(shared, sock, other, client)
+    again = asked(shared, second, server70, 70)  # the other service, from the same port
+    converses(shared, second, listening(shared, 4323), again)
+    converses(shared, first, others[0], clients[0])
 
 
 @both_sources
 def test_client_of_two_of_the_relays_addresses_is_answered_by_the_right_one(
-    world: World, source: str
+    shared: World, source: str
 ) -> None:
-    world.begin(services="udp/69+any-port", source=source)
-    server = listening(world)
-    sock = world.open("client", socket.SOCK_DGRAM)
-    addresses = world.relay, world.lab.address("relay", towards="client")
+    shared.put(services="udp/69+any-port", source=source)
+    server = listening(shared)
+    sock = shared.open("client", socket.SOCK_DGRAM)
+    addresses = shared.relay, shared.lab.address("relay", towards="client")
     assert len(set(addresses)) == 2
     seen = []
     for address in addresses:
@@ -114,7 +114,7 @@ def test_client_of_two_of_the_relays_addresses_is_answered_by_the_right_one(
     assert seen[0] != seen[1]
 
     for number, (address, client) in enumerate(zip(addresses, seen, strict=True)):
-        other = listening(world, 4321 + number)
+        other = listening(shared, 4321 + number)
         for _ in range(3):
             other.sendto(b"data", client)
             assert sock.recvfrom(100) == (b"data", (address, 4321 + number))
@@ -123,65 +123,65 @@ def test_client_of_two_of_the_relays_addresses_is_answered_by_the_right_one(
 
 
 @both_sources
-def test_nobody_elses_port_is_answered(world: World, source: str) -> None:
-    world.begin(services="udp/69+any-port udp/7", source=source)
-    server, other = listening(world), listening(world, 4321)
+def test_nobody_elses_port_is_answered(shared: World, source: str) -> None:
+    shared.put(services="udp/69+any-port udp/7", source=source)
+    server, other = listening(shared), listening(shared, 4321)
     sock, bystander = (
-        world.open("client", socket.SOCK_DGRAM),
-        world.open("client", socket.SOCK_DGRAM),
+        shared.open("client", socket.SOCK_DGRAM),
+        shared.open("client", socket.SOCK_DGRAM),
     )
     bystander.bind(("", 0))
-    asked(world, sock, server)
+    asked(shared, sock, server)
 
-    other.sendto(b"own", (world.client, bystander.getsockname()[1]))  # the server's own business
-    assert bystander.recvfrom(100) == (b"own", (world.server, 4321))
-    bystander.sendto(b"guess", (world.relay, 4321))  # this client has asked nothing
+    other.sendto(b"own", (shared.client, bystander.getsockname()[1]))  # the server's own business
+    assert bystander.recvfrom(100) == (b"own", (shared.server, 4321))
+    bystander.sendto(b"guess", (shared.relay, 4321))  # this client has asked nothing
     other.settimeout(0.5)
     with pytest.raises(TimeoutError):
         other.recv(100)
-    (flow,) = world.flows("proto=udp")
-    assert flow["service"] == f"{world.relay}:69"
+    (flow,) = shared.flows("proto=udp")
+    assert flow["service"] == f"{shared.relay}:69"
 
 
-def test_client_beside_the_server_is_answered(world: World) -> None:
-    world.begin(services="udp/69+any-port")
-    server, other = listening(world), listening(world, 4321)
-    sock = world.open("neighbour", socket.SOCK_DGRAM)
-    client = asked(world, sock, server)
-    assert client[0] == world.relay
+def test_client_beside_the_server_is_answered(shared: World) -> None:
+    shared.put(services="udp/69+any-port")
+    server, other = listening(shared), listening(shared, 4321)
+    sock = shared.open("neighbour", socket.SOCK_DGRAM)
+    client = asked(shared, sock, server)
+    assert client[0] == shared.relay
 
-    converses(world, sock, other, client)
+    converses(shared, sock, other, client)
 
 
 @both_sources
-def test_changed_settings_leave_an_exchange_alone(world: World, source: str) -> None:
-    world.begin(services="udp/69+any-port udp/53", source=source)
-    server, other = listening(world), listening(world, 4321)
-    sock = world.open("client", socket.SOCK_DGRAM)
-    client = asked(world, sock, server)
-    converses(world, sock, other, client)
+def test_changed_settings_leave_an_exchange_alone(shared: World, source: str) -> None:
+    shared.put(services="udp/69+any-port udp/53", source=source)
+    server, other = listening(shared), listening(shared, 4321)
+    sock = shared.open("client", socket.SOCK_DGRAM)
+    client = asked(shared, sock, server)
+    converses(shared, sock, other, client)
 
-    world.put(limits__flows=5000, timeouts__udp_dns=7)  # the kernel's maps are made anew
-    converses(world, sock, other, client)
-    world.put(services="udp/53")
-    converses(world, sock, other, client)
-    world.put(services="udp/69 udp/53")
-    converses(world, sock, other, client)
+    shared.put(limits__flows=5000, timeouts__udp_dns=7)  # the kernel's maps are made anew
+    converses(shared, sock, other, client)
+    shared.put(services="udp/53")
+    converses(shared, sock, other, client)
+    shared.put(services="udp/69 udp/53")
+    converses(shared, sock, other, client)
 
 
-def test_silent_client_is_forgotten(world: World) -> None:
-    world.begin(services="udp/69+any-port")
-    world.put(timeouts__udp=1)
-    server, other = listening(world), listening(world, 4321)
-    sock = world.open("client", socket.SOCK_DGRAM)
-    client = asked(world, sock, server)
-    world.until(lambda: not world.flows(), "the flow to expire")
+def test_silent_client_is_forgotten(shared: World) -> None:
+    shared.put(services="udp/69+any-port")
+    shared.put(timeouts__udp=1)
+    server, other = listening(shared), listening(shared, 4321)
+    sock = shared.open("client", socket.SOCK_DGRAM)
+    client = asked(shared, sock, server)
+    shared.until(lambda: not shared.flows(), "the flow to expire")
 
     def goes_on_untouched() -> bool:
         other.sendto(b"late", client)
-        return sock.recvfrom(100) == (b"late", (world.server, 4321))
+        return sock.recvfrom(100) == (b"late", (shared.server, 4321))
 
-    world.until(goes_on_untouched, "the kernel to forget, too")
+    shared.until(goes_on_untouched, "the kernel to forget, too")
 
 
 @both_sources
@@ -189,17 +189,17 @@ def test_without_the_kind_answers_are_counted_and_told(world: World, source: str
     world.begin(services="udp/69 udp/7", source=source)
     server, other = listening(world), listening(world, 4321)
     sock = world.open("client", socket.SOCK_DGRAM)
-    command = (*PYTHON, "-m", "krelay", "trace", "--root", str(world.root), "verdict=pass")
-    trace = world.lab.start("relay", *command)
-    world.until(lambda: world.values("status")["traces"] == 1, "the trace")
-    client = asked(world, sock, server)
+    with control_socket(world.root) as trace, trace.makefile() as lines:
+        trace.sendall(b"trace verdict=pass\n")
+        world.until(lambda: world.values("status")["traces"] == 1, "the trace")
+        client = asked(world, sock, server)
 
-    other.sendto(bytes(100), client)
+        other.sendto(bytes(100), client)
 
-    world.until(lambda: world.values("counters").get("passed_other_port") == 1, "a count")
-    assert world.values("status")["other_port"] == {"udp/69": 1}
-    line = f"pass other_port {world.server}:4321 > {client[0]}:{client[1]} 100 bytes"
-    world.until(lambda: line in trace.output, "its line")
+        world.until(lambda: world.values("counters").get("passed_other_port") == 1, "a count")
+        assert world.values("status")["other_port"] == {"udp/69": 1}
+        line = f"pass other_port {world.server}:4321 > {client[0]}:{client[1]} 100 bytes"
+        assert any(line in told for told in lines)
     world.until(lambda: "answers from another port" in world.krelay_process.output, "a warning")
     assert f"service=udp/69 server={world.server}:4321" in world.krelay_process.output
     done = world.krelay("doctor", check=False)

@@ -4,9 +4,11 @@ import hashlib
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
+from tests.net.conftest import SharedWorlds, prepared_world
 from tests.net.routed import MTU, routed
 from tests.net.test_icmp import IP_MTU
 from tests.net.world import World, control_socket, echo, greet, upload
@@ -18,17 +20,41 @@ SERVICES = "tcp/80 tcp/443=forward tcp/8000-8003=forward udp/7"
 BIG = 20_000_000
 
 
-@pytest.fixture
-def through(world: World) -> Iterator[World]:
-    """Relaying both kinds of TCP, with a terminated connection beside that nothing may disturb."""
-    world.serve("server", "tcp/80", "tcp/443", "udp/7")
-    world.begin(services=SERVICES)
+@pytest.fixture(scope="module")
+def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
+    """Relaying both kinds of TCP."""
+    worlds = SharedWorlds(
+        lambda: prepared_world(datapath, lambda world: world.put(services=SERVICES))
+    )
+    yield worlds
+    worlds.drop()
+
+
+@contextmanager
+def undisturbed(world: World) -> Iterator[World]:
+    """With a terminated connection beside that nothing may disturb."""
     with world.connect("client", 80) as beside:
         greet(beside)
         yield world
         if world.read("status/state") == "running":
             echo(beside, b"undisturbed")
     assert world.values("counters")["errors"] == 0
+
+
+@pytest.fixture
+def through(shared: World) -> Iterator[World]:
+    """The shared world, which relays both kinds of TCP."""
+    with undisturbed(shared):
+        yield shared
+
+
+@pytest.fixture
+def of_its_own(world: World) -> Iterator[World]:
+    """The same in a new one, for tests that kill."""
+    world.serve("server", "tcp/80", "tcp/443", "udp/7")
+    world.begin(services=SERVICES)
+    with undisturbed(world):
+        yield world
 
 
 def forwarded(world: World, filters: str = "") -> list[dict[str, object]]:
@@ -62,12 +88,12 @@ def test_the_server_sees_the_client_and_the_flow_says_so(through: World) -> None
         assert sock.recv(1) == b""
     [flow] = through.until(lambda: forwarded(through, "state=closing"), "both FINs")
     assert flow["expires"] <= 240  # type: ignore[operator]
-    through.soon(lambda: through.values("counters")["U1"] > 3, "its packets counted")
+    through.soon(lambda: through.counted()["U1"] > 3, "its packets counted")
 
 
-def test_with_source_relay_the_server_sees_a_relay_port(world: World) -> None:
-    world.serve("server", "tcp/80", "tcp/443")
-    world.begin(services=SERVICES, source="relay")
+def test_with_source_relay_the_server_sees_a_relay_port(shared: World) -> None:
+    world = shared
+    world.put(source="relay")
     with world.connect("client", PORT) as sock, world.connect("client2", PORT) as other:
         address = world.lab.address("relay", towards="server")
         seen = greet(sock)
@@ -170,13 +196,13 @@ def test_a_killed_connection_is_reset_at_both_ends_at_once(through: World, busy:
         if busy:
             echo(sock, b"x" * 100_000)
         [flow] = [r for r in forwarded(through) if r["client"] == mine]
-        through.krelay("kill", str(flow["id"]))
+        through.ask(f"kill {flow['id']}")
         assert is_reset(sock)
         through.until(lambda: mine not in established(through), "the server's end reset")
         echo(other, b"undisturbed")
         [flow] = [r for r in forwarded(through) if r["client"] == mine]
         assert flow["state"] == "closed"
-    assert through.values("counters")["dropped_killed"] >= 2
+    assert through.counted()["dropped_killed"] >= 2
 
 
 def test_a_download_in_full_run_is_killed(through: World) -> None:
@@ -203,7 +229,7 @@ def test_beyond_the_limit_it_is_refused_as_it_is_set(
             with pytest.raises(heard):
                 refused.connect((through.relay, PORT))
         echo(sock, b"undisturbed")
-    assert through.values("counters")["dropped_table_full"] >= 1
+    assert through.counted()["dropped_table_full"] >= 1
 
 
 def test_a_trace_has_each_packet_by_its_steps(through: World) -> None:
@@ -237,10 +263,8 @@ def test_the_narrow_link_behind_the_relay_is_found(datapath: str) -> None:
         assert world.values("counters")["icmp_U3"] >= 1
 
 
-def test_running_flows_stay_when_real_ip_changes_and_end_with_flush(world: World) -> None:
-    for server in ("server", "server2"):
-        world.serve(server, "tcp/443", "tcp/80")
-    world.begin(services=SERVICES)
+def test_running_flows_stay_when_real_ip_changes_and_end_with_flush(shared: World) -> None:
+    world = shared
     there = world.lab.address("server2")
     with world.connect("client", PORT) as sock, world.connect("client", PORT) as other:
         greet(sock)
@@ -275,8 +299,11 @@ def test_stopping_ends_what_runs_and_leaves_the_host_as_before(world: World) -> 
 
 
 @pytest.mark.parametrize("who", ["client", "server"])
-def test_connections_survive_a_killed_krelay_whoever_speaks_first(through: World, who: str) -> None:
+def test_connections_survive_a_killed_krelay_whoever_speaks_first(
+    of_its_own: World, who: str
+) -> None:
     """An upload's packets are picked up; a download's have the client asked."""
+    through = of_its_own
     if who == "client":
         sock = through.connect("client", PORT)
         greet(sock)

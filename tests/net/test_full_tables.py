@@ -6,9 +6,11 @@ Limits are low here, so that each flood is short; KRELAY_LONG=1 is a table of th
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
+from tests.net.conftest import SharedWorlds, prepared_world
 from tests.net.programs import flood
 from tests.net.world import PATIENCE, PYTHON, World, echo, greet
 
@@ -36,25 +38,33 @@ SERVICES = f"tcp/{RELAYED} tcp/{FORWARDED}=forward udp/{ECHO} udp/{DNS}"
 ALL = {"tcp": True, "forwarded": True, "udp": True, "query": True}
 
 
-def begin(world: World, source: str = "client") -> None:
-    """Relays; what is sent to forged addresses ends at client2, which forges them."""
-    world.serve("server", "tcp/80", "tcp/443", "udp/7", "udp/53")
+def prepare(world: World) -> None:
+    """What is sent to forged addresses ends at client2, which forges them."""
     way = world.lab.address("client2")
     for host, towards in (("relay", way), ("server", world.relay)):
         world.lab.run(host, "ip", "route", "replace", FORGED, "via", towards)
-    world.lab.run("relay", "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0")
-    for link in world.lab.run("relay", "ls", "/proc/sys/net/ipv4/conf").stdout.split():
-        world.lab.run("relay", "sysctl", "-qw", f"net.ipv4.conf.{link}.rp_filter=0", check=False)
+    every = "for link in /proc/sys/net/ipv4/conf/*; do echo 0 > $link/rp_filter; done"
+    world.lab.run("relay", "sh", "-c", every)
+    world.put(services=SERVICES, limits__flows=FLOWS, limits__flows_per_client=OF_CLIENT)
+
+
+def send_once(world: World) -> None:
+    """No SYN of the clients' own is sent again."""
     for host in () if LONG else ("client", "client2"):
         world.nft(host, ONCE.replace("OWN", world.lab.address(host)))
-    world.begin(services=SERVICES, source=source)
-    world.put(limits__flows=FLOWS, limits__flows_per_client=OF_CLIENT)
 
 
-@pytest.fixture
-def live(world: World) -> Iterator[World]:
-    """Relaying, with a connection and datagrams of a client that no flood may disturb."""
-    begin(world)
+@pytest.fixture(scope="module")
+def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
+    worlds = SharedWorlds(lambda: prepared_world(datapath, prepare))
+    yield worlds
+    worlds.drop()
+
+
+@contextmanager
+def undisturbed(world: World) -> Iterator[World]:
+    """With a connection and datagrams of a client that no flood may disturb."""
+    send_once(world)
     with world.connect("client", RELAYED) as tcp, world.open("client", socket.SOCK_DGRAM) as udp:
         assert greet(tcp).startswith(f"{world.client}:")
         for text in (b"first", b"again"):
@@ -65,10 +75,27 @@ def live(world: World) -> Iterator[World]:
     assert world.values("counters")["errors"] == 0
 
 
+@pytest.fixture
+def live(shared: World) -> Iterator[World]:
+    """The shared world, which relays."""
+    with undisturbed(shared):
+        yield shared
+
+
+@pytest.fixture
+def of_its_own(world: World) -> Iterator[World]:
+    """The same in a new one, for a warning that is said once in a while."""
+    world.serve("server", "tcp/80", "tcp/443", "udp/7", "udp/53")
+    world.begin()
+    prepare(world)
+    with undisturbed(world):
+        yield world
+
+
 def forge(world: World, kind: str, port: int, count: int, clients: int, first: str = "") -> None:
     """A flood from client2, of `clients` addresses."""
     words = (kind, world.relay, port, count, RATE, clients, first or flood.FIRST)
-    world.lab.run("client2", *PYTHON, flood.__file__, *map(str, words), timeout=120)
+    world.lab.run("client2", *PYTHON, "-I", "-S", flood.__file__, *map(str, words), timeout=120)
     world.until(lambda: not world.values("status")["queue_waiting"], "all handled")
 
 
@@ -103,7 +130,8 @@ def served(world: World, host: str = "client", within: float = PATIENCE) -> dict
     [("udp", ECHO), ("udp", DNS), ("syn", RELAYED), ("syn", FORWARDED)],
     ids=["datagrams", "queries", "syns", "forwarded-syns"],
 )
-def test_a_flood_that_is_answered_keeps_nobody_out(live: World, kind: str, port: int) -> None:
+def test_a_flood_that_is_answered_keeps_nobody_out(of_its_own: World, kind: str, port: int) -> None:
+    live = of_its_own
     forge(live, kind, port, 2 * FLOWS, 2 * FLOWS)
     assert served(live) == ALL
     assert served(live, "client2") == ALL
@@ -129,8 +157,9 @@ def test_a_flood_in_a_clients_name_keeps_it_from_nothing(live: World, kind: str,
     forge(live, kind, port, 5 * OF_CLIENT, 1, live.client)
     assert served(live) == ALL
     assert served(live, "client2") == ALL
-    assert live.values("counters")["dropped_client_full"] == 0
-    assert live.values("counters")["evicted"] > OF_CLIENT
+    counters = live.counted()
+    assert counters["dropped_client_full"] == 0
+    assert counters["evicted"] > OF_CLIENT
 
 
 def test_what_a_forger_confirms_leaves_connections_their_places(live: World) -> None:
@@ -172,12 +201,15 @@ def test_a_limit_lowered_in_a_flood_serves_newcomers_at_once(
     assert served(live) == ALL
 
 
-def test_a_flood_with_the_relays_address_keeps_nobody_out(world: World) -> None:
-    begin(world, source="relay")
+def test_a_flood_with_the_relays_address_keeps_nobody_out(shared: World) -> None:
+    world = shared
+    send_once(world)
+    world.put(source="relay")
     forge(world, "udp", ECHO, 2 * FLOWS, 2 * FLOWS)
     assert served(world) == ALL
-    assert world.values("counters").get("dropped_no_port", 0) == 0
-    assert world.values("counters")["evicted"] > FLOWS // 2
+    counters = world.counted()
+    assert counters.get("dropped_no_port", 0) == 0
+    assert counters["evicted"] > FLOWS // 2
 
 
 @pytest.mark.one_datapath("the kernel learns queries only with auto")
