@@ -5,7 +5,6 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -27,11 +26,11 @@ DOWNLOAD, RATE = (1000 * MB, 200 * MB) if LONG else (40 * MB, 20 * MB)
 
 
 @pytest.fixture
-def busy(shared: World) -> Iterator[World]:
+def busy(world: World) -> World:
     """Relaying all that our server serves."""
-    shared.put(services="tcp/80 tcp/443=forward udp/7 udp/53")
-    yield shared
-    shared.put(start=0)  # maps for forwarded connections stay for as long as it relays
+    world.serve("server", "tcp/80", "tcp/443", "udp/7", "udp/53")
+    world.begin(services="tcp/80 tcp/443=forward udp/7 udp/53")
+    return world
 
 
 def udp_flow(world: World, sock: socket.socket) -> dict[str, Any] | None:
