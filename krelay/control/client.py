@@ -3,9 +3,10 @@
 A user who may not use control.sock asks view.sock what that answers (roles.py).
 """
 
+import errno
 import json
 import socket
-import time
+import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,10 +20,6 @@ CHUNK = 1 << 20
 """Bytes of a capture that are read at once."""
 TIMEOUT = 10.0
 """Seconds for an answer; the daemon answers in milliseconds."""
-
-
-PAUSE = 0.02
-"""Seconds between tries to connect to a daemon that hasn't accepted others yet."""
 
 
 class NoDaemon(Exception):
@@ -167,20 +164,35 @@ def _needed(roles: tuple[Role, ...]) -> str:
 
 
 def _connected(path: Path) -> socket.socket:
-    """A connection to the socket there; waits while others are to be accepted first."""
+    """A connection to the socket there; waits TIMEOUT at most while others are accepted first.
+
+    The kernel wakes it at each place that comes free (unix(7)).  Looking now and then wouldn't do:
+    the place would be taken again, by members that connect without pause.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(TIMEOUT)
-    give_up = time.monotonic() + TIMEOUT
     try:
-        while True:
-            try:
-                connection.connect(str(path))
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    raise
-                time.sleep(PAUSE)
-            else:
-                return connection
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(TIMEOUT))
+        connection.connect(str(path))
+        while not _is_connected(connection):
+            connection.connect(str(path))
+        connection.settimeout(TIMEOUT)
     except BaseException:
         connection.close()
         raise
+    return connection
+
+
+def _is_connected(connection: socket.socket) -> bool:
+    """Whether it is; not if a signal came meanwhile, which Python takes for success."""
+    try:
+        connection.getpeername()
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return False
+    return True
+
+
+def _timeval(seconds: float) -> bytes:
+    """A time limit for SO_SNDTIMEO, which holds for `connect` too (socket(7))."""
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))

@@ -27,6 +27,13 @@ TRIES = 512
 A client that has taken that many of its own in a row is refused; the packet path isn't held up."""
 
 
+class PortTaken(Exception):
+    """tcp-relay can't connect to the server from the port that it asked for."""
+
+    def __init__(self) -> None:
+        super().__init__("port_taken")
+
+
 class Mappings:
     """The ends that flows have."""
 

@@ -20,6 +20,7 @@ from krelay.nat.admission import FlowLimits, Refusal
 from krelay.nat.events import NatObserver
 from krelay.nat.flow import NO_LEG, PAST_LEG, Flow, Footprint, Rewrite, Timeouts
 from krelay.nat.learning import DnsLearning
+from krelay.nat.mappings import PortTaken
 from krelay.nat.ownflows import OwnFlows
 from krelay.nat.ports import FIRST_HIGH
 from krelay.nat.store import FlowStore
@@ -136,8 +137,8 @@ class NatTable(FlowStore):
         `seen` is the port that the server knows already; None: it is chosen here, and with
         source=relay it is none of `services`, as in open_forwarded.  Takes the place
         of a port that it had before, from which it couldn't connect.
-        Raises Refusal (`port_taken`) when another flow has the port on this side, or the server may
-        know it already: the client's own connection, another flow's, or the client's port itself.
+        Raises PortTaken when another flow has the port on this side, or the server may know it
+        already: the client's own connection, another flow's, or the client's port itself.
         """
         source = flow.client.addr if flow.source is Source.CLIENT else relay.addr
         outside = Endpoint(source, relay.port if seen is None else seen)
@@ -154,7 +155,7 @@ class NatTable(FlowStore):
         if beside is not None and beside is not flow and beside.closed_at is None:
             taken = True
         if taken or (_TCP, key) in self.direct or (outside == flow.client and not is_low):
-            raise Refusal("port_taken")
+            raise PortTaken
         self.detach(flow)
         self.admission.confirmed(flow)
         flow.leg = None

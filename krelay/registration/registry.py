@@ -33,6 +33,7 @@ from krelay.datapath.policy import Policy
 from krelay.nat.admission import Refusal
 from krelay.nat.events import IdleObserver
 from krelay.nat.flow import PAST_LEG, Flow
+from krelay.nat.mappings import PortTaken
 from krelay.nat.ports import FIRST_HIGH
 from krelay.nat.table import NatTable
 from krelay.registration.inforce import MOST, InForce
@@ -261,7 +262,7 @@ class Relays(IdleObserver):
             return Refused(request.id, "the flow was ended")
         try:
             self._nat.attach(flow, request.relay, now, services=policy.tcp)
-        except Refusal:
+        except PortTaken:
             self._nat.detach(flow)  # it may have had another port before
             return Refused(request.id, PORT_TAKEN)
         self._has(flow, send)
@@ -303,10 +304,10 @@ class Relays(IdleObserver):
             )
             seen = request.seen or request.relay
             self._nat.attach(flow, request.relay, now, seen=seen.port)
-        except Refusal as refusal:
+        except (Refusal, PortTaken) as refusal:
             if flow is not None:
                 self._nat.end(flow)
-            return Refused(request.id, f"can't be resumed: {refusal.reason}")
+            return Refused(request.id, f"can't be resumed: {refusal}")
         flow.accepted = True
         flow.tracker.resumed()
         flow.leg = PAST_LEG

@@ -1,10 +1,12 @@
 """The control socket's other end, against a daemon that says whatever a test wants."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -211,8 +213,21 @@ def test_a_refusal_is_heard_although_the_daemon_has_hung_up(daemon: Daemon, tmp_
         ask(tmp_path, "show status")
 
 
-def test_who_finds_many_before_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A member who doesn't let the daemon catch up is no reason to say that there is none."""
+class Connects(socket.socket):
+    """Counts how often connections are asked for."""
+
+    count = 0
+
+    def connect(self, address: object) -> None:
+        Connects.count += 1
+        super().connect(address)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def crowded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Path, socket.socket]]:
+    """A daemon's socket, before which all places are taken; connections of clients are counted."""
     with socket.socket(socket.AF_UNIX) as listener, ExitStack() as held:
         listener.bind(str(tmp_path / "control.sock"))
         listener.listen(1)
@@ -221,11 +236,85 @@ def test_who_finds_many_before_it_waits(tmp_path: Path, monkeypatch: pytest.Monk
                 sock = held.enter_context(socket.socket(socket.AF_UNIX))
                 sock.setblocking(False)
                 sock.connect(str(tmp_path / "control.sock"))
+        monkeypatch.setattr(Connects, "count", 0)
+        monkeypatch.setattr("krelay.control.client.socket.socket", Connects)
+        yield tmp_path, listener
 
-        def slept(_: float) -> None:
-            held.enter_context(listener.accept()[0])
 
-        monkeypatch.setattr("time.sleep", slept)
-        monkeypatch.setattr("krelay.control.client.TIMEOUT", 0.5)
-        with pytest.raises(TimeoutError):
-            ask(tmp_path, "help")
+def asking(root: Path, heard: list[object]) -> threading.Thread:
+    """A client that has asked, and waits; what it hears is added to `heard`."""
+
+    def ask_it() -> None:
+        try:
+            heard.append(ask(root, "help"))
+        except OSError as error:
+            heard.append(error)
+
+    thread = threading.Thread(target=ask_it)
+    thread.start()
+    while not Connects.count:
+        time.sleep(0.001)
+    return thread
+
+
+def answer_the_third(listener: socket.socket) -> None:
+    """Two that came before are hung up on."""
+    for _ in range(2):
+        listener.accept()[0].close()
+    with listener.accept()[0] as connection:
+        assert connection.recv(100) == b"help\n"
+        connection.sendall(b"told\n\n")
+
+
+def test_a_client_behind_many_others_waits_in_line(crowded: tuple[Path, socket.socket]) -> None:
+    """Trying now and then, it would find each place taken by members who come without pause."""
+    root, listener = crowded
+    heard: list[object] = []
+    thread = asking(root, heard)
+    time.sleep(0.1)
+    answer_the_third(listener)
+    thread.join()
+
+    assert heard == [["told"]]
+    assert Connects.count == 1
+
+
+def test_a_signal_while_a_client_waits_in_line_is_no_place_for_it(
+    crowded: tuple[Path, socket.socket],
+) -> None:
+    """As Python has it, a connect that a signal breaks off has succeeded."""
+    root, listener = crowded
+    heard: list[object] = []
+    came: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
+    try:
+        waiting = threading.get_ident()
+
+        def signals() -> None:
+            while not Connects.count:
+                time.sleep(0.001)
+            time.sleep(0.05)
+            signal.pthread_kill(waiting, signal.SIGUSR1)
+            time.sleep(0.05)
+            answer_the_third(listener)
+
+        thread = threading.Thread(target=signals)
+        thread.start()
+        heard.append(ask(root, "help"))
+        thread.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+    assert heard == [["told"]]
+    assert came
+
+
+def test_a_daemon_that_accepts_none_is_not_waited_for_for_ever(
+    crowded: tuple[Path, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = crowded
+    monkeypatch.setattr("krelay.control.client.TIMEOUT", 0.5)
+    began = time.monotonic()
+    with pytest.raises(NoDaemon):
+        ask(root, "help")
+    assert time.monotonic() - began >= 0.5

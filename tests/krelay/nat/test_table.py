@@ -18,6 +18,7 @@ from krelay.nat.dnsflows import DnsFlows
 from krelay.nat.eviction import Spare
 from krelay.nat.expiry import HORIZON
 from krelay.nat.flow import CLOSED_LINGER, Flow, Footprint, Timeouts
+from krelay.nat.mappings import PortTaken
 from krelay.nat.ports import RelayPorts
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State
@@ -421,7 +422,7 @@ def test_a_refused_second_attach_leaves_the_server_leg() -> None:
     nat.attach(other, at("K:45679"), 0)
     before = dict(flow.rewrites)
 
-    with pytest.raises(Refusal, match="port_taken"):
+    with pytest.raises(PortTaken):
         nat.attach(flow, at("K:45679"), 1)
     assert flow.rewrites == before
     assert nat.mappings.of_relay_port(at("K:45678")) is flow
@@ -593,7 +594,7 @@ def test_a_relay_port_that_another_flow_uses_is_refused_until_that_flow_is_close
 ) -> None:
     first, second = open_tcp(nat), open_tcp(nat, "C:40001")
     nat.attach(first, at("K:45678"), 0)
-    with pytest.raises(Refusal, match="port_taken"):
+    with pytest.raises(PortTaken):
         nat.attach(second, at("K:45678"), 0)
 
     nat.close(first, 1)
