@@ -5,9 +5,11 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
+from tests.net.conftest import SharedWorlds, prepared_world
 from tests.net.world import World, echo, greet
 
 pytestmark = pytest.mark.net
@@ -16,6 +18,23 @@ SERVICES = "tcp/80 tcp/443=forward udp/7 udp/53"
 DATAGRAM = socket.SOCK_DGRAM
 PREFIX = "198.51.100"
 CHANGES = 5
+
+
+@pytest.fixture(scope="module")
+def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
+    worlds = SharedWorlds(
+        lambda: prepared_world(datapath, lambda world: world.put(services=SERVICES))
+    )
+    yield worlds
+    worlds.drop()
+
+
+@pytest.fixture
+def arriving(shared: World) -> Iterator[World]:
+    """The shared world, whose relay may be given addresses that begin with PREFIX."""
+    yield shared
+    ip(shared, "addr", "flush", "dev", "eth0", "to", f"{PREFIX}.0/24")
+    ip(shared, "route", "flush", "table", "local", "exact", f"{PREFIX}.0/24")
 
 
 def serve(world: World, source: str = "client") -> None:
@@ -35,8 +54,9 @@ def renumber(world: World, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["client", "relay"])
-def test_an_address_that_arrives_is_relayed_at_once(world: World, source: str) -> None:
-    serve(world, source)
+def test_an_address_that_arrives_is_relayed_at_once(arriving: World, source: str) -> None:
+    world = arriving
+    world.put(source=source)
     for number in range(20):
         address = f"{PREFIX}.{number}"
         ip(world, "addr", "add", f"{address}/32", "dev", "eth0")
@@ -49,19 +69,19 @@ def test_an_address_that_arrives_is_relayed_at_once(world: World, source: str) -
                 assert world.who_udp("client", 7, to=address)
             case 3:
                 assert world.who_udp("client", 53, to=address)
-    counters = world.values("counters")
+    counters = world.counted()
     assert not any(name.startswith("dropped_") and counters[name] for name in counters), counters
 
 
-def test_no_connection_to_tcp_relay_itself_at_an_arriving_address(world: World) -> None:
-    serve(world)
+def test_no_connection_to_tcp_relay_itself_at_an_arriving_address(arriving: World) -> None:
+    world = arriving
     port = int(world.read("gport"))
     for number in range(10):
         address = f"{PREFIX}.{number}"
         ip(world, "addr", "add", f"{address}/32", "dev", "eth0")
         with pytest.raises(ConnectionRefusedError):
             world.connect("client", port, to=address)
-    world.soon(lambda: world.values("counters").get("dropped_gateway_port") == 10, "refused")
+    world.soon(lambda: world.counted().get("dropped_gateway_port") == 10, "refused")
 
 
 def test_networks_that_are_local_by_a_route_are_relayed(world: World) -> None:
@@ -84,8 +104,8 @@ def test_networks_that_are_local_by_a_route_are_relayed(world: World) -> None:
         echo(sock, b"and it goes on")
 
 
-def test_a_server_within_a_local_network_is_refused(world: World) -> None:
-    serve(world)
+def test_a_server_within_a_local_network_is_refused(arriving: World) -> None:
+    world = arriving
     ip(world, "route", "add", "local", f"{PREFIX}.0/24", "dev", "lo")
     world.write("real_ip", f"{PREFIX}.9")
     world.until(lambda: f"{PREFIX}.9 is an address of this host" in world.read("status/errors"), "")

@@ -4,7 +4,6 @@ import json
 import signal
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -139,8 +138,8 @@ def test_set_get_start_stop_and_status(world: World) -> None:
     assert world.krelay("start").status == world.krelay("start").status == 0
 
 
-def test_set_that_is_refused_is_one_line_and_changes_nothing(world: World) -> None:
-    world.start_krelay()
+def test_set_that_is_refused_is_one_line_and_changes_nothing(shared: World) -> None:
+    world = shared
     for key, value in (
         ("gport", "abc"),
         ("gport", "80"),
@@ -174,9 +173,8 @@ def test_wrong_usage_is_2_and_no_daemon_is_1(world: World) -> None:
         )
 
 
-def test_nat_lists_flows_with_the_columns_of_the_contract(world: World) -> None:
-    world.serve("server", "tcp/80", "udp/7")
-    world.begin()
+def test_nat_lists_flows_with_the_columns_of_the_contract(shared: World) -> None:
+    world = shared
     sock = world.connect("client", 80, bind=40001)
     y = greet(sock).rpartition(":")[2]
     world.who_udp("client", 7, bind=40002)
@@ -193,11 +191,13 @@ def test_nat_lists_flows_with_the_columns_of_the_contract(world: World) -> None:
         f"server={world.server}:7 source=client age="
     )
 
-    def counted() -> dict[str, Any] | None:
-        (flow,) = map(json.loads, world.krelay("nat", "proto=udp", "--json").stdout.splitlines())
-        return flow if flow["packets"] == [1, 1] else None
+    def counted() -> bool:
+        (flow,) = world.flows("proto=udp")
+        return bool(flow["packets"] == [1, 1])
 
-    flow = world.soon(counted, "a datagram each way")
+    world.soon(counted, "a datagram each way")
+    (flow,) = map(json.loads, world.krelay("nat", "proto=udp", "--json").stdout.splitlines())
+    assert flow["packets"] == [1, 1]
     assert flow["bytes"] == [20 + 8 + 3, 20 + 8 + len(f"{world.client}:40002\n")]
     shown = world.krelay("nat", f"client={world.client}:40001").stdout
     assert "established" in shown
@@ -209,9 +209,8 @@ def test_nat_lists_flows_with_the_columns_of_the_contract(world: World) -> None:
     assert bad.stderr.endswith("krelay nat: error: proto is tcp or udp, not 'icmp'\n")
 
 
-def test_kill_ends_the_flow_that_it_names_and_no_other(world: World) -> None:
-    world.serve("server", "tcp/80", "udp/7")
-    world.begin()
+def test_kill_ends_the_flow_that_it_names_and_no_other(shared: World) -> None:
+    world = shared
     killed, other = world.connect("client", 80, bind=40001), world.connect("client", 80)
     seen = [greet(sock) for sock in (killed, other)]
     udp = world.open("client", socket.SOCK_DGRAM)
@@ -238,10 +237,8 @@ def test_kill_ends_the_flow_that_it_names_and_no_other(world: World) -> None:
     assert gone.stderr == (f"krelay kill: no flow {datagrams['id']}; `show nat` lists them\n")
 
 
-def test_set_real_ip_with_flush_ends_the_flows_to_the_old_server(world: World) -> None:
-    for host in ("server", "server2"):
-        world.serve(host, "tcp/80", "udp/7")
-    world.begin()
+def test_set_real_ip_with_flush_ends_the_flows_to_the_old_server(shared: World) -> None:
+    world = shared
     second = world.lab.address("server2")
     before, udp = world.connect("client", 80), world.open("client", socket.SOCK_DGRAM)
     greet(before)
@@ -270,9 +267,8 @@ def test_set_real_ip_with_flush_ends_the_flows_to_the_old_server(world: World) -
     assert world.krelay("set", "real_ip", second, "--flush").stdout == "flushed=0\n"
 
 
-def test_trace_shows_each_packet_by_step_until_ctrl_c(world: World) -> None:
-    world.serve("server", "tcp/80", "udp/7")
-    world.begin()
+def test_trace_shows_each_packet_by_step_until_ctrl_c(shared: World) -> None:
+    world = shared
     command = (*PYTHON, "-m", "krelay", "trace", "--root", str(world.root))
     program = world.lab.start("relay", *command, f"client={world.client}")
     world.until(lambda: _answered(world, program), "a traced packet")
@@ -342,8 +338,10 @@ def test_a_tree_that_says_start_is_honoured_at_the_start(world: World) -> None:
     assert oct((world.root / "gport").stat().st_mode & 0o777) == "0o644"
 
 
-def test_a_person_can_type_at_the_control_socket(world: World) -> None:
-    world.start_krelay()
+def test_a_person_can_type_at_the_control_socket(shared: World) -> None:
+    world = shared
+    world.put(start=0)
+    world.until_state("stopped")
     script = f"echo 'show status' | socat - UNIX-CONNECT:{world.root}/control.sock"
     lines = world.lab.run("relay", "sh", "-c", script).stdout.split("\n")
 

@@ -12,6 +12,8 @@ from tests.net.world import GPORT, Download, World, control_socket, doubled, ech
 pytestmark = pytest.mark.net
 
 MB = 1 << 20
+DOWN = 8080
+"""A port at which the server serves nothing."""
 
 
 @contextmanager
@@ -236,22 +238,22 @@ def test_krelay_asked_to_end_leaves_the_host_as_before(world: World, number: int
 
 
 def _who(world: World) -> bytes:
-    with world.connect("client", 80) as sock:
+    with world.connect("client", DOWN) as sock:
         return sock.recv(1)
 
 
-def test_a_tcp_client_of_a_server_that_is_down_learns_it_promptly(world: World) -> None:
-    world.begin()
+def test_a_tcp_client_of_a_server_that_is_down_learns_it_promptly(shared: World) -> None:
+    shared.put(services=f"tcp/{DOWN} udp/{DOWN}")
 
     with pytest.raises(ConnectionResetError):  # while connecting, or just after
-        _who(world)
+        _who(shared)
 
 
-def test_a_udp_client_of_a_server_that_is_down_gets_its_error(world: World) -> None:
-    world.begin()
+def test_a_udp_client_of_a_server_that_is_down_gets_its_error(shared: World) -> None:
+    shared.put(services=f"tcp/{DOWN} udp/{DOWN}")
 
-    sock = world.open("client", socket.SOCK_DGRAM)
-    sock.connect((world.relay, 7))
+    sock = shared.open("client", socket.SOCK_DGRAM)
+    sock.connect((shared.relay, DOWN))
     sock.send(b"anybody?")
     with pytest.raises(ConnectionRefusedError):
         sock.recv(1)  # ICMP 3/3 from the address and port that were asked, or it isn't for us

@@ -1,5 +1,6 @@
 """Somebody else takes krelay's rules out while it relays: they are put back, and it is said."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from knet.wire.tcp import SYN
 from krelay.daemon import rulekeeper
 from krelay.rules.spec import instance_name
 from procfs_sim.tree import DEFAULT_ROOT
+from tests.net.conftest import SharedWorlds, prepared_world
 from tests.net.routed import watching
 from tests.net.world import PYTHON, World, answers, echo, greet
 
@@ -36,6 +38,15 @@ table ip deaf {
 """
 """Nobody who has these rules gets an answer when they open a connection."""
 OURS = "krelay's rules were taken out; they are put back"
+
+
+@pytest.fixture(scope="module")
+def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
+    worlds = SharedWorlds(
+        lambda: prepared_world(datapath, lambda world: world.put(services="tcp/80 tcp/443=forward"))
+    )
+    yield worlds
+    worlds.drop()
 
 
 def begin_with(world: World, services: str, **programs: str) -> Path:
@@ -89,11 +100,11 @@ def test_rules_that_are_flushed_come_back_and_a_connection_at_rest_goes_on(
 @pytest.mark.parametrize("source", ["client", "relay"])
 @pytest.mark.parametrize("port", [80, 443], ids=["terminated", "forwarded"])
 def test_who_was_cut_off_while_rules_were_gone_is_told_and_does_not_wait(
-    world: World, port: int, source: str
+    shared: World, port: int, source: str
 ) -> None:
     """What went on as it was is answered by a RST, mostly to one end: the other stood still."""
-    world.serve("server", "tcp/80", "tcp/443")
-    world.begin(services="tcp/80 tcp/443=forward", source=source)
+    world = shared
+    world.put(source=source)
     idle = world.connect("client2", port)
     greet(idle)
     before = world.rules()
@@ -115,11 +126,10 @@ def test_who_was_cut_off_while_rules_were_gone_is_told_and_does_not_wait(
 
 @pytest.mark.parametrize("port", [80, 443], ids=["terminated", "forwarded"])
 def test_who_connects_when_rules_are_back_is_not_asked_what_others_are(
-    world: World, port: int
+    shared: World, port: int
 ) -> None:
     """The ends of older connections are sent a SYN, twice; who opens one must not hear that."""
-    world.serve("server", "tcp/80", "tcp/443")
-    world.begin(services="tcp/80 tcp/443=forward")
+    world = shared
     old = world.connect("client2", port)
     greet(old)
     before = world.rules()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from krelay_vm import Program
-from tests.net.world import GPORT, World, greet
+from tests.net.world import GPORT, PYTHON, SERVICES, World, greet
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 SQUAT = """
@@ -44,7 +44,7 @@ def world(datapath: str) -> Iterator[World]:
 
 def squat(world: World, address: str = "0.0.0.0", port: int = GPORT, *more: str) -> Program:
     """A local user who takes that port as soon as it can be had."""
-    command = (*NOBODY, sys.executable, "-c", SQUAT, address, str(port), *more)
+    command = (*NOBODY, *PYTHON, "-I", "-S", "-c", SQUAT, address, str(port), *more)
     return world.lab.start("relay", *command)
 
 
@@ -70,9 +70,11 @@ def end(world: World, *programs: Program) -> None:
 
 
 def begin_with_two_workers(world: World) -> None:
-    world.begin()
-    end(world, world.tcp_relay_process)
+    world.start_krelay()
+    world.put(gport=GPORT, services=SERVICES, real_ip=world.server)
     world.start_tcp_relay("--workers", "2")
+    world.put(start=1)
+    world.until_state("running")
     world.until(lambda: world.values("status")["tcp_relays"] == 2, "both")
     world.until(lambda: gateway(world) == "served", "served")
     assert works(world)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from krelay_vm import Program
 from tests.net.programs.server import digest, send_blob
 from tests.net.world import World, upload
 
@@ -49,6 +50,12 @@ def lossy(world: World, *hosts: str) -> Iterator[None]:
         shown = world.lab.run(host, "nft", "list", "table", "ip", "lossy").stdout
         assert "counter packets 0 " not in shown
         world.lab.run(host, "nft", "delete", "table", "ip", "lossy")
+
+
+def servers(world: World) -> tuple[Program, Program]:
+    """Of the shared world: our server on the first host, and on the second."""
+    first, second = world.lab.programs[:2]
+    return first, second
 
 
 def dig(world: World, names: list[str], port: int) -> list[str]:
@@ -90,11 +97,10 @@ def test_200_requests_and_200_queries_come_from_the_client_with_files_changed_wh
 
 
 def test_a_new_server_gets_new_connections_while_a_download_from_the_first_goes_on(
-    world: World,
+    shared: World,
 ) -> None:
-    servers = {host: world.serve(host, "tcp/80", "udp/7") for host in ("server", "server2")}
+    world = shared
     second = world.lab.address("server2")
-    world.begin()
     slow = world.download("client", 80, seed=1, size=4 * MB, rate=2 * MB)
     with world.open("client", socket.SOCK_DGRAM) as talking:
         world.exchange(talking, b"hello", (world.relay, 7))
@@ -111,14 +117,14 @@ def test_a_new_server_gets_new_connections_while_a_download_from_the_first_goes_
         assert flows[f"{world.client}:{talking.getsockname()[1]}"] == f"{world.server}:7"
     slow.finish()
 
-    assert servers["server"].output.count("tcp 80") == 1
-    assert servers["server2"].output.count(f"tcp 80 {world.client}") == 1
+    first, other = servers(world)
+    assert world.logged(first).count("tcp 80") == 1
+    assert world.logged(other).count(f"tcp 80 {world.client}") == 1
 
 
-def test_unanswered_datagrams_go_to_the_new_server_at_once(world: World) -> None:
-    world.serve("server2", "udp/7")
+def test_unanswered_datagrams_go_to_the_new_server_at_once(shared: World) -> None:
+    world = shared
     world.nft("server", DEAF)
-    world.begin()
     sock = world.open("client", socket.SOCK_DGRAM)
     sock.sendto(b"lost", (world.relay, 7))
     world.until(lambda: world.flows("state=unreplied"), "an unreplied row")
@@ -127,17 +133,15 @@ def test_unanswered_datagrams_go_to_the_new_server_at_once(world: World) -> None
     assert world.exchange(sock, b"heard", (world.relay, 7)) == b"heard"
 
 
-def test_bulk_arrives_intact_each_way(world: World) -> None:
-    world.serve("server", "tcp/80")
-    world.begin()
+def test_bulk_arrives_intact_each_way(shared: World) -> None:
+    world = shared
     world.download("client", 80, seed=2, size=BULK).finish()
     upload(world.connect("client", 80), 3, BULK)
 
 
 @pytest.mark.slow
-def test_bulk_arrives_intact_each_way_though_packets_are_lost(world: World) -> None:
-    world.serve("server", "tcp/80")
-    world.begin()
+def test_bulk_arrives_intact_each_way_though_packets_are_lost(shared: World) -> None:
+    world = shared
     with lossy(world, "client", "server"):
         world.download("client", 80, seed=4, size=BULK).finish()
         upload(world.connect("client", 80), 5, BULK)
@@ -164,11 +168,9 @@ def both_ways(world: World, seed: int, size: int) -> None:
 
 @pytest.mark.parametrize(("loss", "size"), [(False, OF_EACH), (True, OF_EACH // 2)])
 def test_fifty_connections_at_once_each_keep_their_own_content(
-    world: World, loss: bool, size: int
+    shared: World, loss: bool, size: int
 ) -> None:
-    program = world.serve("server", "tcp/80")
-    world.begin()
-
+    world = shared
     with lossy(world, *(("client", "server") if loss else ())), ThreadPoolExecutor(50) as many:
         list(many.map(lambda seed: both_ways(world, seed, size), range(50)))
-    assert program.output.count(f"tcp 80 {world.client} ") == 50
+    assert world.logged(servers(world)[0]).count(f"tcp 80 {world.client} ") == 50
