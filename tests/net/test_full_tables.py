@@ -23,11 +23,11 @@ RATE = 3000 if LONG else 2000
 SHORT = 4.0 if LONG else 0.9
 """Seconds for datagrams that may be refused, where nothing may tell."""
 ONCE = """table ip once {
- set seen { type inet_service; flags dynamic; size 65535; }
+ set seen { typeof tcp sport . tcp sequence; flags dynamic; size 65535; }
  chain out {
   type filter hook output priority 0;
-  ip saddr OWN tcp flags & (syn | ack) == syn tcp sport @seen drop
-  ip saddr OWN tcp flags & (syn | ack) == syn add @seen { tcp sport }
+  ip saddr OWN tcp flags & (syn | ack) == syn tcp sport . tcp sequence @seen drop
+  ip saddr OWN tcp flags & (syn | ack) == syn add @seen { tcp sport . tcp sequence }
  }
 }
 """
