@@ -35,37 +35,48 @@ settings.load_profile("krelay")
 SETTLE = 5.0  # seconds
 
 LONGEST = (
-    "net/test_slow_peers.py",
-    "net/test_relay_ports.py",
-    "net/test_own_flows.py",
-    "net/test_stopped.py",
-    "net/test_wrong_setups.py",
-    "net/test_resources.py",
-    "net/test_cut_off.py",
     "net/test_failing_calls.py",
-    "net/test_up.py",
-    "net/test_trees.py",
+    "net/test_stopped.py",
+    "net/test_cut_off.py",
+    "net/test_resources.py",
     "tcp_relay/test_failing_calls.py",
-    "net/test_commands.py",
-    "net/test_gateway_port.py",
-    "net/test_failed.py",
-    "net/test_dscp.py",
-    "net/test_faults.py",
-    "net/test_full_tables.py",
-    "net/test_datapaths.py",
-    "net/test_forward.py",
-    "net/test_refusals.py",
-    "net/test_arriving.py",
-    "net/test_flushed_rules.py",
-    "net/test_fast_path.py",
-    "net/test_relaying.py",
-    "net/test_tprox.py",
+    "net/test_wrong_setups.py",
     "net/test_growth.py",
-    "net/test_floods.py",
-    "krelay/demo/test_play.py",
-    "net/test_soak.py",
+    "net/test_relay_ports.py",
     "net/test_firewall_tools.py",
-    "krelay/test_day.py",
+    "net/test_arriving.py",
+    "net/test_failed.py",
+    "net/test_up.py",
+    "net/test_slow_peers.py",
+    "net/test_tprox.py",
+    "net/test_trees.py",
+    "net/test_gateway_port.py",
+    "net/test_own_flows.py",
+    "net/test_floods.py",
+    "net/test_datapaths.py",
+    "net/test_faults.py",
+    "net/test_dscp.py",
+    "test_tprox.py",
+    "net/test_full_tables.py",
+    "net/test_flushed_rules.py",
+    "tcp_relay/test_hostile.py",
+    "net/test_children.py",
+    "net/test_starting.py",
+    "net/test_fast_path.py",
+    "benchmarks/test_dns.py",
+    "net/test_commands.py",
+    "net/test_forward.py",
+    "net/test_doctor_asked.py",
+    "net/test_doctor.py",
+    "tcp_relay/test_descriptors.py",
+    "net/test_tracking_timers.py",
+    "net/test_gone_peers.py",
+    "benchmarks/test_flows.py",
+    "net/test_refusals.py",
+    "net/test_relaying.py",
+    "krelay/demo/test_play.py",
+    "net/test_uplinks.py",
+    "net/test_user_namespaces.py",
 )
 """Files whose tests take 30 seconds or more, the longest first; the last run's figures are in the
 cache (`durations`)."""
@@ -184,7 +195,8 @@ def pytest_runtest_makereport(
 
 
 def _cpu() -> float:
-    return sum(os.times()[:4])
+    """Seconds of this process, and of all that it, or prefork's servers, started and waited for."""
+    return sum(os.times()[:4]) + prefork.cpu()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
