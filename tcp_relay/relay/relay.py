@@ -284,8 +284,9 @@ def _own_address(real_ip: str) -> str | None:
 
 def _shuffled(chosen: Sequence[int]) -> "array[int]":
     """By lot, from one read of the kernel's random bytes; two bytes each."""
-    lots = array("Q", os.urandom(8 * len(chosen)))
-    return array("H", (port for _, port in sorted(zip(lots, chosen, strict=True))))
+    lots = iter(array("I", os.urandom(4 * len(chosen))))
+    # Numbers of 30 bits are compared faster.
+    return array("H", sorted(chosen, key=lambda _: next(lots) >> 2))
 
 
 def _own_ports(index: int, of: int) -> Sequence[int]:
