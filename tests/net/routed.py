@@ -16,6 +16,7 @@ from tests.net.world import PATIENCE, World
 
 MTU = 1300
 """Of the narrow link, which is nobody's own who speaks through the relay."""
+_SOL_PACKET, _IGNORE_OUTGOING = 263, 23  # linux/socket.h, linux/if_packet.h
 ROUTED = Topology(
     hosts=(
         Host("client", gateway="10.77.1.1"),
@@ -78,6 +79,7 @@ class Watch:
 def watching(world: World, host: str, admits: Callable[[bytes], bool]) -> Iterator[Watch]:
     """Looks from now on at what comes in on the host's first wire, as it comes."""
     with world.lab.capture(host) as frames:
+        frames.setsockopt(_SOL_PACKET, _IGNORE_OUTGOING, 1)  # what is sent would take its room
         yield Watch(frames, admits)
 
 

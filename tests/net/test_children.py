@@ -237,6 +237,7 @@ def test_tcp_relay_becomes_the_user_that_is_named(world: World, options: tuple[s
     world.until(lambda: int(world.values("status")["tcp_relays"]) == 1 + bool(options), "it")
     world.put(start=1)
     world.until_state("running")
+    world.until(lambda: world.values("status")["gateway_port"] == "served", "a listener")
     assert world.who("client", 80).startswith(f"{world.client}:")
     pids = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
     for pid in (program.pid, *map(int, pids)):

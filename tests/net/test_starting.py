@@ -76,8 +76,9 @@ def test_commands_wait_for_a_krelay_that_is_being_started(
     program = type_in(world, f"cd {world.lab.directory}; {script}; kill $!; wait")
     world.until(lambda: program.poll() is not None, "the end")
 
-    assert (world.lab.directory / "rc").read_text() == "0\n", program.output
-    assert shown in (world.lab.directory / "out").read_text()
+    said = (world.lab.directory / "out").read_text()
+    assert (world.lab.directory / "rc").read_text() == "0\n", said + program.output
+    assert shown in said
     assert "no krelay serves" not in program.output
     assert f"there is no {world.root}" not in program.output
 
