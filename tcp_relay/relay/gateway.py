@@ -9,7 +9,7 @@ krelay, which leads clients here, is handed the listening sockets themselves (`P
 port number doesn't tell which program listens there.
 
 A port that can't be had (taken, privileged) leaves the old listener in place and is tried again as
-long as it is asked for.
+long as it is asked for.  That is logged, but for the first time where the port was given up last.
 """
 
 import errno
@@ -69,6 +69,8 @@ class Gateway:
         self._retry: Timer | None = None
         self._complaints = Throttle()
         self._asked: int | None = None
+        self._given_up: int | None = None
+        """The port that was closed last: krelay has its socket until it hears of that."""
 
     @property
     def port(self) -> int | None:
@@ -88,7 +90,9 @@ class Gateway:
         try:
             new = self._lingering_on(port) or self._listener(port)
         except OSError as error:
-            self._complain(port, error)
+            if port != self._given_up:
+                self._complain(port, error)
+            self._given_up = None
             self._retry = self._loop.call_at(self._loop.now + RETRY, lambda: self.listen_on(port))
             return
         old, self._current = self._current, new
@@ -140,6 +144,7 @@ class Gateway:
     def _give_up(self, listener: Listener) -> None:
         del self._lingering[listener]
         self._close(listener)
+        self._given_up = listener.port
 
     def _complain(self, port: int, error: OSError) -> None:
         if (suppressed := self._complaints.admit(self._loop.now)) is None:

@@ -297,5 +297,5 @@ def run_until(loop: Loop, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + BOUND
     while not condition():
         assert time.monotonic() < deadline
-        loop.call_at(loop.now + 0.001, loop.stop)
+        loop.call_at(loop.clock() + 0.001, loop.stop)
         loop.run()

@@ -89,7 +89,7 @@ class Rig:
 
         self.resolver.ask(done)
         if not answers:
-            guard = self.loop.call_at(self.loop.now + BOUND, self.loop.stop)
+            guard = self.loop.call_at(self.loop.clock() + BOUND, self.loop.stop)
             self.loop.run()
             guard.cancel()
         [answer] = answers
@@ -97,7 +97,7 @@ class Rig:
 
     def go_on(self, seconds: float) -> None:
         """Runs the loop for so long."""
-        self.loop.call_at(self.loop.now + seconds, self.loop.stop)
+        self.loop.call_at(self.loop.clock() + seconds, self.loop.stop)
         self.loop.run()
 
     def pass_time(self, seconds: float) -> None:

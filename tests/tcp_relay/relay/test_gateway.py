@@ -56,7 +56,7 @@ def gateway(loop: Loop, accepted: list[int], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run(loop: Loop, seconds: float) -> None:
-    loop.call_at(loop.now + seconds, loop.stop)
+    loop.call_at(loop.clock() + seconds, loop.stop)  # `now` may be as old as the last run
     loop.run()
 
 
@@ -82,6 +82,33 @@ def test_the_old_listener_lingers_and_then_closes(
     run(loop, 0.1)
     assert not knock(old)
     assert knock(new)
+
+
+def test_a_port_that_was_just_given_up_may_be_taken_a_little_longer(
+    loop: Loop, gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    """krelay has that socket until it hears that it is to be closed."""
+    first, second = free_port(), free_port()
+    gateway.listen_on(first)
+    assert gateway._current is not None
+    with gateway._current.sock.dup() as krelays:
+        gateway.listen_on(second)
+        run(loop, 0.1)
+        gateway.listen_on(first)
+        assert gateway.port == second
+        assert krelays.getsockname()[1] == first
+    assert "can't listen" not in caplog.text
+    run(loop, 0.1)
+    assert gateway.port == first
+
+    with socket.socket() as other:
+        gateway.listen_on(second)
+        run(loop, 0.1)
+        other.bind((LOCALHOST, first))
+        other.listen()
+        gateway.listen_on(first)
+        run(loop, 0.1)
+    assert "can't listen" in caplog.text
 
 
 def test_who_was_in_the_old_queue_is_accepted_before_it_closes(

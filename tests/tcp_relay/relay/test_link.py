@@ -136,7 +136,7 @@ def test_what_is_said_to_nobody_is_forgotten(loop: Loop, tmp_path: Path) -> None
     talk = Talk()
     link = RelayLink(loop, tmp_path / "relay.sock", talk)
     link.send(Close(Endpoint.of("10.0.0.1", 1)))
-    loop.call_at(loop.now + 0.01, loop.stop)
+    loop.call_at(loop.clock() + 0.01, loop.stop)
     loop.run()
     assert not link.is_up
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
