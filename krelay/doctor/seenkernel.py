@@ -65,7 +65,7 @@ def listening(seen: Survey) -> None:
             continue  # tcp-relay's, and krelay's, which holds it
         who = listeners.holder([inode])
         process = processes.look(who.pid) if who else None
-        if process is not None and _is_our_tcp_relay(seen, process):
+        if process is not None and _is_ours(seen, process):
             continue
         if who is None and is_gateway and seen.facts.uid != 0:
             what = f"who listens on port {port} is shown to root alone"
@@ -76,9 +76,10 @@ def listening(seen: Survey) -> None:
     seen.add(listeners=tuple(sorted(found, key=lambda one: (one.proto, one.port))))
 
 
-def _is_our_tcp_relay(seen: Survey, process: processes.RunningProgram) -> bool:
-    ours = processes.program(process.arguments)
-    return ours is not None and ours.name == processes.TCP_RELAY and process.serves(seen.root)
+def _is_ours(seen: Survey, process: processes.RunningProgram) -> bool:
+    """tcp-relay, which may have begun to listen since krelay was asked; or krelay, which holds the
+    sockets that tcp-relay has handed it, and no other listener."""
+    return processes.program(process.arguments) is not None and process.serves(seen.root)
 
 
 def _sockets() -> Iterator[tuple[str, IPv4Address | None, int, int]]:
