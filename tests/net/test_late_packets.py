@@ -28,7 +28,7 @@ def seized(world: World, port: int, kind: socket.SocketKind) -> Iterator[socket.
 
 
 def is_bound(sock: socket.socket, host: str, port: int) -> bool:
-    """Whether that could be done: krelay lets go of a dead tcp-relay's listening socket apart."""
+    """Whether the port was free: krelay lets go of a dead tcp-relay's listening socket apart."""
     try:
         sock.bind((host, port))
     except OSError as error:
@@ -158,10 +158,12 @@ def test_the_gateway_port_without_tcp_relay_reaches_no_client(world: World) -> N
     x = client.getsockname()[1]
     gport = int(re.search(r"gport=(\d+)", world.read("status/applied"))[1])  # type: ignore[index]
     world.kill(world.tcp_relay_process)
+    with contextlib.suppress(ConnectionResetError):
+        assert client.recv(1) == b""  # who ends second has no TIME_WAIT that keeps the port
     client.close()
     with world.lab.enter("client"), socket.socket() as waiting:
         waiting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        waiting.bind((world.client, x))
+        world.until(lambda: is_bound(waiting, world.client, x), "the port, free")
         waiting.listen()
         waiting.settimeout(1)
         with seized(world, gport, socket.SOCK_STREAM) as sock:
