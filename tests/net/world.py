@@ -295,7 +295,8 @@ class World:
     def counted(self) -> dict[str, int]:
         """What each of krelay's counters has grown by since `mark`, or the beginning.
 
-        Not the tables of `show counters json`.
+        Not the tables of `show counters json`.  Those of tcp-relay (`tcp_`) it tells once a second:
+        some may be of before.
         """
         found = self.values("counters")
         return {
