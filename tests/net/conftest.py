@@ -12,6 +12,7 @@ with each data path, unless a mark says why one is enough (`one_datapath`).
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Self
 
 import pytest
 
@@ -75,6 +76,12 @@ class SharedWorlds:
         self._held = ExitStack()
         self._shared: Shared | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+
     @contextmanager
     def lend(self) -> Iterator[World]:
         """For one test.  Raises AssertionError if it can't be put back as it was."""
@@ -96,9 +103,8 @@ class SharedWorlds:
 @pytest.fixture(scope="module")
 def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
     """A module that needs other servers or settings has a fixture of this name, of its own."""
-    worlds = SharedWorlds(lambda: relaying_world(datapath))
-    yield worlds
-    worlds.drop()
+    with SharedWorlds(lambda: relaying_world(datapath)) as worlds:
+        yield worlds
 
 
 @pytest.fixture

@@ -22,11 +22,10 @@ CHANGES = 5
 
 @pytest.fixture(scope="module")
 def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
-    worlds = SharedWorlds(
+    with SharedWorlds(
         lambda: prepared_world(datapath, lambda world: world.put(services=SERVICES))
-    )
-    yield worlds
-    worlds.drop()
+    ) as worlds:
+        yield worlds
 
 
 @pytest.fixture

@@ -42,11 +42,10 @@ OURS = "krelay's rules were taken out; they are put back"
 
 @pytest.fixture(scope="module")
 def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
-    worlds = SharedWorlds(
+    with SharedWorlds(
         lambda: prepared_world(datapath, lambda world: world.put(services="tcp/80 tcp/443=forward"))
-    )
-    yield worlds
-    worlds.drop()
+    ) as worlds:
+        yield worlds
 
 
 def begin_with(world: World, services: str, **programs: str) -> Path:

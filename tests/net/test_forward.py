@@ -23,11 +23,10 @@ BIG = 20_000_000
 @pytest.fixture(scope="module")
 def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
     """Relaying both kinds of TCP."""
-    worlds = SharedWorlds(
+    with SharedWorlds(
         lambda: prepared_world(datapath, lambda world: world.put(services=SERVICES))
-    )
-    yield worlds
-    worlds.drop()
+    ) as worlds:
+        yield worlds
 
 
 @contextmanager

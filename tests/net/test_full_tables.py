@@ -56,9 +56,8 @@ def send_once(world: World) -> None:
 
 @pytest.fixture(scope="module")
 def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
-    worlds = SharedWorlds(lambda: prepared_world(datapath, prepare))
-    yield worlds
-    worlds.drop()
+    with SharedWorlds(lambda: prepared_world(datapath, prepare)) as worlds:
+        yield worlds
 
 
 @contextmanager

@@ -44,9 +44,8 @@ def asking(datapath: str) -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def shared_worlds(datapath: str) -> Iterator[SharedWorlds]:
-    worlds = SharedWorlds(lambda: asking(datapath))
-    yield worlds
-    worlds.drop()
+    with SharedWorlds(lambda: asking(datapath)) as worlds:
+        yield worlds
 
 
 def ask(world: World, port: int, to: tuple[str, int], host: str = "relay") -> str:
