@@ -156,7 +156,22 @@ def why_no_qemu() -> str | None:
     return why_no_net() or kernels.why_not("qemu")
 
 
+class Doctests:
+    """What has no examples needn't be loaded to look for them."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collect_file(
+        self, file_path: Path
+    ) -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+        found = yield
+        if found and b">>> " not in file_path.read_bytes():
+            return [each for each in found if type(each).__name__ != "DoctestModule"]
+        return found
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Doctests())
+    gc.disable()  # until all is collected: most of that stays
     if hasattr(config, "workerinput"):  # one of several processes (pytest-xdist)
         apart.enter()
 
@@ -165,6 +180,7 @@ def pytest_collection_finish() -> None:
     """What was loaded stays: the garbage collector needn't walk through it again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

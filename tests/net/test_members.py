@@ -5,7 +5,6 @@ such a group's number, root in nothing.
 """
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -222,23 +221,16 @@ def command(world: World, gid: int, *words: str) -> tuple[int, str]:
     return done.status, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(
-    bool(os.stat(sys.executable).st_mode & 0o001) is False
-    or subprocess.run(
-        [
-            "setpriv",
-            "--reuid=65534",
-            "--clear-groups",
-            sys.executable,
-            "-c",
-            "import krelay.cli.main",
-        ],
-        capture_output=True,
-        check=False,
-    ).returncode
-    != 0,
-    reason="others can't run this Python here",
-)
+@pytest.fixture(scope="module")
+def others_run_python() -> None:
+    """Skips where they can't."""
+    program = (sys.executable, "-c", "import krelay.cli.main")
+    command = ("setpriv", f"--reuid={NOBODY}", "--clear-groups", *program)
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("others can't run this Python here")
+
+
+@pytest.mark.usefixtures("others_run_python")
 @pytest.mark.parametrize(
     ("gid", "words", "status", "said"),
     [

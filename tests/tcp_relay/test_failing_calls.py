@@ -40,7 +40,12 @@ HEALED_WITHIN = 15.0
 """Seconds after which all is well again: a client may wait for 5 for krelay, and come again."""
 OPTIONS = ("--stall", "4", "--log-level", "warning")
 
-needs_strace = pytest.mark.skipif(faults.why_not() is not None, reason=f"{faults.why_not()}")
+
+@pytest.fixture(scope="module")
+def strace() -> None:
+    """Skips where no call can be made to fail."""
+    if (reason := faults.why_not()) is not None:
+        pytest.skip(reason)
 
 
 class Rig:
@@ -199,14 +204,14 @@ def all_fail(rig: Rig, happens: Happens) -> None:
     assert hit >= len(table) / 2, "hardly anything has failed"
 
 
-@needs_strace
+@pytest.mark.usefixtures("strace")
 @pytest.mark.timeout(1800 if LONG else 240)
 @pytest.mark.parametrize("happens", OF_BOTH + OF_TCP_RELAY, ids=lambda each: each.__name__)
 def test_no_call_that_fails_ends_tcp_relay(relayed: Rig, happens: Happens) -> None:
     all_fail(relayed, happens)
 
 
-@needs_strace
+@pytest.mark.usefixtures("strace")
 @pytest.mark.timeout(1800 if LONG else 240)
 @pytest.mark.parametrize("happens", OF_BOTH, ids=lambda each: each.__name__)
 def test_no_call_that_fails_ends_tcpproxy(proxied: Rig, happens: Happens) -> None:

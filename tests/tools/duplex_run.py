@@ -19,6 +19,7 @@ import termios
 import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 from typing import Protocol
 
@@ -46,7 +47,13 @@ _EVENTS = ((select.POLLRDHUP, "RDHUP"), (select.POLLHUP, "HUP"), (select.POLLERR
 _STATES = {1: "ESTABLISHED", 4: "FIN-WAIT-1", 5: "FIN-WAIT-2", 7: "CLOSE", 8: "CLOSE-WAIT"}
 """Of tcpi_state; the others are too short-lived to have a name here."""
 _STARTS = 1024 * 1024
-_BYTES = Random(0).randbytes(_STARTS + BOUNDED + FLOOD)
+
+
+@cache
+def _bytes() -> bytes:
+    """What is written."""
+    return Random(0).randbytes(_STARTS + BOUNDED + FLOOD)
+
 
 Waiting = Generator[None, None, None]
 Ends = tuple[socket.socket, socket.socket]
@@ -266,7 +273,7 @@ class Run:
     def play(self) -> Waiting:
         """To be resumed until it ends."""
         rng = Random(self.seed)
-        streams = [memoryview(_BYTES)[rng.randrange(_STARTS) :] for _ in ENDS]
+        streams = [memoryview(_bytes())[rng.randrange(_STARTS) :] for _ in ENDS]
         client, server = self._dial()
         ends = (End(client, streams[0], streams[1]), End(server, streams[1], streams[0]))
         try:
