@@ -259,16 +259,14 @@ class Admission:
     def closed(self, flow: Flow) -> None:
         """Both its legs are closed: it only lingers."""
         self._closed[flow.id] = flow
-        self._uncount(flow)
-        self._forget_flow(flow)
+        self._leave(flow)
 
     def ended(self, flow: Flow) -> None:
         """The flow is in the table no more."""
         if flow.proto is _UDP:
             self._udp -= 1
         if flow.closed_at is None or self._closed.pop(flow.id, None) is None:
-            self._uncount(flow)
-            self._forget_flow(flow)
+            self._leave(flow)
 
     # Inside
 
@@ -325,24 +323,22 @@ class Admission:
                 return True
         return False
 
-    def _forget_flow(self, flow: Flow) -> None:
-        """It is not to be evicted any more."""
+    def _leave(self, flow: Flow) -> None:
+        """It isn't counted any more, and is not to be evicted."""
+        counts, spare, addr = self._of_others, self._forwarded, flow.client.addr
         if flow.gport is not None:
-            self._relayed.discard(flow)
+            counts, spare = self._of_relayed, self._relayed
         elif flow.proto is not _UDP:
-            self._forwarded.discard(flow)
             self._over.discard(flow)
         else:
-            self._datagrams.discard(flow)
+            spare = self._datagrams
             if flow.answered_at is not None:
                 self._one_sided.discard(flow)
-
-    def _uncount(self, flow: Flow) -> None:
-        counts, addr = self._of_others if flow.gport is None else self._of_relayed, flow.client.addr
+        spare.discard(flow)
         if number := counts[addr] - 1:
             counts[addr] = number
         else:
-            del counts[addr]
+            counts.pop(addr)  # as `del`, which is a function of Counter's own
 
 
 _IS_UNCONFIRMED, _IS_CONFIRMED = attrgetter("is_unconfirmed"), attrgetter("is_confirmed")

@@ -150,18 +150,23 @@ class Mappings:
 
     def give_back(self, flow: Flow) -> None:
         """The flow has ended."""
-        outside = self._outside[flow.proto]  # as give_outside_back: a call would cost a part of it
+        # As give_outside_back and give_relay_back: calls would cost a good part of it.
+        outside, gport, relay = self._outside[flow.proto], flow.gport, flow.relay
         for each in flow.reserved:
             if outside.get(each) is flow:
                 del outside[each]
-        if flow.is_any_port:
+        if self._asked_by and flow.is_any_port:
             self._forget_any_port(flow)
-        if flow.inside and flow.gport and self._inside.get((flow.inside, flow.gport)) is flow:
-            del self._inside[flow.inside, flow.gport]
-        if flow.relay and flow.gport is None:
-            self._relay_ports[flow.proto].give_back(*flow.relay)
-        elif flow.relay:
-            self.give_relay_back(flow)
+        if gport is None:
+            if relay is not None:
+                self._relay_ports[flow.proto].give_back(*relay)
+            return
+        if flow.inside is not None:
+            inside = flow.inside, gport
+            if self._inside.get(inside) is flow:
+                del self._inside[inside]
+        if relay is not None and self._by_relay.get(relay) is flow:
+            del self._by_relay[relay]
 
     # What a new flow gets
 

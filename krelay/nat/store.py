@@ -195,18 +195,20 @@ class FlowStore:
             return
         self.observers.ended(flow)
         for rewrite in flow.rewrites.values():
-            if rewrite.table.get(rewrite.old) is rewrite:
-                del rewrite.table[rewrite.old]
+            table, old = rewrite.table, rewrite.old
+            if table.get(old) is rewrite:
+                del table[old]
         self.mappings.give_back(flow)
         self.admission.ended(flow)
         # A flow and its rewrites point at each other; let go here, so that no collector is needed.
         flow.rewrites.clear()
-        if flow.footprint:
-            others = self.footprints[flow.footprint] - 1
+        footprint, footprints = flow.footprint, self.footprints
+        if footprint is not None:
+            others = footprints[footprint] - 1
             if others:
-                self.footprints[flow.footprint] = others
+                footprints[footprint] = others
             else:
-                del self.footprints[flow.footprint]
+                del footprints[footprint]
                 self.footprint_changes += 1
 
     def detach(self, flow: Flow) -> None:
