@@ -241,7 +241,7 @@ class NewFlows:
             policy.source_for(client.addr),
             now,
             relay_addr=policy.towards,
-            any_client=policy.source is Source.RELAY,
+            any_client=policy.source is _RELAY,
             any_port=proto is _UDP and service.port in policy.any_port,
             services=policy.udp if proto is _UDP else policy.tcp,
         )
@@ -336,6 +336,7 @@ class NewFlows:
 
 _TCP, _UDP = Proto.TCP, Proto.UDP
 _PREROUTING, _T1, _CLIENT = Hook.PREROUTING, Step.T1, Side.CLIENT
+_RELAY = Source.RELAY
 _SYN, _OPENING = tcp.SYN, tcp.SYN | tcp.ACK | tcp.RST
 """Flags that are just SYN in what begins a connection."""
 _NEW_TCP, _NEW_FORWARDED, _DIRECT = NewTcp(), NewForwarded(), Direct()

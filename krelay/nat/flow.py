@@ -186,20 +186,22 @@ class Flow:
     @property
     def is_forwarded(self) -> bool:
         """TCP between client and server themselves, rewritten: no tcp-relay has a part in it."""
-        return self.proto is Proto.TCP and self.gport is None and self.service != self.server
+        return self.proto is _TCP and self.gport is None and self.service != self.server
 
     @property
     def dscps(self) -> tuple[int, int]:
         """TCP that tcp-relay terminates: the DSCP with which client and server send."""
-        ends = self.rewrites.get(Step.T1), self.rewrites.get(Step.T4)
-        client, server = (0 if each is None else each.tos >> 2 for each in ends)
-        return client, server
+        client, server = self.rewrites.get(_T1), self.rewrites.get(_T4)
+        return (
+            0 if client is None else client.tos >> 2,
+            0 if server is None else server.tos >> 2,
+        )
 
     @property
     def seen(self) -> Endpoint | None:
         """TCP: the endpoint by which the server knows the client, while tcp-relay has a port
         towards it."""
-        towards = self.rewrites.get(Step.T3)
+        towards = self.rewrites.get(_T3)
         return None if towards is None else towards.src
 
     @property
@@ -217,10 +219,10 @@ class Flow:
     @property
     def state(self) -> State:
         """TCP: as tracked; UDP: whether the server has answered."""
-        if self.proto is Proto.TCP:
+        if self.proto is _TCP:
             return self.tracker.state
-        answers = self.by(Side.SERVER)
-        return State.REPLIED if answers and answers.packets else State.UNREPLIED
+        answers = self.by(_SERVER)
+        return _REPLIED if answers and answers.packets else _UNREPLIED
 
     @property
     def seen_at(self) -> float:
@@ -251,7 +253,7 @@ class Flow:
         if self.is_forwarded:
             tracker = self.tracker
             return tracker.client_acked and tracker.server_answered and not tracker.reset
-        if self.proto is Proto.TCP:
+        if self.proto is _TCP:
             return self.accepted or self.tracker.server_answered
         return self.spoke_again or self.is_one_sided
 
@@ -287,7 +289,7 @@ class Flow:
     def is_over(self) -> bool:
         """Whether both ends have ended a connection that tcp-relay has no part in, or one has reset
         it, and no end need be told.  Its last packets are perhaps still to come."""
-        return self.gport is None and self.state is State.CLOSING and not self.abort_asked
+        return self.gport is None and self.state is _CLOSING and not self.abort_asked
 
     def expires_at(self, timeouts: Timeouts) -> float:
         """When the flow goes unless a packet comes."""
@@ -302,5 +304,8 @@ class Flow:
         return self.quiet_since + timeouts.tcp_transitory
 
 
-_TCP, _ESTABLISHED = Proto.TCP, State.ESTABLISHED
+_TCP, _SERVER = Proto.TCP, Side.SERVER
+_T1, _T3, _T4 = Step.T1, Step.T3, Step.T4
+_ESTABLISHED, _CLOSING = State.ESTABLISHED, State.CLOSING
+_UNREPLIED, _REPLIED = State.UNREPLIED, State.REPLIED
 # By these names: looking one up in its class takes ten times as long.

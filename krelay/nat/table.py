@@ -140,7 +140,7 @@ class NatTable(FlowStore):
         Raises PortTaken when another flow has the port on this side, or the server may know it
         already: the client's own connection, another flow's, or the client's port itself.
         """
-        source = flow.client.addr if flow.source is Source.CLIENT else relay.addr
+        source = flow.client.addr if flow.source is _CLIENT else relay.addr
         outside = Endpoint(source, relay.port if seen is None else seen)
         if seen is None and flow.client.port < FIRST_HIGH <= relay.port:
             outside = self.mappings.low_outside_for(flow, outside, services)

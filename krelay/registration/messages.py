@@ -208,7 +208,7 @@ def emit(message: Request | Answer) -> bytes:
         case Close():
             fields = f'"op":"close","relay":{_pair(m.relay)}'
         case Opened():
-            fields = f'"id":{m.id},"server":{_pair(m.server)},"source":"{m.source.value}"'
+            fields = f'"id":{m.id},"server":{_pair(m.server)},"source":"{m.source}"'
             fields += _maybe("origin", m.origin) + _maybe("seen", m.seen)
             fields += _maybe_dscp(m.dscp)
         case Resume():
