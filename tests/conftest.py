@@ -319,7 +319,7 @@ def _is_ours(pid: int) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def programs_are_forked() -> Iterator[None]:
-    """krelay and tcp-relay of labs are forked from processes that have loaded them (prefork.py)."""
+    """What labs start most often is forked from processes that have loaded it (prefork.py)."""
     if os.environ.get("KRELAY_EXEC"):
         yield
         return

@@ -1,7 +1,7 @@
-"""krelay and tcp-relay, started from a process that has loaded them already.
+"""krelay, tcp-relay and the servers of labs, started from a process that has loaded them already.
 
 Labs start them some thousand times, and most of what that takes is to load the same modules: with
-all else it would be a third of a whole run.  So each test process has a server for each of the two,
+all else it would be a third of a whole run.  So each test process has a server for each of these,
 a Python that has loaded the program and no more; it forks, and the child goes on as
 `python -m PROGRAM` does: with the network, the arguments, the environment, the limits and the
 standard files that it was asked for, the leader of a session, and mortal (krelay_vm.program).
@@ -32,6 +32,7 @@ from typing import Any
 LOADED = {
     "krelay": ("knet.isolated", "knet.children", "krelay.cli.main", "krelay.daemon.daemon"),
     "tcp_relay": ("tcp_relay.__main__",),
+    "tests.net.programs.server": ("hashlib", "random", "socket", "threading"),
 }
 """What `python -m` loads before it begins to work, by program."""
 _LIMITS = sorted(number for name, number in vars(resource).items() if name.startswith("RLIMIT_"))
