@@ -61,6 +61,7 @@ def test_goals_name_series_that_are_measured() -> None:
 
 
 @pytest.mark.net
+@pytest.mark.usefixtures("briefly")
 @pytest.mark.parametrize("way", paths.WAYS)
 def test_questions_of_both_kinds_are_answered_on_each_way(way: str) -> None:
     need(*dns.NEEDS)

@@ -9,6 +9,7 @@ from benchmarks.ground import CannotMeasure, Progress, Wish
 from krelay_vm import Lab
 
 MANY = 3000 if os.environ.get("KRELAY_LONG") else 600
+SECONDS = 0.1
 MEMINFO = """\
 MemTotal:        8000000 kB
 Slab:              90000 kB
@@ -37,12 +38,13 @@ def test_goals_name_series_that_are_measured() -> None:
 
 
 @pytest.mark.net
+@pytest.mark.usefixtures("briefly")
 def test_a_round_reads_all_there_is_of_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flows, "FEW", 3)
     monkeypatch.setattr(flows, "MANY", MANY)
-    monkeypatch.setattr(flows, "_USE_SECONDS", 0.2)
+    monkeypatch.setattr(flows, "_USE_SECONDS", SECONDS)
     progress = Progress("test")
-    flows.measure(Wish(rounds=1, seconds=0.2), progress)
+    flows.measure(Wish(rounds=1, seconds=SECONDS), progress)
     read = {name: values for (name, _), values in progress.readings.items()}
     for way in flows.WAYS:
         assert read[flows.SET_UP.format(way)][0] > 0

@@ -29,6 +29,7 @@ def test_goals_name_series_that_are_measured() -> None:
 
 
 @pytest.mark.net
+@pytest.mark.usefixtures("briefly")
 @pytest.mark.parametrize("way", paths.WAYS)
 def test_packets_of_each_size_come_through_on_each_way(way: str) -> None:
     with Lab() as lab:
@@ -51,6 +52,7 @@ def server_bytes(lab: Lab) -> int:
 
 @pytest.mark.net
 @pytest.mark.serial
+@pytest.mark.usefixtures("briefly")
 def test_a_paced_sender_keeps_to_its_pace() -> None:
     with Lab() as lab:
         to = paths.prepare(lab, paths.FORWARD, ground.SERVICE_PORT)

@@ -99,6 +99,8 @@ def test_after_thousands_of_conversations_nothing_is_left_of_them(world: World) 
     opened = baseline(world, programs)
 
     def settled() -> bool:
+        if world.values("status")["flows"]:  # costs little, thousands of rows do
+            return False
         left = world.flows() or world.handed()
         return not left and [descriptors(program) for program in programs] == opened
 
