@@ -24,12 +24,14 @@ BOUND = 30.0
 """Seconds after which waiting is a failure."""
 
 
-def wait_for(condition: Callable[[], object], what: str, bound: float = BOUND) -> None:
-    """Returns when `condition` is true; fails after `bound` seconds."""
+def wait_for(
+    condition: Callable[[], object], what: str, bound: float = BOUND, pause: float = 0.002
+) -> None:
+    """Returns when `condition` is true, asked with such pauses; fails after `bound` seconds."""
     deadline = time.monotonic() + bound
     while not condition():
         assert time.monotonic() < deadline, f"waited {bound} s for {what}"
-        time.sleep(0.002)
+        time.sleep(pause)
 
 
 def free_port() -> int:

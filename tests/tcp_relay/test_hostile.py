@@ -465,8 +465,8 @@ def wait_for_rest(server: Server) -> None:
         shown = subprocess.run(words, check=True, capture_output=True, text=True).stdout
         return {bool(re.search(r"keepalive,\d+min", line)) for line in shown.splitlines()}
 
-    wait_for(lambda: False in resting(), "probes", 60.0)
-    wait_for(lambda: resting() == {True}, "rest", 60.0)
+    wait_for(lambda: False in resting(), "probes", 60.0, pause=0.1)
+    wait_for(lambda: resting() == {True}, "rest", 60.0, pause=0.1)
 
 
 def test_an_idle_proxy_makes_no_system_call(
