@@ -1,8 +1,9 @@
 """Messages to nf_tables for what the nft tool can't do, or not fast enough.  Pure.
 
-Elements of maps, thousands a second, for which a process each would be far too slow; and a rule
-with a target of iptables in a table of our own, which nft shows but doesn't make.  Numbers are
-those of linux/netfilter/nf_tables.h; the names of the constants are its own, shortened.
+Elements of maps, thousands a second, for which a process each would be far too slow; a rule with a
+target of iptables in a table of our own, which nft shows but doesn't make; and what a start and a
+stop ask or do in one message.  Numbers are those of linux/netfilter/nf_tables.h; the names of the
+constants are its own, shortened.
 
 An element's key is that of every map of offloaded flows (rules/offloaded.py): source address,
 source port, destination address, destination port, each in a field of four bytes, ports padded; in
@@ -17,11 +18,15 @@ from typing import NamedTuple
 from knet import netlink
 
 SUBSYSTEM = 10
+NEW_TABLE, DELETE_TABLE, NEW_CHAIN, GET_CHAIN = 0, 2, 3, 4
 NEW_RULE, NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT, NEW_OBJECT, GET_OBJECT = 6, 12, 13, 14, 18, 19
 COUNTER_OBJECT = 1
 """NFT_OBJECT_COUNTER."""
 
+_TABLE_NAME = 1
+_CHAIN_TABLE, _CHAIN_NAME = 1, 3
 _RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS = 1, 2, 4
+_QUEUE_NUMBER = 1
 _EXPR_NAME, _EXPR_DATA, _LIST_ELEM = 1, 2, 1
 _TARGET_NAME, _TARGET_REVISION, _TARGET_INFO = 1, 2, 3
 _SET_TABLE, _SET_NAME, _SET_ELEMENTS = 1, 2, 3
@@ -65,29 +70,46 @@ class Count(NamedTuple):
     bytes: int
 
 
+def get_chain(table: str, chain: str) -> bytes:
+    """Asks for this chain; no part of a batch.  It is acknowledged if it is there, else ENOENT."""
+    return _made(GET_CHAIN, netlink.text(_CHAIN_TABLE, table), netlink.text(_CHAIN_NAME, chain))
+
+
+def delete_table(table: str) -> bytes:
+    """Takes out a table, with all that is in it."""
+    return _made(DELETE_TABLE, netlink.text(_TABLE_NAME, table))
+
+
 def queue_rule(table: str, chain: str, queue: int) -> bytes:
     """A rule at the head of that chain that queues, by the NFQUEUE target of iptables.
 
     Its first revision: struct xt_NFQ_info (linux/netfilter/xt_NFQUEUE.h).
     """
-    target = netlink.nested(
-        _LIST_ELEM,
-        netlink.text(_EXPR_NAME, "target"),
-        netlink.nested(
-            _EXPR_DATA,
-            netlink.text(_TARGET_NAME, "NFQUEUE"),
-            netlink.number(_TARGET_REVISION, 0),
-            netlink.attribute(_TARGET_INFO, struct.pack("=H", queue)),
-        ),
-    )
-    return netlink.message(
-        SUBSYSTEM,
-        NEW_RULE,
-        netlink.CREATE | netlink.ACK,
-        netlink.text(_RULE_TABLE, table)
-        + netlink.text(_RULE_CHAIN, chain)
-        + netlink.nested(_RULE_EXPRESSIONS, target),
-    )
+    name, revision = netlink.text(_TARGET_NAME, "NFQUEUE"), netlink.number(_TARGET_REVISION, 0)
+    queued = netlink.attribute(_TARGET_INFO, struct.pack("=H", queue))
+    return _rule(table, chain, "target", name, revision, queued)
+
+
+def own_queue(table: str) -> tuple[bytes, ...]:
+    """Tries a rule with nf_tables' own `queue` in a table that is made for it, and gone with it.
+
+    ENOENT: the kernel has none.
+    """
+    named, chain = netlink.text(_TABLE_NAME, table), netlink.text(_CHAIN_NAME, "try")
+    rule = _rule(table, "try", "queue", netlink.attribute(_QUEUE_NUMBER, bytes(2)))
+    return _made(NEW_TABLE, named), _made(NEW_CHAIN, named, chain), rule, delete_table(table)
+
+
+def _rule(table: str, chain: str, expression: str, *data: bytes) -> bytes:
+    name, inside = netlink.text(_EXPR_NAME, expression), netlink.nested(_EXPR_DATA, *data)
+    where = netlink.text(_RULE_TABLE, table), netlink.text(_RULE_CHAIN, chain)
+    whole = netlink.nested(_RULE_EXPRESSIONS, netlink.nested(_LIST_ELEM, name, inside))
+    return _made(NEW_RULE, *where, whole)
+
+
+def _made(kind: int, *attributes: bytes) -> bytes:
+    made = netlink.CREATE if kind in (NEW_TABLE, NEW_CHAIN, NEW_RULE) else 0
+    return netlink.message(SUBSYSTEM, kind, made | netlink.ACK, b"".join(attributes))
 
 
 class Elements:

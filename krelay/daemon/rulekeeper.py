@@ -103,7 +103,7 @@ class RuleKeeper:
         Those that are to be replaced in one step (`start`, and made the same way) stay.
         """
         self.probe()
-        for backend in netfilter.places():
+        for backend in netfilter.places(self._name):
             with suppress(RulesUnavailable):
                 if not backend.present(self._name):
                     continue

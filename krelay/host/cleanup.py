@@ -48,7 +48,7 @@ def _held(root: Path) -> Iterator[None]:
 def _clean(root: Path, *, keep_settings: bool) -> list[str]:
     removed = []
     name = netfilter.instance(root)
-    for backend in netfilter.places():
+    for backend in netfilter.places(name):
         if backend.present(name):
             backend.remove(name)
             removed.append(f"rules of {name} ({backend.name})")

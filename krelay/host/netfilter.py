@@ -28,11 +28,9 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from knet import netlink
 from knet.netlink import nftables
-from knet.netlink.socket import NetlinkSocket
-from knet.rules import iptables
-from knet.rules.run import PASSING, TIMEOUT, RulesAbsent, RulesDelayed, RulesUnavailable, run
+from knet.rules import iptables, kernel
+from knet.rules.run import PASSING, RulesAbsent, RulesDelayed, RulesUnavailable, run
 from krelay.rules import ruleset
 from krelay.rules.queued import OPENINGS, WORKER
 from krelay.rules.spec import Learning, RuleSpec, instance_name, openings
@@ -61,11 +59,15 @@ _PROBE = RuleSpec(
 )
 
 
-_PROBE_WITHOUT_MAPS = replace(
-    _PROBE, room=0, learning=None, tells_ends=False, asked_within=0, tells_unmatched=False
-)
-
-
+_PROBES = {
+    True: (replace(_PROBE, follows_dscp=True), _PROBE),
+    False: (
+        replace(
+            _PROBE, room=0, learning=None, tells_ends=False, asked_within=0, tells_unmatched=False
+        ),
+    ),
+}
+"""What is tried, with maps or without, the best first."""
 _LOCK_WITHIN = 1
 """Seconds for that lock.  Packets wait meanwhile; it is tried again."""
 
@@ -145,7 +147,7 @@ class Nft:
         run(("nft", "-f", "-"), ruleset.nft_install(spec, afresh=afresh, with_xt=self.with_xt))
         if self.with_xt and afresh:
             try:
-                _send_rules(
+                kernel.transaction(
                     nftables.queue_rule(spec.name, WORKER, spec.queue),
                     nftables.queue_rule(spec.name, OPENINGS, openings(spec.queue)),
                 )
@@ -157,10 +159,15 @@ class Nft:
     def remove(self, name: str) -> None:
         """One transaction."""
         if self.present(name):
-            run(("nft", "-f", "-"), ruleset.nft_remove(name))
+            try:
+                kernel.transaction(nftables.delete_table(name))
+            except OSError:
+                run(("nft", "-f", "-"), ruleset.nft_remove(name))
 
     def present(self, name: str) -> bool:
         """Whether the table is there."""
+        if (told := kernel.has_chain(name, "pre")) is not None:
+            return told
         try:
             run(("nft", "list", "chain", "ip", name, "pre"))
         except RulesAbsent:
@@ -299,10 +306,15 @@ def same_rules(one: Backend, other: Backend) -> bool:
     return isinstance(one, Nft) and isinstance(other, Nft)
 
 
-def places() -> Sequence[Backend]:
-    """One of CANDIDATES for each place where rules can be: several look into the same."""
+def places(name: str) -> Sequence[Backend]:
+    """One of CANDIDATES for each place where rules of that name can be: several look into the same.
+
+    Those of iptables only if there may be any: each of its tools must be asked what it is.
+    """
     found: list[Backend] = []
     for backend in CANDIDATES:
+        if isinstance(backend, Iptables) and not _may_have_chains(name):
+            continue
         with suppress(RulesUnavailable):  # its tool can't be asked what it is
             if any(same_rules(backend, other) for other in found):
                 continue
@@ -348,7 +360,7 @@ def _probe_on_the_host() -> Way:
     try:
         return _first_way()
     finally:
-        for backend in places():
+        for backend in places(_PROBE.name):
             with suppress(RulesUnavailable):
                 backend.remove(_PROBE.name)
 
@@ -356,27 +368,24 @@ def _probe_on_the_host() -> Way:
 def _first_way() -> Way:
     """Leaves the rules that it tried.  Raises as `probe`."""
     tried = []
+    has_queue = kernel.has_queue(_PROBE.name)
     for backend in CANDIDATES:
-        try:
-            backend.install(_PROBE if backend.has_maps else _PROBE_WITHOUT_MAPS)
-        except RulesDelayed:
-            raise
-        except RulesUnavailable as error:
-            tried.append(f"{backend.name}: {error}")
-        else:
-            return Way(backend, backend.has_maps and _knows_dscp(backend))
+        reason: object = "the kernel has no `queue` in nf_tables"
+        is_hopeless = isinstance(backend, Nft) and not (backend.with_xt or has_queue)
+        for spec in () if is_hopeless else _PROBES[backend.has_maps]:
+            try:
+                backend.install(spec)
+            except RulesDelayed:
+                raise
+            except RulesUnavailable as error:
+                reason = error
+            else:
+                return Way(backend, spec.follows_dscp)
+        tried.append(f"{backend.name}: {reason}")
     raise RulesUnavailable(
         "no way to queue packets: neither nft's queue nor the NFQUEUE target of iptables works "
         f"here ({'; '.join(tried)}); install nftables or iptables, and a kernel with one of them"
     )
-
-
-def _knows_dscp(backend: Backend) -> bool:
-    try:
-        backend.install(replace(_PROBE, follows_dscp=True))
-    except RulesUnavailable:
-        return False
-    return True
 
 
 def _leave_for_a_new_namespace() -> bool:
@@ -384,10 +393,12 @@ def _leave_for_a_new_namespace() -> bool:
     return not ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET)
 
 
-def _send_rules(*rules: bytes) -> None:
-    """Puts these in, in one transaction.  Raises OSError."""
-    with NetlinkSocket(netlink.FAMILY, timeout=TIMEOUT) as kernel:
-        kernel.carry_out(nftables.joined(rules), len(rules))
+def _may_have_chains(name: str) -> bool:
+    """Whether iptables, through either interface, may have rules of that name."""
+    return any(
+        chain.table in legacy_tables() or kernel.has_chain(chain.table, chain.name) is not False
+        for chain in ruleset.chains(name)
+    )
 
 
 @cache

@@ -103,6 +103,26 @@ def test_a_rule_that_queues_by_a_target_of_iptables() -> None:
     )  # fmt: skip
 
 
+def test_a_chain_is_asked_for_and_a_table_taken_out() -> None:
+    name = "0b000100 6b72656c 61790000"
+
+    assert nftables.get_chain("krelay", "pre") == head(4, 0x5, 0, name, "08000300 70726500")
+    assert nftables.delete_table("krelay") == head(2, 0x5, 0, name)
+
+
+def test_the_queue_of_nf_tables_is_tried_in_a_table_that_goes() -> None:
+    """NFTA_QUEUE_NUM is the one attribute that its rule must have."""
+    name = "0b000100 6b72656c 61790000"
+    rule = "20000480 1c000180 0a000100 71756575 65000000 0c000280 06000100 00000000"
+
+    assert nftables.own_queue("krelay") == (
+        head(0, 0x405, 0, name),
+        head(3, 0x405, 0, name, "08000300 74727900"),
+        head(6, 0x405, 0, name, "08000200 74727900", rule),
+        head(2, 0x5, 0, name),
+    )
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_batch_is_one_of_nf_tables(count: int) -> None:
     requests = [Elements("krelay", "udp-u12").delete([KEY], n) for n in range(count)]

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from knet.rules import kernel
 from knet.rules.run import RulesUnavailable
 from knet.rules.watch import RuleWatcher, taken_from
 from krelay.host import netfilter
@@ -138,6 +139,7 @@ def test_nft_counts_its_rules_in_what_nft_lists(monkeypatch: pytest.MonkeyPatch)
         for _ in rules
     ]
     listed = entries
+    monkeypatch.setattr(kernel, "has_chain", lambda table, chain: True)
     monkeypatch.setattr(netfilter, "run", lambda command, text="": json.dumps({"nftables": listed}))
 
     assert netfilter.Nft().intact(SPEC)

@@ -177,7 +177,7 @@ class Rig:
         monkeypatch.setattr(rulekeeper, "RuleWatcher", lambda: self.watcher)
         monkeypatch.setattr(netfilter, "probe", lambda: Way(self.backend, True))
         monkeypatch.setattr(netfilter, "same_rules", lambda one, other: one is other)
-        monkeypatch.setattr(netfilter, "places", lambda: [self.backend])
+        monkeypatch.setattr(netfilter, "places", lambda name: [self.backend])
         monkeypatch.setattr(time, "sleep", lambda seconds: self.done.append("sleep"))
 
     def _restored(self) -> None:
@@ -550,7 +550,7 @@ def test_rules_of_a_killed_krelay_go_unless_they_are_replaced(
     absent = FakeBackend(rig.done, "iptables-nft", fails=[RulesUnavailable("no tool")])
     rig.backend.is_stale = True
     places = [absent, rig.backend, others]
-    monkeypatch.setattr(netfilter, "places", lambda: places)
+    monkeypatch.setattr(netfilter, "places", lambda name: places)
 
     rig.keeper.clear_stale(start=True)
     assert rig.done == ["iptables removed"]

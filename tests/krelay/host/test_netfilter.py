@@ -10,7 +10,8 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
-from knet.rules.run import RulesAbsent, RulesDelayed, RulesUnavailable
+from knet.rules import kernel
+from knet.rules.run import RulesAbsent, RulesDelayed, RulesUnavailable, run
 from krelay.host import netfilter
 from krelay.host.netfilter import (
     Backend,
@@ -66,6 +67,29 @@ def rules() -> str:
 
 def add(text: str) -> None:
     subprocess.run(["iptables-restore", "--noflush"], input=text, text=True, check=True)
+
+
+@pytest.fixture
+def silent_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel, or rights, that give no netlink: the tools are asked all things."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EPROTONOSUPPORT, os.strerror(errno.EPROTONOSUPPORT))
+
+    monkeypatch.setattr(kernel, "NetlinkSocket", refused)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The command lines that are run from now on."""
+    told: list[tuple[str, ...]] = []
+
+    def noted(command: tuple[str, ...], text: str = "") -> str:
+        told.append(command)
+        return run(command, text)
+
+    monkeypatch.setattr(netfilter, "run", noted)
+    return told
 
 
 BACKENDS = (Nft(with_xt=True), Iptables("iptables"))
@@ -277,6 +301,87 @@ def test_where_no_namespace_can_be_had_nothing_stays_either(
     assert rules() == ""
 
 
+@pytest.mark.net
+def test_a_start_and_a_stop_run_nft_twice_and_nothing_else(
+    relay: Lab, runs: list[tuple[str, ...]]
+) -> None:
+    backend = probe().backend
+    for each in netfilter.places(SPEC.name):
+        assert not each.present(SPEC.name)
+    backend.install(SPEC)
+    assert backend.present(SPEC.name)
+    backend.remove(SPEC.name)
+
+    assert runs == [("nft", "-f", "-")] * 2
+    assert rules() == ""
+
+
+@pytest.mark.net
+@EACH
+def test_without_netlink_the_tools_tell_and_do_the_same(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    way, told = probe(), netfilter.places(SPEC.name)
+    backend.install(SPEC)
+    assert {each.name for each in netfilter.places(SPEC.name)} >= {each.name for each in told}
+    request.getfixturevalue("silent_kernel")
+
+    assert any(netfilter.same_rules(backend, each) for each in netfilter.places(SPEC.name))
+    assert backend.present(SPEC.name)
+    backend.remove(SPEC.name)
+    assert rules() == ""
+    assert not backend.present(SPEC.name)
+    monkeypatch.undo()
+    assert probe() == way
+
+
+@pytest.mark.net
+@pytest.mark.parametrize("tool", ["iptables-nft", "iptables-legacy"])
+def test_iptables_is_asked_where_it_may_have_rules_of_that_name(
+    relay: Lab, runs: list[tuple[str, ...]], tool: str
+) -> None:
+    assert [each.name for each in netfilter.places(SPEC.name)] == ["nft"]
+    assert runs == []
+    Iptables(tool).install(SPEC)
+    runs.clear()
+
+    there = [each for each in netfilter.places(SPEC.name) if each.present(SPEC.name)]
+    assert len(there) == 1
+    assert same_rules(there[0], Iptables(tool))
+    there[0].remove(SPEC.name)
+    assert not Iptables(tool).present(SPEC.name)
+    assert runs
+
+
+@pytest.mark.net
+def test_rules_of_nft_go_also_where_nft_does(relay: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Nft(with_xt=True)
+    backend.install(SPEC)
+    with monkeypatch.context() as without:
+        without.setenv("PATH", "")
+        assert backend.present(SPEC.name)
+        backend.remove(SPEC.name)
+        assert not backend.present(SPEC.name)
+
+    assert rules() == ""
+
+
+@pytest.mark.net
+def test_where_maps_have_no_dscp_they_go_without(
+    relay: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older nft refuses them."""
+    install = ruleset.nft_install
+    best = probe()
+    broken = lambda *given, **options: install(*given, **options).replace(  # noqa: E731
+        " . dscp", " . nosuchtype"
+    )
+    monkeypatch.setattr(ruleset, "nft_install", broken)
+
+    assert best.knows_dscp
+    assert probe() == netfilter.Way(best.backend, knows_dscp=False)
+
+
 def test_what_was_tried_is_told_where_nothing_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(RulesUnavailable) as told:
@@ -318,7 +423,7 @@ def said(complaint: str, status: int = 1) -> subprocess.CompletedProcess[str]:
     "number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.EPERM]
 )
 def test_a_tool_that_cannot_be_started_now_is_worth_another_try(
-    monkeypatch: pytest.MonkeyPatch, number: int
+    silent_kernel: None, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -363,7 +468,7 @@ def test_a_tools_complaint_tells_whether_another_try_may_go_well(
 
 @pytest.mark.parametrize("missing", [FileNotFoundError, PermissionError])
 def test_a_tool_that_is_not_there_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch, missing: type[OSError]
+    silent_kernel: None, monkeypatch: pytest.MonkeyPatch, missing: type[OSError]
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise missing(errno.EACCES, "no")
@@ -375,7 +480,9 @@ def test_a_tool_that_is_not_there_is_not_waited_for(
     assert type(caught.value) is RulesAbsent
 
 
-def test_rules_that_may_be_there_are_not_taken_for_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_that_may_be_there_are_not_taken_for_removed(
+    silent_kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without privilege, or when nft takes too long, nobody can tell."""
 
     def takes_long(*_: object, **__: object) -> None:
@@ -394,6 +501,7 @@ def test_rules_that_may_be_there_are_not_taken_for_removed(monkeypatch: pytest.M
 
 
 def test_a_worse_way_is_not_taken_because_the_best_has_no_room_now(
+    silent_kernel: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tried: list[Backend] = []
@@ -409,7 +517,9 @@ def test_a_worse_way_is_not_taken_because_the_best_has_no_room_now(
     assert tried == [netfilter.CANDIDATES[0]]
 
 
-def test_each_place_of_rules_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_place_of_rules_is_looked_at_once(
+    silent_kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = {
         "iptables": "iptables v1.8.9 (legacy)",
         "iptables-nft": "iptables v1.8.9 (nf_tables)",
@@ -417,10 +527,15 @@ def test_each_place_of_rules_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) 
     }
     monkeypatch.setattr(netfilter, "_version", told.__getitem__)
 
-    assert [backend.name for backend in netfilter.places()] == ["nft", "iptables", "iptables-nft"]
+    assert [backend.name for backend in netfilter.places(SPEC.name)] == [
+        "nft",
+        "iptables",
+        "iptables-nft",
+    ]
 
 
 def test_a_place_whose_tool_does_not_say_what_it_is_is_looked_at(
+    silent_kernel: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def absent(command: str) -> str:
@@ -428,6 +543,6 @@ def test_a_place_whose_tool_does_not_say_what_it_is_is_looked_at(
 
     monkeypatch.setattr(netfilter, "_version", absent)
 
-    assert [backend.name for backend in netfilter.places()] == [
+    assert [backend.name for backend in netfilter.places(SPEC.name)] == [
         *("nft", "iptables", "iptables-nft", "iptables-legacy")
     ]
