@@ -27,7 +27,7 @@ from benchmarks import processes, sender
 from knet.children import compiled_as_here
 from krelay.control import client
 from krelay.datapath import nfqueue
-from krelay.rules.spec import DEFAULT_QUEUE
+from krelay.rules import DEFAULT_QUEUE
 from krelay_vm import Lab, LabError
 
 PYTHON = (sys.executable, *compiled_as_here(), "-P")

@@ -5,7 +5,7 @@
     -------------------------------------------------------------------------
     ondisk    the tree as real files: created, read, written               the thin shell
     files     a file that is open
-    watcher   inotify on the tree
+    watcher   inotify on the tree; loaded by itself, since most programs only read and write
     follower  what is written, by inotify or by looking: for both daemons
 
 It imports nothing but knet.  The daemon writes the tree; tcp-relay follows `gport` in
@@ -45,7 +45,6 @@ from procfs_sim.tree import (
     port,
     render,
 )
-from procfs_sim.watcher import TreeWatcher
 
 __all__ = [
     "DEFAULTS",
@@ -62,7 +61,6 @@ __all__ = [
     "Setting",
     "SettingRefused",
     "TreeState",
-    "TreeWatcher",
     "applied_text",
     "errors_text",
     "in_force",

@@ -12,7 +12,7 @@ from pathlib import Path
 from knet import log, relayoptions
 from knet.usage import CommandParser
 from krelay.cli import serve, settings, show, upkeep
-from krelay.rules.spec import DEFAULT_QUEUE
+from krelay.rules import DEFAULT_QUEUE
 from procfs_sim.tree import DEFAULT_ROOT, ROOT_VARIABLE, SETTINGS, SettingRefused, server
 
 WITHOUT_TREE = ("demo",)

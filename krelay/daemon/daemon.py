@@ -37,7 +37,7 @@ from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.registration import inforce
 from krelay.registration.server import RelaySocket
-from krelay.rules.spec import DEFAULT_QUEUE
+from krelay.rules import DEFAULT_QUEUE
 from krelay.steps import Step
 from krelay.trace.lines import Filter
 from procfs_sim.state import Outcome, TreeState, applied_text, errors_text

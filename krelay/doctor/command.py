@@ -22,7 +22,7 @@ from krelay.doctor.facts import Facts
 from krelay.doctor.findings import Finding, Level
 from krelay.doctor.gather import gather
 from krelay.host import processes, treelock
-from krelay.rules.spec import DEFAULT_QUEUE
+from krelay.rules import DEFAULT_QUEUE
 
 STYLES = {
     Level.OK: "green",

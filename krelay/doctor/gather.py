@@ -22,7 +22,7 @@ from krelay.doctor.facts import Facts
 from krelay.doctor.seen import Survey
 from krelay.host import netfilter, treelock
 from krelay.host.cleanup import SOCKETS
-from krelay.rules.spec import DEFAULT_QUEUE
+from krelay.rules import DEFAULT_QUEUE
 from procfs_sim import ondisk
 from procfs_sim.ondisk import FileTree
 from procfs_sim.tree import SETTINGS, Config, SettingRefused, conflicts, parse

@@ -7,3 +7,6 @@ offloaded    rows by which the kernel relays offloaded flows itself, and their m
 dnslearning  rows by which the kernel relays DNS queries without asking first (nft)
 ruleset      all of them together, as text for nft or iptables
 """
+
+DEFAULT_QUEUE = 1600
+"""Here, since all commands know it, and few load the rest."""

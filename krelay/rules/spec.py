@@ -19,7 +19,6 @@ _BESIDE = 0x8000
 """By which the numbers of a krelay's second queue, and second log group, differ from the first."""
 _BESIDE_TOO = 0x4000
 """By which its third log group differs."""
-DEFAULT_QUEUE = 1600
 
 
 class Learning(NamedTuple):

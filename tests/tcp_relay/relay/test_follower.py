@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from knet.loop import Loop
-from procfs_sim import Config, FileTree, TreeWatcher
+from procfs_sim import Config, FileTree
+from procfs_sim.watcher import TreeWatcher
 from tcp_relay.relay.follower import ConfigFollower
 from tests.tcp_relay.helpers import run_until
 
