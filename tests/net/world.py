@@ -6,9 +6,9 @@
         assert world.who("client", 80).startswith(world.client)
 
 krelay and tcp-relay run as processes in the relay host, with a file tree of their own below the
-directory.  Settings are written as a user does: `write` by `echo` in a shell, `put` by the calls
-that it would make.  Clients are mostly sockets of this process, opened inside a host's network;
-each is closed before the lab goes.
+lab's directory.  Settings are written as a user does: `write` by `echo` in a shell, `put` by the
+calls that it would make.  Clients are mostly sockets of this process, opened inside a host's
+network; each is closed before the lab goes.
 
 Hosts may be virtual machines: there only programs can be clients, and a relay that is one has its
 file tree at the usual place in its own file system.

@@ -35,6 +35,8 @@ LOADED = {
     "tests.net.programs.server": ("hashlib", "random", "socket", "threading"),
 }
 """What `python -m` loads before it begins to work, by program."""
+COMMANDS = ("krelay.cli.up", "krelay.cli.capturing", "krelay.cli.tables")
+"""What krelay's commands load beside that, to tell something or to look at the host."""
 _LIMITS = sorted(number for name, number in vars(resource).items() if name.startswith("RLIMIT_"))
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -45,7 +47,7 @@ _MOST = 1 << 16
 class Server:
     """The process that has loaded a program."""
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, more: Sequence[str] = ()) -> None:
         from knet.children import compiled_as_here
 
         self._lock = threading.Lock()
@@ -55,7 +57,7 @@ class Server:
             self._process = subprocess.Popen(
                 (
                     *(sys.executable, *compiled_as_here(), "-m", __name__),
-                    *(str(theirs.fileno()), str(os.getpid()), program, *LOADED[program]),
+                    *(str(theirs.fileno()), str(os.getpid()), program, *LOADED[program], *more),
                 ),
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
@@ -95,6 +97,7 @@ class Popen(subprocess.Popen[bytes]):
     """As subprocess's; but a program that was loaded already is forked."""
 
     servers: dict[str, Server] = {}  # noqa: RUF012 - of all
+    """By program; `krelay COMMAND` is another than the daemon, which loads less."""
     _lock = threading.Lock()
     _handle = -1
 
@@ -102,7 +105,7 @@ class Popen(subprocess.Popen[bytes]):
     def _execute_child(self, args: Sequence[str], *given: Any) -> None:
         environment: Mapping[str, str] = given[5]
         found = _loaded(args)
-        if found is None or (server := self._server(found[1], environment)) is None:
+        if found is None or (server := self._server(*found[1:], environment)) is None:
             super()._execute_child(args, *given)  # type: ignore[misc]
             return
         network, _, words = found
@@ -122,12 +125,16 @@ class Popen(subprocess.Popen[bytes]):
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
-    def _server(self, program: str, environment: Mapping[str, str]) -> Server | None:
+    def _server(
+        self, program: str, words: Sequence[str], environment: Mapping[str, str]
+    ) -> Server | None:
         """None if that environment is one for a Python of its own."""
+        commands = program == "krelay" and words[:1] != ["daemon"]
+        name, more = (f"{program} COMMAND", COMMANDS) if commands else (program, ())
         with self._lock:
-            if program not in self.servers:
-                self.servers[program] = Server(program)
-        server = self.servers[program]
+            if name not in self.servers:
+                self.servers[name] = Server(program, more)
+        server = self.servers[name]
         return server if server.settings == loaders(environment) else None
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
