@@ -14,7 +14,7 @@ import pytest
 
 from knet.children import compiled_as_here
 from krelay_vm import Host, Lab, Program, Topology, program
-from tests.net.world import answers
+from tests.net.world import World, answers
 from tests.tools import prefork
 
 pytestmark = pytest.mark.net
@@ -105,6 +105,16 @@ def test_what_needs_a_python_of_its_own_gets_it(lab: Lab) -> None:
         assert not forked(started)
         started.kill()
         started.wait()
+
+
+def test_what_labs_start_most_often_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "POPEN", prefork.Popen)
+    with World() as world:
+        assert forked(world.serve("server", "tcp/80", "udp/7"))
+        world.begin()
+        assert forked(world.krelay_process)
+        assert forked(world.tcp_relay_process)
+        assert world.who("client", 80).startswith(f"{world.client}:")
 
 
 def test_it_ends_with_the_process_that_forked_it(lab: Lab) -> None:
