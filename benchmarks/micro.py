@@ -24,6 +24,7 @@ from typing import TypeVar
 from benchmarks.figures import Goal
 from benchmarks.ground import Progress, Wish
 from knet.endpoint import Endpoint, Proto, Source
+from knet.socketdiag import SocketDiag
 from knet.wire import tcp
 from krelay.datapath import worker as worker_module
 from krelay.datapath.policy import Policy
@@ -34,7 +35,6 @@ from krelay.nat.flow import Rewrite
 from krelay.nat.table import NatTable
 from krelay.registration.messages import Close, Open, emit, parse_request
 from krelay.registration.registry import Relays
-from krelay.registration.sockdiag import SocketDiag
 from krelay.steps import Hook, Side
 from krelay.trace.capture import Capture
 from krelay.trace.lines import Lines, Recorder

@@ -16,6 +16,7 @@ What a daemon is made of:
     descriptors  descriptors that another process hands over
     sockbuf      a socket's buffer, as large as the kernel grants it
     rawsocket    packets of our own making are sent
+    socketdiag   asks the kernel whose TCP sockets are which
     rules/       watching the packet filter's rules
 
 How a process lives, and what it may:

@@ -1,18 +1,15 @@
 """Who listens on a TCP port of this network namespace: for checking a gateway port."""
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from knet.netlink import sockdiag
-from knet.netlink.socket import SIZE, NetlinkSocket
+from knet.socketdiag import SocketDiag
 
 _LISTEN = "0A"
 _TABLES = ("/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6")
-_PATIENCE = 1.0
-"""Seconds for the kernel's answer, which it gives at once."""
 
 
 def listening(port: int) -> frozenset[int]:
@@ -22,29 +19,11 @@ def listening(port: int) -> frozenset[int]:
     sock_diag, walks all connections of the host: some milliseconds on a large machine.
     """
     try:
-        with NetlinkSocket(sockdiag.FAMILY, timeout=_PATIENCE) as kernel:
-            return frozenset(
-                inode
-                for family in (sockdiag.IPV4, sockdiag.IPV6)
-                for inode in _told(kernel, port, family)
-            )
+        with closing(SocketDiag()) as diag:
+            found = diag.listeners(port)
     except OSError:
-        return _in_tables(port)
-
-
-def _told(kernel: NetlinkSocket, port: int, family: int) -> Iterator[int]:
-    """Raises OSError."""
-    kernel.send(sockdiag.listeners_on(port, family))
-    while True:
-        for each in sockdiag.sockets(kernel.recv(SIZE)):
-            if each is None:
-                return
-            if isinstance(each, int):
-                if each:
-                    raise OSError(each, os.strerror(each))
-                return
-            if each.port == port and each.state == sockdiag.LISTEN:
-                yield each.inode
+        found = None
+    return _in_tables(port) if found is None else frozenset(each.inode for each in found)
 
 
 def _in_tables(port: int) -> frozenset[int]:

@@ -6,11 +6,11 @@ from ipaddress import IPv4Address
 from knet.endpoint import Endpoint
 from knet.log import Failures, Log
 from knet.loop import Loop
+from knet.socketdiag import SocketDiag
 from krelay.doctor import checks
 from krelay.doctor.facts import Facts, Path
 from krelay.host.hostview import LOOPBACK, HostView
 from krelay.host.links import LocalAddresses, Looker
-from krelay.registration.sockdiag import SocketDiag
 from procfs_sim.tree import Config
 
 RETRY = 1.0

@@ -5,5 +5,4 @@ registry      what krelay answers (pure)
 inforce       what a session can have begun with (pure)
 gatewayports  the listening sockets that T1 leads to (pure)
 server        the socket itself
-sockdiag      asks the kernel whose TCP sockets are which
 """

@@ -76,7 +76,7 @@ Send = Callable[[Answer], object]
 
 class SocketOwners(Protocol):
     """Which processes of this host have which TCP connections, as the kernel knows it
-    (sockdiag.SocketDiag)."""
+    (knet.socketdiag.SocketDiag)."""
 
     def carrier(self, local: Endpoint, remote: Endpoint, may_open: bool = False) -> int | None:
         """The uid of its owner; `may_open`: also one that isn't answered yet.  None: no process.

@@ -15,13 +15,13 @@ import pytest
 from knet import descriptors
 from knet.loop import Loop
 from knet.roles import ADMIN
+from knet.socketdiag import SocketDiag
 from knet.unixsock import Crowd, UnixListener
 from krelay.nat.table import NatTable
 from krelay.registration.gatewayports import GatewayPorts
 from krelay.registration.messages import Close, Listening, NotListening, Refused, emit, parse_answer
 from krelay.registration.registry import Relays
 from krelay.registration.server import RelaySocket
-from krelay.registration.sockdiag import SocketDiag
 from tests.tools.packets import at, policy
 
 LINGER = 3

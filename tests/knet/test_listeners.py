@@ -22,7 +22,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError(errno.EPROTONOSUPPORT, "no such family")
 
     if request.param == "proc":
-        monkeypatch.setattr(listeners, "NetlinkSocket", refused)
+        monkeypatch.setattr(listeners, "SocketDiag", refused)
     else:
         monkeypatch.delattr(listeners, "_in_tables")
 

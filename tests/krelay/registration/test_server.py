@@ -12,6 +12,7 @@ import pytest
 from knet import descriptors
 from knet.endpoint import Source
 from knet.loop import HOST_FAILS, Loop
+from knet.socketdiag import SocketDiag
 from knet.unixsock import Peer
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Flow
@@ -31,7 +32,6 @@ from krelay.registration.messages import (
 )
 from krelay.registration.registry import Relays, Send
 from krelay.registration.server import MAX_OF_ONE, TOLD_AT_ONCE, RelaySocket
-from krelay.registration.sockdiag import SocketDiag
 from tests.tools.packets import at, policy
 from tests.tools.sockets import OneUser
 
