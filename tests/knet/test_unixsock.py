@@ -169,9 +169,10 @@ class Visitor:
     def __init__(self, path: Path, become: str, before: str = "") -> None:
         path.parent.chmod(0o755)
         path.chmod(0o666)  # whatever the mode
-        program = (
+        program = (  # what is refused may hear so before it has said anything
             f"import os, socket, sys; {become}\ns = socket.socket(1)\n"
-            f"s.connect('{path.name}'); {before}\nprint(s.recv(999))"
+            f"s.connect('{path.name}')\ntry: {before or 'pass'}\n"
+            "except BrokenPipeError: pass\nprint(s.recv(999))"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", program], cwd=path.parent, stdout=subprocess.PIPE
