@@ -25,6 +25,29 @@ class _Trouble(NamedTuple):
     fate: Fate
 
 
+def _ways(facts: Facts) -> Iterator[Passage]:
+    """All passages.  An answer to what rules have taken out of connection tracking is as new there
+    as what began it: tracking knows of neither before."""
+    begins_anew = False
+    for passage in passages(facts):
+        if not passage.stages[0].packet.reply:
+            begins_anew = _tracked_after(facts, passage) is False
+        elif begins_anew:
+            stages = (s._replace(packet=s.packet._replace(state="new")) for s in passage.stages)
+            passage = passage._replace(stages=tuple(stages))
+        yield passage
+
+
+def _tracked_after(facts: Facts, passage: Passage) -> bool | None:
+    """Whether connection tracking knows of a packet that has taken this way."""
+    tracked: bool | None = True
+    for stage in passage.stages:
+        packet = stage.packet._replace(tracked=tracked)
+        _, after = judge(facts.chains, stage.hook, packet, *stage.priorities, fixed=True)
+        tracked = after.tracked
+    return tracked
+
+
 def forgotten(facts: Facts) -> Iterator[tuple[str, Fate]]:
     """Protocols whose answers rules let by only as long as connection tracking knows their flow,
     each with what stops them once it has forgotten it.
@@ -65,7 +88,7 @@ def marks_answers(facts: Facts) -> bool:
 
 def check(facts: Facts) -> list[Finding]:
     """A finding for each place where rules of the host stop, divert or disguise our packets."""
-    ways = (*passages(facts), *own_packets(facts))
+    ways = (*_ways(facts), *own_packets(facts))
     troubles = [trouble for passage in ways for trouble in _troubles(facts, passage)]
     findings = dict.fromkeys(
         _finding(facts, list(group))

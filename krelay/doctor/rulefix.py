@@ -19,7 +19,8 @@ def command(facts: Facts, stage: Stage, fate: Fate, ports: tuple[Ports, ...]) ->
     """A command that lets by what is ours, and no more, ahead of what the chain has."""
     packet, base = stage.packet, fate.base
     server = facts.config.real_ip
-    stateful = packet.reply and packet.tracked and base.priority > CONNTRACK_PRIORITY
+    is_known = packet.reply and packet.tracked and packet.state != "new"
+    stateful = is_known and base.priority > CONNTRACK_PRIORITY
     toward = "dport" if packet.dport is not None else "sport"
     host = ""
     if packet.dst == int(server):

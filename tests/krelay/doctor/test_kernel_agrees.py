@@ -251,12 +251,17 @@ def told(chains: Chains, way: Way, port: int) -> tuple[bool | None, bool | None]
     target = int(IPv4Address(way.address))
     ours = (int(IPv4Address(NEAR)), int(IPv4Address(FAR)))
     verdicts: list[bool | None] = []
+    tracked: bool | None = True
     for reply, hooks in ((False, way.there), (True, way.back)):
         src, dst = (target, source) if reply else (source, target)
         packet = Packet(
             "udp", src, PORT if reply else port, dst, port if reply else PORT, "", "",
             src_local=src in ours, dst_local=dst in ours, reply=reply,
+            state="new" if reply and tracked is False else "",
         )  # fmt: skip
+        if reply and tracked is None:
+            verdicts.append(None)
+            break
         passes: bool | None = True
         for hook, iif, oif in hooks:
             fates, packet = judge(chains, hook, packet._replace(iif=iif, oif=oif))
@@ -264,6 +269,7 @@ def told(chains: Chains, way: Way, port: int) -> tuple[bool | None, bool | None]
                 passes = False if fates[-1].certain and passes else None
                 break
         verdicts.append(passes)
+        tracked = packet.tracked
     return verdicts[0], verdicts[1]
 
 

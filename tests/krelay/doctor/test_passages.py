@@ -163,6 +163,21 @@ def test_untracked_answers_are_let_by_without_their_state() -> None:
     assert f"nft insert rule inet guard c ip saddr {SERVER} udp sport 53 accept" in fixes
 
 
+def test_an_answer_to_what_is_untracked_is_new() -> None:
+    asked = rule("notrack", Match("proto", ("udp",)), Match("dport", ((53, 53),)))
+    notrack = base("prerouting", asked, priority=-250, name="early")
+    established = rule("accept", Match("state", ("established",)))
+    to_server = rule("accept", Match("dport", ((53, 53),)))
+    forward = base("forward", established, to_server, policy="drop")
+    udp = Config(services=(Service("udp", 53, 53),))
+
+    assert wrong(forward, config=udp) == []
+    (told,) = wrong(notrack, forward, config=udp)
+    assert told.level is Level.FAILED
+    assert "(U3, forward)" in told.text
+    assert told.fix == f"nft insert rule inet guard c ip saddr {SERVER} udp sport 53 accept"
+
+
 def test_rules_of_iptables_that_ours_precede_do_not_count() -> None:
     raw = iptrules.chains(
         "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p udp -j DROP\n", "iptables"
