@@ -65,7 +65,7 @@ MB = 1 << 20
 TOLERANCE = {
     "krelay_kb": (400, 0.02), "tcp_relay_kb": (400, 0.02),
     "krelay_files": (2, 0.0), "tcp_relay_files": (6, 0.0),
-    "rows": (50, 0.1), "elements": (50, 0.1),
+    "flows": (50, 0.1), "elements": (50, 0.1),
 }  # fmt: skip
 """By how much, and by what part of itself, the median of a figure may be higher in the last quarter
 than in the second: what the machine makes of such traffic, being busier or less so."""

@@ -27,6 +27,8 @@ from tests.net.world import PYTHON, World
 pytestmark = [pytest.mark.net, pytest.mark.slow]
 
 LONG = bool(os.environ.get("KRELAY_LONG"))
+AT_FULL_RATE = [pytest.mark.serial] * LONG
+"""So many connections a second are more than a machine makes that does something else."""
 RATE, SECONDS = (1500, 180) if LONG else (100, 4)
 PORTS = 28_232 if LONG else 250
 FEW = 200 if LONG else 40
@@ -74,7 +76,7 @@ def begin(world: World, ports: int, timestamps: int = 1) -> None:
 
 
 @pytest.mark.timeout(3 * SECONDS + 120)
-@pytest.mark.parametrize("way", churn.WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=AT_FULL_RATE) for way in churn.WAYS])
 def test_a_relay_port_is_used_again_before_its_time_wait_is_over(world: World, way: str) -> None:
     begin(world, PORTS)
     figures = churning(world, way, rate=RATE, seconds=SECONDS)
