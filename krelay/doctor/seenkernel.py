@@ -9,6 +9,7 @@ from pathlib import Path as FilePath
 
 from knet import listeners, localports
 from knet.sockbuf import Direction
+from krelay.control import client as control
 from krelay.doctor.facts import ListenerFacts
 from krelay.doctor.seen import NET, SYS, Survey, number
 from krelay.host import processes, tracking
@@ -29,10 +30,20 @@ def queue(seen: Survey) -> None:
     found = figures(seen.facts.queue_num)
     if found is None:
         return
-    if seen.facts.served and seen.facts.state == "running":
+    if _relays(seen):
         seen.add(queue_lost=(found.queue_dropped, found.socket_dropped))
     else:
         seen.add(queue_taken=True)
+
+
+def _relays(seen: Survey) -> bool:
+    """Whether the queue is this krelay's: it may have begun to relay since it was asked."""
+    if seen.facts.served and seen.facts.state == "running":
+        return True
+    try:
+        return bool(control.ask_json(seen.root, "show status json")[0]["state"] == "running")
+    except (control.NoDaemon, control.Rejected):
+        return False
 
 
 def settings(seen: Survey) -> None:

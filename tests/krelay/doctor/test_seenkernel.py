@@ -1,10 +1,12 @@
-"""What is seen of listeners, at moments that the real thing seldom shows."""
+"""What is seen of listeners and the queue, at moments that the real thing seldom shows."""
 
 from pathlib import Path
 
 import pytest
 
 from knet import listeners
+from krelay.control import client as control
+from krelay.datapath import nfqueue
 from krelay.doctor import seenkernel
 from krelay.doctor.facts import Facts
 from krelay.doctor.seen import Survey
@@ -36,3 +38,32 @@ def test_a_listener_that_came_after_krelay_was_asked(
     seenkernel.listening(seen)
 
     assert [one.pid for one in seen.facts.listeners] == [PID] * is_named
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_taken"),
+    [
+        ("running", "running", False),
+        ("stopped", "running", False),
+        ("", "running", False),  # nothing served the tree yet
+        ("stopped", "stopped", True),
+        ("", "", True),
+    ],
+)
+def test_a_queue_that_came_after_krelay_was_asked(
+    monkeypatch: pytest.MonkeyPatch, before: str, now: str, is_taken: bool
+) -> None:
+    def ask(root: Path, request: str) -> list[dict[str, str]]:
+        if not now:
+            raise control.NoDaemon("no krelay serves it")
+        return [{"state": now}]
+
+    monkeypatch.setattr(seenkernel, "_QUEUES", Path("/"))
+    monkeypatch.setattr(nfqueue, "figures_shown", lambda: True)
+    monkeypatch.setattr(nfqueue, "figures", lambda number: nfqueue.Figures(0, 0, 0, 0, 0))
+    monkeypatch.setattr(control, "ask_json", ask)
+    seen = Survey(Facts(served=bool(before), state=before), ROOT, None, {}, cheap=False)
+
+    seenkernel.queue(seen)
+
+    assert seen.facts.queue_taken is is_taken
