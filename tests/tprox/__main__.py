@@ -14,7 +14,7 @@ from types import FrameType
 from tests.tprox import plan
 from tests.tprox.ends import Failure
 from tests.tprox.field import Field, Ground
-from tests.tprox.proxy import Proxy, free_port
+from tests.tprox.proxy import Proxy, free_ports
 from tests.tprox.runner import run
 
 HOST = "127.0.0.1"
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def passes(options: plan.Options) -> bool:
     """Prints a line for each phase; whether all passed.  Raises Failure if there is no proxy."""
-    first, second = free_port(), free_port()
+    first, second = free_ports()
     ground = Ground(
         listen=partial(socket.create_server, (HOST, 0), backlog=256),
         connect=partial(socket.create_connection, (HOST, first), 10),

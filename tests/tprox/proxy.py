@@ -1,7 +1,6 @@
 """The proxy under test: a process of which nothing is known but its command line."""
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -88,16 +87,18 @@ class Proxy:
         return "; it said: " + " / ".join(lines) if lines else "; it said nothing"
 
 
-def free_port() -> int:
-    """A port of loopback that nobody uses.
+def free_ports() -> tuple[int, int]:
+    """Two ports of loopback that are in no use, and that no other tester chooses meanwhile.
 
-    Below those that the kernel hands out by itself: it can't be taken until the proxy binds it.
+    Below those that the kernel hands out by itself: they can't be taken until a proxy binds them.
     """
-    while True:
-        port = random.randrange(20000, 30000)
-        with socket.socket() as sock, suppress(OSError):
-            sock.bind(("", port))
-            return port
+    for step in range(0, 10_000, 500):  # processes that run at a time have numbers near each other
+        first = 20_000 + (2 * os.getpid() + step) % 10_000
+        with suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("", first))
+            other.bind(("", first + 1))
+            return first, first + 1
+    raise Failure("no port is free for the proxy")
 
 
 def _listening(port: int) -> bool:
