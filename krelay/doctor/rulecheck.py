@@ -31,21 +31,12 @@ def _ways(facts: Facts) -> Iterator[Passage]:
     begins_anew = False
     for passage in passages(facts):
         if not passage.stages[0].packet.reply:
-            begins_anew = _tracked_after(facts, passage) is False
+            *_, (_, _, last) = _walk(facts, passage)
+            begins_anew = last.tracked is False
         elif begins_anew:
             stages = (s._replace(packet=s.packet._replace(state="new")) for s in passage.stages)
             passage = passage._replace(stages=tuple(stages))
         yield passage
-
-
-def _tracked_after(facts: Facts, passage: Passage) -> bool | None:
-    """Whether connection tracking knows of a packet that has taken this way."""
-    tracked: bool | None = True
-    for stage in passage.stages:
-        packet = stage.packet._replace(tracked=tracked)
-        _, after = judge(facts.chains, stage.hook, packet, *stage.priorities, fixed=True)
-        tracked = after.tracked
-    return tracked
 
 
 def forgotten(facts: Facts) -> Iterator[tuple[str, Fate]]:
@@ -109,6 +100,14 @@ def _troubles(facts: Facts, passage: Passage) -> Iterator[_Trouble]:
 
     So one look names all that has to be fixed.
     """
+    for stage, fates, after in _walk(facts, passage):
+        for fate in fates:
+            if fate.kind != "snat" or _hides_client(facts, passage):
+                yield _Trouble(passage.step, stage._replace(packet=after), fate)
+
+
+def _walk(facts: Facts, passage: Passage) -> Iterator[tuple[Stage, list[Fate], Packet]]:
+    """By stage: what befalls the packet there, and as what it comes out."""
     tracked: bool | None = True
     mark: int | None = 0
     for stage in passage.stages:
@@ -117,9 +116,7 @@ def _troubles(facts: Facts, passage: Passage) -> Iterator[_Trouble]:
             chains = [c for c in chains if c.tool == "nft" or c.tool != facts.backend]
         packet = stage.packet._replace(tracked=tracked, mark=mark)
         fates, after = judge(chains, stage.hook, packet, *stage.priorities, fixed=True)
-        for fate in fates:
-            if fate.kind != "snat" or _hides_client(facts, passage):
-                yield _Trouble(passage.step, stage._replace(packet=after), fate)
+        yield stage, fates, after
         tracked, mark = after.tracked, after.mark
 
 
