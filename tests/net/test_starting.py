@@ -80,8 +80,18 @@ def test_commands_wait_for_a_krelay_that_is_being_started(
 
 @pytest.mark.serial
 @pytest.mark.parametrize("first", STARTS)
-def test_a_command_waits_that_is_typed_before_krelay_runs(world: World, first: str) -> None:
-    waits_for_its_start(world, first, "status", "generation")
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("status", "generation"),
+        ("set timeouts/udp 77 --no-doctor", ""),
+        ("doctor --json --real-ip 10.77.3.1", '"ok"'),
+    ],
+)
+def test_a_command_waits_that_is_typed_before_krelay_runs(
+    world: World, first: str, typed: str, shown: str
+) -> None:
+    waits_for_its_start(world, first, typed, shown)
 
 
 def waits_for_its_start(
