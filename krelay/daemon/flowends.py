@@ -1,7 +1,7 @@
 """Flows that krelay ends by itself: one that is killed, all of them when relaying stops, and those
 that the host's changes have made useless."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from knet.endpoint import Proto
 from knet.loop import Loop, Timer
@@ -19,6 +19,13 @@ PROBED_AT_ONCE = 64
 PROBE_AFTER = (0.0, 1.0)
 """Seconds after rules were put back at which the ends of connections are probed; twice, since a RST
 may still be under way, and what is sent may be lost."""
+ASK_AGAIN = 1.0
+"""Seconds until an end of a killed flow that has said nothing is probed again.  Probes may be lost,
+and Linux leaves one unanswered within half a second of an ACK of that kind, such as the one to a
+segment that came twice (net.ipv4.tcp_invalid_ratelimit)."""
+ASKED_FOR = 5.0
+"""Seconds for which an end that says nothing is probed: a live one has answered, or is out of
+reach."""
 MOST_TOLD = 1000
 """Forwarded connections, the newest, whose ends are told when relaying ends.  There is no time for
 more; the others' hear of it from this host, which knows nothing of them, when they next say
@@ -38,6 +45,7 @@ class FlowEnder:
         self._kernel = kernel
         self._sender = sender
         self._probing: list[Timer] = []
+        self._killed: dict[int, Flow] = {}
 
     def end(self, flow: Flow) -> None:
         """Ends a flow: TCP by resetting both its legs, or both ends of what is forwarded."""
@@ -46,6 +54,9 @@ class FlowEnder:
             self._kernel.withdraw_now()  # before an end answers, past the worker
             for packet in abort_probes(flow):
                 self._sender.send(packet)
+            if not self._killed:
+                self._ask_again_later()
+            self._killed[flow.id] = flow
         elif flow.gport is None:
             self._nat.end(flow)
         else:
@@ -117,19 +128,36 @@ class FlowEnder:
             if (flow.is_forwarded or flow.gport is not None) and flow.is_confirmed
         ]
         self._probing += [
-            self._loop.call_at(self._loop.now + wait, lambda: self._probe(doubtful))
+            self._loop.call_at(
+                self._loop.now + wait, lambda: self._probe(doubtful, liveness_probes)
+            )
             for wait in PROBE_AFTER
         ]
 
-    def _probe(self, flows: Sequence[Flow]) -> None:
+    def _ask_again_later(self) -> None:
+        self._probing.append(self._loop.call_at(self._loop.now + ASK_AGAIN, self._ask_again))
+
+    def _ask_again(self) -> None:
+        """Probes the ends of killed flows that haven't been told yet."""
+        since = self._loop.now - ASKED_FOR
+        self._killed = {
+            number: flow
+            for number, flow in self._killed.items()
+            if flow.closed_at is None and flow.reset_at >= since
+        }
+        self._probe(list(self._killed.values()), abort_probes)
+        if self._killed:
+            self._ask_again_later()
+
+    def _probe(self, flows: Sequence[Flow], probes: Callable[[Flow], list[bytes]]) -> None:
         for flow in flows[:PROBED_AT_ONCE]:
             if self._nat.of_id(flow.id) is not flow:
                 continue  # it has ended meanwhile: what answers would be taken for this host's own
-            for packet in liveness_probes(flow):
+            for packet in probes(flow):
                 self._sender.send(packet)
         if rest := flows[PROBED_AT_ONCE:]:
             self._probing.append(
-                self._loop.call_at(self._loop.now + _SOON, lambda: self._probe(rest))
+                self._loop.call_at(self._loop.now + _SOON, lambda: self._probe(rest, probes))
             )
         self._probing = [timer for timer in self._probing if timer.pending]
 
@@ -137,3 +165,4 @@ class FlowEnder:
         for timer in self._probing:
             timer.cancel()
         self._probing.clear()
+        self._killed.clear()

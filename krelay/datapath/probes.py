@@ -12,9 +12,11 @@ from krelay.steps import Side
 
 
 def abort_probes(flow: Flow) -> list[bytes]:
-    """A SYN to each end of a forwarded flow that was killed: what they answer is reset."""
-    ends = (flow.by(side) for side in (Side.CLIENT, Side.SERVER))
-    return [probe(rewrite.old) for rewrite in ends if rewrite is not None]
+    """A SYN to each end of a forwarded flow that was killed: what they answer is reset.
+
+    None to an end that was told already: it would answer that there is no such connection.
+    """
+    return _to_ends(flow, flow.told)
 
 
 def liveness_probes(flow: Flow) -> list[bytes]:
@@ -25,7 +27,7 @@ def liveness_probes(flow: Flow) -> list[bytes]:
     tcp-relay terminates there are four ends, the two in the middle on this host.
     """
     if flow.is_forwarded:
-        return abort_probes(flow)
+        return _to_ends(flow, frozenset())
     return [probe(rewrite.old) for rewrite in flow.rewrites.values()]
 
 
@@ -33,3 +35,8 @@ def probe(key: bytes) -> bytes:
     """A SYN to where packets with this flow key come from."""
     end, peer = FlowKey.unpack(key)
     return tcp.build(peer.addr, end.addr, peer.port, end.port, tcp.SYN, window=ipv4.MAX_TOTAL)
+
+
+def _to_ends(flow: Flow, told: frozenset[Side]) -> list[bytes]:
+    ends = (flow.by(side) for side in (Side.CLIENT, Side.SERVER) if side not in told)
+    return [probe(rewrite.old) for rewrite in ends if rewrite is not None]

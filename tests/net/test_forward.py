@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from knet.wire import tcp
 from tests.net.conftest import SharedWorlds, prepared_world
-from tests.net.routed import MTU, routed
+from tests.net.routed import MTU, routed, send
 from tests.net.test_icmp import IP_MTU
 from tests.net.world import World, control_socket, echo, greet, upload
 
@@ -279,6 +280,20 @@ def test_running_flows_stay_when_real_ip_changes_and_end_with_flush(shared: Worl
             assert is_reset(other)
             echo(new, b"undisturbed")
     world.until(lambda: not established(world), "the old server's ends reset")
+
+
+def test_an_end_that_has_just_sent_an_ack_of_the_kind_is_reset_all_the_same(shared: World) -> None:
+    """Linux sends one challenge ACK of a connection in half a second, so the first probe of a
+    killed flow is not answered here (net.ipv4.tcp_invalid_ratelimit)."""
+    world = shared
+    with world.connect("client", PORT) as sock:
+        greet(sock)
+        [flow] = forwarded(world)
+        relay, client = (socket.inet_aton(end) for end in (world.relay, world.client))
+        send(world, "relay", tcp.build(relay, client, PORT, sock.getsockname()[1], tcp.SYN))
+        world.ask(f"kill {flow['id']}")
+        assert is_reset(sock)
+    world.until(lambda: not established(world), "the server's end reset")
 
 
 def test_stopping_ends_what_runs_and_leaves_the_host_as_before(world: World) -> None:

@@ -11,13 +11,20 @@ import pytest
 from knet.endpoint import Proto, Source
 from knet.rawsocket import RawSender
 from krelay.daemon import flowends
-from krelay.daemon.flowends import PROBE_AFTER, PROBED_AT_ONCE, FlowEnder
+from krelay.daemon.flowends import (
+    ASK_AGAIN,
+    ASKED_FOR,
+    PROBE_AFTER,
+    PROBED_AT_ONCE,
+    FlowEnder,
+)
 from krelay.datapath.probes import abort_probes, liveness_probes
 from krelay.host.hostview import HostView
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.offload.service import Offload
 from krelay.registration.registry import Relays
+from krelay.steps import Side
 from tests.tools.packets import addr, at, policy
 from tests.tools.stepped import SteppedLoop
 
@@ -109,6 +116,42 @@ def test_a_forwarded_flow_is_withdrawn_before_its_ends_are_asked(rig: Rig) -> No
     assert len(probes) == 2
     assert flow.abort_asked
     assert rig.alive(flow) == [True], "until both ends are told"
+
+
+def test_an_end_that_says_nothing_is_asked_again(rig: Rig) -> None:
+    flow, other = rig.forwarded("C:1"), rig.forwarded("C:2")
+    to_client, to_server = abort_probes(flow)
+    of_other = abort_probes(other)
+    rig.ender.end(flow)
+    rig.ender.end(other)
+    rig.ender.end(other)
+    rig.done.clear()
+
+    rig.loop.advance(ASK_AGAIN)
+    assert rig.done == [to_client, to_server, *of_other]
+    rig.done.clear()
+
+    flow.told |= {Side.CLIENT}
+    rig.nat.close(other, rig.loop.now)
+    rig.loop.advance(ASK_AGAIN)
+    assert rig.done == [to_server], "not who was told"
+    rig.loop.advance(ASKED_FOR - 2 * ASK_AGAIN)
+    assert rig.done == [to_server] * 4
+    rig.loop.advance(60)
+    assert rig.done == [to_server] * 4
+
+
+def test_the_ends_of_one_killed_later_are_asked_as_long(rig: Rig) -> None:
+    flow, later = rig.forwarded("C:1"), rig.forwarded("C:2")
+    rig.ender.end(flow)
+    rig.loop.advance(ASKED_FOR + 60)
+    rig.done.clear()
+
+    rig.ender.end(later)
+    rig.loop.advance(60)
+
+    asked = int(ASKED_FOR / ASK_AGAIN)
+    assert rig.done == ["withdrawn", *abort_probes(later) * (1 + asked)]
 
 
 def test_datagrams_end_at_once(rig: Rig) -> None:
