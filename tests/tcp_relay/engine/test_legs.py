@@ -109,13 +109,13 @@ def test_what_a_client_says_and_ends_while_connecting_is_not_lost(loop: Loop) ->
 
 
 def test_held_bytes_that_cant_be_written_for_so_long_reset_both_sides(loop: Loop, log: Log) -> None:
-    limits = SessionLimits(hold=65536, stall=0.3)
-    with Rig(Engine(loop, limits), small=True).connected() as rig:
+    with Rig(Engine(loop, LONG), small=True).connected() as rig:
         rig.flood(rig.client)
+        rig.engine.use_stall(0.3)  # not before: the flood may take as long
         channel = rig.legs.session.up
         rig.server.sendall(b"that the other direction moves doesn't help")
         rig.run_until(lambda: not rig.legs.alive)
-        assert loop.now - channel.at >= limits.stall  # and not earlier
+        assert loop.now - channel.at >= 0.3  # and not earlier
         assert was_reset(rig.client)
         assert was_reset(rig.server)
         assert rig.ended() == [End.STALLED]
@@ -123,9 +123,9 @@ def test_held_bytes_that_cant_be_written_for_so_long_reset_both_sides(loop: Loop
 
 
 def test_a_sink_that_takes_something_now_and_then_isnt_stalled(loop: Loop) -> None:
-    limits = SessionLimits(hold=65536, stall=0.5)
-    with Rig(Engine(loop, limits)).connected() as rig:
+    with Rig(Engine(loop, LONG)).connected() as rig:
         rig.flood(rig.client)
+        rig.engine.use_stall(0.5)
         rig.server.setblocking(False)
         begun = loop.now
         while loop.now - begun < 1.2:
@@ -140,9 +140,9 @@ def test_a_sink_that_takes_something_now_and_then_isnt_stalled(loop: Loop) -> No
 
 def test_a_slow_sink_for_which_our_kernel_has_no_room_isnt_stalled(loop: Loop) -> None:
     """The next write may be minutes away: what it acknowledges is what counts."""
-    limits = SessionLimits(hold=65536, stall=1.0)
-    with Rig(Engine(loop, limits)).connected() as rig:
+    with Rig(Engine(loop, LONG)).connected() as rig:
         rig.flood(rig.server)
+        rig.engine.use_stall(1.0)
         rig.client.setblocking(False)
         channel = rig.legs.session.down
         before, begun = channel.moved, loop.now
@@ -217,7 +217,7 @@ def test_a_silence_in_which_this_process_stood_still_counts_for_nothing(
 
 @pytest.mark.parametrize("held_before", [False, True])
 def test_an_idle_connection_is_never_ended(loop: Loop, held_before: bool) -> None:
-    limits = SessionLimits(hold=65536, stall=0.1, half_close=0.1, connect=0.1)
+    limits = SessionLimits(hold=65536, stall=LONG.stall, half_close=0.1, connect=0.3)
     with Rig(Engine(loop, limits)).connected() as rig:
         if held_before:
             sent = rig.flood(rig.client)
@@ -227,6 +227,7 @@ def test_an_idle_connection_is_never_ended(loop: Loop, held_before: bool) -> Non
                 assert time.monotonic() < deadline
                 received += drain(rig.server)[0]
                 run_for(loop, 0.001)
+        rig.engine.use_stall(0.1)
         run_for(loop, 0.5)
         assert rig.legs.alive
         for source, sink in ((rig.client, rig.server), (rig.server, rig.client)):
