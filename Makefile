@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python -B
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vm-setup demo test test-pure test-vm test-long lint bench docs reference clean
+.PHONY: help setup vm-setup demo test test-pure test-vm test-long lint bench docs reference bpf clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,10 @@ docs: reference ## the site of docs/, in build/docs; a warning is an error
 reference: ## the tables of docs/reference, from the code's own
 	@tools/setup --group docs
 	@$(PYTHON) -m tools.reference
+
+bpf: ## the byte code of the data path's programs, krelay/offload/*.o, from their source, by clang
+	@tools/setup --group bpf
+	@$(PYTHON) -m tools.bytecode
 
 clean: ## remove .venv and all caches
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

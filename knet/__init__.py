@@ -6,7 +6,8 @@
     timerwheel   what is to be looked at, by the second in which to do so
     ratelimit    how often something may happen, and to whom it was refused
     wire/        packets as bytes: IPv4, TCP, UDP, ICMP, their checksums, capture files
-    netlink/     netlink messages as bytes: routes, sockets, rules, the packet log
+    netlink/     netlink messages as bytes: routes, sockets, rules, the packet log, filters
+    bpf/         programs in the kernel's packet path, and their maps
 
 What a daemon is made of:
 

@@ -54,6 +54,7 @@ class Cap(IntEnum):
     NET_ADMIN = 12
     NET_RAW = 13
     SYS_PTRACE = 19
+    BPF = 39
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,10 @@ def test_nothing_is_missing_from_it(names: list[str]) -> None:
 
     assert wanted <= set(names)
     assert "krelay_vm/xstate.c" in names
+    for program in (ROOT / "krelay" / "offload" / "programs").glob("*.c"):
+        assert {
+            f"krelay/offload/{program.stem}.o", f"krelay/offload/programs/{program.name}"
+        } <= set(names)  # fmt: skip
     assert {f"{package}/py.typed" for package in _packages()} <= set(names)
     unwanted = [n for n in names if n.startswith("tests") or n.endswith((".pyc", ".so"))]
     assert not unwanted

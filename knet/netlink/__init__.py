@@ -18,7 +18,8 @@ the host's own; those inside netfilter's attributes, and the resource id, the ne
 
 rtnetlink  a host's addresses and routes
 sockdiag   its TCP sockets
-nftables   elements of maps, and rules with a text beside them
+nftables   elements of sets, and rules that the tool can't make
+tc         filters where packets come in and go out
 socket     a netlink socket: opened, asked, read; the only one that is no pure module
 nflog      copies of packets' heads
 """

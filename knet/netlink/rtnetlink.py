@@ -20,7 +20,10 @@ IPV4 = 2
 _NEWLINK, _GETLINK, _NEWADDR, _GETADDR, _NEWROUTE, _GETROUTE = 16, 18, 20, 22, 24, 26
 _LINK, _ADDRESS, _ROUTE = struct.Struct("=BxHiII"), struct.Struct("=BBBBI"), struct.Struct("=8BI")
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_IFLA_MTU = 4
+_IFLA_BROADCAST, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO = 2, 3, 4, 10, 18
+_INFO_KIND = 1
+_LOOPBACK = 0x8
+"""IFF_LOOPBACK."""
 _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
 _TYPE, _LOCAL = 7, 2
 """Where rtmsg has the route's type, and RTN_LOCAL."""
@@ -47,6 +50,29 @@ class RouteLookup(NamedTuple):
     """Whether this host has that address itself, alone or with a whole network."""
 
 
+class HostLink(NamedTuple):
+    """A link of this host."""
+
+    number: int
+    name: str
+    kind: int
+    """Of its addresses (linux/if_arp.h): 1 is Ethernet's."""
+    is_loopback: bool
+    mtu: int
+    """Bytes of the largest packet."""
+    master: int
+    """The link that it belongs to; 0: none."""
+    driver: str
+    """What it is: `bridge`, `vlan`; empty for hardware."""
+    broadcast: bytes = b""
+    """The address for all; of a tunnel, that of its other end, or zeros if there are many."""
+
+
+def get_links(sequence: int) -> bytes:
+    """Asks for all links."""
+    return netlink.request(_GETLINK, netlink.DUMP, _LINK.pack(0, 0, 0, 0, 0), sequence=sequence)
+
+
 def get_addresses(sequence: int) -> bytes:
     """Asks for all IPv4 addresses."""
     body = _ADDRESS.pack(IPV4, 0, 0, 0, 0)
@@ -62,6 +88,24 @@ def get_route(sequence: int, to: bytes) -> bytes:
 def get_link(sequence: int, index: int) -> bytes:
     """Asks for the link with this number."""
     return netlink.request(_GETLINK, 0, _LINK.pack(0, 0, index, 0, 0), sequence=sequence)
+
+
+def links(messages: Iterable[Message]) -> Iterator[HostLink]:
+    """Those that these messages tell of."""
+    for body in _bodies(messages, _NEWLINK, _LINK.size):
+        _, kind, index, flags, _ = _LINK.unpack_from(body)
+        found = dict(netlink.attributes(body[_LINK.size :]))
+        info = dict(netlink.attributes(found.get(_IFLA_LINKINFO, b"")))
+        yield HostLink(
+            index,
+            _name(found.get(_IFLA_IFNAME, b"")),
+            kind,
+            bool(flags & _LOOPBACK),
+            _number(found.get(_IFLA_MTU)) or 0,
+            _number(found.get(_IFLA_MASTER)) or 0,
+            _name(info.get(_INFO_KIND, b"")),
+            found.get(_IFLA_BROADCAST, b""),
+        )
 
 
 def addresses(messages: Iterable[Message]) -> Iterator[InterfaceAddress]:
@@ -99,6 +143,10 @@ def _bodies(messages: Iterable[Message], kind: int, least: int) -> Iterator[byte
     for each in messages:
         if (each.subsystem, each.kind) == (0, kind) and len(each.body) >= least:
             yield each.body
+
+
+def _name(value: bytes) -> str:
+    return value.rstrip(b"\0").decode(errors="replace")
 
 
 def _number(value: bytes | None) -> int | None:

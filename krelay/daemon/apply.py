@@ -58,14 +58,12 @@ def rules(
     room: int,
     learning: Learning | None,
     has_maps: bool,
-    tells_ends: bool,
     tells_unmatched: bool,
-    follows_dscp: bool,
 ) -> RuleSpec:
     """The rules for new flows and for those that live, whose `footprints` these are.
 
-    `room`: how many flows can be offloaded in each step.  `has_maps`, `follows_dscp`: what the
-    packet filter can; `tells_ends`, `tells_unmatched`: what of it the worker can be told.
+    `room`: how many flows can be offloaded in each step.  `has_maps`: what the
+    packet filter can; `tells_unmatched`: what of it the worker can be told.
     """
     return wanted(
         name=name,
@@ -79,13 +77,12 @@ def rules(
         beside=view.beside,
         footprints=footprints,
         room=room,
+        lets_offloaded_pass=has_maps,
         answered_within=config.timeouts_udp_dns,
         learning=learning,
-        tells_ends=tells_ends,
         any_port=((s.first, s.last) for s in config.services if s.any_port),
         asked_within=config.timeouts_udp if has_maps else 0,
         tells_unmatched=tells_unmatched and has_maps,
-        follows_dscp=follows_dscp,
     )
 
 

@@ -44,6 +44,8 @@ from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import SETTINGS, Config, in_force
 
 NEEDED = (Cap.NET_ADMIN, Cap.NET_RAW)
+OF_USE = (*NEEDED, Cap.BPF)
+"""With the last, flows are offloaded (krelay/offload)."""
 """What it takes to make rules, serve the queue and send packets; all else is given up once krelay
 serves.  docs/security.md says what was tried."""
 TICK = 1.0
@@ -412,7 +414,7 @@ def _give_up(relay_gid: int | None) -> None:
             os.setgroups(sorted(group for group in ours if group is not None))
         except OSError as error:  # in a user namespace, or without CAP_SETGID
             _log.info("supplementary groups stay as they are", error=error)
-    privileges.give_up(NEEDED, for_programs=True)
+    privileges.give_up(OF_USE, for_programs=True)
 
 
 def _raw_sender() -> RawSender:

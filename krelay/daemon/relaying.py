@@ -112,7 +112,7 @@ class Relaying(IdleObserver):
             self.nat,
             name,
             queue_num,
-            lambda: self.rules.make_maps_anew(),
+            lambda: self.rules.refresh(),
             worker.saw_elsewhere,
         )
         self.relays.before_answers = self.kernel.change_urgent

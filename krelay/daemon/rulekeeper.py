@@ -79,7 +79,6 @@ class RuleKeeper:
         self._restored = restored
         self._failures = failures
         self._is_kept = False
-        self._knows_dscp = False
         self._spec: RuleSpec | None = None
         """The rules that are in; None: those are to be made afresh."""
         self._made_for: tuple[object, ...] = ()
@@ -115,9 +114,7 @@ class RuleKeeper:
     def probe(self) -> Backend | None:
         """Finds out how rules can be made; where they can't, that is told to `failed`."""
         try:
-            self.backend, self._knows_dscp = netfilter.probe()
-            if self.backend.has_maps and not self._knows_dscp:
-                _log.info("nft has no maps with DSCP: changes of it are seen in the worker alone")
+            self.backend = netfilter.probe()
         except RulesUnavailable as error:
             self._failed(str(error))
         return self.backend
@@ -182,31 +179,11 @@ class RuleKeeper:
             self._made_for = depends_on
             return
         try:
-            self._install(spec, afresh=self._spec is None or spec.maps != self._spec.maps)
+            self._install(spec, afresh=self._spec is None or spec.sets != self._spec.sets)
         except RulesDelayed as error:
             self._delayed(error)
         except RulesUnavailable as error:
             self._failed(f"rules can't be changed: {error}")
-
-    def make_maps_anew(self) -> None:
-        """The kernel's maps aren't as they were left.  The rules may have gone with them."""
-        if not self._is_kept or self.backend is None or self._spec is None:
-            self._kernel.leave()
-            return
-        try:
-            whole = self.backend.intact(self._spec)
-            if whole:
-                self._install(self._wanted(), afresh=True)
-        except RulesDelayed as error:
-            self._kernel.leave()
-            self._spec = None
-            self._delayed(error)
-            return
-        except RulesUnavailable as error:
-            self._failed(f"rules can't be changed: {error}")
-            return
-        if not whole:
-            self._restore()
 
     def _wanted(self) -> RuleSpec:
         now, backend = self._now(), self.backend
@@ -221,9 +198,7 @@ class RuleKeeper:
             room=room,
             learning=self._kernel.learning(now.config, now.policy) if room and now.policy else None,
             has_maps=backend is not None and backend.has_maps,
-            tells_ends=self._kernel.events.tells_ends,
             tells_unmatched=self._kernel.events.tells_unmatched,
-            follows_dscp=self._knows_dscp,
         )
 
     def _depends_on(self) -> tuple[object, ...]:
@@ -233,15 +208,14 @@ class RuleKeeper:
         """
         now, kernel = self._now(), self._kernel
         condition = kernel.condition(now.config)
-        told = (kernel.events.tells_ends, kernel.events.tells_unmatched)
-        return *now, self.backend, self._nat.footprint_changes, condition, *told
+        told = kernel.events.tells_unmatched
+        return *now, self.backend, self._nat.footprint_changes, condition, told
 
     def _install(self, spec: RuleSpec, *, afresh: bool) -> None:
-        """Puts these rules in force; `afresh` also their maps.  Raises RulesUnavailable."""
+        """Puts these rules in force; `afresh` also their sets.  Raises RulesUnavailable."""
         assert self.backend is not None
         former = self._spec
         if afresh:
-            self._kernel.leave()
             self._spec = None  # if this fails, the next try is to make all of it
         self.backend.install(spec, afresh=afresh, former=former)
         self._spec = spec
@@ -249,9 +223,6 @@ class RuleKeeper:
             port = self._kernel.enter(spec, afresh=afresh)
         except OSError as error:
             self._spec = None  # made afresh at the next try
-            if self._kernel.refused(error):
-                self._install(self._wanted(), afresh=True)
-                return
             raise RulesDelayed(f"no socket to nf_tables: {error.strerror}") from None
         if self._watcher is not None and port is not None:
             self._watcher.ignore(port)
@@ -296,7 +267,7 @@ class RuleKeeper:
         if not self._is_kept or self.backend is None or self._spec is None:
             return
         try:
-            if self.backend.intact(self._spec):
+            if self.backend.intact(self._spec, asks=self._kernel.is_asked):
                 return
             self._spec = None  # there is nothing to go by
             self._are_missing = True

@@ -14,6 +14,7 @@ from krelay.doctor.facts import Leftover
 from krelay.doctor.firewall import Chain, Chains, Rule
 from krelay.doctor.seen import NET, Survey, run
 from krelay.host import netfilter
+from krelay.offload import tc
 from krelay.rules.spec import instance_of, queue_of
 
 
@@ -32,8 +33,9 @@ def backend(seen: Survey) -> None:
         seen.unseen("rules", "left out")
         return
     try:
-        backend = netfilter.probe().backend
-        datapath = "kernel" if backend.has_maps else f"queue ({netfilter.NO_MAPS})"
+        backend = netfilter.probe()
+        reason = tc.why_not() if backend.has_maps else netfilter.NO_MAPS
+        datapath = "kernel" if reason is None else f"queue ({reason})"
         seen.add(backend=backend.name, datapath=datapath)
     except RulesUnavailable as error:
         seen.add(backend_problem=str(error))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from knet.roles import ADMIN, RELAY, VIEW
 from knet.rules.run import RulesUnavailable
-from krelay.host import netfilter, reserve, treelock
+from krelay.host import attachment, netfilter, reserve, treelock
 from procfs_sim import ondisk
 from procfs_sim.tree import DIRECTORIES, SETTINGS, STATUS
 
@@ -52,6 +52,8 @@ def _clean(root: Path, *, keep_settings: bool) -> list[str]:
         if backend.present(name):
             backend.remove(name)
             removed.append(f"rules of {name} ({backend.name})")
+    for link in attachment.detach(name):
+        removed.append(f"programs of {name} on {link}")
     if keep_settings:
         for path in (root / name for name in SOCKETS):
             with suppress(FileNotFoundError, NotADirectoryError):

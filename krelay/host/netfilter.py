@@ -15,6 +15,7 @@ well.
 """
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -26,17 +27,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from knet.netlink import nftables
 from knet.rules import iptables, kernel
 from knet.rules.run import PASSING, RulesAbsent, RulesDelayed, RulesUnavailable, run
 from krelay.rules import ruleset
-from krelay.rules.queued import OPENINGS, WORKER
 from krelay.rules.spec import Learning, RuleSpec, instance_name, openings
+from krelay.rules.steprows import OFFLOADED, OPENINGS, WORKER
 from procfs_sim.tree import DEFAULT_ROOT
 
-NO_MAPS = "maps of flows need nft, and a kernel that has them"
+NO_MAPS = "that needs nft, and a kernel that has its sets"
 """Why every packet visits the queue where Backend.has_maps is false."""
 _CLONE_NEWNET = 0x40000000
 """linux/sched.h"""
@@ -52,22 +53,23 @@ _PROBE = RuleSpec(
     learning=Learning(
         IPv4Address("192.0.2.1"), (IPv4Address("192.0.2.2"),), (IPv4Network("192.0.2.0/24"),)
     ),
-    tells_ends=True,
+    lets_offloaded_pass=True,
     any_port=((69, 69),),
     asked_within=300,
     tells_unmatched=True,
 )
 
 
-_PROBES = {
-    True: (replace(_PROBE, follows_dscp=True), _PROBE),
-    False: (
-        replace(
-            _PROBE, room=0, learning=None, tells_ends=False, asked_within=0, tells_unmatched=False
-        ),
-    ),
-}
-"""What is tried, with maps or without, the best first."""
+_PROBE_WITHOUT_MAPS = replace(
+    _PROBE,
+    room=0,
+    learning=None,
+    lets_offloaded_pass=False,
+    asked_within=0,
+    tells_unmatched=False,
+)
+
+
 _LOCK_WITHIN = 1
 """Seconds for that lock.  Packets wait meanwhile; it is tried again."""
 
@@ -102,8 +104,9 @@ class Backend(Protocol):
     def present(self, name: str) -> bool:
         """Whether rules of that name are there.  Raises RulesUnavailable if that can't be told."""
 
-    def intact(self, spec: RuleSpec) -> bool:
-        """Whether as many rules are there as `install` puts in, where they are seen by packets.
+    def intact(self, spec: RuleSpec, *, asks: bool = False) -> bool:
+        """Whether as many rules are there as `install` puts in, where they are seen by packets;
+        `asks`: and the one that asks a program (krelay/offload).
 
         Raises RulesUnavailable.
         """
@@ -153,7 +156,9 @@ class Nft:
                 )
             except OSError as error:
                 self.remove(spec.name)
-                kind = RulesDelayed if error.errno in PASSING else RulesUnavailable
+                # ENOENT: the table that was just made has been taken out by another program.
+                passes = error.errno in (*PASSING, errno.ENOENT)
+                kind = RulesDelayed if passes else RulesUnavailable
                 raise kind(f"the NFQUEUE target in nf_tables: {error}") from None
 
     def remove(self, name: str) -> None:
@@ -174,16 +179,16 @@ class Nft:
             return False
         return True
 
-    def intact(self, spec: RuleSpec) -> bool:
+    def intact(self, spec: RuleSpec, *, asks: bool = False) -> bool:
         """By the number of rules in each chain."""
         if not self.present(spec.name):
             return False
         shown = json.loads(run(("nft", "-j", "--terse", "list", "table", "ip", spec.name)))
         found = Counter(e["rule"]["chain"] for e in shown["nftables"] if "rule" in e)
         wanted = ruleset.nft_rules(spec, with_xt=self.with_xt)
-        queues = {WORKER, OPENINGS} if self.with_xt else set()
+        beside = ({WORKER, OPENINGS} if self.with_xt else set()) | ({OFFLOADED} if asks else set())
         return found == Counter(
-            {chain: len(rules) + (chain in queues) for chain, rules in wanted.items()}
+            {chain: len(rules) + (chain in beside) for chain, rules in wanted.items()}
         )
 
     def tables(self, name: str) -> frozenset[str]:
@@ -243,7 +248,7 @@ class Iptables:
         except RulesAbsent:
             return False
 
-    def intact(self, spec: RuleSpec) -> bool:
+    def intact(self, spec: RuleSpec, *, asks: bool = False) -> bool:
         """By the number of rules in each chain, and the jump to it."""
         for chain, rules in zip(
             ruleset.chains(spec.name), ruleset.iptables_rules(spec), strict=True
@@ -322,20 +327,12 @@ def places(name: str) -> Sequence[Backend]:
     return found
 
 
-class Way(NamedTuple):
-    """How rules can be made on this host."""
-
-    backend: Backend
-    knows_dscp: bool
-    """Whether maps can have the DSCP in their keys (RuleSpec.follows_dscp): older nft can't."""
-
-
-def probe() -> Way:
+def probe() -> Backend:
     """The first way that works here.  Raises RulesUnavailable if none does.
 
     RulesDelayed if that can't be said now: a worse way isn't taken for that.
     """
-    found: list[Way] = []
+    found: list[Backend] = []
     failed: list[RulesUnavailable] = []
 
     def attempt() -> None:
@@ -355,7 +352,7 @@ def probe() -> Way:
     return found[0] if found else _probe_on_the_host()
 
 
-def _probe_on_the_host() -> Way:
+def _probe_on_the_host() -> Backend:
     """Where no namespace can be had."""
     try:
         return _first_way()
@@ -365,22 +362,22 @@ def _probe_on_the_host() -> Way:
                 backend.remove(_PROBE.name)
 
 
-def _first_way() -> Way:
+def _first_way() -> Backend:
     """Leaves the rules that it tried.  Raises as `probe`."""
     tried = []
     has_queue = kernel.has_queue(_PROBE.name)
     for backend in CANDIDATES:
         reason: object = "the kernel has no `queue` in nf_tables"
         is_hopeless = isinstance(backend, Nft) and not (backend.with_xt or has_queue)
-        for spec in () if is_hopeless else _PROBES[backend.has_maps]:
+        if not is_hopeless:
             try:
-                backend.install(spec)
+                backend.install(_PROBE if backend.has_maps else _PROBE_WITHOUT_MAPS)
             except RulesDelayed:
                 raise
             except RulesUnavailable as error:
                 reason = error
             else:
-                return Way(backend, spec.follows_dscp)
+                return backend
         tried.append(f"{backend.name}: {reason}")
     raise RulesUnavailable(
         "no way to queue packets: neither nft's queue nor the NFQUEUE target of iptables works "

@@ -1,10 +1,7 @@
 """What packets tell of flows: those that the worker saw, and those that the kernel did."""
 
-from collections.abc import Iterable
-
-from knet.endpoint import Proto, reverse_key
-from knet.wire import ipv4
-from knet.wire.tcp import ACK, FIN
+from knet.endpoint import Proto
+from knet.wire.tcp import ACK, SYN
 from krelay.nat.flow import BUSY, DNS_PORT, Flow, Rewrite
 from krelay.nat.store import FlowStore
 from krelay.nat.tcpstate import Through
@@ -12,8 +9,6 @@ from krelay.steps import SENDERS, SIDES, Hook, Side, Step
 
 MARKS, MARK_EVERY = 8, 0.025
 """Changes of DSCP of a connection that are followed at once, and seconds from one to the next."""
-_FACING = {Step.T1: Step.T2, Step.T4: Step.T3}
-"""The other direction of a leg."""
 
 
 class FlowTracking:
@@ -21,7 +16,7 @@ class FlowTracking:
 
     def __init__(self, store: FlowStore) -> None:
         self._store = store
-        self._facing = store.tables[Hook.PREROUTING, Proto.TCP]
+        self._sent = store.tables[Hook.POSTROUTING, Proto.TCP]
 
     def changed(self, flow: Flow) -> None:
         """What is known of a TCP connection has changed, and with it perhaps its state."""
@@ -65,29 +60,24 @@ class FlowTracking:
         if tracker.state is not before:
             self.changed(flow)
 
-    def ended(self, copies: Iterable[tuple[int, bytes]]) -> None:
-        """The kernel has rewritten these FINs of tcp-relay's, by which it passes an end on.
-
-        Copied as they went on (POSTROUTING).
-        """
-        for _, head in copies:
-            back = self._facing.get(reverse_key(head[ipv4.FLOW_KEY]))
-            step = _FACING.get(back.step) if back is not None else None
-            if back is None or step is None:
-                continue
-            flow, tracker = back.flow, back.flow.tracker
-            before = tracker.state
-            tracker.saw(SENDERS[step], FIN | ACK)
-            if tracker.state is not before:
-                self.changed(flow)
-
-    def begun(self, copies: Iterable[tuple[int, bytes]]) -> None:
-        """The kernel has rewritten these SYNs, with which tcp-relay begins its connections to the
-        server.  Copied as they went on (POSTROUTING)."""
-        for _, head in copies:
-            back = self._facing.get(reverse_key(head[ipv4.FLOW_KEY]))
-            if back is not None and back.step is Step.T4 and back.flow.leg is None:
-                back.flow.leg = int.from_bytes(head[24:28])
+    def relayed(self, key: bytes, flags: int, number: int, now: float) -> None:
+        """The kernel has rewritten this packet of tcp-relay's: a FIN or RST, or the SYN with which
+        it begins its connection to the server.  `key` is its flow key, `number` its sequence
+        number."""
+        rewrite = self._sent.get(key)
+        if rewrite is None or (side := SENDERS.get(rewrite.step)) is None:
+            return
+        flow, tracker = rewrite.flow, rewrite.flow.tracker
+        if flags & (SYN | ACK) == SYN:
+            if rewrite.step is Step.T3 and flow.leg is None and flow.closed_at is None:
+                flow.leg = number
+            return
+        before, reset = tracker.state, tracker.reset
+        tracker.saw(side, flags)
+        if tracker.reset and not reset:
+            flow.reset_at = now
+        if tracker.state is not before or tracker.reset is not reset:
+            self.changed(flow)
 
     def mark(self, rewrite: Rewrite, tos: int, now: float) -> None:
         """An end of terminated TCP has sent a packet with this DSCP, and not with the former.

@@ -2,34 +2,35 @@
 
 What it counts for a rewrite is read and added to the rewrite's own count: before a flow expires or
 is shown, when a rewrite is withdrawn, and by turns, so that each flow is polled once a second while
-there are 1,500 of them at most, and less often where there are more.  The backend doesn't tell when
-a packet came, so a flow counts as heard of at the time of the poll, never before it was.  It goes
-late by that, but never early.
+there are 1,500 of them at most, and less often where there are more.  The backend tells when the
+last packet came, so a flow expires as if the worker had seen it.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
-from knet.netlink.nftables import Count
+from knet.endpoint import Proto
 from krelay.nat.flow import Flow, Rewrite
-from krelay.offload.backend import Counted
-from krelay.steps import SIDES
+from krelay.offload.backend import CountedRewrite
+from krelay.offload.layout import Counted
+from krelay.steps import SIDES, Step
 
 POLLS_PER_SECOND = 1700
 """Flows that are polled a second, about a hundredth of a core."""
 LINGER = 0.5
 """Seconds from the end of a connection until it is withdrawn: then its last packets are through."""
-NOTHING = Count(0, 0)
+NOTHING = Counted(0, 0, 0.0)
 
 Heard = Callable[[Rewrite, int, int, float], None]
-"""FlowTracking.heard: so many packets and bytes more were rewritten, at the latest at this time."""
+"""FlowTracking.heard: so many packets and bytes more were rewritten, the last at this time."""
 
 
 class Accounting:
     """What is installed, with what had been counted for it when that was last read."""
 
     def __init__(self, heard: Heard) -> None:
-        self.installed: dict[Rewrite, Count] = {}
+        self.installed: dict[Rewrite, Counted] = {}
         self._heard = heard
         self._ring: deque[Flow] = deque()
         self._in_ring: set[Flow] = set()
@@ -86,7 +87,7 @@ class Accounting:
             if rewrite in self.installed and rewrite.step in SIDES
         ]
 
-    def read(self, counts: Iterable[Counted], now: float) -> None:
+    def read(self, counts: Iterable[CountedRewrite], now: float) -> None:
         """What has been counted so far for rewrites that are installed."""
         for rewrite, count in counts:
             before = self.installed.get(rewrite)
@@ -94,13 +95,45 @@ class Accounting:
                 self.installed[rewrite] = count
                 self.add(rewrite, before, count, now)
 
-    def add(self, rewrite: Rewrite, before: Count, count: Count, now: float) -> None:
+    def add(self, rewrite: Rewrite, before: Counted, count: Counted, now: float) -> None:
         """The count of a rewrite was `before` and is `count`."""
         packets = count.packets - before.packets
         if packets > 0:
-            self._heard(rewrite, packets, count.bytes - before.bytes, now)
+            self._heard(rewrite, packets, count.bytes - before.bytes, min(count.heard, now))
 
     def clear(self) -> None:
         """Nothing is installed any more."""
         for each in (self.installed, self._ring, self._in_ring, self._closed):
             each.clear()
+
+
+class Totals(Protocol):
+    """What counts packets by step."""
+
+    def totals(self) -> dict[tuple[Proto, Step], int]: ...
+
+
+class StepTotals:
+    """Packets by step, of counters that come and go; what those have counted that went stays."""
+
+    def __init__(self) -> None:
+        self._before = Counter[Step]()
+        self._seen: dict[type, Counter[Step]] = {}
+
+    def read(self, *those: Totals | None) -> None:
+        """Reads these.  Raises what they raise."""
+        for each in those:
+            if each is not None:
+                found = Counter[Step]()
+                for (_, step), packets in each.totals().items():
+                    found[step] += packets
+                # Another program may have taken counters out.
+                self._seen[type(each)] = self._seen.get(type(each), Counter()) | found
+
+    def gone(self, kind: type) -> None:
+        """What is of this kind begins to count anew."""
+        self._before += self._seen.pop(kind, Counter())
+
+    def sum(self) -> Counter[Step]:
+        """All that was counted."""
+        return sum(self._seen.values(), self._before)

@@ -2,29 +2,19 @@
 
 The policy (policy.py) decides which rewrites are offloaded, the accounting (accounting.py) knows
 what was counted for them, the service (service.py) says when.  A backend holds them: maps of
-nftables (nft.py), or the kernel of the tests (tests/tools/kernel.py).  It decides nothing.
+BPF programs (tc.py), or the kernel of the tests (tests/tools/kernel.py).  It decides nothing.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from knet.endpoint import Proto
-from knet.netlink.nflog import Copy
-from knet.netlink.nftables import Count
+from knet.rules.ports import Ports
 from krelay.nat.flow import Rewrite
-from krelay.rules.offloaded import BEGINNING
-from krelay.rules.steprows import STEP_ROWS
+from krelay.offload.layout import Counted, OwnPacket
 from krelay.steps import Step
 
-Counted = tuple[Rewrite, Count]
-
-_FIELDS = {
-    "saddr": slice(0, 4),
-    "daddr": slice(4, 8),
-    "sport": slice(8, 10),
-    "dport": slice(10, 12),
-}
-_CHANGED = {step: _FIELDS[row.field] for step, row in STEP_ROWS.items()}
+CountedRewrite = tuple[Rewrite, Counted]
 
 
 class OffloadLost(Exception):
@@ -45,65 +35,31 @@ class OffloadBackend(Protocol):
     """
 
     @property
-    def port(self) -> int | None:
-        """Of the netlink socket by which it changes nf_tables: those changes are its own."""
-
-    @property
     def capacity(self) -> int:
         """Rewrites of each step that it has room for."""
 
-    def change(self, changes: Changes) -> Iterable[Counted]:
+    def serve(self, udp: Ports, tcp: Ports) -> None:
+        """Packets from and to these ports matter: those of services, and gateway ports."""
+
+    def change(self, changes: Changes) -> Iterable[CountedRewrite]:
         """Withdraws, then installs.  What was counted in the end for those that were withdrawn, in
         any order, but only of steps that flows show (SIDES)."""
 
-    def read(self, rewrites: Sequence[Rewrite]) -> Iterable[Counted]:
+    def read(self, rewrites: Sequence[Rewrite]) -> Iterable[CountedRewrite]:
         """What has been counted for each of these so far."""
 
     def totals(self) -> dict[tuple[Proto, Step], int]:
         """Packets by step that it has rewritten."""
 
-    def leave(self, rewrites: Sequence[Rewrite]) -> Iterable[Counted]:
+    def own_packets(self) -> list[OwnPacket]:
+        """Packets of tcp-relay's that it has seen and that change a connection, each told once;
+        some of those not told yet, [] if there are none."""
+
+    def leave(self, rewrites: Sequence[Rewrite]) -> Iterable[CountedRewrite]:
         """Withdraws these before it goes; what was counted for those that are still there.
 
         Raises nothing.
         """
 
-    def renew(self) -> None:
-        """Forgets answers that may still come, after OffloadLost."""
-
-    def learnt(self, names: Sequence[str], client: bytes, port: bytes) -> str | None:
-        """The set of these (dnslearning.LEARNT) that has a query from there."""
-
     def close(self) -> None:
         """Lets go of it; what it holds stays as it is."""
-
-
-class OffloadEvents(Protocol):
-    """What a backend tells of packets that it has rewritten: heads of them, each told once."""
-
-    def begun(self) -> list[Copy]:
-        """SYNs with which tcp-relay began its connections to the server."""
-
-    def ended(self) -> list[Copy]:
-        """FINs with which tcp-relay passed on that an end had ended its direction."""
-
-
-def new_value(rewrite: Rewrite) -> bytes:
-    """The one thing that the step of this rewrite changes: an address or a port."""
-    return rewrite.new[_CHANGED[rewrite.step]]
-
-
-def is_simple(rewrite: Rewrite) -> bool:
-    """Whether this rewrite changes nothing but the one field that its step changes."""
-    field = _CHANGED.get(rewrite.step)
-    if field is None:
-        return False
-    old, new = rewrite.old, rewrite.new
-    return old[: field.start] == new[: field.start] and old[field.stop :] == new[field.stop :]
-
-
-def begins(rewrite: Rewrite) -> bool:
-    """Whether this is of the packets of tcp-relay's with which it is about to begin a connection to
-    the server: one SYN of these may go past the worker."""
-    flow = rewrite.flow
-    return rewrite.step is BEGINNING and flow.leg is None and not flow.tracker.server_answered

@@ -1,7 +1,7 @@
-"""What the kernel tells of packets that it relays by itself: copies of their heads.
+"""What the packet filter tells of packets that it relays by itself: copies of their heads.
 
-Queries and responses that it has learnt, SYNs and FINs of tcp-relay's, and what servers send past
-the relaying.  Each kind has a log group of its own (rules/spec.py).
+Queries and responses that it has learnt, and what servers send past the relaying.  Both kinds have
+a log group of their own (rules/spec.py).
 """
 
 import select
@@ -13,21 +13,20 @@ from knet.loop import Loop
 from knet.netlink.nflog import TOGETHER, Copy
 from knet.wire import ipv4
 from krelay.nat.table import NatTable
-from krelay.offload.backend import OffloadEvents
 from krelay.offload.copies import Copies
-from krelay.rules.spec import begun, ends, unmatched
+from krelay.rules.spec import unmatched
 
 COPIES_TOGETHER = 2048
 """Copies of packets taken note of before packets have their turn: some milliseconds."""
-ENDS_TOGETHER = 256
-"""Copies of SYNs or FINs read in one piece."""
+UNMATCHED_TOGETHER = 256
+"""Copies of what servers send past the relaying read in one piece."""
 
 SawUnmatched = Callable[[bytes, int, float], Endpoint | None]
 
 _log = Log("kernel")
 
 
-class KernelEvents(OffloadEvents):
+class KernelEvents:
     """The copies of one krelay's log groups, for the flows of `nat`.
 
     `saw_unmatched` is told of a copy of what a server sends past the relaying
@@ -40,8 +39,6 @@ class KernelEvents(OffloadEvents):
         self._group = group
         self._saw_unmatched = saw_unmatched
         self._copies: Copies | None = None
-        self._ends: Copies | None = None
-        self._begun: Copies | None = None
         self._unmatched: Copies | None = None
         self._unmatched_warning = Throttle()
         self._failures = Failures(_log)
@@ -52,11 +49,6 @@ class KernelEvents(OffloadEvents):
         return self._copies is not None
 
     @property
-    def tells_ends(self) -> bool:
-        """Whether copies of SYNs and FINs are taken."""
-        return self._ends is not None and self._begun is not None
-
-    @property
     def tells_unmatched(self) -> bool:
         """Whether copies of what servers send past the relaying are taken."""
         return self._unmatched is not None
@@ -64,7 +56,7 @@ class KernelEvents(OffloadEvents):
     @property
     def lost(self) -> int:
         """How often the kernel had more copies for us than there was room for."""
-        groups = (self._copies, self._ends, self._begun, self._unmatched)
+        groups = (self._copies, self._unmatched)
         return sum(each.lost for each in groups if each is not None)
 
     def listen(self) -> None:
@@ -72,8 +64,6 @@ class KernelEvents(OffloadEvents):
         self._copies = _copies_of(self._group, TOGETHER)
         if self._copies is not None:
             self._loop.add(self._copies.fileno(), select.EPOLLIN, self.read_queries)
-        self._ends = _copies_of(ends(self._group), 1)
-        self._begun = _copies_of(begun(self._group), 1)
         self._unmatched = _copies_of(unmatched(self._group), 1)
         if self._unmatched is not None:
             self._loop.add(self._unmatched.fileno(), select.EPOLLIN, self._read_unmatched)
@@ -85,27 +75,19 @@ class KernelEvents(OffloadEvents):
             self._loop.remove(self._copies.fileno())
         if self._unmatched is not None:
             self._loop.remove(self._unmatched.fileno())
-        for copies in (self._copies, self._ends, self._begun, self._unmatched):
+        for copies in (self._copies, self._unmatched):
             if copies is not None:
                 copies.close()
-        self._copies = self._ends = self._begun = self._unmatched = None
+        self._copies = self._unmatched = None
 
     def read_queries(self, _: int = 0) -> None:
         """What the kernel tells of queries and answers that it has relayed."""
         if copies := self._read(self._copies, COPIES_TOGETHER):
             self._nat.learning.learn(copies, self._loop.now)
 
-    def begun(self) -> list[Copy]:
-        """Some of the SYNs of tcp-relay's that wait to be read; [] when none does."""
-        return self._read(self._begun, ENDS_TOGETHER)
-
-    def ended(self) -> list[Copy]:
-        """As `begun`, of FINs."""
-        return self._read(self._ends, ENDS_TOGETHER)
-
     def _read_unmatched(self, _: int = 0) -> None:
         """What servers send from ports that no client has asked: clients wait for it in vain."""
-        for hook, head in self._read(self._unmatched, ENDS_TOGETHER):
+        for hook, head in self._read(self._unmatched, UNMATCHED_TOGETHER):
             is_udp = head[9] == Proto.UDP
             asked = self._saw_unmatched(head, hook, self._loop.now) if is_udp else None
             if asked is None or (before := self._unmatched_warning.admit(self._loop.now)) is None:

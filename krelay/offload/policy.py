@@ -1,12 +1,12 @@
 """Which flows are offloaded to the kernel, and what it is still to be told.  Pure.
 
 The worker makes every decision; what it decides for a flow's packets is a Rewrite, and a Rewrite
-can be offloaded: from then on the backend does the same by itself, from a map (rules/offloaded.py),
-and these packets don't visit the queue any more.  The NAT table stays the one truth.  The backend's
-maps are a cache of it: whatever isn't in them goes to the worker, which knows the flow.  So nothing
-need be installed in time; but what was installed must be withdrawn when its flow ends.
+can be offloaded: from then on the backend does the same by itself, from a map (layout.py), and
+these packets don't visit the queue any more.  The NAT table stays the one truth.  The backend's map
+is a cache of it: whatever isn't there goes to the worker, which knows the flow.  So nothing need be
+installed in time; but what was installed must be withdrawn when its flow ends.
 
-A rewrite is offloaded when it will pay, since that costs as much as some visits to the queue:
+A rewrite is offloaded when it will pay, since that costs as much as a visit to the queue:
 
     TCP    both steps of the client leg with the client's first packet, both of the server leg when
            tcp-relay has a port towards the server, each before the next packet can come: so a
@@ -27,12 +27,11 @@ A flow is withdrawn, so that the worker sees every packet, when an end was reset
 when the flow was killed, and while it is traced; and LINGER after tcp-relay has closed the
 connection, when its last packets are through.  Of packets that change how a connection stands, the
 SYN and RST of its ends visit the worker all the time.  So do FINs of what is forwarded.  Where
-tcp-relay ends it, the FINs of its host count, and of these the kernel makes copies, as of the SYN
-to the server (OffloadEvents).
+tcp-relay ends it, the FINs of its host count, and of these the backend tells, as of the SYN to the
+server (OffloadBackend.own_packets).
 
-Three kinds stay with the worker for good: the steps D1 and D2; those that must change a port
-beside the field that their step always changes, which is the case where a port was taken; and UDP
-whose server may answer from any port, for which the rules have to see each packet.
+Two kinds stay with the worker for good: the steps D1 and D2, and UDP whose server may answer from
+any port, for which the rules have to see each packet.
 """
 
 from collections import Counter
@@ -41,13 +40,12 @@ from itertools import islice
 from math import inf
 
 from knet.endpoint import Proto
-from knet.netlink.nftables import Count
 from krelay.nat.events import IdleObserver
 from krelay.nat.flow import BUSY, Flow, Rewrite
 from krelay.nat.table import NatTable
 from krelay.offload.accounting import NOTHING, Accounting
-from krelay.offload.backend import Changes, Counted, is_simple
-from krelay.rules.offloaded import BEGINNING
+from krelay.offload.backend import Changes, CountedRewrite
+from krelay.offload.layout import BEGINNING, MOST_PER_FLOW, Counted, can_be_done
 from krelay.steps import Step
 
 OFFLOAD_MIN_AGE = 0.05
@@ -102,6 +100,8 @@ class OffloadPolicy(IdleObserver):
         must be done before it returns."""
         self.capacity = 0
         """Rewrites of each step that the backend has room for; 0: nothing is offloaded."""
+        self._most = 0
+        """Rewrites that it has room for in all."""
         self._nat = nat
         self._on_pending = on_pending
         self._at_once = at_once
@@ -110,8 +110,7 @@ class OffloadPolicy(IdleObserver):
         self._installed = self.accounting.installed
         self._waiting: dict[Rewrite, float | None] = {}  # since when; None: not yet looked at
         self._first: dict[Rewrite, None] = {}  # to be installed at once
-        self._withdrawn: dict[Rewrite, Count] = {}  # to be; with what was counted when last read
-        self._made: frozenset[tuple[Proto, Step]] | None = None
+        self._withdrawn: dict[Rewrite, Counted] = {}  # to be; with what was counted when last read
         self._filled: Counter[tuple[Proto, Step]] = (
             Counter()
         )  # with those in _waiting and _withdrawn
@@ -137,12 +136,8 @@ class OffloadPolicy(IdleObserver):
     def begin(self, capacity: int) -> None:
         """There is a backend, and it is empty."""
         self.end()
-        self.capacity = capacity
+        self.capacity, self._most = capacity, capacity * MOST_PER_FLOW
         self._consider_all()
-
-    def made(self, steps: Iterable[tuple[Proto, Step]]) -> None:
-        """The backend takes these; until it is said, all.  Other steps stay with the worker."""
-        self._made = frozenset(steps)
 
     def end(self) -> None:
         """There is no backend any more."""
@@ -222,7 +217,7 @@ class OffloadPolicy(IdleObserver):
         self._installed.clear()
         return Changes(list(self._withdrawn), [])
 
-    def told(self, changes: Changes, final: Iterable[Counted], now: float) -> None:
+    def told(self, changes: Changes, final: Iterable[CountedRewrite], now: float) -> None:
         """The backend has made these changes; what it had counted for those it has withdrawn."""
         before = {rewrite: self._withdrawn.pop(rewrite) for rewrite in changes.withdrawn}
         for rewrite in before:
@@ -248,8 +243,8 @@ class OffloadPolicy(IdleObserver):
             self._installed[rewrite] = before
         else:
             at = rewrite.flow.proto, rewrite.step
-            has_map = self._made is None or at in self._made
-            if not has_map or self._filled[at] >= self.capacity or not is_simple(rewrite):
+            is_full = self._filled[at] >= self.capacity or self._filled.total() >= self._most
+            if is_full or not can_be_done(rewrite):
                 return False
             self._filled[at] += 1
             if _begins(rewrite):

@@ -1,16 +1,17 @@
 """The service of the offload: when flows are offloaded, polled and withdrawn.
 
 The policy decides which (policy.py), the accounting knows what was counted (accounting.py), a
-backend holds them (backend.py), and events tell what it has relayed by itself (events.py).  The
-rules that look into the maps are put in with all others (daemon/rulekeeper.py), which says so:
-`leave` before the maps go, `enter` when they are there.
+carrier has a backend hold them (carrier.py, backend.py), and events tell what the packet filter has
+relayed by itself (events.py).
+
+The rules come first, since a packet that the programs have marked must not be queued.  When these
+are in (`enter`), a backend is made, filled and attached; then a rule may ask it which packets are
+to go past the queue (carrier.py).  It ends the other way round.
 """
 
-import errno
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 
 from knet.endpoint import Endpoint
 from knet.log import Log, Throttle
@@ -20,21 +21,22 @@ from krelay.host.netfilter import NO_MAPS, Backend
 from krelay.nat.events import IdleObserver
 from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
-from krelay.offload.backend import OffloadBackend, OffloadLost
+from krelay.offload.accounting import StepTotals
+from krelay.offload.backend import OffloadLost
+from krelay.offload.carrier import NEVER, Carrier
 from krelay.offload.events import KernelEvents, SawUnmatched
 from krelay.offload.learning import is_full, learning_for, traced_clients
-from krelay.offload.nft import NftBackend
+from krelay.offload.nft import NftSets
 from krelay.offload.policy import OffloadPolicy
+from krelay.offload.tc import TcBackend
 from krelay.rules.dnslearning import LEARNT
-from krelay.rules.offloaded import steps_offloaded
 from krelay.rules.spec import Learning, RuleSpec
 from krelay.steps import Step
 from krelay.trace.lines import Filter
 from procfs_sim.tree import Config
 
 LEAST_CAPACITY, MOST_CAPACITY = 1 << 10, 1 << 18
-"""Rewrites that each of the kernel's maps has room for: it takes eleven bytes for each in advance.
-What finds no room stays with the worker."""
+"""Rewrites that the kernel has room for in each step.  What finds none stays with the worker."""
 OFFLOAD_EVERY = 0.01
 """Seconds between looks at what is ripe to be offloaded."""
 POLL_EVERY = 0.1
@@ -43,16 +45,13 @@ CHANGES_TOGETHER = 512
 """Rewrites installed, or withdrawn, before packets have their turn: some milliseconds."""
 MOST_LOSSES, LOSSES_WITHIN = 5, 60.0
 """So many losses of the kernel's maps within so many seconds, and nothing is offloaded again."""
-REFUSALS = (errno.EPERM, errno.EACCES, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
-"""Errors of the socket to nf_tables that another try doesn't fix."""
-
 _log = Log("kernel")
 
 
 class Offload(IdleObserver):
-    """Offloads flows of `nat` to the kernel, by the nft table and the log group of these names.
+    """Offloads flows of `nat` to the kernel, beside the rules of this name and log group.
 
-    `on_lost` is called when the maps aren't as they were left: the rules are to be made afresh.
+    `on_refused` is called when nothing is to be offloaded any more: the rules are to be changed.
     `saw_unmatched` is told of a copy of what a server sends past the relaying
     (Worker.saw_elsewhere).
     """
@@ -61,33 +60,33 @@ class Offload(IdleObserver):
         self,
         loop: Loop,
         nat: NatTable,
-        table: str,
+        name: str,
         group: int,
-        on_lost: Callable[[], None],
+        on_refused: Callable[[], None],
         saw_unmatched: SawUnmatched = lambda head, hook, now: None,
     ) -> None:
         self.policy = OffloadPolicy(nat, self._change_soon, self.withdraw_now)
         self.accounting = self.policy.accounting
         self.events = KernelEvents(loop, nat, group, saw_unmatched)
+        self._carrier = Carrier(loop, name, self._never, self._lost)
         self._loop = loop
         self._nat = nat
-        self._table = table
-        self._on_lost = on_lost
-        self._backend: OffloadBackend | None = None
+        self._name = name
+        self._on_refused = on_refused
+        self._spec: RuleSpec | None = None
+        """The rules in force."""
+        self._sets: NftSets | None = None
         self._learning: Learning | None = None
         self._traced_clients: frozenset[bytes] | None = frozenset()
         """Whose queries are traced; None: all clients'."""
         self._refused = ""
-        """Why the kernel lets us have no maps, for good."""
+        """Why nothing can be offloaded, for good."""
         self._lost_at: deque[float] = deque(maxlen=MOST_LOSSES)
         self._loss_warning = Throttle()
         self._changing = False
         self._offloading: Timer | None = None
         self._polling: Timer | None = None
-        self._steps_before: Counter[Step] = Counter()
-        """Packets that the kernel has rewritten by maps which are no more."""
-        self._steps_seen: Counter[Step] = Counter()
-        """Those by the maps that are, when last asked."""
+        self._steps = StepTotals()
         nat.observers.add(self)
 
     # What the rules are to be
@@ -102,7 +101,20 @@ class Offload(IdleObserver):
             return 0, self._refused
         if len(self._lost_at) == MOST_LOSSES:
             return 0, "the kernel's maps were lost again and again"
-        return min(max(LEAST_CAPACITY, config.limits_flows), MOST_CAPACITY), ""
+        room = min(max(LEAST_CAPACITY, config.limits_flows), MOST_CAPACITY)
+        self._carrier.load(room)
+        return (0, self._refused) if self._refused else (room, "")
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether there is a rule that asks the programs."""
+        return self._carrier.is_asked
+
+    def _never(self, reason: str) -> None:
+        """Nothing is offloaded until relaying is started anew."""
+        self._refused = reason
+        _log.warning("every packet visits krelay", reason=reason)
+        self._loop.call_soon(self._on_refused)
 
     def learning(self, config: Config, policy: Policy) -> Learning | None:
         """The queries that the kernel may relay without asking the worker first."""
@@ -126,63 +138,80 @@ class Offload(IdleObserver):
         self.events.listen()
 
     def enter(self, spec: RuleSpec, *, afresh: bool) -> int | None:
-        """These rules are in force; `afresh`: their maps are empty.
+        """These rules are in force; `afresh`: their sets and chains are empty.
 
-        The netlink port from which the maps will be changed, if that is new.  Raises OSError.
+        The netlink port from which the sets will be changed, if that is new.  Raises OSError.
         """
+        self._spec = spec
         self._learning = spec.learning
-        self.policy.made(steps_offloaded(spec))
         if spec.learning is not None:
             self.events.read_queries()
             addresses = frozenset(each.packed for each in spec.learning.addresses)
             self._nat.dns_flows.learns(addresses, spec.learning.server.packed)
-        if not afresh or not spec.room:
+        carrier = self._carrier
+        if carrier.backend is not None and carrier.backend.capacity != spec.room:
+            self._leave()
+        if afresh:
+            carrier.is_asked = False
+            self._steps.gone(NftSets)
+        if not spec.room:
+            carrier.detach()
             return None
+        port = None
+        if self._sets is None:
+            try:
+                self._sets = NftSets(self._name)
+            except OSError as error:
+                if error.errno not in NEVER:
+                    raise
+                self._never(f"the kernel gives no access to sets of nft's: {error.strerror}")
+                return None
+            port = self._sets.port
+        if self._refused:
+            return port
+        if carrier.backend is None:
+            self._begin(spec)
+        elif carrier.at_work is not None:
+            carrier.serve(spec)
+            carrier.ask()
+        return port
+
+    def _begin(self, spec: RuleSpec) -> None:
+        """Makes a backend, with all that should be in it."""
         self.needs_ends()  # a flow that has begun may not begin again
-        connect = partial(NftBackend, self._table, spec.room, follows_dscp=spec.follows_dscp)
-        try:
-            self._backend = connect()
-        except OSError as error:
-            if error.errno not in REFUSALS:
-                raise
-            self._backend = connect()  # only what is refused twice is refused
-        self.policy.begin(self._backend.capacity)
-        return self._backend.port
+        if (backend := self._carrier.make(spec)) is not None:
+            self.policy.begin(backend.capacity)
+            self.change_urgent()
+            self._carrier.attach()
 
-    def refused(self, error: OSError) -> bool:
-        """`enter` failed; whether that is for good, so that every packet visits the worker."""
-        if error.errno not in REFUSALS:
-            return False
-        self._refused = f"the kernel gives no access to maps of flows: {error.strerror}"
-        _log.warning("every packet visits krelay", reason=self._refused)
-        return True
-
-    def leave(self, *, flows: bool = True) -> None:
-        """The maps are about to go: what they have counted is kept, also of `flows` if these stay.
-
-        All flows are withdrawn first, so that nothing is counted after it was read.
-        """
+    def _leave(self) -> None:
+        """There is no backend any more.  What it has counted is kept: the rules send its packets to
+        the worker, then all flows are withdrawn, so that nothing is counted after it was read."""
         if self._polling is not None:
             self._polling.cancel()
             self._polling = None
-        if self._backend is not None:
-            if flows:
-                changes = self.policy.leave()
-                self.policy.told(changes, self._backend.leave(changes.withdrawn), self._loop.now)
+        self._carrier.ask_no_more()
+        if (backend := self._carrier.backend) is not None:
+            self.needs_ends()
+            changes = self.policy.leave()
+            self.policy.told(changes, backend.leave(changes.withdrawn), self._loop.now)
             with suppress(OffloadLost):
-                self._backend.renew()
-                self._totals()
-            self._steps_before += self._steps_seen
-            self._steps_seen.clear()
-            self._backend.close()
-            self._backend = None
+                self._steps.read(self._carrier.backend, self._sets)
+            self._steps.gone(TcBackend)
+            self._carrier.drop()
         self.policy.end()
 
     def close(self) -> None:
         """Relaying ends."""
         try:
-            self.leave(flows=False)
+            self._leave()
         finally:
+            self._carrier.close()
+            self._spec = None
+            if self._sets is not None:
+                self._sets.close()
+                self._sets = None
+            self._steps.gone(NftSets)
             self.events.close()
 
     # Flows
@@ -190,10 +219,11 @@ class Offload(IdleObserver):
     def count(self, flows: Iterable[Flow]) -> None:
         """Adds to these flows what the kernel has counted for them, and to all what ended."""
         self.needs_ends()
-        if self._backend is None or not (installed := self.accounting.installed_of(flows)):
+        backend = self._carrier.at_work
+        if backend is None or not (installed := self.accounting.installed_of(flows)):
             return
         try:
-            self.accounting.read(self._backend.read(installed), self._loop.now)
+            self.accounting.read(backend.read(installed), self._loop.now)
         except OffloadLost as error:
             self._lost(error)
 
@@ -202,25 +232,25 @@ class Offload(IdleObserver):
         self.count(flows)
 
     def needs_ends(self) -> None:
-        """Takes note of the SYNs and FINs of tcp-relay's that the kernel has relayed.
+        """Takes note of the SYNs, FINs and RSTs of tcp-relay's that the kernel has relayed.
 
         They are read when it matters, and by turns: to wake for each would cost more than to read
         it.
         """
-        while copies := self.events.begun():
-            self._nat.tracking.begun(copies)
-        while copies := self.events.ended():
-            self._nat.tracking.ended(copies)
+        if (backend := self._carrier.backend) is None:
+            return
+        tracking, now = self._nat.tracking, self._loop.now
+        while packets := backend.own_packets():
+            for each in packets:
+                tracking.relayed(each.key, each.flags, each.seq, now)
 
     def steps(self) -> Counter[Step]:
         """Packets that the kernel has rewritten by itself since krelay began, by step."""
-        counted = Counter(self._steps_before)
-        if self._backend is not None:
-            try:
-                counted += self._totals()
-            except OffloadLost as error:
-                self._lost(error)
-        return counted
+        try:
+            self._steps.read(self._carrier.backend, self._sets)
+        except OffloadLost as error:
+            self._lost(error)
+        return self._steps.sum()
 
     def trace(self, filters: Sequence[Filter]) -> None:
         """The flows that one of these admits are traced: the worker sees all their packets.
@@ -233,12 +263,12 @@ class Offload(IdleObserver):
 
     def change_urgent(self) -> None:
         """What begins is installed before the first packet of it comes."""
-        while self.policy.is_urgent and self._backend is not None:
+        while self.policy.is_urgent and self._carrier.at_work is not None:
             self._change()
 
     def withdraw_now(self) -> None:
         """What is to be withdrawn is, when this returns."""
-        while self.policy.has_withdrawals:
+        while self.policy.has_withdrawals and self._carrier.at_work is not None:
             self._change()
 
     def _change_soon(self) -> None:
@@ -260,59 +290,63 @@ class Offload(IdleObserver):
         """What is to be withdrawn is, and what is ripe installed; without `now` only what can't
         wait.  Many at a time."""
         self._changing = False
-        if self._backend is None:
+        if self._carrier.at_work is None:
             return
+        self.needs_ends()  # what has begun must not get leave to begin again
         changes = self.policy.changes(CHANGES_TOGETHER, now)
         if changes is None:
             return
         try:
-            self.policy.told(changes, self._backend.change(changes), self._loop.now)
+            self.policy.told(changes, self._carrier.at_work.change(changes), self._loop.now)
         except OffloadLost as error:
             self._lost(error)
+            return
         if self._polling is None:
             self._poll()
 
     def _poll(self) -> None:
         self._polling = None
-        if self._backend is None or not self.accounting.flows:
+        if self._carrier.at_work is None or not self.accounting.flows:
             self.needs_ends()
             return
         self.count(self.policy.due(self._loop.now, POLL_EVERY))
-        if self._backend is not None:
+        if self._carrier.at_work is not None:
             with suppress(OffloadLost):  # then `count` finds it out
-                self._totals()
+                self._steps.read(self._carrier.backend, self._sets)
         self._polling = self._loop.call_at(self._loop.now + POLL_EVERY, self._poll)
 
-    def _totals(self) -> Counter[Step]:
-        assert self._backend is not None
-        found: Counter[Step] = Counter()
-        for (_, step), packets in self._backend.totals().items():
-            found[step] += packets
-        self._steps_seen |= found  # another program may have taken counters out, too
-        return self._steps_seen
-
     def _lost(self, error: OffloadLost) -> None:
-        """Another program has changed the maps: they are made anew, with all that should be in
-        them."""
+        """Another program has changed what the kernel has of ours: it is made anew, with all that
+        should be there."""
         now = self._loop.now
+        self._carrier.is_lost = True
         self._lost_at.append(now)
         while self._lost_at[0] < now - LOSSES_WITHIN:
             self._lost_at.popleft()
         if (before := self._loss_warning.admit(now)) is not None:
             _log.warning(
-                "the kernel's maps of flows aren't as krelay left them; made anew",
+                "what the kernel has of flows isn't as krelay left it; made anew",
                 reason=error,
                 again=before or None,
             )
-        self._on_lost()
+        self._loop.call_soon(self._make_anew)
+
+    def _make_anew(self) -> None:
+        if not self._carrier.is_lost or self._carrier.backend is None:
+            return
+        self._leave()
+        if len(self._lost_at) == MOST_LOSSES:
+            self._on_refused()
+        elif self._spec is not None and self._spec.room:
+            self._begin(self._spec)
 
     def learnt_address(self, client: Endpoint) -> bytes | None:
         """The address of this host that was asked, if the kernel has learnt such a query."""
-        if self._backend is None or self._learning is None:
+        if self._sets is None or self._learning is None:
             return None
         addresses = dict(zip(LEARNT, self._learning.addresses, strict=False))
         try:
-            found = self._backend.learnt(list(addresses), client.addr, client.port.to_bytes(2))
+            found = self._sets.learnt(list(addresses), client.addr, client.port.to_bytes(2))
         except OffloadLost as error:
             self._lost(error)
             return None

@@ -10,9 +10,8 @@ from knet.rules.ports import nft_set
 from knet.rules.rows import IsLocal, RuleRow, Statement, Words, goto
 from krelay.nat.flow import DNS_PORT
 from krelay.nat.ownflows import UNREPLIED
-from krelay.rules.queued import WORKER
 from krelay.rules.spec import RuleSpec
-from krelay.rules.steprows import POST, PRE
+from krelay.rules.steprows import POST, PRE, WORKER
 from krelay.steps import Step
 
 LEARNING_MOST = 4
@@ -25,6 +24,8 @@ ANSWERED = 1
 """Seconds that a query is known in the kernel after its response."""
 MINDED_WITHIN = int(UNREPLIED)
 """Seconds that this host's own query may wait for its response, here and in the worker."""
+COUNTERS = {"udp-u12": Step.U12, "udp-u34": Step.U34}
+"""Counters of what these rows rewrite."""
 LEARNT_LENGTH = 576
 """Bytes of a query: longer ones might not fit the link to the server, so the worker looks."""
 _PRE, _POST = f"{PRE}-udp", f"{POST}-udp"
@@ -102,7 +103,8 @@ def sets(spec: RuleSpec) -> list[str]:
     """What nft is told to make, a line each."""
     if not spec.room:
         return []
-    return [
+    counters = [f"  counter {name} {{ }}" for name in COUNTERS]
+    return counters + [
         f"  set {name} {{ type ipv4_addr . inet_service; flags dynamic, timeout; "
         f"size {spec.room}; timeout {spec.answered_within}s; }}"
         for name in (MINDED, *LEARNT)

@@ -33,14 +33,20 @@ from knet.rules.rows import (
 )
 from knet.wire import icmp
 from krelay.rules.spec import RuleSpec, openings, unmatched
-from krelay.rules.steprows import POST, PRE, STEP_ROWS, TERMINATED, ends_of
+from krelay.rules.steprows import (
+    OPENINGS,
+    POST,
+    PRE,
+    STEP_ROWS,
+    TERMINATED,
+    WORKER,
+    ends_of,
+)
 from krelay.steps import Step
 
 COMPARED_MOST = 4
 """Ports or ranges up to which comparing with each takes the kernel less than finding one in a set.
 """
-WORKER, OPENINGS = "to-worker", "openings"
-"""nft's chains that send packets to the two queues."""
 ASKERS = "askers"
 """The set of the clients' addresses and ports, as this host and the server know them, which have
 asked what may be answered from any port."""

@@ -60,9 +60,9 @@ from knet.rules.iptables import IptablesChain
 from knet.rules.rows import RuleRow
 from krelay.rules import dnslearning, offloaded, queued
 from krelay.rules.dnslearning import LEARNT
-from krelay.rules.queued import ASKERS, OPENINGS, WORKER
+from krelay.rules.queued import ASKERS
 from krelay.rules.spec import RuleSpec, openings
-from krelay.rules.steprows import POST, PRE
+from krelay.rules.steprows import OFFLOADED, OPENINGS, POST, PRE, WORKER
 
 ASKERS_MOST = 1 << 16
 _HOOKS = {
@@ -70,7 +70,8 @@ _HOOKS = {
     POST: "type filter hook postrouting priority 300; policy accept;",
 }
 _CHAINS = [f"{hook}{behind}" for hook in (PRE, POST) for behind in ("", "-tcp", "-udp")]
-_QUEUES = WORKER, OPENINGS
+_KEPT = WORKER, OPENINGS, OFFLOADED
+"""Chains whose rules stay where others change."""
 
 
 def rules(spec: RuleSpec) -> list[RuleRow]:
@@ -94,6 +95,8 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
     chains: dict[str, list[str]] = {chain: [] for chain in _CHAINS}
     chains[WORKER] = [_queue(spec.queue, with_xt)]
     chains[OPENINGS] = [_queue(openings(spec.queue), with_xt)]
+    if spec.lets_offloaded_pass:
+        chains[OFFLOADED] = []
     if spec.room:
         chains |= {name: [] for name in LEARNT}
     return chains | rows.nft_rules(rules(spec))
@@ -123,7 +126,7 @@ def nft_install(
     lines = [nft_remove(name).rstrip()] if afresh else []
     if former is not None:
         afresh = False
-        before = [chain for chain in nft_rules(former) if chain not in _QUEUES]
+        before = [chain for chain in nft_rules(former) if chain not in _KEPT]
         lines = [f"flush chain ip {name} {chain}" for chain in before]
         lines += [f"delete chain ip {name} {chain}" for chain in before if chain not in made]
         lines += [
@@ -132,7 +135,7 @@ def nft_install(
             if not (what == ASKERS and spec.asked_within)  # who has asked goes on to be known
         ]
     if not afresh:
-        made = {chain: lines for chain, lines in made.items() if chain not in _QUEUES}
+        made = {chain: lines for chain, lines in made.items() if chain not in _KEPT}
     lines += [f"table ip {name} {{", *_maps(spec)]
     lines += [f"  chain {chain} {{ {_HOOKS[chain]} }}" for chain in made if chain in _HOOKS]
     lines += [f"  chain {chain} {{ }}" for chain in made if chain not in _HOOKS]
@@ -145,7 +148,7 @@ def nft_install(
 
 
 def _maps(spec: RuleSpec) -> list[str]:
-    lines = [*offloaded.maps(spec), *dnslearning.sets(spec)]
+    lines = dnslearning.sets(spec)
     if spec.asked_within:
         lines.append(
             f"  set {ASKERS} {{ type ipv4_addr . inet_service; flags dynamic, timeout; "

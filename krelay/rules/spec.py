@@ -17,8 +17,6 @@ from krelay.nat.flow import Footprint
 
 _BESIDE = 0x8000
 """By which the numbers of a krelay's second queue, and second log group, differ from the first."""
-_BESIDE_TOO = 0x4000
-"""By which its third log group differs."""
 
 
 class Learning(NamedTuple):
@@ -51,15 +49,13 @@ class RuleSpec:
     """TCP that takes the steps of UDP; `tcp` is what tcp-relay terminates."""
     room: int = 0
     """Flows that may be offloaded; 0: every packet visits the worker."""
+    lets_offloaded_pass: bool = False
+    """Whether packets that the kernel's programs rewrite may leave at once (offloaded.py)."""
     answered_within: int = 20
     """Seconds that the kernel waits for the answer to a query that it has learnt."""
     learning: Learning | None = None
-    tells_ends: bool = False
-    """Whether of FINs of terminated TCP copies are made for krelay, where no visit is needed."""
     any_port: Ports = ()
     """UDP whose servers may answer from any port; these are among `udp`, too."""
-    follows_dscp: bool = False
-    """Whether packets of terminated TCP visit the worker where the DSCP isn't what it was."""
     asked_within: int = 0
     """Seconds for which the kernel knows which clients have asked these; 0: it doesn't (no set of
     nft's), and whatever UDP the servers send is queued."""
@@ -67,9 +63,9 @@ class RuleSpec:
     """Whether of some of the servers' UDP that isn't relayed copies are made for krelay."""
 
     @property
-    def maps(self) -> tuple[int, int, bool]:
-        """What maps are made for: with other values they are other maps."""
-        return self.room, self.answered_within, self.follows_dscp
+    def sets(self) -> tuple[int, int]:
+        """What sets are made for: with other values they are other sets."""
+        return self.room, self.answered_within
 
     @property
     def services(self) -> Ports:
@@ -90,19 +86,9 @@ def openings(queue: int) -> int:
     return queue ^ _BESIDE
 
 
-def ends(queue: int) -> int:
-    """The log group of FINs, beside that of all other copies."""
-    return queue ^ _BESIDE
-
-
-def begun(queue: int) -> int:
-    """The log group of the SYNs with which tcp-relay begins, beside both others."""
-    return queue ^ _BESIDE_TOO
-
-
 def unmatched(queue: int) -> int:
-    """The log group of the servers' datagrams that no rule asks for, beside all others."""
-    return queue ^ _BESIDE ^ _BESIDE_TOO
+    """The log group of the servers' datagrams that no rule asks for, beside the first."""
+    return queue ^ _BESIDE
 
 
 def instance_name(root: str, default_root: str) -> str:
@@ -145,11 +131,10 @@ def wanted(
     footprints: Iterable[Footprint],
     forwarded: Iterable[tuple[int, int]] = (),
     room: int = 0,
+    lets_offloaded_pass: bool = False,
     answered_within: int = 20,
     learning: Learning | None = None,
-    tells_ends: bool = False,
     any_port: Iterable[tuple[int, int]] = (),
-    follows_dscp: bool = False,
     asked_within: int = 0,
     tells_unmatched: bool = False,
 ) -> RuleSpec:
@@ -171,11 +156,10 @@ def wanted(
         servers=tuple(sorted({server, *(IPv4Address(f.server) for f in live)})),
         relay_clients=(ANYONE,) if anyone else tuple(sorted(set(beside))),
         room=room,
+        lets_offloaded_pass=lets_offloaded_pass,
         answered_within=answered_within,
         learning=learning if room else None,
-        tells_ends=tells_ends and room > 0,
         any_port=elsewhere,
-        follows_dscp=follows_dscp and room > 0,
         asked_within=asked_within if elsewhere else 0,
         tells_unmatched=tells_unmatched,
     )

@@ -9,11 +9,18 @@ from typing import NamedTuple
 from knet.endpoint import Proto
 from knet.rules.ports import Ports, single
 from knet.rules.rows import IsLocal, OneOf, Port, RowMatch, Within
+from knet.wire.tcp import ACK, FIN, RST, SYN
 from krelay.rules.spec import RuleSpec
 from krelay.steps import SIDES, Step
 
 PRE, POST = "pre", "post"
 """The chains of the two hooks, and the beginnings of the names of those behind them."""
+
+
+WORKER, OPENINGS = "to-worker", "openings"
+"""nft's chains that send packets to the two queues."""
+OFFLOADED = "offloaded"
+"""nft's chain that lets go of packets which the kernel will rewrite."""
 
 
 class StepRow(NamedTuple):
@@ -33,9 +40,10 @@ class StepRow(NamedTuple):
     """The end that is a client whose source may have to be changed (RuleSpec.relay_clients)."""
     at_gport: bool = False
     """Whether these packets come from a gateway port, instead of the service's."""
-    flags: str = "(fin | syn | rst) == 0"
-    """TCP: which flags a packet must have for the kernel to rewrite it.  Whoever begins a
-    connection sends one without an ACK: so none begins past the worker, in another flow's name."""
+    flags: tuple[int, int] = (FIN | SYN | RST, 0)
+    """TCP: those of a packet's flags that matter, and what they must be for the kernel to rewrite
+    it.  What begins a connection has no ACK: so none begins past the worker, in another flow's
+    name.  Of tcp-relay's own, FINs and one SYN may pass besides (offload/programs/relay.c)."""
 
     @property
     def port_field(self) -> str:
@@ -44,14 +52,10 @@ class StepRow(NamedTuple):
 
 
 STEP_ROWS = {
-    Step.T1: StepRow(PRE, "dport", True, local="daddr", flags="(syn | rst) == 0"),
-    Step.T2: StepRow(
-        POST, "sport", False, local="saddr", at_gport=True, flags="(fin | rst | ack) == ack"
-    ),
-    Step.T3: StepRow(
-        POST, "saddr", True, local="saddr", server="daddr", flags="(fin | rst | ack) == ack"
-    ),
-    Step.T4: StepRow(PRE, "daddr", False, server="saddr", flags="(rst | ack) == ack"),
+    Step.T1: StepRow(PRE, "dport", True, local="daddr", flags=(SYN | RST, 0)),
+    Step.T2: StepRow(POST, "sport", False, local="saddr", at_gport=True, flags=(RST | ACK, ACK)),
+    Step.T3: StepRow(POST, "saddr", True, local="saddr", server="daddr", flags=(RST | ACK, ACK)),
+    Step.T4: StepRow(PRE, "daddr", False, server="saddr", flags=(RST | ACK, ACK)),
     Step.U12: StepRow(PRE, "daddr", True, local="daddr"),
     Step.U34: StepRow(POST, "saddr", False, server="saddr"),
     Step.U1: StepRow(PRE, "daddr", True, local="daddr", client="saddr"),

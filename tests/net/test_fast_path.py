@@ -1,17 +1,17 @@
 """Flows that the kernel was given: ended, flushed, switched, left alone, and always told of."""
 
-import json
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import pytest
 
+from krelay.host.attachment import Attachment
 from krelay.offload.service import MOST_LOSSES
 from krelay.rules.spec import instance_name
 from procfs_sim.tree import DEFAULT_ROOT
@@ -19,6 +19,7 @@ from tests.net.test_cases import flow_of
 from tests.net.test_datapaths import udp_flow, visits
 from tests.net.test_faults import nothing_unrewritten, revive
 from tests.net.world import AGREES_WITHIN, GPORT, World, echo, greet
+from tests.tools import bpfmaps
 
 pytestmark = [
     pytest.mark.net,
@@ -30,10 +31,10 @@ UNDER_WAY = 60
 """Datagrams that wait for their answers at most: all that a socket surely holds."""
 BUSY = 4
 """Packets after which a direction of UDP is offloaded."""
-LOST = "the kernel's maps of flows aren't as krelay left them; made anew"
+LOST = "what the kernel has of flows isn't as krelay left it; made anew"
 FLUSHED = "krelay's rules were taken out; they are put back"
 Element = tuple[str, str, str]
-"""The map, the source and the destination of an element: `udp-u12`, `10.0.0.1:4000`, ..."""
+"""Protocol and step, source and destination: `udp-u12`, `10.0.0.1:4000`, ..."""
 
 
 @pytest.fixture
@@ -49,15 +50,10 @@ def table(world: World) -> str:
 
 
 def elements(world: World) -> set[Element]:
-    """What stands in the kernel's maps, as nft shows it."""
-    shown = json.loads(world.run("relay", "nft", "-j", "list", "table", "ip", table(world)))
-    found = set()
-    for entry in shown["nftables"]:
-        for key, _ in entry.get("map", {}).get("elem", ()):
-            plain = key["elem"]["val"] if "elem" in key else key  # without a counter
-            src, sport, dst, dport, *_ = plain["concat"]
-            found.add((entry["map"]["name"], f"{src}:{sport}", f"{dst}:{dport}"))
-    return found
+    """What stands in the map of the kernel's programs."""
+    with world.lab.enter("relay"):
+        found = bpfmaps.entries(table(world))
+    return {(f"{e.proto}-{e.step.name.lower()}", e.src, e.dst) for e in found}
 
 
 def wanted(flow: dict[str, Any]) -> set[Element]:
@@ -151,6 +147,19 @@ def is_over(world: World, number: int) -> bool:
     return all(flow["state"] in ("closing", "closed") for flow in flows)
 
 
+def test_what_came_in_fragments_leaves_in_fragments_and_is_relayed_all_the_same(
+    busy: World,
+) -> None:
+    """The relay's kernel cuts a datagram into pieces as large as it came in, behind POSTROUTING,
+    also where the link would take it whole."""
+    with closing(fast_udp(busy)) as sock:
+        client = busy.lab.address("client")
+        gate = busy.run("server", "ip", "route", "get", client).split()[2]
+        busy.run("server", "ip", "route", "add", client, "via", gate, "mtu", "600")
+        for size in (500, 1000, 1400):
+            assert busy.exchange(sock, bytes(size), (busy.relay, 7)) == bytes(size)
+
+
 def test_a_flow_that_is_killed_ends_at_once(busy: World) -> None:
     udp, terminated, forwarded = fast_udp(busy), fast_tcp(busy, 80), fast_tcp(busy, 443)
     for sock in (terminated, forwarded):
@@ -202,8 +211,8 @@ def test_the_kernel_has_what_krelay_has_within_the_time_that_is_promised(busy: W
         busy.exchange(other, b"busy", (busy.relay, 7))
     until_fast(busy, lambda: busy.exchange(other, b"fast", (busy.relay, 7)), AGREES_WITHIN)
     usual = elements(busy)
-    for command in (*HANDS["a map"], *HANDS["all maps"]):
-        busy.lab.run("relay", *command.format(table=table(busy)).split())
+    for hand in (HANDS["a step"], HANDS["some steps"]):
+        hand(busy, ("", "", ""))
         echo(terminated, b"goes on")
         echo(forwarded, b"goes on")
         for sock in (udp, other):
@@ -222,6 +231,7 @@ def test_relaying_that_stops_leaves_nothing_in_the_kernel(busy: World) -> None:
     busy.until_state("stopped")
 
     assert busy.run("relay", "nft", "list", "ruleset") == ""
+    assert "clsact" not in busy.run("relay", "tc", "qdisc", "show")
     after = busy.values("counters")
     assert after["U1"] - before["U1"] >= 2 * BUSY  # what the kernel has counted is kept
     assert len(socks) == 3
@@ -229,60 +239,91 @@ def test_relaying_that_stops_leaves_nothing_in_the_kernel(busy: World) -> None:
 
 # Somebody else's hands in it
 
+
+def take_out(*names: str) -> Callable[[World, Element], None]:
+    """Takes all elements of these steps out of the map; of none: the one that is named."""
+
+    def act(world: World, one: Element) -> None:
+        with world.lab.enter("relay"):
+            for each in bpfmaps.entries(table(world)):
+                name = f"{each.proto}-{each.step.name.lower()}"
+                if name in names or (not names and (name, each.src, each.dst) == one):
+                    bpfmaps.take_out(table(world), each.key)
+
+    return act
+
+
+def run(*commands: str) -> Callable[[World, Element], None]:
+    def act(world: World, one: Element) -> None:
+        for command in commands:
+            world.lab.run("relay", *command.format(table=table(world)).split())
+
+    return act
+
+
 HANDS = {
-    "a map": ["nft flush map ip {table} udp-u12"],
-    "an element": ["nft delete element ip {table} {element}"],
-    "all maps": ["nft flush map ip {table} " + name for name in ("tcp-t1", "tcp-t4", "udp-u34")],
-    "the ruleset": ["nft flush ruleset"],
+    "a step": take_out("udp-u12"),
+    "an element": take_out(),
+    "some steps": take_out("tcp-t1", "tcp-t4", "udp-u34"),
+    "the programs of a link": run("tc qdisc del dev eth0 clsact"),
+    "the ruleset": run("nft flush ruleset"),
 }
 
 
-@pytest.mark.parametrize("commands", HANDS.values(), ids=HANDS)
-def test_what_somebody_takes_out_of_the_maps_is_put_back_and_told_once(
-    busy: World, commands: list[str]
+@pytest.mark.parametrize("hand", HANDS.values(), ids=HANDS)
+def test_what_another_program_takes_out_is_put_back_and_told_once(
+    busy: World, hand: Callable[[World, Element], None]
 ) -> None:
     others = [fast_udp(busy) for _ in range(10)]
     udp, terminated, forwarded = fast_udp(busy), fast_tcp(busy, 80), fast_tcp(busy, 443)
     usual = elements(busy)
-    client = f"{busy.client} . {udp.getsockname()[1]} . {busy.relay} . 7"
+    one = ("udp-u12", f"{busy.client}:{udp.getsockname()[1]}", f"{busy.relay}:7")
+    assert one in usual
     said = {sock: flow(busy, sock)["packets"][0] for sock in (*others, udp)}
     totals = busy.complete(lambda: busy.values("counters"))
+    rules = busy.rules()
+    of_rules, of_links = hand is HANDS["the ruleset"], hand is HANDS["the programs of a link"]
 
     for _ in range(3):
         for sock in others:
             busy.exchange(sock, b"counted", (busy.relay, 7))
             said[sock] += 1
-        for command in commands:
-            filled = command.format(table=table(busy), element=f"udp-u12 {{ {client} }}")
-            busy.lab.run("relay", *filled.split())
-        if commands is HANDS["the ruleset"]:  # what is sent without rules is refused
-            busy.until(lambda: FLUSHED in busy.krelay_process.output, "rules")
-            busy.until(lambda: elements_or_none(busy) == usual, "all in the kernel again")
+        hand(busy, one)
+        if of_rules:  # what is sent without rules is refused
+            busy.until(lambda: busy.rules() == rules, "rules")
+        if of_rules or of_links:
+            busy.until(lambda: attached(busy) and elements(busy) == usual, "all in the kernel")
         echo(terminated, b"goes on")
         echo(forwarded, b"goes on")
         busy.exchange(udp, b"goes on", (busy.relay, 7))
         busy.until(lambda: elements(busy) == usual, "all in the kernel again")
 
     output = busy.krelay_process.output  # a warning comes once in ten seconds
-    if commands is HANDS["the ruleset"]:
+    if of_rules:
         assert output.count(FLUSHED) == 1
         assert output.count(LOST) <= 1
     else:
-        assert (output.count(LOST), output.count(FLUSHED)) == (1, 0)
+        assert (output.count(LOST), output.count(FLUSHED)) == (not of_links, 0)
     after = busy.values("counters")
     assert all(after[step] >= totals[step] for step in ("T1", "T4", "U1", "U4"))
     assert after["errors"] == 0
-    if commands is not HANDS["the ruleset"] and commands is not HANDS["a map"]:
+    if not of_rules and hand is not HANDS["a step"]:
         counted = {sock: flow(busy, sock)["packets"][0] for sock in others}
         assert counted == {sock: said[sock] for sock in others}, "what nobody took was counted"
 
 
-def test_who_empties_the_maps_again_and_again_has_the_worker_do_it_all(busy: World) -> None:
+def attached(world: World) -> bool:
+    """Whether all links of the relay have the programs."""
+    with world.lab.enter("relay"), closing(Attachment(table(world))) as attachment:
+        return {each.number for each in attachment.links()} == attachment.attached().keys()
+
+
+def test_the_worker_has_all_where_the_map_is_emptied_again_and_again(busy: World) -> None:
     udp, terminated = fast_udp(busy), fast_tcp(busy, 80)
     usual = elements(busy)
     for left in reversed(range(MOST_LOSSES)):
         assert busy.in_kernel
-        busy.lab.run("relay", "nft", "flush", "map", "ip", table(busy), "udp-u12")
+        HANDS["a step"](busy, ("", "", ""))
         if left:
             busy.until(lambda: elements(busy) == usual, "all in the kernel again")
     busy.until(lambda: not busy.in_kernel, "that it is given up")
@@ -290,7 +331,7 @@ def test_who_empties_the_maps_again_and_again_has_the_worker_do_it_all(busy: Wor
     assert (
         busy.values("status")["datapath"] == "queue (the kernel's maps were lost again and again)"
     )
-    assert elements_or_none(busy) == set()
+    busy.until(lambda: not elements(busy), "nothing in the kernel")
     echo(terminated, b"goes on")
     assert busy.exchange(udp, b"goes on", (busy.relay, 7)) == b"goes on"
     busy.put(start=0)
@@ -348,7 +389,8 @@ def test_the_data_path_is_switched_under_running_flows_and_nothing_is_lost(busy:
         for datapath in ("queue", "auto") * 3:
             busy.put(datapath=datapath)
             assert busy.in_kernel == (datapath == "auto")
-            assert bool(elements_or_none(busy)) <= busy.in_kernel
+            if datapath == "queue":
+                busy.until(lambda: not elements(busy), "nothing in the kernel")
             echo(tcp, datapath.encode())
             busy.until(partial(talk.has_asked, talk.asked + 500), "some more")
     talk.end()
@@ -359,11 +401,6 @@ def test_the_data_path_is_switched_under_running_flows_and_nothing_is_lost(busy:
     assert found["bytes"] == [talk.asked * (28 + len(DATAGRAM))] * 2
     counters = busy.values("counters")
     assert (counters["U1"], counters["U4"]) == (talk.asked, talk.asked)
-
-
-def elements_or_none(world: World) -> set[Element]:
-    """There may be no maps at all."""
-    return elements(world) if "map " in world.rules() else set()
 
 
 # krelay is killed
@@ -493,7 +530,7 @@ def test_the_table_and_the_kernel_never_disagree_for_long_while_flows_come_and_g
     assert watch.most > 500
     assert watch.longest <= 1.0, watch.wrong
     busy.until(lambda: not elements(busy), "nothing in the kernel")
-    assert not re.search("aren't as krelay left them|fault of ours", busy.krelay_process.output)
+    assert not re.search("isn't as krelay left it|fault of ours", busy.krelay_process.output)
 
 
 def short_connection(world: World, port: int, kind: int) -> None:

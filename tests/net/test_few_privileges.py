@@ -1,4 +1,4 @@
-"""krelay as a user who has CAP_NET_ADMIN and CAP_NET_RAW and nothing else."""
+"""krelay as a user who has CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF, or the first two alone."""
 
 import os
 
@@ -11,6 +11,7 @@ pytestmark = pytest.mark.net
 
 USER = 12345
 BOTH = ("net_admin", "net_raw")
+ALL = (*BOTH, "bpf")
 
 
 def as_user(*capabilities: str) -> tuple[str, ...]:
@@ -42,9 +43,9 @@ def run(world: World, capabilities: tuple[str, ...], *words: str) -> Result:
     return world.lab.run("relay", *as_user(*capabilities), *command, check=False, timeout=20)
 
 
-def relay(world: World) -> Program:
+def relay(world: World, capabilities: tuple[str, ...] = ALL) -> Program:
     """Both daemons, relaying."""
-    program = start(world, *BOTH)
+    program = start(world, *capabilities)
     world.until(lambda: program.poll() is not None or world.answers(world.root), "an answer")
     assert program.poll() is None, program.output
     world.put(gport=GPORT, services="tcp/80 udp/7", real_ip=world.server, datapath=world.datapath)
@@ -56,15 +57,18 @@ def relay(world: World) -> Program:
     return program
 
 
-def test_two_capabilities_are_enough_to_relay_and_to_leave_no_rules(tree: World) -> None:
+@pytest.mark.parametrize("held", [BOTH, ALL], ids=["two", "three"])
+def test_two_capabilities_are_enough_to_relay_and_three_to_offload(
+    tree: World, held: tuple[str, ...]
+) -> None:
     tree.serve("server", "tcp/80", "udp/7")
     before = tree.rules()
-    program = relay(tree)
+    program = relay(tree, held)
 
     assert tree.who("client", 80).startswith(f"{tree.client}:")
     for _ in range(6):
         assert tree.who_udp("client", 7).startswith(f"{tree.client}:")
-    assert tree.in_kernel == (tree.datapath == "auto")
+    assert tree.in_kernel == (tree.datapath == "auto" and held == ALL)
     assert "isn't shown to this user" in program.output
     assert "Traceback" not in program.output
     assert run(tree, BOTH, "stop").status == 0
@@ -79,7 +83,7 @@ def test_settings_may_change_and_a_killed_one_is_followed_by_another(tree: World
     assert (done.status, done.stderr) == (0, "")
     assert tree.who("client", 80).startswith(f"{tree.client}:")
     tree.kill(program)
-    again = start(tree, *BOTH)
+    again = start(tree, *ALL)
     tree.until(lambda: again.poll() is not None or tree.answers(tree.root), "an answer")
     tree.until_state("running")
 

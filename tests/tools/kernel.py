@@ -1,326 +1,402 @@
-"""The kernel as a backend of the offload, slowly: maps of flows, and the rules that look into them.
+"""The kernel as a backend of the offload, slowly: its programs in Python, and the rules between.
 
-It reads the very text that nft is given, by a small reader of its own, and does what nft(8) says
-such a rule does.  So it knows neither which steps there are nor what they change, and a packet that
-no such rule rewrites visits the worker.  A map behaves as the kernel's do: what is put in twice,
-taken out or read though it isn't there, or doesn't fit, is refused.
+`Programs` is what offload/programs/relay.c does, said once more and plainly; test_programs.py holds
+the two against each other.  It has what the maps have, byte by byte (krelay/offload/layout.py).
+`Rules` reads the very text that nft is given, by a small reader of its own, and tells which packets
+it sends to the queue; where they ask a program, that is `Programs.passes`.  `FakeKernel` has both.
+It refuses what no krelay may ask: to take out what isn't there, or to put in what is.
 
 `Datapath` is a table, its worker and tcp-relay's requests, with such a kernel before the worker or
 without: joined as krelay's shell joins them.
 """
 
 import re
-from collections import Counter, defaultdict
+import struct
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network
-from itertools import takewhile
+from math import inf
 from random import Random
 
-from knet.endpoint import Endpoint, FiveTuple, Proto, Source
-from knet.netlink.nflog import HEAD, Copy
-from knet.netlink.nftables import Count
+from knet.endpoint import Proto, Source
+from knet.rules.ports import Ports, merged, single
 from krelay.datapath.policy import Policy
 from krelay.datapath.verdict import Verdict
 from krelay.datapath.worker import Worker
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Flow, Rewrite
 from krelay.nat.table import NatTable
-from krelay.offload.backend import (
-    Changes,
-    Counted,
-    OffloadBackend,
-    OffloadEvents,
-    OffloadLost,
-    begins,
-)
+from krelay.offload import layout
+from krelay.offload.backend import Changes, CountedRewrite, OffloadBackend, OffloadLost
+from krelay.offload.layout import MOST_PER_FLOW, OwnPacket, RewriteFlags
 from krelay.offload.policy import OffloadPolicy
 from krelay.registration.registry import Relays, Send
 from krelay.rules import ruleset
-from krelay.rules.offloaded import BEGINS
-from krelay.rules.spec import RuleSpec, begun, ends, wanted
+from krelay.rules.offloaded import MARK
+from krelay.rules.spec import RuleSpec, wanted
 from krelay.steps import SIDES, Hook, Step
 from tests.tools.observing import observe
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
 from tests.tools.sockets import OneUser
 
-_MATCH = re.compile(
-    r"(?:ip (?P<protocol>protocol) (?P<name>tcp|udp)"
-    r"|iif (?P<iif>!=) 0"
-    r"|ip hdrlength (?P<words>\d)"
-    r"|tcp flags & (?P<flags>\([^)]*\)|\w+) == (?P<set>0|\w+)"
-    r"|(?P<layer>ip|th|tcp|udp) (?P<field>[sd](?:addr|port))(?: & (?P<mask>[\d.]+))?"
-    r" (?P<relation>==|!=)? ?(?P<values>\{[^}]*\}|\d[\d.-]*)) "
-)
-_LOOK_UP = re.compile(
-    r"(?P<once>ip saddr . th sport . ip daddr . th dport @(?P<set>[\w-]+) "
-    r"delete @(?P=set) \{ ip saddr . th sport . ip daddr . th dport \} )?"
-    r"(?P<layer>ip|tcp|udp) (?P<field>[sd]addr|[sd]port) set "
-    r"ip saddr \. (?P<ports>th|tcp|udp) sport \. ip daddr \. (?P=ports) dport "
-    r"map @(?P<map>[\w-]+) (?:log group (?P<group>\d+) snaplen 28 )?counter name (?P=map) accept"
-)
-_VERDICT = re.compile(r"goto (?P<chain>(?:pre|post)-(?:tcp|udp))|accept")
-_LABEL = re.compile(r' comment "[^"]*"$')
 QUEUE = 1600
-_FLAGS = {"fin": FIN, "syn": SYN, "rst": RST, "ack": ACK}
+NEAR, FAR = 2, 3
+"""The numbers of the links by which packets come in and go out."""
+MTU = 1500
+IPV4 = 0x0800
+GOES_ON = -1
+"""TC_ACT_UNSPEC (linux/pkt_cls.h)."""
+UNCUT = 576
+"""Bytes that every network takes whole."""
+WHOLE = 0x4000
+"""Of a packet's offset of fragments: it must not be cut."""
+_VALUE = struct.Struct("=10x2x4s10x2x4s2s2s5B3xIQQQ")
+_EVENT = struct.Struct("=8x40sIBB2x")
 
-Fields = dict[str, int]
-"""What a rule sees of a packet: addresses and ports as numbers, and flags."""
 
-
-class Refused(OffloadLost):
-    """The kernel refuses a change or a query."""
+# The programs
 
 
 @dataclass
-class Element:
-    """One entry of a map."""
+class Skb:
+    """A packet as the kernel has it."""
 
+    data: bytes
+    """With `link` bytes before the IP header."""
+    link: int = 0
+    mark: int = 0
+    came_by: int = 0
+    """The number of the link by which it has come in; 0: it is this host's own."""
+    leaves_by: int = 0
+    """That of the link by which it leaves."""
+    gso_segs: int = 0
+    """More than 1: so many packets that the kernel carries as one, each with `gso_size` bytes
+    behind its headers."""
+    gso_size: int = 0
+    protocol: int = IPV4
+
+
+@dataclass
+class Entry:
+    """What stands in the map of rewrites."""
+
+    src: bytes
+    dst: bytes
+    sport: bytes
+    dport: bytes
+    step: int
+    flags: RewriteFlags
+    mask: int
     value: int
-    packets: int = 0
-    bytes: int = 0
-    count: Count | None = None
-    """Both, since they were last read."""
+    tos: int
+    began: int
+    packets: int
+    size: int
+    heard: int
+
+    @classmethod
+    def of(cls, value: bytes) -> "Entry":
+        """What these bytes say."""
+        src, dst, sport, dport, step, flags, *rest = _VALUE.unpack(value)
+        return cls(src, dst, sport, dport, step, RewriteFlags(flags), *rest)
+
+    def packed(self) -> bytes:
+        """The same bytes, with what was counted."""
+        v4 = bytes(10) + b"\xff\xff"
+        ends = b"".join((v4, self.src, v4, self.dst, self.sport, self.dport))
+        return ends + _VALUE_BEHIND.pack(
+            *(self.step, self.flags, self.mask, self.value, self.tos, self.began),
+            *(self.packets, self.size, self.heard),
+        )
 
 
-Guard = Callable[[Fields], bool]
+_VALUE_BEHIND = struct.Struct("=5B3xIQQQ")
 
 
-@dataclass(frozen=True)
-class FastRule:
-    """A rule that looks into a map, goes to another chain, or lets a packet go on as it is."""
+@dataclass
+class Parsed:
+    """What the programs look at."""
 
-    guards: tuple[Guard, ...]
-    map: str = ""
-    field: str = ""
-    log: int = 0
-    """The group of the copies."""
-    once: str = ""
-    """The set in which the packet must stand, and does no more."""
-    chain: str = ""
+    proto: int
+    key: bytes
+    """Addresses and ports, as in the packet."""
+    size: int
+    """As the IP header says."""
+    tos: int
+    header: int
+    """Bytes of both headers."""
+    may_be_cut: bool
+    flags: int = 0
+    seq: int = 0
+
+    @property
+    def map_key(self) -> bytes:
+        """Where its rewrite stands."""
+        return layout.key_of(Proto(self.proto), self.key)
 
 
-class FakeKernel(OffloadBackend, OffloadEvents):
-    """Maps by name; their keys are source, source port, destination, destination port."""
+class Programs:
+    """The three programs, and what they look into."""
 
     def __init__(self) -> None:
-        self.room = 0
-        self.maps: dict[str, dict[tuple[int, ...], Element]] = {}
-        self.counters: Counter[str] = Counter()
-        self.copies: dict[int, list[Copy]] = defaultdict(list)
-        """Heads of packets, and their hooks, that nobody has taken yet, by group."""
-        self.sets: dict[str, set[tuple[int, ...]]] = defaultdict(set)
-        self.rules: dict[str, list[FastRule]] = {}
-        """By chain."""
+        self.links: dict[int, int] = {}
+        """Those that have the programs, with the bytes of their longest packet."""
+        self.ports = bytes(8 * layout.PORT_ELEMENTS)
+        self.rewrites: dict[bytes, Entry] = {}
+        self.events: list[bytes] = []
+        """As the ring has them, eight bytes of its own before each."""
+        self.steps: Counter[tuple[int, int]] = Counter()
+        """Packets by protocol and step."""
+        self.now = 0.0
 
-    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
-        """Puts these rules in; `afresh` also empty maps.  What was counted by step stays."""
-        if afresh:
-            self.maps, self.room = {}, spec.room
-        self.rules = _rules(spec)
-        for rules in self.rules.values():
-            for rule in rules:
-                self.maps.setdefault(rule.map, {})
+    def comes_in(self, skb: Skb) -> int:
+        """The incoming program: its verdict; `skb` is as it leaves it."""
+        packet = parse(skb)
+        entry = self._decided(packet)
+        if packet is not None and entry is not None and not entry.flags & RewriteFlags.OUTGOING:
+            skb.mark |= MARK
+            self._note(skb, packet, entry)
+            rewrite(skb, packet, entry)
+        return GOES_ON
 
-    def rewritten(self, packet: Template, hook: Hook, own: Collection[bytes]) -> Template | None:
-        """What becomes of a packet in a host with these addresses; None if it visits the worker.
+    def passes(self, skb: Skb) -> bool:
+        """The program that a rule asks: whether `goes_out` will rewrite this, as it leaves."""
+        packet = parse(skb)
+        entry = self._decided(packet)
+        most = self.links.get(skb.leaves_by)
+        if packet is None or entry is None or most is None:
+            return False
+        size = skb.gso_size + packet.header if skb.gso_segs > 1 else packet.size
+        if not entry.flags & RewriteFlags.RELAYS_OWN:
+            most = min(most, UNCUT)
+        is_whole = not packet.may_be_cut or size <= most
+        return bool(entry.flags & RewriteFlags.OUTGOING) and is_whole
 
-        It may also go on as it is, and be none of the worker's.
-        """
-        (src, dst), proto = packet.flow[1:], packet.flow.proto
-        seen = {
-            "saddr": int.from_bytes(src.addr),
-            "sport": src.port,
-            "daddr": int.from_bytes(dst.addr),
-            "dport": dst.port,
-            "flags": packet.flags,
-            "words": 5 + len(packet.ip_options) // 4,
-            "protocol": proto,
-            "iif": int(src.addr not in own or hook is Hook.PREROUTING),
-        }
-        chain = {Hook.PREROUTING: "pre", Hook.POSTROUTING: "post"}[hook]
-        while chain:
-            rules, chain = self.rules[chain], ""
-            for rule in rules:
-                if not all(guard(seen) for guard in rule.guards):
-                    continue
-                if rule.chain:
-                    chain = rule.chain
-                    break
-                if not rule.map:
-                    return packet
-                key = tuple(seen.values())[:4]
-                if rule.once:
-                    if key not in self.sets[rule.once]:
-                        continue
-                    self.sets[rule.once].remove(key)
-                element = self.maps[rule.map].get(key)
-                if element is None:
-                    continue
-                element.packets += 1
-                element.bytes += len(packet.build())
-                element.count = None
-                self.counters[rule.map] += 1
-                seen[rule.field] = element.value
-                ends = (
-                    Endpoint(seen[f"{end}addr"].to_bytes(4), seen[f"{end}port"]) for end in "sd"
-                )
-                became = replace(packet, flow=FiveTuple(proto, *ends))
-                if rule.log:
-                    self.copies[rule.log].append((hook, became.build()[:HEAD]))
-                return became
+    def goes_out(self, skb: Skb) -> int:
+        """The outgoing program, as `comes_in`."""
+        if not skb.mark & MARK:
+            return GOES_ON
+        skb.mark &= ~MARK
+        packet = parse(skb)
+        entry = self._decided(packet)
+        if packet is None or entry is None or not entry.flags & RewriteFlags.OUTGOING:
+            return GOES_ON
+        begins = packet.flags & (SYN | ACK) == SYN
+        if entry.flags & RewriteFlags.RELAYS_OWN and (begins or packet.flags & FIN):
+            if begins and entry.flags & RewriteFlags.MAY_BEGIN:
+                entry.began = packet.seq
+                entry.flags = entry.flags & ~RewriteFlags.MAY_BEGIN | RewriteFlags.HAS_BEGUN
+            self.events.append(_EVENT.pack(packet.map_key, packet.seq, entry.step, packet.flags))
+        self._note(skb, packet, entry)
+        rewrite(skb, packet, entry)
+        return GOES_ON
+
+    def _decided(self, packet: Parsed | None) -> Entry | None:
+        """What is to become of it; None: that is for the worker to say."""
+        if packet is None:
+            return None
+        proto, ports = packet.proto, (packet.key[8:10], packet.key[10:12])
+        if not any(self._matters(proto, port) for port in ports):
+            return None
+        entry = self.rewrites.get(packet.map_key)
+        if entry is None:
+            return None
+        if entry.flags & RewriteFlags.ONE_DSCP and packet.tos >> 2 != entry.tos >> 2:
+            return None
+        flags = packet.flags
+        if flags & entry.mask == entry.value:
+            return entry
+        if not entry.flags & RewriteFlags.RELAYS_OWN:
+            return None
+        if flags & (FIN | SYN | RST | ACK) == SYN:
+            has_begun = entry.flags & RewriteFlags.HAS_BEGUN and entry.began == packet.seq
+            return entry if entry.flags & RewriteFlags.MAY_BEGIN or has_begun else None
+        return entry if flags & (FIN | SYN | RST) == FIN else None
+
+    def _note(self, skb: Skb, packet: Parsed, entry: Entry) -> None:
+        packets = max(1, skb.gso_segs)
+        entry.packets += packets
+        size = len(skb.data) - skb.link
+        entry.size += size + (packets - 1) * packet.header if packets > 1 else packet.size
+        if not packet.flags & RST:
+            entry.heard = round(self.now * 1e9)
+        self.steps[packet.proto, entry.step] += packets
+
+    def _matters(self, proto: int, port: bytes) -> bool:
+        """Whether this port is one of a service, or a gateway port."""
+        number = int.from_bytes(port) + (0x10000 if proto == Proto.TCP else 0)
+        (bits,) = struct.unpack_from("=Q", self.ports, number // 64 * 8)
+        return bool(bits >> number % 64 & 1)
+
+
+def parse(skb: Skb) -> Parsed | None:
+    """What the programs see of a packet; None if it isn't plain."""
+    ip = skb.data[skb.link :]
+    if skb.protocol != IPV4 or len(ip) < 28 or ip[0] != 0x45:
         return None
-
-    # As OffloadBackend and OffloadEvents
-
-    @property
-    def port(self) -> None:
-        """It has no socket."""
-        return
-
-    @property
-    def capacity(self) -> int:
-        """Elements of each map."""
-        return self.room
-
-    def change(self, changes: Changes) -> list[Counted]:
-        """Carries them out, or raises Refused; what was counted for those withdrawn."""
-        final = []
-        for rewrite in changes.withdrawn:
-            element = self._map(rewrite).pop(_key(rewrite.old), None)
-            if element is None:
-                raise Refused(f"{rewrite.step.name} of row {rewrite.flow.id} isn't there")
-            if rewrite.step in SIDES:
-                final.append((rewrite, Count(element.packets, element.bytes)))
-        for rewrite in changes.installed:
-            elements = self._map(rewrite)
-            if _key(rewrite.old) in elements:
-                raise Refused(f"{rewrite.step.name} of row {rewrite.flow.id} is there already")
-            if len(elements) >= self.room:
-                raise Refused("the map is full")
-            elements[_key(rewrite.old)] = Element(_value(rewrite))
-            if begins(rewrite):
-                self.sets[BEGINS].add(_key(rewrite.old))
-        return final
-
-    def read(self, rewrites: Sequence[Rewrite]) -> Iterator[Counted]:
-        """What was counted for each, or raises Refused."""
-        maps = self.maps
-        for rewrite in rewrites:
-            try:
-                element = maps[_name(rewrite.flow.proto, rewrite.step)][_key(rewrite.old)]
-            except KeyError:
-                raise Refused(f"{rewrite.step.name} of row {rewrite.flow.id} isn't there") from None
-            if element.count is None:
-                element.count = Count(element.packets, element.bytes)
-            yield rewrite, element.count
-
-    def totals(self) -> dict[tuple[Proto, Step], int]:
-        """Packets by step that were rewritten."""
-        return {(proto, step): self.total(proto, step) for proto in Proto for step in Step}
-
-    def leave(self, rewrites: Sequence[Rewrite]) -> Iterable[Counted]:
-        """As `change`."""
-        return self.change(Changes(list(rewrites), []))
-
-    def learnt(self, names: Sequence[str], client: bytes, port: bytes) -> None:
-        """It learns no queries."""
-        return
-
-    def renew(self) -> None:
-        """No answers are on their way."""
-
-    def close(self) -> None:
-        """There is nothing to let go of."""
-
-    def begun(self) -> list[Copy]:
-        """SYNs that nobody has taken yet."""
-        return self.copies.pop(begun(QUEUE), [])
-
-    def ended(self) -> list[Copy]:
-        """FINs that nobody has taken yet."""
-        return self.copies.pop(ends(QUEUE), [])
-
-    def total(self, proto: Proto, step: Step) -> int:
-        """Packets that were rewritten by this step."""
-        return self.counters[_name(proto, step)]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.maps.values()))
-
-    def _map(self, rewrite: Rewrite) -> dict[tuple[int, ...], Element]:
-        name = _name(rewrite.flow.proto, rewrite.step)
-        if name not in self.maps:
-            raise Refused(f"there is no map {name}")
-        return self.maps[name]
-
-
-@lru_cache
-def _name(proto: Proto, step: Step) -> str:
-    return f"{proto}-{step.name.lower()}"
-
-
-@lru_cache(1024)
-def _key(old: bytes) -> tuple[int, ...]:
-    return tuple(map(int.from_bytes, (old[:4], old[8:10], old[4:8], old[10:])))
-
-
-def _value(rewrite: Rewrite) -> int:
-    """The one thing that this rewrite changes; where it changes nothing, what its kind does."""
-    parts = (slice(0, 4), slice(4, 8), slice(8, 10), slice(10, 12))
-    changed = [part for part in parts if rewrite.old[part] != rewrite.new[part]]
-    if not changed:
-        assert rewrite.step in (Step.T3, Step.T4), rewrite.step
-        changed = [parts[0] if rewrite.step is Step.T3 else parts[1]]
-    assert len(changed) == 1, f"{rewrite.step.name} changes more than one thing"
-    return int.from_bytes(rewrite.new[changed[0]])
-
-
-@lru_cache
-def _rules(spec: RuleSpec) -> dict[str, list[FastRule]]:
-    """By chain, what comes before everything else: those rules that don't lead to the worker."""
-    found: dict[str, list[FastRule]] = {}
-    for chain, lines in ruleset.nft_rules(spec).items():
-        rules = [_rule(line) for line in lines]
-        fast = list(takewhile(lambda rule: rule is not None, rules))
-        found[chain] = [rule for rule in fast if rule is not None]
-        assert not any("map @" in line for line in lines[len(fast) :]), f"{chain}: {lines}"
+    if ip[9] not in (Proto.TCP, Proto.UDP) or int.from_bytes(ip[6:8]) & 0x3FFF:
+        return None
+    may_be_cut = not int.from_bytes(ip[6:8]) & WHOLE
+    found = Parsed(ip[9], ip[12:24], int.from_bytes(ip[2:4]), ip[1], 28, may_be_cut)
+    if ip[9] == Proto.TCP:
+        if len(ip) < 40:
+            return None
+        found.header = 20 + (ip[32] >> 4) * 4
+        found.flags = ip[33]
+        found.seq = int.from_bytes(ip[24:28])
     return found
 
 
-def _rule(line: str) -> FastRule | None:
-    """The rule; None for one that leads to the worker in the end, or is about other packets."""
+def rewrite(skb: Skb, packet: Parsed, entry: Entry) -> None:
+    """Gives a packet other addresses and ports, and the checksums that go with them."""
+    ip = bytearray(skb.data[skb.link :])
+    is_udp = packet.proto == Proto.UDP
+    check = 26 if is_udp else 36
+    new = entry.src, entry.dst, entry.sport, entry.dport
+    for at, value in zip((12, 16, 20, 22), new, strict=True):
+        before, there = bytes(ip[at : at + len(value)]), slice(check, check + 2)
+        if before == value:
+            continue
+        if not is_udp or any(ip[there]):
+            transport = updated(bytes(ip[there]), before, value)
+            ip[there] = b"\xff\xff" if is_udp and not any(transport) else transport
+        if at < 20:
+            ip[10:12] = updated(bytes(ip[10:12]), before, value)
+        ip[at : at + len(value)] = value
+    skb.data = skb.data[: skb.link] + bytes(ip)
+
+
+def updated(check: bytes, before: bytes, after: bytes) -> bytes:
+    """A checksum after a change (RFC 1624, section 3), as the kernel adds it up."""
+    total = sum(0xFFFF - int.from_bytes(each) for each in (check, *_words(before))) + sum(
+        map(int.from_bytes, _words(after))
+    )
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return (0xFFFF - total).to_bytes(2)
+
+
+def _words(data: bytes) -> list[bytes]:
+    return [data[at : at + 2] for at in range(0, len(data), 2)]
+
+
+# The rules
+
+_MATCH = re.compile(
+    r"(?:ip protocol (?P<protocol>tcp|udp)"
+    r"|rt (?P<ipsec>ipsec) missing"
+    r"|meta mark & (?P<mark>0x[0-9a-f]+) == (?P=mark)"
+    r"|(?P<link>[io]if) (?P<unlike>!= )?(?P<numbers>\{[^}]*\}|\d+|\"lo\")"
+    r"|fib (?P<end>[sd]addr) type local"
+    r"|(?P<icmp>icmp) .*"
+    r"|tcp flags & (?P<flags>\([^)]*\)|\w+) == (?P<on>0|\w+)"
+    r"|(?:ip|th|tcp|udp) (?P<field>[sd](?:addr|port))(?: & (?P<mask>[\d.]+))?"
+    r" (?P<relation>==|!=)? ?(?P<values>\{[^}]*\}|\d[\d.-]*)) "
+)
+_ENDING = re.compile(
+    r"(?P<what>accept|return|drop)|goto (?P<chain>[\w-]+)|(?P<asks>jump offloaded)|queue num \d+"
+    r"|(?P<unmarks>meta mark set meta mark & 0x[0-9a-f]+ accept)|tproxy.*"
+)
+_LABEL = re.compile(r' comment "[^"]*"$')
+_BITS = {"fin": FIN, "syn": SYN, "rst": RST, "ack": ACK}
+
+
+@dataclass
+class Seen:
+    """What a rule sees of a packet."""
+
+    packet: Parsed
+    mark: int
+    iif: int
+    oif: int
+    own: Collection[bytes]
+    """The addresses of this host."""
+    passes: bool
+    """What the program says that is asked."""
+
+    def __getitem__(self, name: str) -> int:
+        part = {"saddr": (0, 4), "daddr": (4, 8), "sport": (8, 10), "dport": (10, 12)}[name]
+        return int.from_bytes(self.packet.key[slice(*part)])
+
+
+Guard = Callable[[Seen], bool]
+
+
+class Rules:
+    """What these rules send to the queue."""
+
+    def __init__(self, spec: RuleSpec) -> None:
+        self._chains = {
+            chain: [_rule(line) for line in lines]
+            for chain, lines in ruleset.nft_rules(spec).items()
+        }
+
+    def is_queued(self, hook: Hook, seen: Seen) -> bool:
+        """Whether this packet goes to the worker; if not, its mark is as the rules leave it."""
+        chain = {Hook.PREROUTING: "pre", Hook.POSTROUTING: "post"}[hook]
+        while True:
+            ending = next(
+                (
+                    ending
+                    for guards, ending in self._chains[chain]
+                    if all(guard(seen) for guard in guards)
+                ),
+                "accept",
+            )
+            if ending in self._chains:
+                chain = ending
+                continue
+            if ending == "unmarks":
+                seen.mark &= ~MARK
+            if ending == "marks":
+                seen.mark |= MARK
+            assert ending in ("queue", "accept", "return", "unmarks", "marks"), ending
+            return ending == "queue"
+
+
+def _rule(line: str) -> tuple[list[Guard], str]:
+    """When it holds, and then: `queue`, `accept`, `return`, or the chain that follows."""
     guards, rest = [], _LABEL.sub("", line)
     while match := _MATCH.match(rest):
         guards.append(_guard(match))
+        if match["icmp"]:
+            return guards, "accept"
         rest = rest[match.end() :]
-    if look_up := _LOOK_UP.fullmatch(rest):
-        proto = next(name for name in ("tcp", "udp") if look_up["map"].startswith(f"{name}-"))
-        assert look_up["layer"] == ("ip" if look_up["field"].endswith("addr") else proto), line
-        assert look_up["ports"] in ("th", proto), line
-        group = int(look_up["group"] or 0)
-        return FastRule(
-            tuple(guards), look_up["map"], look_up["field"], group, look_up["set"] or ""
-        )
-    assert "map @" not in line, line
-    if verdict := _VERDICT.fullmatch(rest):
-        return FastRule(tuple(guards), chain=verdict["chain"] or "")
-    return None
+    ending = _ENDING.fullmatch(rest)
+    assert ending, line
+    if ending["asks"]:  # the rule of that chain marks and accepts what the program says yes to
+        return [*guards, lambda seen: seen.passes], "marks"
+    if ending["unmarks"]:
+        assert int(rest.split()[6], 16) == 0xFFFFFFFF ^ MARK
+        return guards, "unmarks"
+    return guards, ending["chain"] or ending["what"] or ending[0].split()[0]
 
 
 def _guard(match: re.Match[str]) -> Guard:
+    if match["icmp"]:
+        return lambda seen: False
+    if match["ipsec"]:
+        return lambda seen: True  # there is none
     if match["protocol"]:
-        wanted = Proto[match["name"].upper()]
-        return lambda seen: seen["protocol"] == wanted
-    if match["iif"]:
-        return lambda seen: seen["iif"] != 0
-    if match["words"]:
-        return lambda seen: seen["words"] == int(match["words"])
+        proto = Proto[match["protocol"].upper()]
+        return lambda seen: seen.packet.proto == proto
+    if match["mark"]:
+        mark = int(match["mark"], 16)
+        return lambda seen: seen.mark & mark == mark
+    if match["link"]:
+        link, is_one = match["link"], not match["unlike"]
+        texts = match["numbers"].strip("{ }").split(", ")
+        numbers = [1 if text == '"lo"' else int(text) for text in texts]
+        return lambda seen: (getattr(seen, link) in numbers) is is_one
+    if match["end"]:
+        part = slice(4) if match["end"] == "saddr" else slice(4, 8)
+        return lambda seen: seen.packet.key[part] in seen.own
     if match["flags"]:
-        mask = sum(_FLAGS[word] for word in match["flags"].strip("()").split(" | "))
-        flag = 0 if match["set"] == "0" else _FLAGS[match["set"]]
-        return lambda seen: seen["flags"] & mask == flag
+        bits = sum(_BITS[word] for word in match["flags"].strip("()").split(" | "))
+        on = 0 if match["on"] == "0" else _BITS[match["on"]]
+        return lambda seen: seen.packet.flags & bits == on
     field, is_in = match["field"], match["relation"] != "!="
     bits = int(IPv4Address(match["mask"])) if match["mask"] else 0xFFFFFFFF
     ranges = [_range(text) for text in match["values"].strip("{ }").split(", ")]
@@ -333,6 +409,143 @@ def _range(text: str) -> tuple[int, int]:
         return int(net[0]), int(net[-1])
     low, _, high = text.partition("-")
     return int(low), int(high or low)
+
+
+@lru_cache
+def rules_of(spec: RuleSpec) -> Rules:
+    """Those of this spec, read once."""
+    return Rules(spec)
+
+
+# The backend
+
+
+class Refused(OffloadLost):
+    """The kernel refuses a change or a query."""
+
+
+class FakeKernel(OffloadBackend):
+    """Programs with their map, and the rules."""
+
+    def __init__(self) -> None:
+        self.room = 0
+        self.programs = Programs()
+        self.spec: RuleSpec | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Rewrites of each step."""
+        return self.room
+
+    @property
+    def counters(self) -> Counter[tuple[int, int]]:
+        """Packets that were rewritten, by protocol and step."""
+        return self.programs.steps
+
+    def __len__(self) -> int:
+        return len(self.programs.rewrites)
+
+    def begin(self, room: int) -> None:
+        """An empty map.  What was counted by step stays."""
+        self.room = room
+        self.programs.rewrites.clear()
+        self.programs.events.clear()
+
+    def serve(self, udp: Ports, tcp: Ports) -> None:
+        """As told."""
+        self.programs.ports = layout.port_map(udp, tcp)
+
+    def change(self, changes: Changes) -> list[CountedRewrite]:
+        """Carries them out, or raises Refused; what was counted for those withdrawn."""
+        final = []
+        rewrites = self.programs.rewrites
+        for each in changes.withdrawn:
+            entry = rewrites.pop(_key(each), None)
+            if entry is None:
+                raise Refused(f"{each.step.name} of flow {each.flow.id} isn't there")
+            if each.step in SIDES:
+                final.append((each, layout.counted(entry.packed())))
+        for each in changes.installed:
+            if _key(each) in rewrites:
+                raise Refused(f"{each.step.name} of flow {each.flow.id} is there already")
+            at = each.flow.proto, each.step
+            if self.of_step(*at) >= self.room or len(rewrites) >= self.room * MOST_PER_FLOW:
+                raise Refused("there is no room")
+            rewrites[_key(each)] = Entry.of(layout.value_of(each))
+        return final
+
+    def of_step(self, proto: Proto, step: Step) -> int:
+        """How many rewrites of this kind there are."""
+        protos = (key[36] for key, entry in self.programs.rewrites.items() if entry.step == step)
+        return sum(each == proto for each in protos)
+
+    def has(self, rewrite: Rewrite) -> bool:
+        """Whether the map has this, and not another one in its place."""
+        entry = self.programs.rewrites.get(_key(rewrite))
+        return entry is not None and _is_of(entry, rewrite)
+
+    def read(self, rewrites: Sequence[Rewrite]) -> Iterator[CountedRewrite]:
+        """What was counted for each, or raises Refused."""
+        for each in rewrites:
+            entry = self.programs.rewrites.get(_key(each))
+            if entry is None:
+                raise Refused(f"{each.step.name} of flow {each.flow.id} isn't there")
+            yield each, layout.counted(entry.packed())
+
+    def totals(self) -> dict[tuple[Proto, Step], int]:
+        """Packets by step that were rewritten."""
+        return {(Proto(proto), Step(step)): n for (proto, step), n in self.counters.items() if n}
+
+    def total(self, proto: Proto, step: Step) -> int:
+        """Packets that were rewritten by this step."""
+        return self.counters[proto, step]
+
+    def own_packets(self) -> list[OwnPacket]:
+        """Those that were not told yet."""
+        events, self.programs.events = self.programs.events, []
+        return layout.own_packets(b"".join(events))
+
+    def leave(self, rewrites: Sequence[Rewrite]) -> Iterable[CountedRewrite]:
+        """As `change`."""
+        return self.change(Changes(list(rewrites), []))
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+    # What packets meet
+
+    def is_queued(self, skb: Skb, hook: Hook, own: Collection[bytes]) -> bool:
+        """Whether the rules send this to the worker, in a host with these addresses; if not, its
+        mark is as they leave it."""
+        assert self.spec is not None
+        packet = parse_all(skb)
+        if packet is None:
+            return True  # the worker judges what is no TCP and no UDP
+        is_out = hook is Hook.POSTROUTING
+        link, oif = skb.came_by if is_out else NEAR, FAR if is_out else 0
+        seen = Seen(packet, skb.mark, link, oif, own, is_out and self.programs.passes(skb))
+        is_queued = rules_of(self.spec).is_queued(hook, seen)
+        skb.mark = seen.mark
+        return is_queued
+
+
+def parse_all(skb: Skb) -> Parsed | None:
+    """What the rules see of a packet: also of one with IP options."""
+    length = skb.data[0] % 16 * 4
+    plain = bytes((0x45,)) + skb.data[1:20] + skb.data[length:]
+    return parse(Skb(plain))
+
+
+def _key(rewrite: Rewrite) -> bytes:
+    return layout.key_of(rewrite.flow.proto, rewrite.old)
+
+
+def _is_of(entry: Entry, rewrite: Rewrite) -> bool:
+    new = entry.src + entry.dst + entry.sport + entry.dport
+    return (new, entry.step) == (rewrite.new, rewrite.step)
+
+
+# All together
 
 
 @dataclass
@@ -354,6 +567,7 @@ class Datapath:
         """The one that is connected; what it is told unasked it doesn't hear."""
         self.relays.joined(self.tcp_relay, uid=0)
         self.relays.listens(self.tcp_relay, self.policy.gport)
+        self.relays.before_answers = self._change_urgent
         self.kernel = FakeKernel()
         self.pending = False
         self.told = 0
@@ -375,9 +589,10 @@ class Datapath:
         self.refresh()
 
     def restart(self) -> None:
-        """The maps are made anew, and what they had counted is added before."""
+        """The map is made anew, and what it had counted is added before."""
+        self.hear()
         changes = self.offload.leave()
-        self.offload.told(changes, self.kernel.change(changes), self.now)
+        self.offload.told(changes, self.kernel.leave(changes.withdrawn), self.now)
         self._spec = None
         self.refresh()
 
@@ -399,33 +614,71 @@ class Datapath:
             beside=policy.beside,
             footprints=self.nat.footprints,
             room=self.room,
-            tells_ends=True,
+            lets_offloaded_pass=True,
         )
         if spec != self._spec:
-            afresh = self._spec is None or spec.room != self._spec.room
+            afresh = self._spec is None
+            self._spec = self.kernel.spec = spec
+            self.kernel.serve(spec.udp, merged([*spec.any_tcp, *single(spec.gports)]))
+            self.kernel.programs.links = {NEAR: MTU, FAR: MTU}
             if afresh:
-                self.offload.end()
-            self.kernel.install(spec, afresh=afresh)
-            self._spec = spec
-            if afresh:
+                self.kernel.begin(spec.room)
                 self.offload.begin(self.kernel.capacity)
         self.turn()
 
-    def packet(self, packet: Template, hook: Hook) -> bytes | Verdict:
+    def packet(self, packet: Template | bytes, hook: Hook) -> bytes | Verdict:
         """What becomes of a packet, whoever decides; then the turn is over."""
-        fast = self.kernel.rewritten(packet, hook, self.policy.own) if self.room else None
-        if fast is not None and fast is not packet:
-            self.hear()
-            return fast.build()
-        verdict = self.worker.handle(packet.build(), hook, self.now)
-        assert fast is None or verdict is Verdict.PASS, "it was the worker's"
+        data = packet if isinstance(packet, bytes) else packet.build()
+        if not self.room:
+            return self.worker.handle(data, hook, self.now)
+        self.kernel.programs.now = self.now
+        return self._comes_in(data) if hook is Hook.PREROUTING else self._goes_out(data)
+
+    def _comes_in(self, data: bytes) -> bytes | Verdict:
+        hook, programs = Hook.PREROUTING, self.kernel.programs
+        skb = Skb(data, came_by=NEAR)
+        rewritten = programs.steps.total()
+        assert programs.comes_in(skb) == GOES_ON
+        is_rewritten = programs.steps.total() > rewritten
+        is_queued = self.kernel.is_queued(skb, hook, self.policy.own)
+        assert not skb.mark, "a later rule of the host sees our mark"
+        if is_rewritten:
+            assert not is_queued, "it would be rewritten twice"
+            return skb.data
+        return self._judged(data, hook, is_queued=is_queued)
+
+    def _goes_out(self, data: bytes) -> bytes | Verdict:
+        hook, programs = Hook.POSTROUTING, self.kernel.programs
+        skb = Skb(data, came_by=0 if data[12:16] in self.policy.own else NEAR, leaves_by=FAR)
+        is_asked = programs.passes(skb)
+        is_queued = self.kernel.is_queued(skb, hook, self.policy.own)
+        verdict: bytes | Verdict = Verdict.PASS
+        if not is_asked:
+            verdict = self._judged(data, hook, is_queued=is_queued)
+        else:
+            assert not is_queued, "it would be rewritten twice"
+        if verdict is Verdict.DROP:
+            return verdict
+        skb.data = before = verdict if isinstance(verdict, bytes) else data
+        rewritten = programs.steps.total()
+        assert programs.goes_out(skb) == GOES_ON
+        assert (programs.steps.total() > rewritten) == is_asked, (before, skb.data)
+        assert not skb.mark, "others see our mark"
+        self.hear()
+        return skb.data if is_asked else verdict
+
+    def _judged(self, data: bytes, hook: Hook, *, is_queued: bool) -> bytes | Verdict:
+        """What the worker says; of what it isn't asked it would say that it may pass."""
+        verdict = self.worker.handle(data, hook, self.now)
+        assert is_queued or verdict is Verdict.PASS, "it was the worker's"
         self.turn()
         return verdict
 
     def hear(self) -> None:
-        """Takes note of the copies that the kernel has made."""
-        self.nat.tracking.begun(self.kernel.begun())
-        self.nat.tracking.ended(self.kernel.ended())
+        """Takes note of what the kernel tells of tcp-relay's packets."""
+        while packets := self.kernel.own_packets():
+            for each in packets:
+                self.nat.tracking.relayed(each.key, each.flags, each.seq, self.now)
         self.turn()
 
     def turn(self, most: int = 512) -> None:
@@ -434,11 +687,16 @@ class Datapath:
             self.refresh()
         while self.pending:
             self.pending = False
-            if (changes := self.offload.changes(most)) is not None:
-                self.offload.told(changes, self.kernel.change(changes), self.now)
+            self._tell(most)
+
+    def _tell(self, most: int, now: float | None = inf) -> None:
+        """As Offload._change."""
+        if (changes := self.offload.changes(most, now)) is not None:
+            self.offload.told(changes, self.kernel.change(changes), self.now)
 
     def count(self, flows: Iterable[Flow]) -> None:
         """Adds what the kernel has counted for these flows."""
+        self.hear()
         accounting = self.offload.accounting
         accounting.read(self.kernel.read(accounting.installed_of(flows)), self.now)
 
@@ -460,6 +718,8 @@ class Datapath:
     def _withdraw_now(self) -> None:
         self.told += 1
         while self.offload.has_withdrawals:
-            changes = self.offload.changes(512)
-            assert changes is not None
-            self.offload.told(changes, self.kernel.change(changes), self.now)
+            self._tell(512)
+
+    def _change_urgent(self) -> None:
+        while self.offload.is_urgent:
+            self._tell(512, None)

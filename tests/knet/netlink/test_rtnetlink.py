@@ -1,11 +1,14 @@
 """Messages of the routing socket: ours as iproute2 writes them, and the kernel's."""
 
+import struct
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from knet import netlink
 from knet.netlink import Message, rtnetlink
-from knet.netlink.rtnetlink import InterfaceAddress, RouteLookup
+from knet.netlink.rtnetlink import HostLink, InterfaceAddress, RouteLookup
 
 # What kernel 6.18 answers of a host that has 192.168.0.2/24 on its third link, and what iproute2
 # 6.1 asks it, but for the wish to hear of the table.
@@ -19,6 +22,15 @@ NEW_ADDRESS = (
     "50000000 14000200 01000000 91250000 02188000 03000000 08000100 c0a80002 08000200 c0a80002"
     "09000300 65746831 00000000 08000800 80000000 14000600 ffffffff ffffffff 0a7f0300 0a7f0300"
 )
+# As `ip link` asks, but for the wish to hear of less.
+GET_LINKS = "20000000 12000103 07000000 00000000 00000000 00000000 00000000 00000000"
+# Of what kernel 6.18 tells of a veth that is a port of a bridge: its name, MTU, bridge and kind.
+NEW_LINK = (
+    "54000000 10000200 07000000 91250000 00000100 09000000 43100100 00000000"
+    "07000300 64300000 08000400 dc050000 08000a00 04000000"
+    "1c001200 09000100 76657468 00000000 0b000400 62726964 67650000"
+)
+IFNAME, MTU = 3, 4
 
 
 def read(text: str) -> list[Message]:
@@ -41,6 +53,32 @@ def test_an_address_has_its_subnet_and_its_link() -> None:
     assert list(rtnetlink.addresses(read(NEW_ADDRESS))) == [InterfaceAddress(own, own, 24, 3)]
 
 
+def test_links_are_asked_for_as_ip_link_does() -> None:
+    assert rtnetlink.get_links(7) == bytes.fromhex(GET_LINKS)
+
+
+def test_a_link_has_a_name_a_kind_and_whom_it_belongs_to() -> None:
+    assert list(rtnetlink.links(read(NEW_LINK))) == [HostLink(9, "d0", 1, False, 1500, 4, "veth")]
+    assert rtnetlink.mtu(read(NEW_LINK)) == 1500
+    assert list(rtnetlink.links(read(NEW_ADDRESS))) == []
+
+
+@pytest.mark.parametrize(("flags", "is_loopback"), [(0x8, True), (0x9, True), (0x1041, False)])
+def test_loopback_is_told_by_its_flag(flags: int, is_loopback: bool) -> None:
+    head = struct.pack("=BxHiII", 0, 772, 1, flags, 0)
+    body = head + netlink.text(IFNAME, "lo") + netlink.attribute(MTU, struct.pack("=I", 65536))
+    (found,) = rtnetlink.links([Message(0, 16, 0, 0, body)])
+
+    assert found == HostLink(1, "lo", 772, is_loopback, 65536, 0, "")
+
+
+def test_what_a_link_does_not_tell_is_nothing() -> None:
+    head = struct.pack("=BxHiII", 0, 1, 3, 0, 0)
+    (found,) = rtnetlink.links([Message(0, 16, 0, 0, head)])
+
+    assert found == HostLink(3, "", 1, False, 0, 0, "")
+
+
 def test_requests_are_whole() -> None:
     for request in (rtnetlink.get_addresses(1), rtnetlink.get_link(2, 3)):
         (message,) = netlink.messages(request)
@@ -56,3 +94,14 @@ def test_any_bytes_will_do(messages: list[Message]) -> None:
     route = rtnetlink.route(messages)
     assert route.source is None or len(route.source) == 4
     rtnetlink.mtu(messages)
+    assert len(list(rtnetlink.links(messages))) <= len(messages)
+
+
+@given(st.lists(st.tuples(st.integers(0, 67), st.integers(0, 255)), max_size=8))
+def test_a_link_may_be_told_of_wrongly(damage: list[tuple[int, int]]) -> None:
+    body = bytearray.fromhex(NEW_LINK)[16:]
+    for at, byte in damage:
+        body[at] = byte
+    (found,) = rtnetlink.links([Message(0, 16, 0, 0, bytes(body))])
+
+    assert all(0 <= each < 1 << 32 for each in (found.kind, found.mtu, found.master))

@@ -32,9 +32,7 @@ def rules(of: Config, *footprints: Footprint, has_maps: bool = True) -> RuleSpec
         room=0,
         learning=None,
         has_maps=has_maps,
-        tells_ends=False,
         tells_unmatched=True,
-        follows_dscp=False,
     )
 
 
@@ -83,3 +81,4 @@ def test_rules_without_maps_ask_for_nothing_that_takes_one() -> None:
     with_maps, without = rules(config()), rules(config(), has_maps=False)
     assert (with_maps.asked_within, with_maps.tells_unmatched) == (300, True)
     assert (without.asked_within, without.tells_unmatched) == (0, False)
+    assert (with_maps.lets_offloaded_pass, without.lets_offloaded_pass) == (True, False)

@@ -1,4 +1,4 @@
-"""The rules that are kept: when they are made, with or without their maps, and put back."""
+"""The rules that are kept: when they are made, with or without their sets, and put back."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ from krelay.daemon.rulekeeper import (
 from krelay.datapath.policy import Policy
 from krelay.host import netfilter
 from krelay.host.hostview import HostView
-from krelay.host.netfilter import Backend, Way
+from krelay.host.netfilter import Backend
 from krelay.nat.table import NatTable
 from krelay.offload.service import Offload
 from krelay.rules.spec import Learning, RuleSpec
@@ -53,6 +53,8 @@ class FakeBackend:
     spec: RuleSpec | None = None
     former: RuleSpec | None = None
     """What the last install was told to be in force."""
+    asks: bool = False
+    """Whether a rule asks a program."""
     is_stale: bool = False
     fails: list[Exception] = field(default_factory=list)
     """The next calls that install, look or remove raise these."""
@@ -65,8 +67,9 @@ class FakeBackend:
         self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
     ) -> None:
         self._may_fail()
-        self.done.append("rules and maps" if afresh else "rules")
+        self.done.append("rules and sets" if afresh else "rules")
         self.spec, self.former = spec, former
+        self.asks = self.asks and not afresh
 
     def remove(self, name: str) -> None:
         assert name == NAME
@@ -79,9 +82,9 @@ class FakeBackend:
         self._may_fail()
         return self.is_stale or self.spec is not None
 
-    def intact(self, spec: RuleSpec) -> bool:
+    def intact(self, spec: RuleSpec, *, asks: bool = False) -> bool:
         self._may_fail()
-        return self.spec == spec
+        return self.spec == spec and self.asks == asks
 
     def tables(self, name: str) -> frozenset[str]:
         assert name == NAME
@@ -90,15 +93,15 @@ class FakeBackend:
 
 @dataclass
 class FakeOffload:
-    """The offload: says what it may, and notes when its maps come and go."""
+    """The offload: says what it may."""
 
     done: list[str]
     room: int = 1024
     why_none: str = ""
     fails: list[OSError] = field(default_factory=list)
     is_for_good: bool = False
-    tells_ends: bool = True
     tells_unmatched: bool = True
+    is_asked: bool = False
 
     @property
     def events(self) -> "FakeOffload":
@@ -114,18 +117,13 @@ class FakeOffload:
         return self.room
 
     def enter(self, spec: RuleSpec, *, afresh: bool) -> int | None:
+        if self.is_for_good and self.room:
+            self.room, self.why_none = 0, "refused"
+            return None
         if self.fails:
             raise self.fails.pop(0)
         self.done.append("enter")
         return 77 if afresh else None
-
-    def leave(self) -> None:
-        self.done.append("leave")
-
-    def refused(self, error: OSError) -> bool:
-        if self.is_for_good:
-            self.room, self.why_none = 0, "refused"
-        return self.is_for_good
 
 
 class FakeWatcher:
@@ -156,7 +154,7 @@ class Rig:
     def __init__(self, loop: SteppedLoop, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loop = loop
         self.done: list[str] = []
-        """What was done with the rules and the maps, in order."""
+        """What was done with the rules and the sets, in order."""
         self.backend, self.offload = FakeBackend(self.done), FakeOffload(self.done)
         self.watcher = FakeWatcher()
         self.failed: list[str] = []
@@ -175,7 +173,7 @@ class Rig:
             Failures(Log("relaying")),
         )
         monkeypatch.setattr(rulekeeper, "RuleWatcher", lambda: self.watcher)
-        monkeypatch.setattr(netfilter, "probe", lambda: Way(self.backend, True))
+        monkeypatch.setattr(netfilter, "probe", lambda: self.backend)
         monkeypatch.setattr(netfilter, "same_rules", lambda one, other: one is other)
         monkeypatch.setattr(netfilter, "places", lambda name: [self.backend])
         monkeypatch.setattr(time, "sleep", lambda seconds: self.done.append("sleep"))
@@ -199,6 +197,10 @@ class Rig:
     def taken_out(self, *tables: str) -> None:
         """Another program takes all rules out, and the kernel announces that of these tables."""
         self.backend.spec = None
+        self.announced(*tables)
+
+    def announced(self, *tables: str) -> None:
+        """The kernel announces changes of these tables."""
         self.watcher.tables = frozenset(tables)
         self.loop.handlers[ANNOUNCED](1)
 
@@ -212,12 +214,12 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
 # Rules that are changed
 
 
-def test_rules_come_between_the_old_maps_and_the_new(rig: Rig) -> None:
+def test_rules_come_before_what_the_offload_makes_beside_them(rig: Rig) -> None:
     rig.keeper.probe()
     rig.keeper.begin()
 
-    assert rig.done == ["leave", "rules and maps", "enter"]
-    assert rig.watcher.ignored == [77], "changes of our own maps are no news"
+    assert rig.done == ["rules and sets", "enter"]
+    assert rig.watcher.ignored == [77], "changes of our own sets are no news"
     assert rig.backend.spec is not None
     assert (rig.backend.spec.tcp, rig.backend.spec.room) == (((80, 80),), 1024)
     assert rig.keeper.made_by == "nft"
@@ -230,7 +232,7 @@ def test_what_stays_is_not_made_again(rig: Rig) -> None:
     assert rig.done == []
 
 
-def test_another_service_leaves_the_maps(rig: Rig) -> None:
+def test_another_service_leaves_the_sets(rig: Rig) -> None:
     rig.begin()
     rig.serve("tcp/80 tcp/443")
 
@@ -241,14 +243,14 @@ def test_another_service_leaves_the_maps(rig: Rig) -> None:
     assert rig.backend.spec.tcp == ((80, 80), (443, 443))
 
 
-def test_other_maps_are_made_in_place_of_the_former_rules(rig: Rig) -> None:
+def test_other_sets_are_made_in_place_of_the_former_rules(rig: Rig) -> None:
     rig.begin()
     before = rig.backend.spec
     rig.offload.room = 2048
 
     rig.second()
 
-    assert rig.done == ["leave", "rules and maps", "enter"]
+    assert rig.done == ["rules and sets", "enter"]
     assert rig.backend.former is before
 
 
@@ -304,70 +306,49 @@ def test_frozen_rules_stay(rig: Rig) -> None:
     assert (rig.done, rig.restored) == ([], 0)
 
 
-# Access to the maps
+# Access to the sets
 
 
-def test_maps_that_are_refused_for_good_leave_all_to_the_worker(rig: Rig) -> None:
-    rig.offload.fails, rig.offload.is_for_good = [OSError(errno.EPERM, "not permitted")], True
-
+def test_sets_that_are_refused_for_good_leave_all_to_the_worker(rig: Rig) -> None:
+    rig.offload.is_for_good = True
     rig.begin()
+
+    rig.second()
 
     assert rig.backend.spec is not None
     assert rig.backend.spec.room == 0
     assert rig.keeper.no_maps == "refused"
 
 
-def test_maps_that_are_out_of_reach_now_are_made_again(rig: Rig) -> None:
+def test_sets_that_are_out_of_reach_now_are_made_again(rig: Rig) -> None:
     rig.begin()
     rig.offload.room = 2048
     rig.offload.fails = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
 
     rig.second()
-    assert rig.done == ["leave", "rules and maps"]
+    assert rig.done == ["rules and sets"]
     rig.done.clear()
     rig.second()
 
-    assert rig.done == ["leave", "rules and maps", "enter"]
-
-
-def test_lost_maps_are_made_anew_with_the_rules(rig: Rig) -> None:
-    rig.begin()
-    rig.keeper.make_maps_anew()
-    assert rig.done == ["leave", "rules and maps", "enter"]
-    assert rig.restored == 0
-
-
-def test_lost_maps_may_have_taken_the_rules_with_them(rig: Rig) -> None:
-    rig.begin()
-    rig.backend.spec = None
-
-    rig.keeper.make_maps_anew()
-
-    assert rig.done == ["leave", "rules and maps", "enter"]
-    assert rig.restored == 1
-
-
-def test_lost_maps_that_can_not_be_made_now_are_left_until_they_can(rig: Rig) -> None:
-    rig.begin()
-    rig.backend.fails = [RulesDelayed("no process")]
-    rig.keeper.make_maps_anew()
-    assert rig.done == ["leave"]
-
-    rig.second()
-
-    assert rig.done == ["leave", "leave", "rules and maps", "enter"]
-
-
-@pytest.mark.parametrize("when", ["before the rules", "at the end"])
-def test_maps_that_are_lost_without_rules_are_only_left(rig: Rig, when: str) -> None:
-    if when == "at the end":
-        rig.begin()
-        rig.keeper.end()
-    rig.keeper.make_maps_anew()
-    assert rig.done == ["leave"]
+    assert rig.done == ["rules and sets", "enter"]
 
 
 # Rules that another program takes out
+
+
+def test_a_rule_that_asks_programs_is_among_those_that_must_be_there(rig: Rig) -> None:
+    rig.begin()
+    rig.offload.is_asked = rig.backend.asks = True
+    rig.announced(NAME)
+    rig.loop.advance(LOOK_AFTER)
+    assert (rig.done, rig.restored) == ([], 0)
+
+    rig.backend.asks = False
+    rig.announced(NAME)
+    rig.loop.advance(LOOK_AFTER)
+
+    assert rig.done == ["rules and sets", "enter"]
+    assert rig.restored == 1
 
 
 def test_rules_that_are_taken_out_are_put_back_and_the_flows_are_told(
@@ -379,7 +360,7 @@ def test_rules_that_are_taken_out_are_put_back_and_the_flows_are_told(
 
     rig.loop.advance(LOOK_AFTER)
 
-    assert rig.done == ["leave", "rules and maps", "enter"]
+    assert rig.done == ["rules and sets", "enter"]
     assert rig.backend.former is None, "there is nothing to replace"
     assert rig.restored == 1
     assert complaints(caplog) == [PUT_BACK]
@@ -564,7 +545,7 @@ def test_rules_of_a_killed_krelay_go_unless_they_are_replaced(
 def test_a_host_without_any_packet_filter_is_told_of(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing() -> Way:
+    def nothing() -> Backend:
         raise RulesUnavailable("no way to queue packets")
 
     monkeypatch.setattr(netfilter, "probe", nothing)

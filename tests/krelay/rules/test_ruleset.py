@@ -15,18 +15,18 @@ from knet.rules.ports import MULTIPORT_MOST, Ports, merged
 from knet.rules.rows import ANYONE, U32_MOST
 from krelay.nat.flow import Footprint
 from krelay.rules import ruleset
-from krelay.rules.offloaded import BEGINS, map_name, steps_offloaded
+from krelay.rules.offloaded import MARK
 from krelay.rules.ruleset import chains, iptables_remove, nft_remove
 from krelay.rules.spec import (
     Learning,
     RuleSpec,
-    begun,
-    ends,
     instance_name,
+    openings,
     queue_of,
     unmatched,
     wanted,
 )
+from krelay.rules.steprows import DSCP_STEPS, POST, PRE, STEP_ROWS
 from krelay.steps import SIDES, Step
 
 S, Z = IPv4Address("192.168.0.1"), IPv4Address("192.168.0.99")
@@ -165,6 +165,7 @@ def test_nft_puts_every_packet_into_one_of_two_queues_or_has_the_place_for_that(
         "openings": ['drop comment "queue num 34368"'],
     }
     assert [queue_of(with_xt[chain][0]) for chain in ("to-worker", "openings")] == [1600, 34368]
+    assert openings(openings(1600)) == 1600 != openings(1600)
 
 
 def test_rules_alone_are_replaced_without_the_maps_nor_the_queues() -> None:
@@ -176,74 +177,129 @@ def test_rules_alone_are_replaced_without_the_maps_nor_the_queues() -> None:
         assert text.count(f"flush chain ip krelay {chain}\n") == 1
 
 
+def test_rules_that_replace_others_leave_the_chain_with_the_program_alone() -> None:
+    spec = replace(SPEC, room=1000, lets_offloaded_pass=True)
+    for text in (
+        nft_install(replace(spec, tcp=()), afresh=False),
+        nft_install(replace(spec, room=2000), former=spec),
+    ):
+        for chain in ("offloaded", "to-worker", "openings"):
+            assert not re.search(rf"(flush|delete) chain ip krelay {chain}\n", text)
+            assert f"chain {chain} {{" not in text
+        assert "jump offloaded\n" in text
+
+
 # The fast path
 
-KEY = "ip saddr . th sport . ip daddr . th dport"
+OFFLOADING = replace(SPEC, room=1000, lets_offloaded_pass=True)
+ASKS = "rt ipsec missing jump offloaded"
+UNMARKED = "meta mark set meta mark & 0xefffffff accept"
 
 
-def handed(spec: RuleSpec, hook: str) -> list[str]:
-    """The rules of the fast path, in short."""
-    for_all = [rule for rule in rules(nft_install(spec), hook) if " map @" in rule]
-    return [
-        re.sub(r" map @(\S+) counter name \1 accept$", r" of \1", rule).replace(KEY, "flow")
-        for rule in for_all
-    ]
+def fast(spec: RuleSpec) -> dict[str, list[str]]:
+    """By chain, the rules by which packets of offloaded flows go past all others."""
+    made = nft_rules(spec)
+    return {
+        chain: found
+        for chain, lines in made.items()
+        if (found := [rule for rule in lines if "mark" in rule or rule == ASKS])
+    }
 
 
-def test_each_step_of_what_is_relayed_has_its_map_and_ends_have_their_flags_seen() -> None:
-    spec = replace(SPEC, room=1000, relay_clients=(), tcp=((80, 80),), gports=(16000,))
-
-    assert handed(spec, "pre") == lines_of("""
-        ip protocol udp th dport { 53 } ip daddr set flow of udp-u12
-        th sport { 80 } tcp flags & (rst | ack) == ack ip daddr set flow of tcp-t4
-        th dport { 80 } tcp flags & (syn | rst) == 0 tcp dport set flow of tcp-t1
-    """)
-    assert handed(spec, "post") == lines_of("""
-        ip protocol udp th sport { 53 } ip saddr set flow of udp-u34
-        th sport { 16000 } tcp flags & (fin | rst | ack) == ack tcp sport set flow of tcp-t2
-        th dport { 80 } tcp flags & (fin | rst | ack) == ack ip saddr set flow of tcp-t3
-    """)
-    assert handed(SPEC, "pre") == handed(SPEC, "post") == []
+def test_what_comes_in_rewritten_loses_its_mark_and_meets_no_other_rule() -> None:
+    assert fast(OFFLOADING)["pre"] == [f"meta mark & 0x10000000 == 0x10000000 {UNMARKED}"]
 
 
-def test_several_ports_are_not_looked_for_where_the_map_or_the_servers_address_tells_sooner() -> (
-    None
-):
-    spec = replace(SPEC, room=1000, relay_clients=(), udp=((53, 53), (5000, 5010)))
+def test_no_bit_of_the_mark_is_used_but_one() -> None:
+    (rule,) = fast(OFFLOADING)["pre"]
+    masks = [int(each, 16) for each in re.findall(r"0x[0-9a-f]+", rule)]
 
-    assert handed(spec, "pre") == lines_of("""
-        ip protocol udp ip daddr set flow of udp-u12
-        ip saddr { 192.168.0.1 } tcp flags & (rst | ack) == ack ip daddr set flow of tcp-t4
-        tcp flags & (syn | rst) == 0 tcp dport set flow of tcp-t1
-    """)
-    assert handed(spec, "post") == lines_of("""
-        ip protocol udp ip saddr { 192.168.0.1 } ip saddr set flow of udp-u34
-        th sport { 16000, 17000 } tcp flags & (fin | rst | ack) == ack tcp sport set flow of tcp-t2
-        ip daddr { 192.168.0.1 } tcp flags & (fin | rst | ack) == ack ip saddr set flow of tcp-t3
-    """)
+    assert MARK.bit_count() == 1
+    assert masks == [MARK, MARK, 0xFFFFFFFF - MARK]
 
 
-def test_with_clients_of_source_relay_each_of_the_four_steps_has_its_map() -> None:
-    spec = replace(SPEC, room=1000, tcp=(), gports=(), forwarded=((443, 443),))
-    flags = "tcp flags & (fin | syn | rst) == 0"
-    beside = "& 255.255.255.0 == 192.168.0.0"
+def test_of_what_goes_out_a_program_is_asked_in_a_chain_that_has_the_place_for_that() -> None:
+    assert fast(OFFLOADING).keys() == {"pre", "post"}
+    assert fast(OFFLOADING)["post"] == [ASKS]
+    assert nft_rules(OFFLOADING)["offloaded"] == []
 
-    assert handed(spec, "pre") == lines_of(f"""
-        ip protocol udp th dport {{ 53 }} ip daddr set flow of udp-u12
-        th dport {{ 443 }} {flags} ip daddr set flow of tcp-u12
-        ip saddr {beside} th dport {{ 443 }} {flags} ip daddr set flow of tcp-u1
-        th sport {{ 443 }} {flags} ip daddr set flow of tcp-u3
-        ip saddr {beside} th dport {{ 53 }} ip daddr set flow of udp-u1
-        th sport {{ 53 }} ip daddr set flow of udp-u3
-    """)
-    assert handed(spec, "post") == lines_of(f"""
-        ip protocol udp th sport {{ 53 }} ip saddr set flow of udp-u34
-        th sport {{ 443 }} {flags} ip saddr set flow of tcp-u34
-        ip saddr {beside} th dport {{ 443 }} {flags} ip saddr set flow of tcp-u2
-        ip daddr {beside} th sport {{ 443 }} {flags} ip saddr set flow of tcp-u4
-        ip saddr {beside} th dport {{ 53 }} ip saddr set flow of udp-u2
-        ip daddr {beside} th sport {{ 53 }} ip saddr set flow of udp-u4
-    """)
+
+@pytest.mark.parametrize("forwarded", [(), ((443, 443),)])
+def test_the_fast_path_comes_before_every_other_rule(forwarded: Ports) -> None:
+    made = nft_rules(replace(EVERYTHING, forwarded=forwarded))
+
+    for chain, rules in fast(EVERYTHING).items():
+        assert made[chain][: len(rules)] == rules
+    assert made["pre"][1].endswith("goto pre-tcp")
+
+
+def test_where_no_program_rewrites_there_is_no_fast_path() -> None:
+    for spec in (SPEC, replace(SPEC, room=1000)):
+        assert fast(spec) == {}
+        assert "offloaded" not in nft_rules(spec)
+        assert "offloaded" not in ruleset.nft_install(spec)
+
+
+def test_the_fast_path_needs_no_room_for_what_is_learnt() -> None:
+    spec = replace(OFFLOADING, room=0)
+
+    assert fast(spec) == fast(OFFLOADING)
+    assert nft_rules(spec)["offloaded"] == []
+
+
+def test_iptables_has_nothing_of_the_fast_path() -> None:
+    text = ruleset.iptables_install(OFFLOADING, frozenset())
+
+    assert text == ruleset.iptables_install(SPEC, frozenset())
+    for word in ("mark", "offloaded", "bpf"):
+        assert word not in text
+
+
+def test_no_flow_has_an_element_in_the_rules() -> None:
+    text = ruleset.nft_install(OFFLOADING)
+
+    assert "map " not in text
+    assert not re.findall(r"  set (?!minded|learnt-\d)", text)
+    assert re.findall(r"counter (\S+) \{", text) == ["udp-u12", "udp-u34"]  # of what is learnt
+
+
+def test_what_programs_rewrite_goes_to_the_worker_where_they_do_not() -> None:
+    """Each step's packets are queued behind the fast path, as without it."""
+    for chain, rules in nft_rules(replace(SPEC, room=1000)).items():
+        behind = nft_rules(OFFLOADING)[chain]
+        assert [rule for rule in behind if rule not in fast(OFFLOADING).get(chain, [])] == rules
+
+
+FIN, SYN, RST, ACK = 1, 2, 4, 16
+
+
+@pytest.mark.parametrize(
+    ("steps", "hook", "flags"),
+    [
+        ((Step.T1,), PRE, (SYN | RST, 0)),
+        ((Step.T4,), PRE, (RST | ACK, ACK)),
+        ((Step.T2, Step.T3), POST, (RST | ACK, ACK)),
+        ((Step.U12, Step.U1, Step.U3), PRE, (FIN | SYN | RST, 0)),
+        ((Step.U34, Step.U2, Step.U4), POST, (FIN | SYN | RST, 0)),
+    ],
+)
+def test_each_step_has_its_hook_and_packets_that_begin_or_break_are_the_workers(
+    steps: tuple[Step, ...], hook: str, flags: tuple[int, int]
+) -> None:
+    for step in steps:
+        assert (STEP_ROWS[step].hook, STEP_ROWS[step].flags) == (hook, flags)
+        mask, value = flags
+        for refused in (SYN, RST, RST | ACK):
+            assert refused & mask != value
+
+
+def test_every_step_but_those_of_direct_connections_has_its_row() -> None:
+    assert set(Step) - STEP_ROWS.keys() == {Step.D1, Step.D2}
+
+
+def test_only_packets_of_the_ends_are_known_by_their_dscp() -> None:
+    assert set(DSCP_STEPS) == {Step.T1, Step.T4}
+    assert set(DSCP_STEPS) <= set(SIDES)
 
 
 LEARNING = Learning(
@@ -312,7 +368,7 @@ DONE = "ip protocol udp ip saddr != { 192.168.0.1 } "
 def test_datagrams_that_no_rule_asks_for_go_out_past_the_rules(
     clients: tuple[IPv4Network, ...], rule: str
 ) -> None:
-    spec = replace(SPEC, room=1000, relay_clients=clients)
+    spec = replace(OFFLOADING, relay_clients=clients)
 
     assert nft_rules(spec)["post"][1] == rule
 
@@ -341,46 +397,6 @@ def test_where_any_datagram_may_be_asked_for_none_goes_out_past_the_rules() -> N
     spec = replace(SPEC, relay_clients=(ANYONE,))
 
     assert not [rule for rule in nft_rules(spec)["post"] if "accept" in rule]
-
-
-def test_the_fast_path_comes_before_every_rule_that_queues() -> None:
-    spec = replace(SPEC, room=1000, forwarded=((443, 443),))
-
-    for lines in nft_rules(spec).values():
-        fast = [at for at, rule in enumerate(lines) if " map @" in rule]
-        assert fast == list(range(len(fast)))
-
-
-def test_every_map_is_there_once_and_as_large_as_wished() -> None:
-    spec = replace(SPEC, room=1000, forwarded=((443, 443),))
-    text = nft_install(spec)
-    steps = {map_name(proto, step): step for proto, step in steps_offloaded(spec)}
-
-    assert len(steps) == len(steps_offloaded(spec)) == 16
-    for name, step in steps.items():
-        counted = " counter;" if step in SIDES else ""  # what flows show
-        assert len(re.findall(rf"  map {name} {{ type .* size 1000;{counted} }}", text)) == 1
-        assert text.count(f"map @{name} counter name {name} accept") == 1
-
-
-def test_fins_are_copied_where_copies_are_taken_and_visit_the_worker_where_not() -> None:
-    spec = replace(SPEC, room=1000, forwarded=((443, 443),))
-    assert "log group" not in nft_install(spec)
-    assert "log group" not in nft_install(replace(spec, room=0, tells_ends=True))
-    assert "log group" not in nft_install(replace(spec, tcp=(), tells_ends=True))
-    rules = nft_rules(replace(spec, tells_ends=True))
-
-    copied = [rule for lines in rules.values() for rule in lines if "log group" in rule]
-    assert len(copied) == 3
-    begins = copied.pop()
-    assert f"@{BEGINS} delete @{BEGINS} {{ {KEY} }} ip saddr set {KEY} map @tcp-t3 " in begins
-    assert f"tcp flags & (fin | syn | rst | ack) == syn {KEY} @{BEGINS}" in begins
-    assert f" log group {begun(spec.queue)} snaplen 28 counter name tcp-t3 accept" in begins
-    for rule, changes in zip(copied, ("tcp sport set", "ip saddr set"), strict=True):
-        assert f"ip hdrlength 5 tcp flags & (fin | syn | rst) == fin {changes} {KEY} map @" in rule
-    assert all(f" log group {ends(spec.queue)} snaplen 28 counter name" in rule for rule in copied)
-    assert ends(ends(spec.queue)) == spec.queue != ends(spec.queue)
-    assert len({spec.queue, ends(spec.queue), begun(spec.queue)}) == 3
 
 
 # What iptables is told
@@ -451,8 +467,8 @@ EVERYTHING = replace(
     SPEC,
     room=1000,
     forwarded=((443, 443),),
+    lets_offloaded_pass=True,
     learning=Learning(S, (Z,), (NET,)),
-    tells_ends=True,
     any_port=((53, 53),),
     asked_within=300,
     tells_unmatched=True,
@@ -478,7 +494,7 @@ def test_a_steps_rules_are_found_by_its_label() -> None:
             f"{chain}: {unlabelled(rule)}"
             for chain, lines in made.items()
             for rule in lines
-            if re.search(rf'comment "(?:[\w,]+,)?{label}(?:,\w+)?"', rule)
+            if re.search(rf'comment "(?:[\w,]+,)?{label}(?:,\w+)*"', rule)
         ]
 
     def iptables_of(label: str) -> list[str]:
@@ -489,18 +505,17 @@ def test_a_steps_rules_are_found_by_its_label() -> None:
             if f'--comment "{label}"' in rule
         ]
 
-    fast = "tcp flags & (fin | rst | ack) == ack"
-    assert [rule.replace(KEY, "flow") for rule in of("T3")] == [
-        f"post-tcp: ip daddr {{ {S} }} {fast} "
-        "ip saddr set flow map @tcp-t3 counter name tcp-t3 accept",
+    assert of("offloaded") == [
+        f"pre: meta mark & 0x10000000 == 0x10000000 {UNMARKED}",
+        f"post: {ASKS}",
+    ]
+    assert of("T3") == [
         f"post-tcp: ip daddr {{ {S} }} tcp dport {{ 80, 8000-8100 }} fib saddr type local "
         "goto to-worker",
     ]
     for step in Step:
         found = of(step.label)
         assert found or step is Step.D2, step
-    for step in (Step.T2, Step.T3):
-        assert ["== fin" in rule for rule in of(f"{step.label} FIN")] == [True]
     assert [rule.split(" -m ")[0] for rule in iptables_of("T3")] == ["-d 192.168.0.1 -p tcp"]
 
 
@@ -760,21 +775,6 @@ def test_who_has_asked_is_known_on_when_the_maps_are_made_anew() -> None:
     assert "delete set ip krelay askers" in nft_install(without, former=spec)
 
 
-def test_where_dscp_is_followed_it_is_part_of_what_the_ends_packets_are_known_by() -> None:
-    spec = replace(SPEC, room=1024, follows_dscp=True)
-    text, before = nft_install(spec), nft_install(replace(spec, follows_dscp=False))
-    flow = "ip saddr . th sport . ip daddr . th dport"
-
-    for name in ("tcp-t1", "tcp-t4"):
-        assert f"{flow} . ip dscp map @{name} " in text
-        assert f"{flow} map @{name} " in before
-    for name in ("tcp-t2", "tcp-t3", "udp-u12"):
-        assert f"{flow} map @{name} " in text
-    assert len(re.findall(r"inet_service \. dscp : ", text)) == 2
-    assert "dscp" not in before
-    assert spec.maps != replace(spec, follows_dscp=False).maps
-
-
 def test_some_of_what_servers_send_elsewhere_is_copied() -> None:
     spec = replace(SPEC, tells_unmatched=True)
     told = f"limit rate 32/second burst 64 packets log group {unmatched(1600)} snaplen 28"
@@ -785,7 +785,7 @@ def test_some_of_what_servers_send_elsewhere_is_copied() -> None:
         nft_install(spec), "post"
     ).index(f"ip saddr {{ {S} }} udp sport {{ 53 }} Q")
     assert added(replace(spec, udp=()), replace(SPEC, udp=()), "post") == []
-    assert len({1600, begun(1600), ends(1600), unmatched(1600)}) == 4
+    assert unmatched(unmatched(1600)) == 1600 != unmatched(1600)
 
 
 def test_flows_keep_the_rules_of_services_that_any_port_may_answer() -> None:

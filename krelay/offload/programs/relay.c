@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * The data path in the kernel: packets of offloaded flows are rewritten where they come in and go
+ * out (tc, clsact).  krelay's worker makes every decision; what it has decided for the packets of a
+ * flow stands in the map `rewrites`, and is done here.  Whatever isn't there, or isn't plain, goes
+ * on as it came: the rules of netfilter send it to the worker.
+ *
+ *	incoming	before PREROUTING: does T1, T4, U1, U3 and U1,U2, and marks the packet, by which
+ *			a rule lets it pass
+ *	passes		asked by a rule in POSTROUTING: whether `outgoing` will rewrite the packet; if so
+ *			the rule marks it, too
+ *	outgoing	behind POSTROUTING: does T2, T3, U2, U4 and U3,U4 for what is marked.  What the
+ *			worker has rewritten isn't: it may read as another packet that is in the map
+ *
+ * A source of this host's own can't be set where the packet comes in: the kernel drops it as a
+ * martian (ip_route_input_slow, net/ipv4/route.c).  What goes out may have been cut into fragments
+ * by then, whose ports can't be seen: where the link or the route takes less, and where it came in
+ * such pieces (ip_do_fragment, net/ipv4/ip_output.c).  So the worker gets what might be cut.
+ *
+ * Of what tcp-relay itself sends, krelay is told of the FINs and of the SYN with which it begins a
+ * connection to the server.
+ *
+ * The programs of tc return TC_ACT_UNSPEC: filters of others behind ours have their turn.
+ */
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+#include <stddef.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+typedef __u8 u8;
+typedef __u16 u16;
+typedef __u32 u32;
+typedef __u64 u64;
+
+#define RELAYED 0x10000000	/* MARK in krelay/rules/offloaded.py */
+
+/* Bytes that every network takes whole (RFC 791), so that nobody cuts them */
+#define WHOLE 576
+
+#define FIN 0x01
+#define SYN 0x02
+#define RST 0x04
+#define ACK 0x10
+
+struct map_def { u32 type, key, value, capacity, flags; };
+
+/* IPv4 as ::ffff:a.b.c.d (RFC 4291, section 2.5.5.2) */
+struct address { u32 word[4]; };
+struct ends { struct address src, dst; u16 sport, dport; };
+
+struct rewrite_key { struct ends old; u8 proto, pad[3]; };	/* 40 bytes */
+
+/*
+ * OUTGOING: done where the packet goes out.  RELAYS_OWN: tcp-relay sends these.  MAY_BEGIN: its
+ * connection to the server may begin.  HAS_BEGUN: it has, with the number `began`.  ONE_DSCP: all
+ * packets have that of `tos`.
+ */
+enum { OUTGOING = 1, RELAYS_OWN = 2, MAY_BEGIN = 4, HAS_BEGUN = 8, ONE_DSCP = 16 };
+
+struct rewrite {
+	struct ends new;
+	u8 step, flags;
+	u8 mask, value;		/* TCP: those of its flags that matter, and what they must be */
+	u8 tos, pad[3];
+	u32 began;
+	u64 packets, bytes;
+	u64 heard;		/* nanoseconds of CLOCK_MONOTONIC */
+};
+
+/* A packet of tcp-relay's that changes how its connection stands. */
+struct event { struct rewrite_key key; u32 seq; u8 step, flags, pad[2]; };
+
+enum { LOST, STEPS = 2 };	/* `totals`: events that were lost; then a number a step, UDP first */
+#define MOST_STEPS 16
+
+/* by link that has the programs: bytes of the longest packet that it doesn't cut */
+struct map_def links SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(u32), sizeof(u32), 4096, 0 };
+/* a bit a port, 64 ports an element, UDP's first: whether it is one of a service, or a gateway port */
+struct map_def ports SEC("maps") = { BPF_MAP_TYPE_ARRAY, sizeof(u32), sizeof(u64), 2048, 0 };
+/* made room for as it fills: only krelay puts anything in, which may take its time */
+struct map_def rewrites SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(struct rewrite_key), sizeof(struct rewrite), 1 << 18, BPF_F_NO_PREALLOC };
+struct map_def events SEC("maps") = { BPF_MAP_TYPE_RINGBUF, 0, 0, 1 << 20, 0 };
+struct map_def totals SEC("maps") = { BPF_MAP_TYPE_PERCPU_ARRAY, sizeof(u32), sizeof(u64), STEPS + 2 * MOST_STEPS, 0 };
+char _compiler[] SEC("compiler") = "clang " __clang_version__;
+
+struct packet {
+	u32 src, dst, seq;
+	u16 sport, dport, size, header;	/* `header`: of IP and transport together */
+	u8 proto, flags, tos, may_be_cut;
+};
+
+static __always_inline void count(u32 which, u64 by)
+{
+	u64 *sum = bpf_map_lookup_elem(&totals, &which);
+
+	if (sum)
+		*sum += by;
+}
+
+/* The plain heads of a packet, as they stand there. */
+struct heads { u8 ip[20], transport[20]; };
+
+/* Whether it is plain: TCP or UDP, without options of IP, no fragment. */
+static __always_inline int parse(const struct heads *h, struct packet *p)
+{
+	const struct iphdr *ip = (const struct iphdr *)h->ip;
+
+	p->proto = ip->protocol;
+	if (h->ip[0] != 0x45 || ip->frag_off & bpf_htons(0x3fff))
+		return 0;
+	p->src = ip->saddr;
+	p->dst = ip->daddr;
+	p->tos = ip->tos;
+	p->size = bpf_ntohs(ip->tot_len);
+	p->may_be_cut = !(ip->frag_off & bpf_htons(0x4000));
+	p->sport = *(u16 *)h->transport;
+	p->dport = *(u16 *)(h->transport + 2);
+	p->header = 28;
+	p->flags = 0;
+	p->seq = 0;
+	if (p->proto == IPPROTO_TCP) {
+		p->seq = bpf_ntohl(*(u32 *)(h->transport + 4));
+		p->header = 20 + (h->transport[12] >> 4) * 4;
+		p->flags = h->transport[13];
+	}
+	return p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP;
+}
+
+/* Reads them behind a head of the link's of so many bytes; UDP may end before what TCP has. */
+static __always_inline int load(struct __sk_buff *skb, const u32 link, struct packet *p)
+{
+	struct heads h = {};
+
+	if (bpf_skb_load_bytes(skb, link, &h, 28))
+		return 0;
+	if (h.ip[9] == IPPROTO_TCP && bpf_skb_load_bytes(skb, link + 28, h.transport + 8, 12))
+		return 0;
+	return parse(&h, p);
+}
+
+static __always_inline int matters(u8 proto, u16 port)
+{
+	u32 number = bpf_ntohs(port), at = (number >> 6) + (proto == IPPROTO_TCP ? 1024 : 0);
+	u64 *ports64 = bpf_map_lookup_elem(&ports, &at);
+
+	return ports64 && *ports64 >> (number & 63) & 1;
+}
+
+static __always_inline void fill(struct rewrite_key *key, const struct packet *p)
+{
+	key->old.src.word[0] = key->old.src.word[1] = 0;
+	key->old.dst.word[0] = key->old.dst.word[1] = 0;
+	key->old.src.word[2] = key->old.dst.word[2] = bpf_htonl(0xffff);
+	key->old.src.word[3] = p->src;
+	key->old.dst.word[3] = p->dst;
+	key->old.sport = p->sport;
+	key->old.dport = p->dport;
+	key->proto = p->proto;
+	key->pad[0] = key->pad[1] = key->pad[2] = 0;
+}
+
+/* Of a train that the kernel carries as one, every packet counts, with headers of its own. */
+static __always_inline void note(struct __sk_buff *skb, const u32 link, struct packet *p, struct rewrite *r)
+{
+	u32 packets = skb->gso_segs > 1 ? skb->gso_segs : 1;
+	u64 bytes = p->size;	/* not `len`: a short frame is padded (IEEE 802.3, 3.2.8) */
+
+	if (packets > 1)
+		bytes = (u64)skb->len - link + (u64)(packets - 1) * p->header;
+	__sync_fetch_and_add(&r->packets, packets);
+	__sync_fetch_and_add(&r->bytes, bytes);
+	if (!(p->flags & RST))	/* RFC 7857, section 2.2: it keeps no flow alive */
+		r->heard = bpf_ktime_get_ns();
+	count(STEPS + (p->proto == IPPROTO_TCP ? MOST_STEPS : 0) + (r->step & (MOST_STEPS - 1)), packets);
+}
+
+static __always_inline void tell(struct rewrite_key *key, struct rewrite *r, struct packet *p)
+{
+	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+
+	if (!e) {
+		count(LOST, 1);
+		return;
+	}
+	e->key = *key;
+	e->seq = p->seq;
+	e->step = r->step;
+	e->flags = p->flags;
+	e->pad[0] = e->pad[1] = 0;
+	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+}
+
+/* Both checksums are set by their differences (RFC 1624); a partial one only has the addresses. */
+static __always_inline void set_address(struct __sk_buff *skb, const u32 link, u8 proto, const u32 at, u32 from, u32 to)
+{
+	u32 check = link + 20 + (proto == IPPROTO_TCP ? 16 : 6);
+	u64 how = BPF_F_PSEUDO_HDR | (proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0) | 4;
+
+	if (from == to)
+		return;
+	bpf_l4_csum_replace(skb, check, from, to, how);
+	bpf_l3_csum_replace(skb, link + offsetof(struct iphdr, check), from, to, 4);
+	bpf_skb_store_bytes(skb, link + at, &to, 4, 0);
+}
+
+static __always_inline void set_port(struct __sk_buff *skb, const u32 link, u8 proto, const u32 at, u16 from, u16 to)
+{
+	u32 check = link + 20 + (proto == IPPROTO_TCP ? 16 : 6);
+	u64 how = (proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0) | 2;
+
+	if (from == to)
+		return;
+	bpf_l4_csum_replace(skb, check, from, to, how);
+	bpf_skb_store_bytes(skb, link + 20 + at, &to, 2, 0);
+}
+
+static __always_inline void apply(struct __sk_buff *skb, const u32 link, struct packet *p, struct rewrite *r)
+{
+	struct ends new = r->new;	/* read before the packet is written to */
+
+	set_address(skb, link, p->proto, offsetof(struct iphdr, saddr), p->src, new.src.word[3]);
+	set_address(skb, link, p->proto, offsetof(struct iphdr, daddr), p->dst, new.dst.word[3]);
+	set_port(skb, link, p->proto, 0, p->sport, new.sport);
+	set_port(skb, link, p->proto, 2, p->dport, new.dport);
+}
+
+/* What is to become of it; 0: that is for the worker to say. */
+static __always_inline struct rewrite *decided(struct packet *p, struct rewrite_key *key)
+{
+	if (!matters(p->proto, p->dport) && !matters(p->proto, p->sport))
+		return 0;
+	fill(key, p);
+
+	struct rewrite *r = bpf_map_lookup_elem(&rewrites, key);
+
+	if (!r || (r->flags & ONE_DSCP && (p->tos ^ r->tos) & 0xfc))
+		return 0;
+	if ((p->flags & r->mask) == r->value)
+		return r;
+	if (r->flags & RELAYS_OWN) {
+		if ((p->flags & (FIN | SYN | RST)) == FIN)
+			return r;
+		if ((p->flags & (FIN | SYN | RST | ACK)) == SYN &&
+		    (r->flags & MAY_BEGIN || (r->flags & HAS_BEGUN && r->began == p->seq)))
+			return r;
+	}
+	return 0;
+}
+
+static __always_inline int incoming(struct __sk_buff *skb, const u32 link)
+{
+	struct packet p;
+	struct rewrite_key key;
+
+	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !load(skb, link, &p))
+		return TC_ACT_UNSPEC;
+
+	struct rewrite *r = decided(&p, &key);
+
+	if (r && !(r->flags & OUTGOING)) {
+		skb->mark |= RELAYED;
+		note(skb, link, &p, r);
+		apply(skb, link, &p, r);
+	}
+	return TC_ACT_UNSPEC;
+}
+
+static __always_inline int outgoing(struct __sk_buff *skb, const u32 link)
+{
+	struct packet p;
+	struct rewrite_key key;
+
+	if (!(skb->mark & RELAYED))
+		return TC_ACT_UNSPEC;
+	skb->mark &= ~RELAYED;
+	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !load(skb, link, &p))
+		return TC_ACT_UNSPEC;
+
+	struct rewrite *r = decided(&p, &key);
+
+	if (!r || !(r->flags & OUTGOING))
+		return TC_ACT_UNSPEC;
+	u32 begins = (p.flags & (SYN | ACK)) == SYN;	/* with ACK it answers a client, or both begin */
+
+	if (r->flags & RELAYS_OWN && (begins || p.flags & FIN)) {
+		if (begins && r->flags & MAY_BEGIN) {
+			r->began = p.seq;
+			r->flags = (r->flags & ~MAY_BEGIN) | HAS_BEGUN;
+		}
+		tell(&key, r, &p);
+	}
+	note(skb, link, &p, r);
+	apply(skb, link, &p, r);
+	return TC_ACT_UNSPEC;
+}
+
+/* A match of xt_bpf: the packet begins with the head of IP, and leaves by `ifindex`. */
+SEC("socket/passes") int passes(struct __sk_buff *skb)
+{
+	struct packet p;
+	struct rewrite_key key;
+	u32 link = skb->ifindex, *most = bpf_map_lookup_elem(&links, &link);
+
+	if (!most || !load(skb, 0, &p))
+		return 0;
+
+	struct rewrite *r = decided(&p, &key);
+
+	if (!r || !(r->flags & OUTGOING))
+		return 0;
+	if (!p.may_be_cut)
+		return 1;
+
+	u32 whole = r->flags & RELAYS_OWN || *most < WHOLE ? *most : WHOLE;
+
+	return (skb->gso_segs > 1 ? skb->gso_size + p.header : p.size) <= whole;
+}
+
+SEC("tc/in_ethernet") int in_ethernet(struct __sk_buff *skb) { return incoming(skb, ETH_HLEN); }
+SEC("tc/out_ethernet") int out_ethernet(struct __sk_buff *skb) { return outgoing(skb, ETH_HLEN); }
+SEC("tc/in_ip") int in_ip(struct __sk_buff *skb) { return incoming(skb, 0); }
+SEC("tc/out_ip") int out_ip(struct __sk_buff *skb) { return outgoing(skb, 0); }
+char _license[] SEC("license") = "Dual MIT/GPL";

@@ -1,0 +1,197 @@
+"""The backend of tc: programs where packets come in and go out, and the maps that they look into.
+
+`TcBackend` holds the maps, and changes them by bpf(2): some microseconds a rewrite.  What the
+programs are attached to is host/attachment.py's matter.  Maps and programs live on while a filter
+has them, also when krelay has been killed.
+"""
+
+import errno
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib import resources
+
+from knet.bpf import kernel, objectfile
+from knet.bpf.kernel import BpfError, BpfMap, BpfProgram
+from knet.bpf.objectfile import ObjectFile
+from knet.bpf.ring import BpfRing
+from knet.endpoint import Proto
+from knet.rules.ports import Ports
+from krelay.nat.flow import Rewrite
+from krelay.offload import layout
+from krelay.offload.backend import Changes, CountedRewrite, OffloadBackend, OffloadLost
+from krelay.offload.layout import OwnPacket
+from krelay.steps import SIDES, Step
+
+PASSES = "passes"
+"""The program that a rule asks; all others are tc's."""
+EVENTS_TOGETHER = 1024
+"""Events read at a time."""
+_U32 = struct.Struct("=I")
+
+
+@cache
+def byte_code() -> ObjectFile:
+    """The programs as they were compiled (`make bpf`)."""
+    return objectfile.parse(resources.files("krelay.offload").joinpath("relay.o").read_bytes())
+
+
+def reason_of(error: OSError) -> str:
+    """In a few words; of a program that is refused, without what its verifier said."""
+    return (error.strerror or str(error)).partition("\n")[0]
+
+
+def why_not() -> str | None:
+    """Why the kernel runs no such programs here; None if it does."""
+    try:
+        TcBackend(1).close()
+    except OSError as error:
+        return f"the kernel runs no programs of krelay's: {reason_of(error)}"
+    return None
+
+
+class TcBackend(OffloadBackend):
+    """Maps of rewrites, and the programs that carry them out.
+
+    Raises BpfError where the kernel has no such programs, or forbids them.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """`capacity`: rewrites of each step."""
+        self._capacity = capacity
+        self._ports = bytes(8 * layout.PORT_ELEMENTS)
+        self._links: dict[int, int] = {}
+        kernel.allow_memory()
+        code = byte_code()
+        self.maps: dict[str, BpfMap] = {}
+        self.programs: dict[str, BpfProgram] = {}
+        try:
+            for name, spec in code.maps.items():
+                if name == "rewrites":
+                    spec = spec._replace(capacity=capacity * layout.MOST_PER_FLOW)
+                self.maps[name] = BpfMap.make(f"krelay_{name}", spec)
+            descriptors = {name: each.descriptor for name, each in self.maps.items()}
+            for name, program in code.programs.items():
+                kind = kernel.SOCKET_FILTER if name == PASSES else kernel.SCHED_CLS
+                linked = program.linked(descriptors)
+                self.programs[name] = BpfProgram.load(f"krelay_{name}", linked, kind=kind)
+            self._ring = BpfRing(self.maps["events"], layout.EVENT_SIZE)
+        except BaseException:
+            self._close_all()
+            raise
+        self._rewrites, self._totals = self.maps["rewrites"], self.maps["totals"]
+
+    @property
+    def capacity(self) -> int:
+        """Rewrites of each step that it has room for."""
+        return self._capacity
+
+    def serve(self, udp: Ports, tcp: Ports) -> None:
+        """Packets from and to these ports matter: those of services, and gateway ports.
+
+        Raises OffloadLost.
+        """
+        ports, before = layout.port_map(udp, tcp), self._ports
+        try:
+            for at in range(0, len(ports), 8):
+                if ports[at : at + 8] != before[at : at + 8]:
+                    self.maps["ports"].update(_U32.pack(at // 8), ports[at : at + 8])
+        except BpfError as error:
+            raise OffloadLost(str(error)) from None
+        self._ports = ports
+
+    def attached(self, links: Mapping[int, int]) -> None:
+        """The programs are attached to these links, by number, each with the bytes of its longest
+        packet.  Raises OffloadLost."""
+        held = self.maps["links"]
+        try:
+            for number in self._links.keys() - links.keys():
+                held.delete(_U32.pack(number))
+            for number, mtu in links.items():
+                if self._links.get(number) != mtu:
+                    held.update(_U32.pack(number), _U32.pack(mtu))
+        except BpfError as error:
+            raise OffloadLost(str(error)) from None
+        self._links = dict(links)
+
+    def change(self, changes: Changes) -> list[CountedRewrite]:
+        """Withdraws, then installs; what was counted in the end for those of SIDES.
+
+        Raises OffloadLost.
+        """
+        final: list[CountedRewrite] = []
+        rewrites = self._rewrites
+        try:
+            for each in changes.withdrawn:
+                key = layout.key_of(each.flow.proto, each.old)
+                if each.step in SIDES:
+                    final.append((each, self._counted(each, key)))
+                rewrites.delete(key)
+            for each in changes.installed:
+                key = layout.key_of(each.flow.proto, each.old)
+                rewrites.update(key, layout.value_of(each))
+        except BpfError as error:
+            raise OffloadLost(str(error)) from None
+        return final
+
+    def read(self, rewrites: Sequence[Rewrite]) -> Iterator[CountedRewrite]:
+        """What has been counted for each so far.  Raises OffloadLost if one isn't there."""
+        try:
+            for each in rewrites:
+                yield each, self._counted(each, layout.key_of(each.flow.proto, each.old))
+        except BpfError as error:
+            raise OffloadLost(str(error)) from None
+
+    def _counted(self, rewrite: Rewrite, key: bytes) -> layout.Counted:
+        value = self._rewrites.look_up(key)
+        if value is None:
+            raise OffloadLost(os.strerror(errno.ENOENT))
+        return layout.counted(value)
+
+    def leave(self, rewrites: Sequence[Rewrite]) -> Iterator[CountedRewrite]:
+        """Takes these out; what was counted for those that are still there.  Raises nothing."""
+        for each in rewrites:
+            key = layout.key_of(each.flow.proto, each.old)
+            with suppress(BpfError):
+                value = self._rewrites.look_up(key)
+                self._rewrites.delete(key)
+                if value is not None and each.step in SIDES:
+                    yield each, layout.counted(value)
+
+    def totals(self) -> dict[tuple[Proto, Step], int]:
+        """Packets by step that the kernel has rewritten itself.  Raises OffloadLost."""
+        return layout.totals_by_step(self._sums())
+
+    @property
+    def lost(self) -> int:
+        """Events that found no room."""
+        return self._sums()[layout.LOST]
+
+    def _sums(self) -> list[int]:
+        """Of each element of `totals`, over all processors.  Raises OffloadLost."""
+        try:
+            values = [
+                self._totals.look_up(_U32.pack(at)) or bytes(8)
+                for at in range(self._totals.spec.capacity)
+            ]
+        except BpfError as error:
+            raise OffloadLost(str(error)) from None
+        return [sum(struct.unpack(f"={len(each) // 8}Q", each)) for each in values]
+
+    def own_packets(self) -> list[OwnPacket]:
+        """Packets of tcp-relay's that change a connection, some of those not read yet; [] if there
+        are none."""
+        return layout.own_packets(self._ring.read(EVENTS_TOGETHER))
+
+    def close(self) -> None:
+        """Lets go of all; filters that are attached keep what they need."""
+        self._ring.close()
+        self._close_all()
+
+    def _close_all(self) -> None:
+        for program in self.programs.values():
+            program.close()
+        for each in self.maps.values():
+            each.close()
