@@ -19,7 +19,6 @@ from krelay.host import attachment
 from krelay.host.attachment import Attachment
 from krelay.offload.backend import OffloadLost
 from krelay.offload.tc import PASSES, TcBackend, reason_of
-from krelay.rules.offloaded import MARK
 from krelay.rules.spec import RuleSpec
 from krelay.rules.steprows import OFFLOADED
 
@@ -128,7 +127,7 @@ class Carrier:
         try:
             transaction(
                 nftables.delete_rules(self._name, OFFLOADED),
-                nftables.program_rule(self._name, OFFLOADED, program, MARK),
+                nftables.program_rule(self._name, OFFLOADED, program),
             )
         except OSError as error:
             # What passes, or rules that another program has taken out: it comes with the next ones.

@@ -15,10 +15,10 @@ from krelay.steps import SIDES, Step
 
 PRE, POST = "pre", "post"
 """The chains of the two hooks, and the beginnings of the names of those behind them."""
-
-
 WORKER, OPENINGS = "to-worker", "openings"
 """nft's chains that send packets to the two queues."""
+LEAVING = "leaving"
+"""nft's chain of what goes to the worker from POSTROUTING."""
 OFFLOADED = "offloaded"
 """nft's chain that lets go of packets which the kernel will rewrite."""
 
@@ -69,7 +69,7 @@ TERMINATED = tuple(step for step in STEP_ROWS if step.name.startswith("T"))
 """The steps of TCP that tcp-relay terminates."""
 DSCP_STEPS = tuple(step for step in TERMINATED if step in SIDES)
 """The steps of what comes from an end of terminated TCP: its DSCP goes on to the other one, so a
-packet with another than the last is the worker's (RuleSpec.follows_dscp)."""
+packet with another than the last is the worker's."""
 
 
 def ports_of(spec: RuleSpec, proto: Proto, step: Step) -> Ports:

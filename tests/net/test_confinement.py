@@ -18,8 +18,8 @@ from tests.net.world import PYTHON, World, greet
 pytestmark = pytest.mark.net
 
 HERE = Path(__file__).parents[2]
-NEEDED = 1 << 12 | 1 << 13
-"""CAP_NET_ADMIN, CAP_NET_RAW (linux/capability.h)."""
+NEEDED = 1 << 12 | 1 << 13 | 1 << 39
+"""CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF (linux/capability.h)."""
 
 
 def children(pid: int) -> list[int]:
@@ -42,7 +42,7 @@ def assert_confined(pid: int, capabilities: int) -> None:
         assert found["NoNewPrivs"] == ["1"]
 
 
-def test_krelay_keeps_two_capabilities_and_relays_with_them(world: World) -> None:
+def test_krelay_keeps_three_capabilities_and_relays_with_them(world: World) -> None:
     for host in ("server", "server2"):
         world.serve(host, "tcp/80", "udp/7")
     before = world.rules()
@@ -199,7 +199,6 @@ def test_a_worker_that_is_killed_for_a_call_is_named_and_replaced() -> None:
 
 WAYS = """
 import json, os, sys
-from dataclasses import replace
 from knet.rules.run import RulesUnavailable
 from krelay.host import netfilter
 from knet import privileges
@@ -216,7 +215,7 @@ if kept is not None:
 found = []
 for backend in netfilter.CANDIDATES:
     try:
-        rules = spec if backend.has_maps else replace(spec, room=0, learning=None, tells_ends=False)
+        rules = spec if backend.has_maps else netfilter._PROBE_WITHOUT_MAPS
         backend.install(rules)
         seen = [backend.present(rules.name), backend.intact(rules)]
         backend.remove(rules.name)

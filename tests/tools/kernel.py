@@ -34,8 +34,9 @@ from krelay.offload.layout import MOST_PER_FLOW, OwnPacket, RewriteFlags
 from krelay.offload.policy import OffloadPolicy
 from krelay.registration.registry import Relays, Send
 from krelay.rules import ruleset
-from krelay.rules.offloaded import MARK
+from krelay.rules.offloaded import MARK, PRIORITY
 from krelay.rules.spec import RuleSpec, wanted
+from krelay.rules.steprows import WORKER
 from krelay.steps import SIDES, Hook, Step
 from tests.tools.observing import observe
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
@@ -67,6 +68,7 @@ class Skb:
     """With `link` bytes before the IP header."""
     link: int = 0
     mark: int = 0
+    priority: int = 0
     came_by: int = 0
     """The number of the link by which it has come in; 0: it is this host's own."""
     leaves_by: int = 0
@@ -156,7 +158,7 @@ class Programs:
         packet = parse(skb)
         entry = self._decided(packet)
         if packet is not None and entry is not None and not entry.flags & RewriteFlags.OUTGOING:
-            skb.mark |= MARK
+            skb.priority = PRIORITY
             self._note(skb, packet, entry)
             rewrite(skb, packet, entry)
         return GOES_ON
@@ -166,7 +168,7 @@ class Programs:
         packet = parse(skb)
         entry = self._decided(packet)
         most = self.links.get(skb.leaves_by)
-        if packet is None or entry is None or most is None:
+        if packet is None or entry is None or most is None or skb.mark & MARK:
             return False
         size = skb.gso_size + packet.header if skb.gso_segs > 1 else packet.size
         if not entry.flags & RewriteFlags.RELAYS_OWN:
@@ -176,9 +178,9 @@ class Programs:
 
     def goes_out(self, skb: Skb) -> int:
         """The outgoing program, as `comes_in`."""
-        if not skb.mark & MARK:
+        if skb.mark & MARK:
+            skb.mark &= ~MARK
             return GOES_ON
-        skb.mark &= ~MARK
         packet = parse(skb)
         entry = self._decided(packet)
         if packet is None or entry is None or not entry.flags & RewriteFlags.OUTGOING:
@@ -287,7 +289,7 @@ def _words(data: bytes) -> list[bytes]:
 _MATCH = re.compile(
     r"(?:ip protocol (?P<protocol>tcp|udp)"
     r"|rt (?P<ipsec>ipsec) missing"
-    r"|meta mark & (?P<mark>0x[0-9a-f]+) == (?P=mark)"
+    r"|meta priority (?P<priority>[0-9a-f]+:[0-9a-f]+)(?= )"
     r"|(?P<link>[io]if) (?P<unlike>!= )?(?P<numbers>\{[^}]*\}|\d+|\"lo\")"
     r"|fib (?P<end>[sd]addr) type local"
     r"|(?P<icmp>icmp) .*"
@@ -297,7 +299,8 @@ _MATCH = re.compile(
 )
 _ENDING = re.compile(
     r"(?P<what>accept|return|drop)|goto (?P<chain>[\w-]+)|(?P<asks>jump offloaded)|queue num \d+"
-    r"|(?P<unmarks>meta mark set meta mark & 0x[0-9a-f]+ accept)|tproxy.*"
+    r"|(?P<passes>meta priority set none accept)|tproxy.*"
+    r"|meta mark set meta mark \| (?P<marks>0x[0-9a-f]+) goto (?P<then>[\w-]+)"
 )
 _LABEL = re.compile(r' comment "[^"]*"$')
 _BITS = {"fin": FIN, "syn": SYN, "rst": RST, "ack": ACK}
@@ -309,6 +312,7 @@ class Seen:
 
     packet: Parsed
     mark: int
+    priority: int
     iif: int
     oif: int
     own: Collection[bytes]
@@ -334,7 +338,7 @@ class Rules:
         }
 
     def is_queued(self, hook: Hook, seen: Seen) -> bool:
-        """Whether this packet goes to the worker; if not, its mark is as the rules leave it."""
+        """Whether this packet goes to the worker; mark and priority are as the rules leave them."""
         chain = {Hook.PREROUTING: "pre", Hook.POSTROUTING: "post"}[hook]
         while True:
             ending = next(
@@ -345,14 +349,15 @@ class Rules:
                 ),
                 "accept",
             )
+            if ending == "marks":
+                seen.mark |= MARK
+                ending = WORKER
             if ending in self._chains:
                 chain = ending
                 continue
-            if ending == "unmarks":
-                seen.mark &= ~MARK
-            if ending == "marks":
-                seen.mark |= MARK
-            assert ending in ("queue", "accept", "return", "unmarks", "marks"), ending
+            if ending == "passes":
+                seen.priority = 0
+            assert ending in ("queue", "accept", "return", "passes"), ending
             return ending == "queue"
 
 
@@ -366,11 +371,13 @@ def _rule(line: str) -> tuple[list[Guard], str]:
         rest = rest[match.end() :]
     ending = _ENDING.fullmatch(rest)
     assert ending, line
-    if ending["asks"]:  # the rule of that chain marks and accepts what the program says yes to
-        return [*guards, lambda seen: seen.passes], "marks"
-    if ending["unmarks"]:
-        assert int(rest.split()[6], 16) == 0xFFFFFFFF ^ MARK
-        return guards, "unmarks"
+    if ending["asks"]:  # the rule of that chain accepts what the program says yes to
+        return [*guards, lambda seen: seen.passes], "accept"
+    if ending["passes"]:
+        return guards, "passes"
+    if ending["marks"]:
+        assert (int(ending["marks"], 16), ending["then"]) == (MARK, WORKER)
+        return guards, "marks"
     return guards, ending["chain"] or ending["what"] or ending[0].split()[0]
 
 
@@ -382,9 +389,9 @@ def _guard(match: re.Match[str]) -> Guard:
     if match["protocol"]:
         proto = Proto[match["protocol"].upper()]
         return lambda seen: seen.packet.proto == proto
-    if match["mark"]:
-        mark = int(match["mark"], 16)
-        return lambda seen: seen.mark & mark == mark
+    if match["priority"]:
+        high, low = (int(part, 16) for part in match["priority"].split(":"))
+        return lambda seen: seen.priority == high << 16 | low
     if match["link"]:
         link, is_one = match["link"], not match["unlike"]
         texts = match["numbers"].strip("{ }").split(", ")
@@ -515,17 +522,18 @@ class FakeKernel(OffloadBackend):
     # What packets meet
 
     def is_queued(self, skb: Skb, hook: Hook, own: Collection[bytes]) -> bool:
-        """Whether the rules send this to the worker, in a host with these addresses; if not, its
-        mark is as they leave it."""
+        """Whether the rules send this to the worker, in a host with these addresses; its mark and
+        priority are as they leave them."""
         assert self.spec is not None
         packet = parse_all(skb)
         if packet is None:
             return True  # the worker judges what is no TCP and no UDP
         is_out = hook is Hook.POSTROUTING
         link, oif = skb.came_by if is_out else NEAR, FAR if is_out else 0
-        seen = Seen(packet, skb.mark, link, oif, own, is_out and self.programs.passes(skb))
+        passes = is_out and self.programs.passes(skb)
+        seen = Seen(packet, skb.mark, skb.priority, link, oif, own, passes)
         is_queued = rules_of(self.spec).is_queued(hook, seen)
-        skb.mark = seen.mark
+        skb.mark, skb.priority = seen.mark, seen.priority
         return is_queued
 
 
@@ -641,7 +649,7 @@ class Datapath:
         assert programs.comes_in(skb) == GOES_ON
         is_rewritten = programs.steps.total() > rewritten
         is_queued = self.kernel.is_queued(skb, hook, self.policy.own)
-        assert not skb.mark, "a later rule of the host sees our mark"
+        assert (skb.mark, skb.priority) == (0, 0), "a later rule of the host sees what is ours"
         if is_rewritten:
             assert not is_queued, "it would be rewritten twice"
             return skb.data
@@ -661,6 +669,7 @@ class Datapath:
             return verdict
         skb.data = before = verdict if isinstance(verdict, bytes) else data
         rewritten = programs.steps.total()
+        assert bool(skb.mark) == is_queued
         assert programs.goes_out(skb) == GOES_ON
         assert (programs.steps.total() > rewritten) == is_asked, (before, skb.data)
         assert not skb.mark, "others see our mark"

@@ -5,12 +5,16 @@
  * flow stands in the map `rewrites`, and is done here.  Whatever isn't there, or isn't plain, goes
  * on as it came: the rules of netfilter send it to the worker.
  *
- *	incoming	before PREROUTING: does T1, T4, U1, U3 and U1,U2, and marks the packet, by which
- *			a rule lets it pass
- *	passes		asked by a rule in POSTROUTING: whether `outgoing` will rewrite the packet; if so
- *			the rule marks it, too
- *	outgoing	behind POSTROUTING: does T2, T3, U2, U4 and U3,U4 for what is marked.  What the
- *			worker has rewritten isn't: it may read as another packet that is in the map
+ *	incoming	before PREROUTING: does T1, T4, U1, U3 and U1,U2, and gives the packet a
+ *			priority, by which a rule lets it pass
+ *	passes		asked by a rule in POSTROUTING: whether `outgoing` will rewrite the packet, so
+ *			that the rule lets it pass, too
+ *	outgoing	behind POSTROUTING: does T2, T3, U2, U4 and U3,U4, but not what the worker has
+ *			seen, which the rules mark: it may read as another packet that is in the map
+ *
+ * A mark would not do where packets come in: rules of the host's may set theirs as a whole, before
+ * ours see it.  Of priorities nothing is lost: the kernel gives what it forwards another one
+ * (ip_forward, net/ipv4/ip_forward.c), and asks for none where it delivers.
  *
  * A source of this host's own can't be set where the packet comes in: the kernel drops it as a
  * martian (ip_route_input_slow, net/ipv4/route.c).  What goes out may have been cut into fragments
@@ -37,7 +41,9 @@ typedef __u16 u16;
 typedef __u32 u32;
 typedef __u64 u64;
 
-#define RELAYED 0x10000000	/* MARK in krelay/rules/offloaded.py */
+/* PRIORITY and MARK in krelay/rules/offloaded.py */
+#define REWRITTEN 0x6b726c79
+#define WORKERS 0x10000000
 
 /* Bytes that every network takes whole (RFC 791), so that nobody cuts them */
 #define WHOLE 576
@@ -263,7 +269,7 @@ static __always_inline int incoming(struct __sk_buff *skb, const u32 link)
 	struct rewrite *r = decided(&p, &key);
 
 	if (r && !(r->flags & OUTGOING)) {
-		skb->mark |= RELAYED;
+		skb->priority = REWRITTEN;
 		note(skb, link, &p, r);
 		apply(skb, link, &p, r);
 	}
@@ -275,9 +281,10 @@ static __always_inline int outgoing(struct __sk_buff *skb, const u32 link)
 	struct packet p;
 	struct rewrite_key key;
 
-	if (!(skb->mark & RELAYED))
+	if (skb->mark & WORKERS) {
+		skb->mark &= ~WORKERS;
 		return TC_ACT_UNSPEC;
-	skb->mark &= ~RELAYED;
+	}
 	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !load(skb, link, &p))
 		return TC_ACT_UNSPEC;
 
@@ -306,7 +313,7 @@ SEC("socket/passes") int passes(struct __sk_buff *skb)
 	struct rewrite_key key;
 	u32 link = skb->ifindex, *most = bpf_map_lookup_elem(&links, &link);
 
-	if (!most || !load(skb, 0, &p))
+	if (!most || skb->mark & WORKERS || !load(skb, 0, &p))
 		return 0;
 
 	struct rewrite *r = decided(&p, &key);

@@ -80,7 +80,7 @@ class Ends:
 def ends() -> Iterator[Ends]:
     with Lab() as lab:
         with lab.enter("relay"):
-            probe().backend.install(RULES)
+            probe().install(RULES)
         with closing(Ends(lab)) as both:
             yield both
 

@@ -54,7 +54,7 @@ def relay() -> Iterator[Lab]:
 @pytest.fixture
 def backend(relay: Lab, request: pytest.FixtureRequest) -> Backend:
     """Each that works here: the tests may name one."""
-    return getattr(request, "param", None) or probe().backend
+    return getattr(request, "param", None) or probe()
 
 
 def rules() -> str:
@@ -287,7 +287,7 @@ def test_looking_for_a_way_changes_nothing_here(relay: Lab) -> None:
     probe()
 
     assert rules() == ""
-    assert not probe().backend.present("krelay-probe")
+    assert not probe().present("krelay-probe")
 
 
 @pytest.mark.net
@@ -305,7 +305,7 @@ def test_where_no_namespace_can_be_had_nothing_stays_either(
 def test_a_start_and_a_stop_run_nft_twice_and_nothing_else(
     relay: Lab, runs: list[tuple[str, ...]]
 ) -> None:
-    backend = probe().backend
+    backend = probe()
     for each in netfilter.places(SPEC.name):
         assert not each.present(SPEC.name)
     backend.install(SPEC)
@@ -364,22 +364,6 @@ def test_rules_of_nft_go_also_where_nft_does(relay: Lab, monkeypatch: pytest.Mon
         assert not backend.present(SPEC.name)
 
     assert rules() == ""
-
-
-@pytest.mark.net
-def test_where_maps_have_no_dscp_they_go_without(
-    relay: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Older nft refuses them."""
-    install = ruleset.nft_install
-    best = probe()
-    broken = lambda *given, **options: install(*given, **options).replace(  # noqa: E731
-        " . dscp", " . nosuchtype"
-    )
-    monkeypatch.setattr(ruleset, "nft_install", broken)
-
-    assert best.knows_dscp
-    assert probe() == netfilter.Way(best.backend, knows_dscp=False)
 
 
 def test_what_was_tried_is_told_where_nothing_works(monkeypatch: pytest.MonkeyPatch) -> None:

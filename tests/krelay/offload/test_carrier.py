@@ -15,13 +15,12 @@ from krelay.offload import service
 from krelay.offload.backend import OffloadLost
 from krelay.offload.carrier import Carrier
 from krelay.offload.service import Offload
-from krelay.rules.offloaded import MARK
 from krelay.rules.spec import RuleSpec
 from tests.tools.stepped import SteppedLoop
 
 NAME, PROGRAM = "krelay", 7
 CLEARED = nftables.delete_rules(NAME, "offloaded")
-ASKS = nftables.program_rule(NAME, "offloaded", PROGRAM, MARK)
+ASKS = nftables.program_rule(NAME, "offloaded", PROGRAM)
 
 
 class FakeBackend:

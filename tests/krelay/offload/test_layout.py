@@ -15,7 +15,7 @@ from krelay.nat.flow import NO_LEG, PAST_LEG, Flow
 from krelay.nat.table import NatTable
 from krelay.offload import layout, tc
 from krelay.offload.layout import Counted, OwnPacket, RewriteFlags
-from krelay.rules.offloaded import MARK
+from krelay.rules.offloaded import MARK, PRIORITY
 from krelay.rules.steprows import POST, STEP_ROWS
 from krelay.steps import SENDERS, SIDES, Step
 from tests.tools.packets import ACK, FIN, RST, SYN, addr, at
@@ -80,9 +80,10 @@ def numbers(of: str) -> dict[str, int]:
 
 def test_the_programs_have_the_same_numbers() -> None:
     assert numbers("OUTGOING") == {flag.name: flag.value for flag in RewriteFlags}
-    found = re.search(r"#define RELAYED (0x[0-9a-f]+)", SOURCE)
-    assert found
-    assert int(found[1], 16) == MARK
+    for name, value in (("REWRITTEN", PRIORITY), ("WORKERS", MARK)):
+        found = re.search(rf"#define {name} (0x[0-9a-f]+)", SOURCE)
+        assert found
+        assert int(found[1], 16) == value
     most = re.search(r"#define MOST_STEPS (\d+)", SOURCE)
     assert most
     assert int(most[1]) == layout.MOST_STEPS

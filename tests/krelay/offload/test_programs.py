@@ -1,8 +1,8 @@
 """The kernel's programs and their twin in Python (tests/tools/kernel.py) do the same.
 
 A packet is run through both, without any network (BPF_PROG_TEST_RUN, in linux/bpf.h).  Compared are
-the verdict, the packet, its mark, the map of rewrites, what is told, the totals, and what `passes`
-says of the packet.
+the verdict, the packet, its mark and priority, the map of rewrites, what is told, the totals, and
+what `passes` says of the packet.
 """
 
 import errno
@@ -26,7 +26,7 @@ from krelay.nat.table import NatTable
 from krelay.offload import layout
 from krelay.offload.layout import RewriteFlags
 from krelay.offload.tc import PASSES, TcBackend
-from krelay.rules.offloaded import MARK
+from krelay.rules.offloaded import MARK, PRIORITY
 from krelay.rules.steprows import POST, STEP_ROWS
 from krelay.steps import Step
 from tests.tools.kernel import GOES_ON, IPV4, MTU, Entry, Programs, Skb
@@ -37,7 +37,7 @@ TCP_PORTS, UDP_PORTS = (80, 443), (53, 123)
 ETHERNET = bytes(range(12))
 SKB = 192
 """Bytes of `struct __sk_buff`."""
-MARKS, GSO_SEGS, GSO_SIZE = 8, 164, 176
+MARKS, PRIORITIES, GSO_SEGS, GSO_SIZE = 8, 32, 164, 176
 """Where it has its fields."""
 LOOPBACK = 1
 """By which packets leave in a test run, where no other link is named."""
@@ -100,6 +100,7 @@ class Case:
 
     data: bytes
     mark: int = 0
+    priority: int = 0
     segs: int = 0
     size: int = 0
     """Of a packet of a train, behind its headers."""
@@ -110,7 +111,7 @@ class Case:
         if link:
             data = ETHERNET + self.protocol.to_bytes(2) + data
         return Skb(
-            *(data, link, self.mark, 0, LOOPBACK, self.segs, self.size),
+            *(data, link, self.mark, self.priority, 0, LOOPBACK, self.segs, self.size),
             int.from_bytes(data[12:14]),
         )
 
@@ -161,10 +162,11 @@ class Both:
             return GOES_ON, skb
         context = bytearray(SKB)
         for at, value in (
-            (MARKS, skb.mark), (GSO_SEGS, skb.gso_segs), (GSO_SIZE, skb.gso_size),
+            (MARKS, skb.mark), (PRIORITIES, skb.priority),
+            (GSO_SEGS, skb.gso_segs), (GSO_SIZE, skb.gso_size),
         ):  # fmt: skip
             struct.pack_into("=I", context, at, value)
-        passes = self.passes(case) and (way, skb.protocol, skb.mark & MARK) == ("out", IPV4, MARK)
+        passes = self.passes(case) and (way, skb.protocol) == ("out", IPV4)
         before = self.heard()
         got = self.kernel.programs[f"{way}_{layer}"].run(skb.data, bytes(context))
         now_heard = self.heard()
@@ -176,7 +178,8 @@ class Both:
         assert got.verdict == verdict
         assert not passes or self.twin.steps != twin_steps, "it passed, and nothing was done"
         assert got.packet == skb.data
-        assert struct.unpack_from("=I", got.context, MARKS)[0] == skb.mark
+        for at, value in ((MARKS, skb.mark), (PRIORITIES, skb.priority)):
+            assert struct.unpack_from("=I", got.context, at)[0] == value
         for key, entry in self.twin.rewrites.items():
             found = self.kernel.maps["rewrites"].look_up(key)
             assert found is not None
@@ -194,9 +197,9 @@ class Both:
     def passes(self, case: Case) -> bool:
         """What the program says that a rule asks.  It sees IPv4 alone, from its head on; a test run
         takes the head of the link off before."""
-        skb = Skb(case.data, 0, 0, 0, LOOPBACK, case.segs, case.size)
+        skb = Skb(case.data, 0, case.mark, 0, 0, LOOPBACK, case.segs, case.size)
         context = bytearray(SKB)
-        for at, value in ((GSO_SEGS, skb.gso_segs), (GSO_SIZE, skb.gso_size)):
+        for at, value in ((MARKS, skb.mark), (GSO_SEGS, skb.gso_segs), (GSO_SIZE, skb.gso_size)):
             struct.pack_into("=I", context, at, value)
         packet = replace(case, protocol=IPV4).skb(14).data
         got = self.kernel.programs[PASSES].run(packet, bytes(context))
@@ -283,6 +286,7 @@ WAYS = st.sampled_from(list(product(("in", "out"), ("ethernet", "ip"))))
 HOW = st.fixed_dictionaries(
     {
         "mark": st.sampled_from((0, 0, MARK, MARK | 5, 0xEFFFFFFF)),
+        "priority": st.sampled_from((0, 0, 6, PRIORITY)),
         "segs": st.sampled_from((0, 0, 0, 1, 2, 9)),
         "size": st.sampled_from((0, 100, 536, 537, 548, 549, 1432, 1448, 1460, 1461)),
     }
@@ -358,12 +362,12 @@ def test_each_step_makes_the_packet_that_its_rewrite_says(
         key = layout.key_of(proto, rewrite.old)
         is_outgoing = RewriteFlags.OUTGOING in both.twin.rewrites[key].flags
         packet = Template(FiveTuple(proto, *ends(rewrite.old)), bytes(size), ACK, tos=rewrite.tos)
-        case = Case(packet.build(), MARK | 5 if is_outgoing else 5)
+        case = Case(packet.build(), 5, 6)
         _, skb = both.run("out" if is_outgoing else "in", layer, case)
         wanted = replace(packet, flow=FiveTuple(proto, *ends(rewrite.new))).build()
         assert skb.data[skb.link :] == wanted, step
         assert is_outgoing == (STEP_ROWS[step].hook == POST)
-        assert skb.mark == (5 if is_outgoing else MARK | 5)
+        assert (skb.mark, skb.priority) == (5, 6 if is_outgoing else PRIORITY)
         by_step[step] = by_step.get(step, 0) + 1
         value = both.kernel.maps["rewrites"].look_up(key)
         assert value is not None
@@ -432,14 +436,17 @@ def test_a_connection_to_the_server_begins_once_and_its_syn_may_be_repeated(both
     for seq, passes in ((7, True), (8, False), (7, True)):
         case = Case(Template(five_tuple, b"", SYN, seq).build())
         assert both.passes(case) == passes
-        both.run("out", "ethernet", replace(case, mark=MARK))
+        if passes:
+            both.run("out", "ethernet", case)
 
 
-def test_what_no_rule_has_marked_goes_out_as_it_is(both: Both) -> None:
+def test_what_the_worker_has_seen_goes_out_as_it_is(both: Both) -> None:
     """The worker may have made it so, of another flow's packet."""
     both.fill()
     for rewrite in rewrites():
-        packet = Template(FiveTuple(rewrite.flow.proto, *ends(rewrite.old)), b"data", ACK)
-        for mark in (0, 0xFFFFFFFF ^ MARK):
-            _, skb = both.run("out", "ip", Case(packet.build(), mark))
-            assert (skb.data, skb.mark) == (packet.build(), mark)
+        packet = Template(FiveTuple(rewrite.flow.proto, *ends(rewrite.old)), b"some data", ACK)
+        for mark in (MARK, 0xFFFFFFFF):
+            case = Case(packet.build(), mark)
+            assert not both.passes(case), "somebody else's mark: then the worker has it"
+            _, skb = both.run("out", "ip", case)
+            assert (skb.data, skb.mark) == (packet.build(), mark & ~MARK)

@@ -15,7 +15,7 @@ from knet.rules.ports import MULTIPORT_MOST, Ports, merged
 from knet.rules.rows import ANYONE, U32_MOST
 from krelay.nat.flow import Footprint
 from krelay.rules import ruleset
-from krelay.rules.offloaded import MARK
+from krelay.rules.offloaded import MARK, PRIORITY
 from krelay.rules.ruleset import chains, iptables_remove, nft_remove
 from krelay.rules.spec import (
     Learning,
@@ -193,34 +193,38 @@ def test_rules_that_replace_others_leave_the_chain_with_the_program_alone() -> N
 
 OFFLOADING = replace(SPEC, room=1000, lets_offloaded_pass=True)
 ASKS = "rt ipsec missing jump offloaded"
-UNMARKED = "meta mark set meta mark & 0xefffffff accept"
+REWRITTEN = "meta priority 6b72:6c79 meta priority set none accept"
 
 
-def fast(spec: RuleSpec) -> dict[str, list[str]]:
-    """By chain, the rules by which packets of offloaded flows go past all others."""
-    made = nft_rules(spec)
-    return {
-        chain: found
-        for chain, lines in made.items()
-        if (found := [rule for rule in lines if "mark" in rule or rule == ASKS])
-    }
+def unlabelled_in(chain: str, spec: RuleSpec = OFFLOADING) -> list[str]:
+    return [unlabelled(rule) for rule in nft_rules(spec)[chain]]
 
 
-def test_what_comes_in_rewritten_loses_its_mark_and_meets_no_other_rule() -> None:
-    assert fast(OFFLOADING)["pre"] == [f"meta mark & 0x10000000 == 0x10000000 {UNMARKED}"]
+def test_what_comes_in_rewritten_meets_no_other_rule() -> None:
+    assert unlabelled_in("pre")[0] == REWRITTEN
+    assert PRIORITY == 0x6B726C79
 
 
-def test_no_bit_of_the_mark_is_used_but_one() -> None:
-    (rule,) = fast(OFFLOADING)["pre"]
-    masks = [int(each, 16) for each in re.findall(r"0x[0-9a-f]+", rule)]
-
+def test_what_leaves_by_way_of_the_worker_is_marked_and_by_one_bit() -> None:
+    assert unlabelled_in("leaving") == [f"meta mark set meta mark | {MARK:#x} goto to-worker"]
     assert MARK.bit_count() == 1
-    assert masks == [MARK, MARK, 0xFFFFFFFF - MARK]
+    for spec in (OFFLOADING, replace(OFFLOADING, any_port=((69, 69),), asked_within=300)):
+        for chain, lines in nft_rules(spec).items():
+            goes = {
+                found[1] for line in lines if (found := re.search(r"goto (\S+er|leaving)", line))
+            }
+            assert goes <= {"leaving" if chain.startswith("post") else "to-worker"}, chain
+        assert "goto leaving" in "\n".join(nft_rules(spec)["post-udp"])
+
+
+def test_where_no_program_is_asked_nothing_is_marked() -> None:
+    made = nft_rules(replace(OFFLOADING, lets_offloaded_pass=False))
+    assert "leaving" not in made
+    assert not [line for lines in made.values() for line in lines if "mark" in line]
 
 
 def test_of_what_goes_out_a_program_is_asked_in_a_chain_that_has_the_place_for_that() -> None:
-    assert fast(OFFLOADING).keys() == {"pre", "post"}
-    assert fast(OFFLOADING)["post"] == [ASKS]
+    assert unlabelled_in("post")[0] == ASKS
     assert nft_rules(OFFLOADING)["offloaded"] == []
 
 
@@ -228,14 +232,14 @@ def test_of_what_goes_out_a_program_is_asked_in_a_chain_that_has_the_place_for_t
 def test_the_fast_path_comes_before_every_other_rule(forwarded: Ports) -> None:
     made = nft_rules(replace(EVERYTHING, forwarded=forwarded))
 
-    for chain, rules in fast(EVERYTHING).items():
-        assert made[chain][: len(rules)] == rules
+    assert [unlabelled(made[chain][0]) for chain in ("pre", "post")] == [REWRITTEN, ASKS]
     assert made["pre"][1].endswith("goto pre-tcp")
 
 
 def test_where_no_program_rewrites_there_is_no_fast_path() -> None:
     for spec in (SPEC, replace(SPEC, room=1000)):
-        assert fast(spec) == {}
+        text = "\n".join(line for lines in nft_rules(spec).values() for line in lines)
+        assert not re.search("mark|priority|offloaded", text)
         assert "offloaded" not in nft_rules(spec)
         assert "offloaded" not in ruleset.nft_install(spec)
 
@@ -243,7 +247,8 @@ def test_where_no_program_rewrites_there_is_no_fast_path() -> None:
 def test_the_fast_path_needs_no_room_for_what_is_learnt() -> None:
     spec = replace(OFFLOADING, room=0)
 
-    assert fast(spec) == fast(OFFLOADING)
+    for chain in ("pre", "post"):
+        assert nft_rules(spec)[chain][0] == nft_rules(OFFLOADING)[chain][0]
     assert nft_rules(spec)["offloaded"] == []
 
 
@@ -266,8 +271,8 @@ def test_no_flow_has_an_element_in_the_rules() -> None:
 def test_what_programs_rewrite_goes_to_the_worker_where_they_do_not() -> None:
     """Each step's packets are queued behind the fast path, as without it."""
     for chain, rules in nft_rules(replace(SPEC, room=1000)).items():
-        behind = nft_rules(OFFLOADING)[chain]
-        assert [rule for rule in behind if rule not in fast(OFFLOADING).get(chain, [])] == rules
+        behind = nft_rules(OFFLOADING)[chain][chain in ("pre", "post") :]
+        assert [rule.replace("goto leaving", "goto to-worker") for rule in behind] == rules
 
 
 FIN, SYN, RST, ACK = 1, 2, 4, 16
@@ -506,12 +511,12 @@ def test_a_steps_rules_are_found_by_its_label() -> None:
         ]
 
     assert of("offloaded") == [
-        f"pre: meta mark & 0x10000000 == 0x10000000 {UNMARKED}",
+        f"pre: {REWRITTEN}",
         f"post: {ASKS}",
     ]
     assert of("T3") == [
         f"post-tcp: ip daddr {{ {S} }} tcp dport {{ 80, 8000-8100 }} fib saddr type local "
-        "goto to-worker",
+        "goto leaving",
     ]
     for step in Step:
         found = of(step.label)
