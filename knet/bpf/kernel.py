@@ -58,6 +58,7 @@ _LOG_LINES = 12
 _NAME = 15
 """Bytes of a name."""
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
+_syscall.argtypes = ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint
 
 
 class BpfError(OSError):
@@ -89,12 +90,12 @@ def call(command: int, attributes: bytes) -> tuple[int, bytes]:
     number = _NUMBERS.get(platform.machine())
     if number is None:
         raise BpfError(errno.ENOSYS, f"no bpf(2) known for {platform.machine()}")
-    buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    found = _syscall(number, command, buffer, len(attributes))
+    buffer = bytearray(attributes)
+    found = _syscall(number, command, _address(buffer), len(buffer))
     if found < 0:
         code = ctypes.get_errno()
         raise BpfError(code, os.strerror(code))
-    return found, buffer.raw
+    return found, bytes(buffer)
 
 
 class BpfMap:
@@ -103,15 +104,14 @@ class BpfMap:
     def __init__(self, descriptor: int, spec: MapSpec) -> None:
         self.descriptor = descriptor
         self.spec = spec
-        self._key = ctypes.create_string_buffer(max(1, spec.key))
-        self._value = ctypes.create_string_buffer(max(1, spec.value) * _per_element(spec))
+        self._key = bytearray(max(1, spec.key))
+        self._value = bytearray(max(1, spec.value) * _per_element(spec))
         # The attributes once for all: a call is then two copies and one system call.
-        self._element = ctypes.create_string_buffer(
+        self._element = bytearray(
             _ELEMENT.pack(descriptor, _address(self._key), _address(self._value), ANY)
         )
-        self._gone = ctypes.create_string_buffer(
-            _ELEMENT.pack(descriptor, _address(self._key), 0, 0)
-        )
+        self._gone = bytearray(_ELEMENT.pack(descriptor, _address(self._key), 0, 0))
+        self._at = _address(self._element), _address(self._gone)
         self._number = _NUMBERS.get(platform.machine(), -1)
 
     @classmethod
@@ -152,26 +152,32 @@ class BpfMap:
 
     def look_up(self, key: bytes) -> bytes | None:
         """The value of this key; of a per-CPU map, one after the other.  Raises BpfError."""
-        self._key.raw = key
+        self._key[:] = self._checked(key)
         struct.pack_into("=Q", self._element, _FLAGS, ANY)
-        return self._value.raw if self._call(_LOOK_UP, self._element) else None
+        return bytes(self._value) if self._call(_LOOK_UP, self._at[0]) else None
 
     def update(self, key: bytes, value: bytes, flags: int = ANY) -> bool:
         """Sets it; False if the flags forbid (NEW: there is one; THERE: there is none).
 
         Raises BpfError: E2BIG if the map is full.
         """
-        self._key.raw = key
-        self._value.raw = value
+        self._key[:] = self._checked(key)
+        assert len(value) <= len(self._value)
+        self._value[: len(value)] = value
         struct.pack_into("=Q", self._element, _FLAGS, flags)
-        return self._call(_UPDATE, self._element)
+        return self._call(_UPDATE, self._at[0])
 
     def delete(self, key: bytes) -> bool:
         """Takes it out; whether it was there.  Raises BpfError."""
-        self._key.raw = key
-        return self._call(_DELETE, self._gone)
+        self._key[:] = self._checked(key)
+        return self._call(_DELETE, self._at[1])
 
-    def _call(self, command: int, attributes: ctypes.Array[ctypes.c_char]) -> bool:
+    def _checked(self, key: bytes) -> bytes:
+        """Buffers stay where they are only while their size stays."""
+        assert len(key) == len(self._key)
+        return key
+
+    def _call(self, command: int, attributes: int) -> bool:
         if _syscall(self._number, command, attributes, _ELEMENT.size) >= 0:
             return True
         code = ctypes.get_errno()
@@ -203,13 +209,13 @@ class BpfMap:
             return
         held_keys, held_values = _held(keys), _held(values or b"\0")
         count = len(keys) // self.spec.key
-        attributes = ctypes.create_string_buffer(
+        attributes = bytearray(
             _BATCH.pack(
                 *(0, 0, _address(held_keys), _address(held_values) if values else 0),
                 *(count, self.descriptor, 0, 0),
             )
         )
-        if _syscall(self._number, command, attributes, _BATCH.size) < 0:
+        if _syscall(self._number, command, _address(attributes), _BATCH.size) < 0:
             code = ctypes.get_errno()
             (self._done,) = _COUNT.unpack_from(attributes)
             raise BpfError(code, os.strerror(code))
@@ -219,18 +225,18 @@ class BpfMap:
 
         What changes meanwhile is in it or not.  Raises BpfError.
         """
-        token = ctypes.create_string_buffer(max(64, self.spec.key))
+        token = bytearray(max(64, self.spec.key))
         first = True
         while True:
-            keys = ctypes.create_string_buffer(self.spec.key * at_once)
-            values = ctypes.create_string_buffer(self.spec.value * at_once)
-            attributes = ctypes.create_string_buffer(
+            keys = bytearray(self.spec.key * at_once)
+            values = bytearray(self.spec.value * at_once)
+            attributes = bytearray(
                 _BATCH.pack(
                     *(0 if first else _address(token), _address(token)),
                     *(_address(keys), _address(values), at_once, self.descriptor, 0, 0),
                 )
             )
-            found = _syscall(self._number, _LOOK_UP_BATCH, attributes, _BATCH.size)
+            found = _syscall(self._number, _LOOK_UP_BATCH, _address(attributes), _BATCH.size)
             code = ctypes.get_errno() if found < 0 else 0
             if code == errno.ENOSPC:  # a bucket is larger than the batch
                 at_once *= 2
@@ -239,7 +245,7 @@ class BpfMap:
                 raise BpfError(code, os.strerror(code))
             (count,) = _COUNT.unpack_from(attributes)
             if count:
-                yield keys.raw[: count * self.spec.key], values.raw[: count * self.spec.value]
+                yield bytes(keys[: count * self.spec.key]), bytes(values[: count * self.spec.value])
             if code:
                 return
             first = False
@@ -256,7 +262,7 @@ class BpfProgram:
         """Raises BpfError, with the verifier's last words."""
         instructions, licence = _held(code), _held(LICENCE)
 
-        def load(log: ctypes.Array[ctypes.c_char] | None) -> int:
+        def load(log: bytearray | None) -> int:
             return call(
                 _LOAD,
                 struct.pack(
@@ -270,10 +276,11 @@ class BpfProgram:
         try:
             return cls(load(None))
         except BpfError as error:
-            log = ctypes.create_string_buffer(_LOG)
+            log = bytearray(_LOG)
             with suppress(BpfError):
                 return cls(load(log))
-            said = log.value.decode(errors="replace").splitlines()[-_LOG_LINES:]
+            text = bytes(log).partition(b"\0")[0].decode(errors="replace")
+            said = text.splitlines()[-_LOG_LINES:]
             raise BpfError(error.errno, "\n".join([error.strerror or "", *said])) from None
 
     def close(self) -> None:
@@ -289,8 +296,8 @@ class BpfProgram:
     def run(self, packet: bytes, context: bytes = b"", repeat: int = 1) -> TestRun:
         """What it makes of this packet, link-layer header included.  Raises BpfError."""
         room = len(packet) + 256
-        data, out = _held(packet), ctypes.create_string_buffer(room)
-        before, after = _held(context or b"\0"), ctypes.create_string_buffer(max(256, len(context)))
+        data, out = _held(packet), bytearray(room)
+        before, after = _held(context), bytearray(max(256, len(context)))
         _, attributes = call(
             _RUN,
             struct.pack(
@@ -302,12 +309,12 @@ class BpfProgram:
         )
         verdict, _, size = struct.unpack_from("=4xiII", attributes)
         (changed,) = struct.unpack_from("=44xI", attributes)
-        return TestRun(verdict, out.raw[:size], after.raw[:changed])
+        return TestRun(verdict, bytes(out[:size]), bytes(after[:changed]))
 
 
 def spec_of(descriptor: int) -> MapSpec:
     """What the map of this descriptor was made with.  Raises BpfError."""
-    info = ctypes.create_string_buffer(80)
+    info = bytearray(80)
     call(_INFO, struct.pack("=iIQ", descriptor, len(info), _address(info)))
     kind, _, key, value, capacity, flags = struct.unpack_from("=6I", info)
     return MapSpec(kind, key, value, capacity, flags)
@@ -315,7 +322,7 @@ def spec_of(descriptor: int) -> MapSpec:
 
 def program_number(descriptor: int) -> int:
     """The number by which the kernel knows a program: filters name it.  Raises BpfError."""
-    info = ctypes.create_string_buffer(64)
+    info = bytearray(64)
     call(_INFO, struct.pack("=iIQ", descriptor, len(info), _address(info)))
     return int(struct.unpack_from("=4xI", info)[0])
 
@@ -331,12 +338,14 @@ def _get(path: str) -> int:
     return call(_GET, struct.pack("=QII", _address(name), 0, 0))[0]
 
 
-def _held(data: bytes) -> ctypes.Array[ctypes.c_char]:
-    return ctypes.create_string_buffer(data, max(1, len(data)))
+def _held(data: bytes) -> bytearray:
+    return bytearray(data or b"\0")
 
 
-def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
-    return ctypes.addressof(buffer)
+def _address(buffer: bytearray) -> int:
+    """Where it is, while its size stays.  An array of ctypes' would be of a type of its own for
+    each size, which only the collector takes away."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def _per_element(spec: MapSpec) -> int:
@@ -356,8 +365,8 @@ def maps_of(descriptor: int) -> list[int]:
     Raises BpfError.
     """
     room = 64
-    numbers = (ctypes.c_uint32 * room)()
-    info = ctypes.create_string_buffer(80)
-    struct.pack_into("=IQ", info, _MAPS, room, ctypes.addressof(numbers))
+    numbers, info = bytearray(4 * room), bytearray(80)
+    struct.pack_into("=IQ", info, _MAPS, room, _address(numbers))
     call(_INFO, struct.pack("=iIQ", descriptor, len(info), _address(info)))
-    return list(numbers[: struct.unpack_from("=I", info, _MAPS)[0]])
+    (count,) = struct.unpack_from("=I", info, _MAPS)
+    return list(struct.unpack_from(f"={count}I", numbers))

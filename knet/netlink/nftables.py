@@ -33,6 +33,8 @@ _OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA = 1, 2, 3, 4
 
 _NESTED = 0x8000
 _IMMEDIATE_REGISTER, _IMMEDIATE_DATA, _DATA_VERDICT, _VERDICT_CODE, _ACCEPT = 1, 2, 2, 1, 1
+_META_TO, _META_KEY, _META_FROM, _MARK, _REGISTER = 1, 2, 3, 3, 1
+_BITS_FROM, _BITS_TO, _BITS_LENGTH, _BITS_MASK, _BITS_XOR = 1, 2, 3, 4, 5
 _XT_BPF, _BY_DESCRIPTOR = struct.Struct("=HHi512x8x"), 2
 """XT_BPF_MODE_FD_ELF: a descriptor of the process that sends the rule."""
 
@@ -64,20 +66,32 @@ def queue_rule(table: str, chain: str, queue: int) -> bytes:
     return _rule(table, chain, "target", name, revision, queued)
 
 
-def program_rule(table: str, chain: str, program: int) -> bytes:
-    """A rule at the head of that chain that accepts what a BPF program returns not 0 for, by the
-    match `bpf` of iptables.  `program` is the descriptor of one of sockets.
+def program_rule(table: str, chain: str, program: int, mark: int) -> bytes:
+    """A rule at the head of that chain that marks and accepts what a BPF program returns not 0 for,
+    by the match `bpf` of iptables.  `program` is the descriptor of one of sockets; `mark` are the
+    bits that are set.
 
     struct xt_bpf_info_v1 (linux/netfilter/xt_bpf.h).
     """
     name, revision = netlink.text(_TARGET_NAME, "bpf"), netlink.number(_TARGET_REVISION, 1)
     asked = netlink.attribute(_TARGET_INFO, _XT_BPF.pack(_BY_DESCRIPTOR, 0, program))
+    register, key = netlink.number(_META_TO, _REGISTER), netlink.number(_META_KEY, _MARK)
+    bits = (
+        netlink.number(_BITS_FROM, _REGISTER),
+        netlink.number(_BITS_TO, _REGISTER),
+        netlink.number(_BITS_LENGTH, 4),
+        netlink.nested(_BITS_MASK, _u32(0xFFFFFFFF ^ mark)),
+        netlink.nested(_BITS_XOR, _u32(mark)),
+    )
     verdict = netlink.nested(_DATA_VERDICT, netlink.number(_VERDICT_CODE, _ACCEPT))
     accept = netlink.number(_IMMEDIATE_REGISTER, 0), netlink.nested(_IMMEDIATE_DATA, verdict)
     return _rule_of(
         table,
         chain,
         _expression("match", name, revision, asked),
+        _expression("meta", register, key),
+        _expression("bitwise", *bits),
+        _expression("meta", netlink.number(_META_FROM, _REGISTER), key),
         _expression("immediate", *accept),
     )
 
@@ -104,6 +118,11 @@ def _rule(table: str, chain: str, expression: str, *data: bytes) -> bytes:
 def _rule_of(table: str, chain: str, *expressions: bytes) -> bytes:
     where = netlink.text(_RULE_TABLE, table), netlink.text(_RULE_CHAIN, chain)
     return _made(NEW_RULE, *where, netlink.nested(_RULE_EXPRESSIONS, *expressions))
+
+
+def _u32(value: int) -> bytes:
+    """A value as registers have it."""
+    return netlink.attribute(_DATA_VALUE, struct.pack("=I", value))
 
 
 def _expression(name: str, *data: bytes) -> bytes:

@@ -7,7 +7,7 @@ from krelay.datapath.policy import Policy
 from krelay.host.hostview import HostView
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Footprint, Timeouts
-from krelay.rules.spec import Learning, RuleSpec, wanted
+from krelay.rules.spec import RuleSpec, wanted
 from procfs_sim.tree import Config, Service
 
 
@@ -56,7 +56,6 @@ def rules(
     name: str,
     queue: int,
     room: int,
-    learning: Learning | None,
     has_maps: bool,
     tells_unmatched: bool,
 ) -> RuleSpec:
@@ -78,8 +77,6 @@ def rules(
         footprints=footprints,
         room=room,
         lets_offloaded_pass=has_maps,
-        answered_within=config.timeouts_udp_dns,
-        learning=learning,
         any_port=((s.first, s.last) for s in config.services if s.any_port),
         asked_within=config.timeouts_udp if has_maps else 0,
         tells_unmatched=tells_unmatched and has_maps,

@@ -126,6 +126,7 @@ class RuleKeeper:
         self._are_missing = False
         self._watch(self.backend)
         self._install(self._wanted(), afresh=True)
+        self._learn()
 
     def freeze(self) -> None:
         """The rules stay as they are from now on: relaying is about to end."""
@@ -175,11 +176,12 @@ class RuleKeeper:
             return
         depends_on = self._depends_on()
         spec = self._wanted()
+        self._learn()
         if spec == self._spec:
             self._made_for = depends_on
             return
         try:
-            self._install(spec, afresh=self._spec is None or spec.sets != self._spec.sets)
+            self._install(spec, afresh=self._spec is None)
         except RulesDelayed as error:
             self._delayed(error)
         except RulesUnavailable as error:
@@ -196,7 +198,6 @@ class RuleKeeper:
             name=self._name,
             queue=self._queue,
             room=room,
-            learning=self._kernel.learning(now.config, now.policy) if room and now.policy else None,
             has_maps=backend is not None and backend.has_maps,
             tells_unmatched=self._kernel.events.tells_unmatched,
         )
@@ -211,21 +212,19 @@ class RuleKeeper:
         told = kernel.events.tells_unmatched
         return *now, self.backend, self._nat.footprint_changes, condition, told
 
+    def _learn(self) -> None:
+        """Says which queries begin flows by themselves: that follows the config, as rules do."""
+        now = self._now()
+        self._kernel.learn(now.config, now.policy)
+
     def _install(self, spec: RuleSpec, *, afresh: bool) -> None:
-        """Puts these rules in force; `afresh` also their sets.  Raises RulesUnavailable."""
+        """Puts these rules in force; `afresh` their chains, too.  Raises RulesUnavailable."""
         assert self.backend is not None
-        former = self._spec
         if afresh:
             self._spec = None  # if this fails, the next try is to make all of it
-        self.backend.install(spec, afresh=afresh, former=former)
+        self.backend.install(spec, afresh=afresh)
         self._spec = spec
-        try:
-            port = self._kernel.enter(spec, afresh=afresh)
-        except OSError as error:
-            self._spec = None  # made afresh at the next try
-            raise RulesDelayed(f"no socket to nf_tables: {error.strerror}") from None
-        if self._watcher is not None and port is not None:
-            self._watcher.ignore(port)
+        self._kernel.enter(spec, afresh=afresh)
         self._announced(ours=True)
         if self._are_missing:
             self._put_back()

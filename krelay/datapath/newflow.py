@@ -123,6 +123,7 @@ class NewFlows:
             return _BAD_SOURCE
         own_flows = self._nat.own_flows
         if own_flows and own_flows.replied(proto, flow_key(dst, src), now):
+            self._nat.observers.began_own(proto, src)
             return _OWN
         if self.is_minded(proto, src):
             return _SERVER_ITSELF

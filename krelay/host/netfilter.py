@@ -33,7 +33,7 @@ from knet.netlink import nftables
 from knet.rules import iptables, kernel
 from knet.rules.run import PASSING, RulesAbsent, RulesDelayed, RulesUnavailable, run
 from krelay.rules import ruleset
-from krelay.rules.spec import Learning, RuleSpec, instance_name, openings
+from krelay.rules.spec import RuleSpec, instance_name, openings
 from krelay.rules.steprows import OFFLOADED, OPENINGS, WORKER
 from procfs_sim.tree import DEFAULT_ROOT
 
@@ -50,9 +50,6 @@ _PROBE = RuleSpec(
     servers=(IPv4Address("192.0.2.1"),),
     relay_clients=(IPv4Network("192.0.2.0/24"),),
     room=1024,
-    learning=Learning(
-        IPv4Address("192.0.2.1"), (IPv4Address("192.0.2.2"),), (IPv4Network("192.0.2.0/24"),)
-    ),
     lets_offloaded_pass=True,
     any_port=((69, 69),),
     asked_within=300,
@@ -63,7 +60,6 @@ _PROBE = RuleSpec(
 _PROBE_WITHOUT_MAPS = replace(
     _PROBE,
     room=0,
-    learning=None,
     lets_offloaded_pass=False,
     asked_within=0,
     tells_unmatched=False,
@@ -89,13 +85,11 @@ class Backend(Protocol):
     def has_maps(self) -> bool:
         """Whether flows can be offloaded (krelay/offload)."""
 
-    def install(
-        self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
-    ) -> None:
+    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
         """Puts the rules in, in place of earlier ones of that name.  Raises RulesUnavailable.
 
-        Not `afresh`: the maps stay as they are, if it has any.  `former` are the rules that are
-        in force, if they are: then no packet that waits in a queue is lost.
+        Not `afresh`: in place of those that are there; hooks and what waits in the queues stay, and
+        the set of who has asked.
         """
 
     def remove(self, name: str) -> None:
@@ -133,20 +127,8 @@ class Nft:
         name = "nft with NFQUEUE" if self.with_xt else "nft"
         return name if self.has_maps else f"{name}, without maps"
 
-    def install(
-        self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
-    ) -> None:
+    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
         """One transaction; with NFQUEUE a second, until which what is to be queued is dropped."""
-        if afresh and former is not None:
-            text = ruleset.nft_install(spec, former=former, with_xt=self.with_xt)
-            try:
-                run(("nft", "-f", "-"), text)
-            except RulesDelayed:
-                raise
-            except RulesUnavailable:
-                pass  # another program has taken some of it out
-            else:
-                return
         run(("nft", "-f", "-"), ruleset.nft_install(spec, afresh=afresh, with_xt=self.with_xt))
         if self.with_xt and afresh:
             try:
@@ -208,9 +190,7 @@ class Iptables:
         """No."""
         return False
 
-    def install(
-        self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
-    ) -> None:
+    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
         """One commit a table; see ruleset.  If the second is refused, the first is taken back.
 
         Rules have no labels where the kernel, or the tool, has no `comment` match.

@@ -2,23 +2,23 @@
 
 A resolver asks each query from a port of its own, so half of its packets begin a flow.  A visit to
 the worker for each, and a flow, would cost more than all else that a relay does for it.  So for
-these services (ruleset.py) the kernel decides by itself what can only be decided one way, relays
-query and answer, and sends copies of both packets' heads.  From them this table is filled, some
+these services the kernel's programs decide by themselves what can only be decided one way, relay
+query and answer, and tell of both (offload/programs/relay.c).  From that this table is filled, some
 milliseconds later (learning.py).  It holds as little as may be, and makes a whole flow of it only
 when it is to be shown, or when a packet comes that the worker must decide about.
 """
 
-import struct
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Mapping
 from itertools import chain, islice
 from typing import NamedTuple
 
 from knet.endpoint import key_src, with_dst
-from knet.netlink.nflog import Copy
 from knet.timerwheel import Wheel
 from knet.wire import ipv4
-from krelay.steps import Hook
+
+Exchange = tuple[bool, int, bytes]
+"""A packet that was relayed: whether it is an answer, its bytes, and the flow key of the query."""
 
 _SEARCHED = 64
 """Flows, the oldest, among which one of a client's is looked for."""
@@ -73,11 +73,13 @@ class DnsFlows:
         of_others: Mapping[bytes, int],
         busy: int,
         on_busy: Callable[[bytes], object],
+        on_waiting_gone: Callable[[bytes], object] = lambda query: None,
     ) -> None:
         """`ids`: a number for each.  `flows`: the queries of which there are flows instead.
 
         `of_others`: how many flows a client has beside these flows.  `on_busy` is called for the
-        query of a flow that has been asked `busy` times.
+        query of a flow that has been asked `busy` times, `on_waiting_gone` for that of one that is
+        taken out while the kernel may still wait for an answer.
         """
         self.addresses: frozenset[bytes] = frozenset()
         """The addresses of this host that were asked."""
@@ -88,6 +90,7 @@ class DnsFlows:
         self._of_others = of_others
         self._busy = busy
         self._on_busy = on_busy
+        self._on_waiting_gone = on_waiting_gone
         self._dns_flows: dict[bytes, DnsFlow] = {}
         self._oldest = deque[tuple[bytes, DnsFlow]]()
         """Some that were the first when last looked for; gone ones may be among them."""
@@ -122,7 +125,9 @@ class DnsFlows:
         """How many this address has."""
         return self._per_client.get(client, 0)
 
-    def hear(self, copies: Iterator[Copy], now: float, beginning: Beginning) -> Copy | None:
+    def hear(
+        self, exchanges: Iterator[Exchange], now: float, beginning: Beginning
+    ) -> Exchange | None:
         """Takes note of packets that were relayed, until one is of none of these flows and doesn't
         begin one: there is a flow of it, or no room.  That one is returned, None if there is none.
 
@@ -134,21 +139,20 @@ class DnsFlows:
         server = self._server
         get, of_client, of_others = dns_flows.get, clients.get, self._of_others.get
         begun: list[bytes] = []
-        left: Copy | None = None
-        for copy in copies:
-            hook, head = copy
-            if hook == _PREROUTING:
-                query = head[_FLOW_KEY]
-                dns_flow = get(query)
+        left: Exchange | None = None
+        for exchange in exchanges:
+            is_answer, size, query = exchange
+            dns_flow = get(query)
+            if not is_answer:
                 if dns_flow is not None:
                     dns_flow.asked += 1
-                    dns_flow.asked_bytes += head[2] << 8 | head[3]
+                    dns_flow.asked_bytes += size
                     dns_flow.heard_at = now
                     if dns_flow.asked == self._busy:
                         self._on_busy(query)
                     continue
                 if query in flows:
-                    left = copy
+                    left = exchange
                     break
                 client = query[_SRC]
                 count = of_client(client, 0)
@@ -156,31 +160,23 @@ class DnsFlows:
                 if surplus >= 0 or len(begun) >= room:
                     its = client if surplus >= 0 else None
                     if surplus > 0 or not displaces or not self.remove_oldest(its):
-                        left = copy
+                        left = exchange
                         break
                     room += 1
                     count = of_client(client, 0)
                 clients[client] = count + 1
-                dns_flows[query] = DnsFlow(next(ids), server, now, 1, head[2] << 8 | head[3])
+                dns_flows[query] = DnsFlow(next(ids), server, now, 1, size)
                 begun.append(query)
             else:
-                src, dst, sport, dport = _ENDS.unpack(head)
-                dns_flow = get(dst + src + dport + sport)
                 if dns_flow is None:
-                    left = copy
+                    left = exchange
                     break
                 dns_flow.answered += 1
-                dns_flow.answered_bytes += head[2] << 8 | head[3]
+                dns_flow.answered_bytes += size
                 dns_flow.heard_at = now
         if begun:
             self._due.put(self._due.second(until), begun)
         return left
-
-    def begin(self, query: bytes, now: float, beginning: Beginning) -> None:
-        """One more, of which nothing has been told yet."""
-        self._dns_flows[query] = DnsFlow(next(self._ids), self._server, now, 0, 0)
-        self._per_client[key_src(query)] += 1
-        self._due.put(self._due.second(beginning.until), [query])
 
     def remove(self, query: bytes, flow_id: int | None = None) -> DnsFlow | None:
         """Takes one out, if it is there, and has this number if one is given."""
@@ -191,6 +187,8 @@ class DnsFlows:
             self._per_client[client] -= 1
             if not self._per_client[client]:
                 del self._per_client[client]
+            if dns_flow.asked > dns_flow.answered:
+                self._on_waiting_gone(query)
             return dns_flow
         return None
 
@@ -245,7 +243,4 @@ class DnsFlows:
         self._due.clear()
 
 
-_PREROUTING = int(Hook.PREROUTING)
-_FLOW_KEY, _SRC = ipv4.FLOW_KEY, slice(0, ipv4.ADDRESS)
-_ENDS = struct.Struct("12x4s4s2s2s4x")
-"""Addresses and ports of a packet, by its head: the kernel learns IPv4 alone."""
+_SRC = slice(0, ipv4.ADDRESS)

@@ -5,13 +5,14 @@ flows in the kernel, is one; metrics or a second relay would be others.  Most ob
 few of the events, and inherit the rest from IdleObserver.
 
 Each call is made in the midst of a change of the table, so an observer may read the table and may
-call `FlowTracking.heard`, but must neither make nor end flows, and raises nothing.
+call `FlowTracking.heard` or, where DNS flows are asked for, `DnsLearning.learn`, but must neither
+make nor end other flows, and raises nothing.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from knet.endpoint import Endpoint
+from knet.endpoint import Endpoint, Proto
 from krelay.nat.flow import Flow, Rewrite
 
 
@@ -48,9 +49,16 @@ class NatObserver(Protocol):
         """It matters now how far tcp-relay's connections have come: an observer tells it
         (`FlowTracking.begun`, `FlowTracking.ended`)."""
 
-    def learnt_address(self, client: Endpoint) -> bytes | None:
-        """It matters whether the kernel has learnt a flow of this client's, of which nothing was
-        told yet: the address of this host that was asked, or None."""
+    def needs_queries(self) -> None:
+        """It matters now which DNS flows the kernel has begun: an observer tells it
+        (`DnsLearning.learn`)."""
+
+    def query_gone(self, query: bytes) -> None:
+        """The kernel is not to answer this query by itself any more, if it still would."""
+
+    def began_own(self, proto: Proto, end: Endpoint) -> None:
+        """What comes from this end, whoever's it is, begins no flow for a while: this host, or the
+        client itself, has a conversation of its own there."""
 
 
 class IdleObserver(NatObserver):
@@ -83,8 +91,14 @@ class IdleObserver(NatObserver):
     def needs_ends(self) -> None:
         return
 
-    def learnt_address(self, client: Endpoint) -> bytes | None:
-        return None
+    def needs_queries(self) -> None:
+        return
+
+    def query_gone(self, query: bytes) -> None:
+        return
+
+    def began_own(self, proto: Proto, end: Endpoint) -> None:
+        return
 
 
 class Observers(NatObserver):
@@ -139,10 +153,17 @@ class Observers(NatObserver):
         for tell in self._told["needs_ends"]:
             tell()
 
-    def learnt_address(self, client: Endpoint) -> bytes | None:
-        """The first answer that isn't None."""
-        answers = (ask(client) for ask in self._told["learnt_address"])
-        return next((found for found in answers if found is not None), None)
+    def needs_queries(self) -> None:
+        for tell in self._told["needs_queries"]:
+            tell()
+
+    def query_gone(self, query: bytes) -> None:
+        for tell in self._told["query_gone"]:
+            tell(query)
+
+    def began_own(self, proto: Proto, end: Endpoint) -> None:
+        for tell in self._told["began_own"]:
+            tell(proto, end)
 
 
 _EVENTS = [name for name in vars(IdleObserver) if not name.startswith("_")]

@@ -1,7 +1,7 @@
 """DNS flows, which the kernel has learnt by itself, as the table sees them.
 
-Copies of packets tell of them (dnsflows.py holds what they say).  A whole flow is made of one when
-it is to be shown, and when a packet comes that the worker must decide about: then it is adopted.
+Its programs tell of them (dnsflows.py holds what they say).  A whole flow is made of one when it is
+to be shown, and when a packet comes that the worker must decide about: then it is adopted.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,11 +15,9 @@ from knet.endpoint import (
     key_dst,
     key_src,
     reverse_key,
-    with_dst,
 )
-from knet.wire import ipv4
 from krelay.nat.admission import Refusal
-from krelay.nat.dnsflows import Beginning, DnsFlow
+from krelay.nat.dnsflows import Beginning, DnsFlow, Exchange
 from krelay.nat.flow import DNS_PORT, Flow, Footprint, Rewrite
 from krelay.nat.store import FlowStore, Tables
 from krelay.nat.tracking import FlowTracking
@@ -37,33 +35,26 @@ class DnsLearning:
     def __iter__(self) -> Iterator[tuple[bytes, DnsFlow]]:
         return iter(self._dns_flows)
 
-    def learn(self, copies: Iterable[tuple[int, bytes]], now: float) -> None:
-        """The kernel has relayed these packets: the hook of each, and its first 28 bytes.
-
-        Queries are copied as they came (PREROUTING), answers as they went on (POSTROUTING).
-        """
-        coming, admission = iter(copies), self._store.admission
+    def learn(self, exchanges: Iterable[Exchange], now: float) -> None:
+        """The kernel has relayed these packets."""
+        coming, admission = iter(exchanges), self._store.admission
         while True:
             room, displaces = admission.unasked(), admission.learnt_make_room()
             together = self._beginning(now, room, displaces=displaces)
-            copy = self._dns_flows.hear(coming, now, together)
-            if copy is None:
+            exchange = self._dns_flows.hear(coming, now, together)
+            if exchange is None:
                 return
-            hook, head = copy
-            is_query = hook == _PRE
-            key = head[ipv4.FLOW_KEY]
-            query = key if is_query else reverse_key(key)
+            is_answer, size, query = exchange
             there = self.of_query(query)
             if there is not None:
-                rewrite = there if is_query else there.flow.by(Side.SERVER)
+                rewrite = there.flow.by(Side.SERVER) if is_answer else there
                 if rewrite is not None:
-                    self._tracking.heard(rewrite, 1, head[2] << 8 | head[3], now)
-            elif (
-                not is_query
-                or self._dns_flows.get(query) is not None
-                or self._has_made_room(query, now)
-            ):
-                self._dns_flows.hear(iter((copy,)), now, self._beginning(now, 1))
+                    self._tracking.heard(rewrite, 1, size, now)
+            elif not is_answer and self._has_made_room(query, now):
+                self._dns_flows.hear(iter((exchange,)), now, self._beginning(now, 1))
+                continue
+            if not is_answer:
+                self._store.observers.query_gone(query)
 
     def of_query(self, query: bytes) -> Rewrite | None:
         """The rewrite of a client's datagrams with this flow key."""
@@ -75,10 +66,10 @@ class DnsLearning:
         if not self._dns_flows.addresses:
             return None
         if key_dst(key) in self._dns_flows.addresses:
-            self._catch_up(key, now)
+            self._catch_up(key)
             return self.adopt_query(key)
         query = reverse_key(key)  # but for the address that was asked
-        self._catch_up(query, now)
+        self._catch_up(query)
         found = self._dns_flows.asked_as(query)
         dns_flow = self._dns_flows.get(found) if found is not None else None
         if found is None or dns_flow is None or dns_flow.server != key_src(key):
@@ -131,22 +122,17 @@ class DnsLearning:
             return False
         return True
 
-    def _catch_up(self, key: bytes, now: float) -> None:
-        """Asks the kernel where the first of these two ends may have been learnt, but isn't known.
+    def _catch_up(self, key: bytes) -> None:
+        """Hears what is to be known where the first of these two ends may have been learnt.
 
-        Copies take some milliseconds; what must be decided meanwhile is asked for.
+        What the kernel tells is read some milliseconds later; what must be decided meanwhile is
+        asked for.
         """
-        client, server = FlowKey.unpack(key)
-        if server.port != DNS_PORT or self._dns_flows.asked_as(key) is not None:
-            return
-        asked = self._store.observers.learnt_address(client)
-        if asked is not None:
-            query = with_dst(key, asked)
-            if self.of_query(query) is None and self._has_made_room(query, now):
-                self._dns_flows.begin(query, now, self._beginning(now, 1))  # its copy counts later
+        if key[_DPORT] == _DNS and self._dns_flows.asked_as(key) is None:
+            self._store.observers.needs_queries()
 
 
-_PRE = Hook.PREROUTING
+_DPORT, _DNS = slice(-2, None), DNS_PORT.to_bytes(2)
 _PRE_POST = Hook.PREROUTING, Hook.POSTROUTING
 _U12U34 = (Step.U12, Step.U34)
 _NOWHERE = Endpoint(b"", 0)

@@ -66,7 +66,9 @@ class FlowStore:
         """By number.  Only this class writes it."""
         per_client = Counter[bytes]()
         asked = self.tables[Hook.PREROUTING, Proto.UDP]
-        self.dns_flows = DnsFlows(self.ids, asked, per_client, BUSY, on_busy)
+        self.dns_flows = DnsFlows(
+            self.ids, asked, per_client, BUSY, on_busy, self.observers.query_gone
+        )
         """Those that the kernel relays by itself; the worker has no part in them."""
         self.admission = Admission(
             limits or FlowLimits(),

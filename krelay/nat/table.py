@@ -276,6 +276,7 @@ class NatTable(FlowStore):
             holder = self.learning.adopt(reverse_key(key), now)
         if holder is None:
             self.direct.saw(proto, key, now)
+            self.observers.began_own(proto, client)
             return None
         self.admission.make_room(proto, client, now)
         moved = self.mappings.outside_for(proto, client, server)
@@ -310,6 +311,7 @@ class NatTable(FlowStore):
                 return
             self.end(flow)
         self.own_flows.sent(proto, flow_key(own, peer), now)
+        self.observers.began_own(proto, peer)
 
     # Which flows
 

@@ -114,26 +114,25 @@ class Totals(Protocol):
 
 
 class StepTotals:
-    """Packets by step, of counters that come and go; what those have counted that went stays."""
+    """Packets by step, of a backend that comes and goes; what was counted before stays."""
 
     def __init__(self) -> None:
         self._before = Counter[Step]()
-        self._seen: dict[type, Counter[Step]] = {}
+        self._seen = Counter[Step]()
 
-    def read(self, *those: Totals | None) -> None:
-        """Reads these.  Raises what they raise."""
-        for each in those:
-            if each is not None:
-                found = Counter[Step]()
-                for (_, step), packets in each.totals().items():
-                    found[step] += packets
-                # Another program may have taken counters out.
-                self._seen[type(each)] = self._seen.get(type(each), Counter()) | found
+    def read(self, backend: Totals | None) -> None:
+        """Reads it.  Raises what it raises."""
+        if backend is not None:
+            found = Counter[Step]()
+            for (_, step), packets in backend.totals().items():
+                found[step] += packets
+            self._seen |= found
 
-    def gone(self, kind: type) -> None:
-        """What is of this kind begins to count anew."""
-        self._before += self._seen.pop(kind, Counter())
+    def gone(self) -> None:
+        """It counts anew."""
+        self._before += self._seen
+        self._seen = Counter()
 
     def sum(self) -> Counter[Step]:
         """All that was counted."""
-        return sum(self._seen.values(), self._before)
+        return self._before + self._seen

@@ -10,8 +10,10 @@ from typing import NamedTuple, Protocol
 
 from knet.endpoint import Proto
 from knet.rules.ports import Ports
+from krelay.nat.dnsflows import Exchange
 from krelay.nat.flow import Rewrite
 from krelay.offload.layout import Counted, OwnPacket
+from krelay.offload.learning import Learning
 from krelay.steps import Step
 
 CountedRewrite = tuple[Rewrite, Counted]
@@ -54,6 +56,19 @@ class OffloadBackend(Protocol):
     def own_packets(self) -> list[OwnPacket]:
         """Packets of tcp-relay's that it has seen and that change a connection, each told once;
         some of those not told yet, [] if there are none."""
+
+    def learn(self, learning: Learning | None) -> None:
+        """Which queries begin a flow by themselves, from now on; None: none does."""
+
+    def mind(self, addr: bytes, port: int, until: float) -> None:
+        """Nothing from there begins one, until then (seconds of CLOCK_MONOTONIC)."""
+
+    def unlearn(self, query: bytes) -> None:
+        """What answers this query, by its flow key, goes to the worker."""
+
+    def exchanges(self) -> list[Exchange]:
+        """Queries and answers that it has relayed by itself, each told once; some of those not told
+        yet, [] if there are none."""
 
     def leave(self, rewrites: Sequence[Rewrite]) -> Iterable[CountedRewrite]:
         """Withdraws these before it goes; what was counted for those that are still there.

@@ -6,7 +6,7 @@ what they have marked.  So nothing goes past the worker that nothing rewrites.
 
 import errno
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from knet.log import Failures, Log
@@ -17,13 +17,17 @@ from knet.rules.ports import merged, single
 from knet.rules.run import PASSING
 from krelay.host import attachment
 from krelay.host.attachment import Attachment
+from krelay.nat.dnsflows import Exchange
 from krelay.offload.backend import OffloadLost
 from krelay.offload.tc import PASSES, TcBackend, reason_of
+from krelay.rules.offloaded import MARK
 from krelay.rules.spec import RuleSpec
 from krelay.rules.steprows import OFFLOADED
 
 LINKS_AFTER = 0.01
 """Seconds between the news that links or filters have changed and the look at them."""
+READ_AFTER = 0.01
+"""Seconds between reads of what is told of queries: together they cost less."""
 AGAIN = 1.0
 """Seconds until what couldn't be attached is tried again."""
 NEVER = (errno.ENOENT, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
@@ -36,7 +40,7 @@ class Carrier:
     """Carries the packets of offloaded flows, beside the rules of this name.
 
     `refused` is called with the reason when that isn't possible, for good; `lost` when the kernel
-    hasn't what it was given.
+    hasn't what it was given; `heard` with DNS queries and answers that it has relayed by itself.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Carrier:
         name: str,
         refused: Callable[[str], None],
         lost: Callable[[OffloadLost], None],
+        heard: Callable[[Sequence[Exchange]], None],
     ) -> None:
         self.backend: TcBackend | None = None
         self.is_asked = False
@@ -55,10 +60,12 @@ class Carrier:
         self._name = name
         self._refused = refused
         self._lost = lost
+        self._heard = heard
         self._loaded: TcBackend | None = None
         """The one that is to be the backend, when the rules are in."""
         self._attachment: Attachment | None = None
         self._looking: Timer | None = None
+        self._reading: Timer | None = None
         self._failures = Failures(_log)
 
     def load(self, room: int) -> None:
@@ -90,6 +97,7 @@ class Carrier:
         except OSError as error:
             self._refused(f"the kernel runs no programs of krelay's: {reason_of(error)}")
             return None
+        self._loop.add(self.backend.fileno(), select.EPOLLIN, self._told)
         self.serve(spec)
         return self.at_work
 
@@ -127,7 +135,7 @@ class Carrier:
         try:
             transaction(
                 nftables.delete_rules(self._name, OFFLOADED),
-                nftables.program_rule(self._name, OFFLOADED, program),
+                nftables.program_rule(self._name, OFFLOADED, program, MARK),
             )
         except OSError as error:
             # What passes, or rules that another program has taken out: it comes with the next ones.
@@ -146,6 +154,11 @@ class Carrier:
     def drop(self) -> None:
         """There is no backend any more; its filters stay until `detach`, or until others come."""
         if self.backend is not None:
+            if self._reading is None:
+                self._loop.remove(self.backend.fileno())
+            else:
+                self._reading.cancel()
+                self._reading = None
             self.backend.close()
             self.backend = None
 
@@ -167,6 +180,26 @@ class Carrier:
             self._loop.remove(self._attachment.fileno())
             self._attachment.close()
             self._attachment = None
+
+    def _told(self, _: int = 0) -> None:
+        """The first of what was told since all was read."""
+        if self.backend is not None:
+            self._loop.remove(self.backend.fileno())
+            self._read_again()
+
+    def _read_again(self) -> None:
+        self._reading = self._loop.call_at(self._loop.now + READ_AFTER, self._read)
+
+    def _read(self) -> None:
+        """Some of what was told; then packets have their turn."""
+        self._reading = None
+        if self.backend is None:
+            return
+        if exchanges := self.backend.exchanges():
+            self._read_again()
+            self._heard(exchanges)
+        else:
+            self._loop.add(self.backend.fileno(), select.EPOLLIN, self._told)
 
     def _links_changed(self, _: int = 0) -> None:
         assert self._attachment is not None

@@ -5,12 +5,15 @@ network's.  IPv4 addresses stand as ::ffff:a.b.c.d (RFC 4291, section 2.5.5.2).
 """
 
 import struct
+from collections.abc import Iterator
 from enum import IntFlag
+from ipaddress import IPv4Network
 from sys import byteorder
 from typing import NamedTuple
 
 from knet.endpoint import Proto
 from knet.rules.ports import Ports
+from krelay.nat.dnsflows import Exchange
 from krelay.nat.flow import Rewrite
 from krelay.rules.steprows import DSCP_STEPS, POST, STEP_ROWS
 from krelay.steps import SENDERS, SIDES, Side, Step
@@ -29,11 +32,19 @@ BEGINNING = next(step for step, side in SENDERS.items() if side is Side.TO_SERVE
 _OWN_STEPS = frozenset(SENDERS) - frozenset(SIDES)
 """The steps of what tcp-relay itself sends."""
 _V4 = bytes(10) + b"\xff\xff"
+_V4_BITS = 96
+ONLY = bytes(4)
+"""The one key of `learning`."""
+IS_THERE = (1).to_bytes(4, byteorder)
+"""The value of what only has to be there."""
 _REWRITE = struct.Struct("=36s5B3xIQQQ")
 _COUNTS = struct.Struct("=48xQQQ")
 EVENT = struct.Struct("=8x12x4s12x4s4s4xIxB2x")
 """`struct event`, with the eight bytes before it (knet/bpf/ring.py)."""
 EVENT_SIZE = EVENT.size - 8
+_EXCHANGE = struct.Struct("=8x?xH12s24x")
+"""`struct exchange`, likewise."""
+EXCHANGE_SIZE = _EXCHANGE.size - 8
 
 
 class RewriteFlags(IntFlag):
@@ -108,6 +119,26 @@ def own_packets(records: bytes) -> list[OwnPacket]:
         OwnPacket(src + dst + ports, seq, flags)
         for src, dst, ports, seq, flags in EVENT.iter_unpack(records)
     ]
+
+
+def exchanges(records: bytes) -> Iterator[Exchange]:
+    """What the programs have told of queries and answers that they have relayed."""
+    return _EXCHANGE.iter_unpack(records)
+
+
+def address(addr: bytes) -> bytes:
+    """An address of IPv4, as `struct address`."""
+    return _V4 + addr
+
+
+def end(addr: bytes, port: int) -> bytes:
+    """`struct end`."""
+    return b"".join((_V4, addr, port.to_bytes(2), bytes(2)))
+
+
+def prefix(net: IPv4Network) -> bytes:
+    """`struct network`."""
+    return struct.pack("=I", _V4_BITS + net.prefixlen) + _V4 + net.network_address.packed
 
 
 def port_map(udp: Ports, tcp: Ports) -> bytes:

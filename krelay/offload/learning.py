@@ -1,7 +1,12 @@
-"""Which DNS queries the kernel may relay without asking the worker first.  Pure."""
+"""Which DNS queries the kernel may relay without asking the worker first.  Pure.
+
+A query begins a flow by itself where there is only one way to relay it: its client's address and
+port are free towards the server, and the packet is as plain as they come.
+"""
 
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network
+from typing import NamedTuple
 
 from knet.endpoint import Proto, Source
 from knet.networks import collapse, network
@@ -9,13 +14,24 @@ from krelay.datapath.policy import Policy
 from krelay.host.hostview import LOOPBACK
 from krelay.nat.flow import DNS_PORT
 from krelay.nat.table import NatTable
-from krelay.rules.dnslearning import LEARNING_MOST
-from krelay.rules.spec import Learning
 from krelay.trace.lines import Filter
 from procfs_sim.tree import Config
 
 NO_CLIENTS = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")))
 """Policy.may_be_client."""
+MOST_ADDRESSES = 4096
+"""Addresses of this host at which queries are learnt."""
+
+
+class Learning(NamedTuple):
+    """What the kernel relays by itself without asking first, and tells of (dnsflows.py)."""
+
+    server: IPv4Address
+    """Where queries go."""
+    addresses: tuple[IPv4Address, ...]
+    """Of this host, to which they come; MOST_ADDRESSES at most."""
+    strangers: tuple[IPv4Network, ...]
+    """Sources about whose queries the worker decides; none may be in another."""
 
 
 def learning_for(
@@ -40,7 +56,7 @@ def learning_for(
         return None
     others = [network(each) for each in (*own, *policy.backends, *traced)]
     others += [*policy.beside, *NO_CLIENTS]
-    return Learning(config.real_ip, tuple(addresses[:LEARNING_MOST]), collapse(others))
+    return Learning(config.real_ip, tuple(addresses[:MOST_ADDRESSES]), collapse(others))
 
 
 def is_full(nat: NatTable, config: Config) -> bool:

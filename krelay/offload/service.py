@@ -1,8 +1,8 @@
 """The service of the offload: when flows are offloaded, polled and withdrawn.
 
-The policy decides which (policy.py), the accounting knows what was counted (accounting.py), a
-carrier has a backend hold them (carrier.py, backend.py), and events tell what the packet filter has
-relayed by itself (events.py).
+The policy decides which (policy.py), the accounting knows what was counted (accounting.py), and a
+carrier has a backend hold them (carrier.py, backend.py).  DNS queries begin flows by themselves
+there, where they may (learning.py); the backend tells of them, and the table hears it.
 
 The rules come first, since a packet that the programs have marked must not be queued.  When these
 are in (`enter`), a backend is made, filled and attached; then a rule may ask it which packets are
@@ -13,24 +13,23 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 
-from knet.endpoint import Endpoint
+from knet.endpoint import Endpoint, Proto
 from knet.log import Log, Throttle
 from knet.loop import Loop, Timer
 from krelay.datapath.policy import Policy
 from krelay.host.netfilter import NO_MAPS, Backend
+from krelay.nat.dnsflows import Exchange
 from krelay.nat.events import IdleObserver
 from krelay.nat.flow import Flow
+from krelay.nat.ownflows import REPLIED
 from krelay.nat.table import NatTable
 from krelay.offload.accounting import StepTotals
 from krelay.offload.backend import OffloadLost
-from krelay.offload.carrier import NEVER, Carrier
+from krelay.offload.carrier import Carrier
 from krelay.offload.events import KernelEvents, SawUnmatched
-from krelay.offload.learning import is_full, learning_for, traced_clients
-from krelay.offload.nft import NftSets
+from krelay.offload.learning import Learning, is_full, learning_for, traced_clients
 from krelay.offload.policy import OffloadPolicy
-from krelay.offload.tc import TcBackend
-from krelay.rules.dnslearning import LEARNT
-from krelay.rules.spec import Learning, RuleSpec
+from krelay.rules.spec import RuleSpec
 from krelay.steps import Step
 from krelay.trace.lines import Filter
 from procfs_sim.tree import Config
@@ -49,7 +48,7 @@ _log = Log("kernel")
 
 
 class Offload(IdleObserver):
-    """Offloads flows of `nat` to the kernel, beside the rules of this name and log group.
+    """Offloads flows of `nat` to the kernel, beside the rules of this name and queue.
 
     `on_refused` is called when nothing is to be offloaded any more: the rules are to be changed.
     `saw_unmatched` is told of a copy of what a server sends past the relaying
@@ -61,22 +60,22 @@ class Offload(IdleObserver):
         loop: Loop,
         nat: NatTable,
         name: str,
-        group: int,
+        queue: int,
         on_refused: Callable[[], None],
         saw_unmatched: SawUnmatched = lambda head, hook, now: None,
     ) -> None:
         self.policy = OffloadPolicy(nat, self._change_soon, self.withdraw_now)
         self.accounting = self.policy.accounting
-        self.events = KernelEvents(loop, nat, group, saw_unmatched)
-        self._carrier = Carrier(loop, name, self._never, self._lost)
+        self.events = KernelEvents(loop, queue, saw_unmatched)
+        self._carrier = Carrier(loop, name, self._never, self._lost, self._hear)
         self._loop = loop
         self._nat = nat
-        self._name = name
         self._on_refused = on_refused
         self._spec: RuleSpec | None = None
         """The rules in force."""
-        self._sets: NftSets | None = None
         self._learning: Learning | None = None
+        """Which queries begin flows by themselves."""
+        self._settings: tuple[Config | None, Policy | None] = None, None
         self._traced_clients: frozenset[bytes] | None = frozenset()
         """Whose queries are traced; None: all clients'."""
         self._refused = ""
@@ -116,17 +115,37 @@ class Offload(IdleObserver):
         _log.warning("every packet visits krelay", reason=reason)
         self._loop.call_soon(self._on_refused)
 
-    def learning(self, config: Config, policy: Policy) -> Learning | None:
-        """The queries that the kernel may relay without asking the worker first."""
-        if not self.events.tells_queries or is_full(self._nat, config):
-            return None
-        return learning_for(config, policy, self._traced_clients)
+    def learn(self, config: Config, policy: Policy | None) -> None:
+        """Which queries may begin flows by themselves from now on, under these settings."""
+        self._settings = config, policy
+        self._learn()
+
+    def _learn(self) -> None:
+        config, policy = self._settings
+        learning = None
+        if config is not None and policy is not None and not is_full(self._nat, config):
+            learning = learning_for(config, policy, self._traced_clients)
+        if learning != self._learning:
+            self._learning = learning
+            self._set_learning()
+
+    def _set_learning(self) -> None:
+        if (backend := self._carrier.at_work) is None:
+            return
+        self.needs_queries()  # those before were learnt as it was said before
+        learning = self._learning
+        if learning is not None:
+            addresses = frozenset(each.packed for each in learning.addresses)
+            self._nat.dns_flows.learns(addresses, learning.server.packed)
+        try:
+            backend.learn(learning)
+        except OffloadLost as error:
+            self._lost(error)
 
     def condition(self, config: Config) -> Hashable:
-        """What `capacity` and `learning` depend on, beside their arguments."""
+        """What `capacity` and `learn` depend on, beside their arguments."""
         is_given_up = len(self._lost_at) == MOST_LOSSES or bool(self._refused)
-        tells = self.events.tells_queries
-        return is_given_up, tells, self._traced_clients, is_full(self._nat, config)
+        return is_given_up, self._traced_clients, is_full(self._nat, config)
 
     # When the rules come and go
 
@@ -137,44 +156,23 @@ class Offload(IdleObserver):
         self._refused = ""
         self.events.listen()
 
-    def enter(self, spec: RuleSpec, *, afresh: bool) -> int | None:
-        """These rules are in force; `afresh`: their sets and chains are empty.
-
-        The netlink port from which the sets will be changed, if that is new.  Raises OSError.
-        """
+    def enter(self, spec: RuleSpec, *, afresh: bool) -> None:
+        """These rules are in force; `afresh`: their chains are empty."""
         self._spec = spec
-        self._learning = spec.learning
-        if spec.learning is not None:
-            self.events.read_queries()
-            addresses = frozenset(each.packed for each in spec.learning.addresses)
-            self._nat.dns_flows.learns(addresses, spec.learning.server.packed)
         carrier = self._carrier
         if carrier.backend is not None and carrier.backend.capacity != spec.room:
             self._leave()
         if afresh:
             carrier.is_asked = False
-            self._steps.gone(NftSets)
         if not spec.room:
             carrier.detach()
-            return None
-        port = None
-        if self._sets is None:
-            try:
-                self._sets = NftSets(self._name)
-            except OSError as error:
-                if error.errno not in NEVER:
-                    raise
-                self._never(f"the kernel gives no access to sets of nft's: {error.strerror}")
-                return None
-            port = self._sets.port
-        if self._refused:
-            return port
-        if carrier.backend is None:
+        elif self._refused:
+            return
+        elif carrier.backend is None:
             self._begin(spec)
         elif carrier.at_work is not None:
             carrier.serve(spec)
             carrier.ask()
-        return port
 
     def _begin(self, spec: RuleSpec) -> None:
         """Makes a backend, with all that should be in it."""
@@ -183,6 +181,7 @@ class Offload(IdleObserver):
             self.policy.begin(backend.capacity)
             self.change_urgent()
             self._carrier.attach()
+            self._set_learning()
 
     def _leave(self) -> None:
         """There is no backend any more.  What it has counted is kept: the rules send its packets to
@@ -192,12 +191,15 @@ class Offload(IdleObserver):
             self._polling = None
         self._carrier.ask_no_more()
         if (backend := self._carrier.backend) is not None:
+            with suppress(OffloadLost):
+                backend.learn(None)
+            self.needs_queries()
             self.needs_ends()
             changes = self.policy.leave()
             self.policy.told(changes, backend.leave(changes.withdrawn), self._loop.now)
             with suppress(OffloadLost):
-                self._steps.read(self._carrier.backend, self._sets)
-            self._steps.gone(TcBackend)
+                self._steps.read(backend)
+            self._steps.gone()
             self._carrier.drop()
         self.policy.end()
 
@@ -207,11 +209,8 @@ class Offload(IdleObserver):
             self._leave()
         finally:
             self._carrier.close()
-            self._spec = None
-            if self._sets is not None:
-                self._sets.close()
-                self._sets = None
-            self._steps.gone(NftSets)
+            self._spec = self._learning = None
+            self._settings = None, None
             self.events.close()
 
     # Flows
@@ -219,6 +218,7 @@ class Offload(IdleObserver):
     def count(self, flows: Iterable[Flow]) -> None:
         """Adds to these flows what the kernel has counted for them, and to all what ended."""
         self.needs_ends()
+        self.needs_queries()
         backend = self._carrier.at_work
         if backend is None or not (installed := self.accounting.installed_of(flows)):
             return
@@ -244,10 +244,40 @@ class Offload(IdleObserver):
             for each in packets:
                 tracking.relayed(each.key, each.flags, each.seq, now)
 
+    # DNS flows
+
+    def needs_queries(self) -> None:
+        """Takes note of all queries and answers that the kernel has relayed so far."""
+        if (backend := self._carrier.backend) is None:
+            return
+        while exchanges := backend.exchanges():
+            self._hear(exchanges)
+
+    def _hear(self, exchanges: Iterable[Exchange]) -> None:
+        self._nat.learning.learn(exchanges, self._loop.now)
+
+    def query_gone(self, query: bytes) -> None:
+        """An answer to this goes to the worker."""
+        if (backend := self._carrier.at_work) is not None:
+            try:
+                backend.unlearn(query)
+            except OffloadLost as error:
+                self._lost(error)
+
+    def began_own(self, proto: Proto, end: Endpoint) -> None:
+        """What comes from there is no client's query."""
+        if proto is Proto.UDP and (backend := self._carrier.at_work) is not None:
+            now = self._loop.now + self._loop.absent
+            until = now + max(REPLIED, self._nat.timeouts.udp)
+            try:
+                backend.mind(end.addr, end.port, until)
+            except OffloadLost as error:
+                self._lost(error)
+
     def steps(self) -> Counter[Step]:
         """Packets that the kernel has rewritten by itself since krelay began, by step."""
         try:
-            self._steps.read(self._carrier.backend, self._sets)
+            self._steps.read(self._carrier.backend)
         except OffloadLost as error:
             self._lost(error)
         return self._steps.sum()
@@ -255,11 +285,12 @@ class Offload(IdleObserver):
     def trace(self, filters: Sequence[Filter]) -> None:
         """The flows that one of these admits are traced: the worker sees all their packets.
 
-        The rules may have to be changed (`learning`).
+        So are queries of theirs that don't begin a flow by themselves for that.
         """
         self._traced_clients = traced_clients(filters)
         self.policy.traced(lambda flow: any(each.admits(flow) for each in filters))
-        self._change()  # before the rules: until they are changed, packets would be missed
+        self._change()
+        self._learn()
 
     def change_urgent(self) -> None:
         """What begins is installed before the first packet of it comes."""
@@ -312,7 +343,7 @@ class Offload(IdleObserver):
         self.count(self.policy.due(self._loop.now, POLL_EVERY))
         if self._carrier.at_work is not None:
             with suppress(OffloadLost):  # then `count` finds it out
-                self._steps.read(self._carrier.backend, self._sets)
+                self._steps.read(self._carrier.backend)
         self._polling = self._loop.call_at(self._loop.now + POLL_EVERY, self._poll)
 
     def _lost(self, error: OffloadLost) -> None:
@@ -339,15 +370,3 @@ class Offload(IdleObserver):
             self._on_refused()
         elif self._spec is not None and self._spec.room:
             self._begin(self._spec)
-
-    def learnt_address(self, client: Endpoint) -> bytes | None:
-        """The address of this host that was asked, if the kernel has learnt such a query."""
-        if self._sets is None or self._learning is None:
-            return None
-        addresses = dict(zip(LEARNT, self._learning.addresses, strict=False))
-        try:
-            found = self._sets.learnt(list(addresses), client.addr, client.port.to_bytes(2))
-        except OffloadLost as error:
-            self._lost(error)
-            return None
-        return addresses[found].packed if found is not None else None

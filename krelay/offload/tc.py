@@ -17,19 +17,25 @@ from knet.bpf import kernel, objectfile
 from knet.bpf.kernel import BpfError, BpfMap, BpfProgram
 from knet.bpf.objectfile import ObjectFile
 from knet.bpf.ring import BpfRing
-from knet.endpoint import Proto
+from knet.endpoint import FlowKey, Proto
 from knet.rules.ports import Ports
+from krelay.nat.dnsflows import Exchange
 from krelay.nat.flow import Rewrite
 from krelay.offload import layout
 from krelay.offload.backend import Changes, CountedRewrite, OffloadBackend, OffloadLost
 from krelay.offload.layout import OwnPacket
+from krelay.offload.learning import Learning
 from krelay.steps import SIDES, Step
 
 PASSES = "passes"
 """The program that a rule asks; all others are tc's."""
+EXCHANGES_TOGETHER = 2048
+"""Queries and answers read at a time: some milliseconds."""
 EVENTS_TOGETHER = 1024
 """Events read at a time."""
-_U32 = struct.Struct("=I")
+PER_FLOW = {"rewrites": layout.MOST_PER_FLOW, "queries": 1}
+"""Maps with so many elements for each flow that there may be."""
+_U32, _U64 = struct.Struct("=I"), struct.Struct("=Q")
 
 
 @cache
@@ -63,14 +69,15 @@ class TcBackend(OffloadBackend):
         self._capacity = capacity
         self._ports = bytes(8 * layout.PORT_ELEMENTS)
         self._links: dict[int, int] = {}
+        self._learning: Learning | None = None
         kernel.allow_memory()
         code = byte_code()
         self.maps: dict[str, BpfMap] = {}
         self.programs: dict[str, BpfProgram] = {}
         try:
             for name, spec in code.maps.items():
-                if name == "rewrites":
-                    spec = spec._replace(capacity=capacity * layout.MOST_PER_FLOW)
+                if (each := PER_FLOW.get(name)) is not None:
+                    spec = spec._replace(capacity=capacity * each)
                 self.maps[name] = BpfMap.make(f"krelay_{name}", spec)
             descriptors = {name: each.descriptor for name, each in self.maps.items()}
             for name, program in code.programs.items():
@@ -78,6 +85,7 @@ class TcBackend(OffloadBackend):
                 linked = program.linked(descriptors)
                 self.programs[name] = BpfProgram.load(f"krelay_{name}", linked, kind=kind)
             self._ring = BpfRing(self.maps["events"], layout.EVENT_SIZE)
+            self._exchanges = BpfRing(self.maps["exchanges"], layout.EXCHANGE_SIZE)
         except BaseException:
             self._close_all()
             raise
@@ -185,9 +193,57 @@ class TcBackend(OffloadBackend):
         are none."""
         return layout.own_packets(self._ring.read(EVENTS_TOGETHER))
 
+    # Queries that begin a flow by themselves
+
+    def learn(self, learning: Learning | None) -> None:
+        """Which queries do; None: none does.  Raises OffloadLost."""
+        before, only = self._learning, self.maps["learning"]
+        try:
+            only.delete(layout.ONLY)
+            _differ(
+                self.maps["hosts"],
+                {layout.address(each.packed) for each in before.addresses} if before else set(),
+                {layout.address(each.packed) for each in learning.addresses} if learning else set(),
+            )
+            _differ(
+                self.maps["strangers"],
+                set(map(layout.prefix, before.strangers)) if before else set(),
+                set(map(layout.prefix, learning.strangers)) if learning else set(),
+            )
+            if learning is not None:
+                only.update(layout.ONLY, layout.address(learning.server.packed))
+        except BpfError as error:
+            raise OffloadLost(str(error)) from None
+        self._learning = learning
+
+    def mind(self, addr: bytes, port: int, until: float) -> None:
+        """Nothing from there begins one, until then.  Raises OffloadLost."""
+        try:
+            self.maps["minded"].update(layout.end(addr, port), _U64.pack(int(until * 1e9)))
+        except BpfError as error:
+            raise OffloadLost(str(error)) from None
+
+    def unlearn(self, query: bytes) -> None:
+        """What answers this query goes to the worker.  Raises OffloadLost."""
+        client = FlowKey.unpack(query).src
+        try:
+            self.maps["queries"].delete(layout.end(*client))
+        except BpfError as error:
+            raise OffloadLost(str(error)) from None
+
+    def exchanges(self) -> list[Exchange]:
+        """Queries and answers that were relayed, some of those not read yet; [] if there are
+        none."""
+        return list(layout.exchanges(self._exchanges.read(EXCHANGES_TOGETHER)))
+
+    def fileno(self) -> int:
+        """Readable when many of those wait."""
+        return self.maps["exchanges"].descriptor
+
     def close(self) -> None:
         """Lets go of all; filters that are attached keep what they need."""
         self._ring.close()
+        self._exchanges.close()
         self._close_all()
 
     def _close_all(self) -> None:
@@ -195,3 +251,11 @@ class TcBackend(OffloadBackend):
             program.close()
         for each in self.maps.values():
             each.close()
+
+
+def _differ(held: BpfMap, before: set[bytes], now: set[bytes]) -> None:
+    """What the map has, of keys alone.  Raises BpfError."""
+    for key in before - now:
+        held.delete(key)
+    for key in now - before:
+        held.update(key, layout.IS_THERE)

@@ -1,25 +1,27 @@
 """Rows by which packets that the kernel's programs rewrite go past the worker.  nft alone.  Pure.
 
 The programs (offload/programs/relay.c) stand before PREROUTING and behind POSTROUTING.  Where a
-packet comes in, they rewrite it and give it the priority PRIORITY; it is taken off here, before any
-other rule of the host asks for it.  Where it goes out it is rewritten later, so in POSTROUTING a
-program is asked whether it will be: the one rule of the chain OFFLOADED, which nft can't make
-(offload/carrier.py).  It isn't asked about what IPsec will wrap, which happens behind POSTROUTING,
-before the packet goes out (xfrm4_output, net/ipv4/xfrm4_output.c): there nothing would be
-rewritten.
+packet comes in, they rewrite it and give it the priority PRIORITY, by which it passes here.  A mark
+would not do: rules of the host that stand before ours may set theirs as a whole.  A priority means
+nothing to what is delivered here, and the kernel gives what it forwards another one (ip_forward,
+net/ipv4/ip_forward.c).  It isn't taken off, since another krelay's rules may have to see it.
 
-Whatever is none of these meets all other rows, and so the worker.  What leaves by way of it is
-marked: it may read as another packet that is in the map, and is not to be rewritten twice.
+Where a packet goes out it is rewritten later, so in POSTROUTING a program is asked whether it will
+be: the one rule of the chain OFFLOADED, which nft can't make (offload/carrier.py).  That rule marks
+it: what the worker has rewritten may read as another packet that is in the map.  It isn't asked
+about what IPsec will wrap, which happens behind POSTROUTING, before the packet goes out
+(xfrm4_output, net/ipv4/xfrm4_output.c): there nothing would be rewritten.
+Whatever is none of these meets all other rows, and so the worker.
 """
 
-from knet.rules.rows import RuleRow, Statement, Words
+from knet.rules.rows import Ending, RuleRow, Statement, Words
 from krelay.rules.spec import RuleSpec
-from krelay.rules.steprows import LEAVING, OFFLOADED, POST, PRE, WORKER
+from krelay.rules.steprows import OFFLOADED, POST, PRE
 
 PRIORITY = 0x6B726C79
 """The priority of a packet that is rewritten already, where it comes in."""
 MARK = 0x10000000
-"""The bit of a packet's mark that says: the worker has seen it where it goes out.  No other bit is
+"""The bit of a packet's mark that says: it will be rewritten where it goes out.  No other bit is
 used."""
 _REWRITTEN = Words(f"meta priority {PRIORITY >> 16:x}:{PRIORITY & 0xFFFF:x}")
 _PLAIN = Words("rt ipsec missing")
@@ -30,10 +32,7 @@ def offloaded(spec: RuleSpec) -> list[RuleRow]:
     """The rows that let go of packets, in order within each chain; they stand before all others."""
     if not spec.lets_offloaded_pass:
         return []
-    passes = Statement("meta priority set none accept")
-    marks = Statement(f"meta mark set meta mark | {MARK:#x} goto {WORKER}")
     return [
-        RuleRow(_LABEL, PRE, (_REWRITTEN,), passes),
+        RuleRow(_LABEL, PRE, (_REWRITTEN,), Ending.ACCEPT),
         RuleRow(_LABEL, POST, (_PLAIN,), Statement(f"jump {OFFLOADED}")),
-        RuleRow("not offloaded", LEAVING, (), marks),
     ]

@@ -34,7 +34,6 @@ from knet.rules.rows import (
 from knet.wire import icmp
 from krelay.rules.spec import RuleSpec, openings, unmatched
 from krelay.rules.steprows import (
-    LEAVING,
     OPENINGS,
     POST,
     PRE,
@@ -93,10 +92,9 @@ class _Defragment:
         return "-j RETURN"
 
 
-def worker(spec: RuleSpec, hook: str) -> ToQueue:
-    """The queue of everything but SYNs to services, for rows of this hook."""
-    marks = hook == POST and spec.lets_offloaded_pass  # offloaded.py
-    return ToQueue(LEAVING if marks else WORKER, spec.queue)
+def worker(spec: RuleSpec) -> ToQueue:
+    """The queue of everything but SYNs to services."""
+    return ToQueue(WORKER, spec.queue)
 
 
 def _by_protocol(spec: RuleSpec) -> list[RuleRow]:
@@ -128,7 +126,7 @@ def _udp_done(spec: RuleSpec) -> list[RuleRow]:
 def _icmp(spec: RuleSpec) -> list[RuleRow]:
     """Which ICMP errors visit the queue, and that no redirect is sent."""
     about = [QuotedAddress(field, spec.servers) for field in ("daddr", "saddr")]
-    label, queue, leaving = "ICMP error", worker(spec, PRE), worker(spec, POST)
+    label, queue = "ICMP error", worker(spec)
     rows = [
         _nothing(PRE, OnLink("i", "lo")),
         RuleRow(label, PRE, (_ERRORS, _TO_US), queue),
@@ -137,8 +135,8 @@ def _icmp(spec: RuleSpec) -> list[RuleRow]:
     if spec.services:
         ports = [QuotedPort(field, spec.services) for field in ("dport", "sport")]
         quoted = zip(about, ports, strict=True)
-        rows += [RuleRow(label, POST, (_ERRORS, *each), leaving) for each in quoted]
-        rows += [RuleRow(label, POST, (_ERRORS, each, QuotedOptions()), leaving) for each in about]
+        rows += [RuleRow(label, POST, (_ERRORS, *each), queue) for each in quoted]
+        rows += [RuleRow(label, POST, (_ERRORS, each, QuotedOptions()), queue) for each in about]
     redirect = Icmp((icmp.REDIRECT,))
     return rows + [RuleRow("ICMP redirect", POST, (redirect, each), Ending.DROP) for each in about]
 
@@ -148,14 +146,13 @@ def _step(spec: RuleSpec, proto: Proto, step: Step) -> list[RuleRow]:
     match = ends_of(spec, proto, step)
     if any(isinstance(each, Port) and not each.ports for each in match):
         return []
-    hook = STEP_ROWS[step].hook
-    return [RuleRow(step.label, f"{hook}-{proto.name.lower()}", match, worker(spec, hook))]
+    chain = f"{STEP_ROWS[step].hook}-{proto.name.lower()}"
+    return [RuleRow(step.label, chain, match, worker(spec))]
 
 
 def _tcp(spec: RuleSpec) -> list[RuleRow]:
     pre, post = f"{PRE}-tcp", f"{POST}-tcp"
-    queue, leaving = worker(spec, PRE), worker(spec, POST)
-    server = OneOf("daddr", spec.servers)
+    queue, server = worker(spec), OneOf("daddr", spec.servers)
     forwarded = Port("tcp", "dport", spec.forwarded)
     rows = []
     if spec.gports:
@@ -178,18 +175,18 @@ def _tcp(spec: RuleSpec) -> list[RuleRow]:
     if spec.any_tcp:
         # After what goes to the server, among which are the SYNs of tcp-relay.
         own = Port("tcp", "sport", spec.any_tcp)
-        rows.append(RuleRow(_OWN, post, (_SYN, own, _FROM_US), leaving))
+        rows.append(RuleRow(_OWN, post, (_SYN, own, _FROM_US), queue))
     if spec.forwarded:
         if spec.relay_clients:
             rows += _step(spec, Proto.TCP, Step.U2)
         rows.append(RuleRow("forwarded", post, (_CAME_IN,), Ending.RETURN))
-        rows.append(RuleRow(_OWN, post, (server, forwarded, _FROM_US), leaving))
+        rows.append(RuleRow(_OWN, post, (server, forwarded, _FROM_US), queue))
     return rows
 
 
 def _udp(spec: RuleSpec) -> list[RuleRow]:
     pre, post = f"{PRE}-udp", f"{POST}-udp"
-    queue, server = worker(spec, PRE), OneOf("daddr", spec.servers)
+    queue, server = worker(spec), OneOf("daddr", spec.servers)
     ports = Port("udp", "dport", spec.udp)
     asking, elsewhere = _any_port(spec)
     rows = [*asking, *_step(spec, Proto.UDP, Step.U12)]
@@ -200,7 +197,7 @@ def _udp(spec: RuleSpec) -> list[RuleRow]:
     rows.append(RuleRow("whole datagrams", pre, (_WHOLE,), _Defragment()))
     if spec.relay_clients and spec.udp:
         if ANYONE not in spec.relay_clients:  # or else the next row takes these, too
-            rows.append(RuleRow(_OWN, post, (server, ports, _FROM_US), worker(spec, POST)))
+            rows.append(RuleRow(_OWN, post, (server, ports, _FROM_US), queue))
         rows += _step(spec, Proto.UDP, Step.U2)
     rows += elsewhere
     if spec.tells_unmatched and spec.udp:
@@ -222,7 +219,7 @@ def own_udp(spec: RuleSpec) -> list[RuleRow]:
     if not spec.udp:
         return []
     match = Port("udp", "sport", spec.udp), _FROM_US
-    return [RuleRow(_OWN, f"{POST}-udp", match, worker(spec, POST))]
+    return [RuleRow(_OWN, f"{POST}-udp", match, worker(spec))]
 
 
 def _any_port(spec: RuleSpec) -> tuple[list[RuleRow], list[RuleRow]]:
@@ -235,17 +232,16 @@ def _any_port(spec: RuleSpec) -> tuple[list[RuleRow], list[RuleRow]]:
     """
     if not spec.any_port:
         return [], []
-    pre, post, label = f"{PRE}-udp", f"{POST}-udp", "any port"
-    queue, leaving = worker(spec, PRE), worker(spec, POST)
+    pre, post, label, queue = f"{PRE}-udp", f"{POST}-udp", "any port", worker(spec)
     from_server, to_server = OneOf("saddr", spec.servers), OneOf("daddr", spec.servers)
     clients = Within("saddr", spec.relay_clients)
     udp, only = Transport("udp"), Tool.IPTABLES if spec.asked_within else None
     plain = [
         RuleRow(label, pre, (udp, _TO_US), queue, only),
-        RuleRow(label, post, (udp, from_server), leaving, only),
+        RuleRow(label, post, (udp, from_server), queue, only),
     ]
     if spec.relay_clients:
-        plain.append(RuleRow(label, post, (udp, clients, to_server), leaving, only))
+        plain.append(RuleRow(label, post, (udp, clients, to_server), queue, only))
     if not spec.asked_within:
         return [], plain
 
@@ -255,15 +251,16 @@ def _any_port(spec: RuleSpec) -> tuple[list[RuleRow], list[RuleRow]]:
     src, dst = "ip saddr . udp sport", "ip daddr . udp dport"
     known_src, known_dst = Words(f"{src} @{ASKERS}"), Words(f"{dst} @{ASKERS}")
     ports = Port("udp", "dport", spec.any_port)
+    goes = queue.nft()
     asking = [
         RuleRow(label, pre, (ports, _TO_US), Statement(noted(src))),
         RuleRow(label, post, (to_server, ports), Statement(noted(src))),
     ]
     rows = [
-        RuleRow(label, pre, (known_src, _TO_US), Statement(f"{noted(src)} {queue.nft()}")),
-        RuleRow(label, post, (from_server, known_dst), Statement(f"{noted(dst)} {leaving.nft()}")),
+        RuleRow(label, pre, (known_src, _TO_US), Statement(f"{noted(src)} {goes}")),
+        RuleRow(label, post, (from_server, known_dst), Statement(f"{noted(dst)} {goes}")),
     ]
     if spec.relay_clients:
         rows.append(RuleRow(label, pre, (from_server, _TO_US), queue, Tool.NFT))
-        rows.append(RuleRow(label, post, (clients, to_server, known_src), leaving))
+        rows.append(RuleRow(label, post, (clients, to_server, known_src), queue))
     return asking, [*rows, *plain]

@@ -1,8 +1,7 @@
 """Which packets go to the queue, and which the kernel rewrites itself: the texts of both tools.
 
-The rows are made by queued.py (what goes to the worker), offloaded.py (flows that were offloaded)
-and dnslearning.py (DNS queries); krelay/steps.py says which steps there are.  Here they become
-texts.
+The rows are made by queued.py (what goes to the worker) and offloaded.py (flows that were
+offloaded); krelay/steps.py says which steps there are.  Here they become texts.
 
 Rewriting happens outside of everything else that the host does to packets: incoming ones before
 connection tracking sees them (priority raw, -300, behind defragmentation), outgoing ones after the
@@ -58,8 +57,7 @@ No rule has `bypass`: without a worker these packets are dropped, never passed o
 from knet.rules import iptables, rows
 from knet.rules.iptables import IptablesChain
 from knet.rules.rows import RuleRow
-from krelay.rules import dnslearning, offloaded, queued
-from krelay.rules.dnslearning import LEARNT
+from krelay.rules import offloaded, queued
 from krelay.rules.queued import ASKERS
 from krelay.rules.spec import RuleSpec, openings
 from krelay.rules.steprows import OFFLOADED, OPENINGS, POST, PRE, WORKER
@@ -78,11 +76,8 @@ def rules(spec: RuleSpec) -> list[RuleRow]:
     """All rows, in order within each chain."""
     return [
         *offloaded.offloaded(spec),
-        *dnslearning.responses(spec),
         *queued.first(spec),
-        *dnslearning.queries(spec),
         *queued.relayed(spec),
-        *dnslearning.own_queries(spec),
         *queued.own_udp(spec),
     ]
 
@@ -97,8 +92,6 @@ def nft_rules(spec: RuleSpec, *, with_xt: bool = False) -> dict[str, list[str]]:
     chains[OPENINGS] = [_queue(openings(spec.queue), with_xt)]
     if spec.lets_offloaded_pass:
         chains[OFFLOADED] = []
-    if spec.room:
-        chains |= {name: [] for name in LEARNT}
     return chains | rows.nft_rules(rules(spec))
 
 
@@ -107,36 +100,19 @@ def _queue(number: int, with_xt: bool) -> str:
     return f'drop comment "queue num {number}"' if with_xt else f"queue num {number}"
 
 
-def nft_install(
-    spec: RuleSpec,
-    *,
-    afresh: bool = True,
-    former: RuleSpec | None = None,
-    with_xt: bool = False,
-) -> str:
+def nft_install(spec: RuleSpec, *, afresh: bool = True, with_xt: bool = False) -> str:
     """One transaction that puts the rules in, in place of any earlier ones of this name.
 
-    Not `afresh`: maps and counters stay, and what stands in them; the chains of queues, too.
-    `former`: in place of these, which must be there.  Maps and counters are made anew, but hooks
-    and the chains of queues stay: when a hook goes, the kernel drops all that waits in any queue
-    (nf_queue_nf_hook_drop, net/netfilter/nf_queue.c).
+    Not `afresh`: hooks, the chains of queues and the set stay, and what stands in it.  When a hook
+    goes, the kernel drops all that waits in any queue (nf_queue_nf_hook_drop,
+    net/netfilter/nf_queue.c).
     """
     name = spec.name
     made = nft_rules(spec, with_xt=with_xt)
     lines = [nft_remove(name).rstrip()] if afresh else []
-    if former is not None:
-        afresh = False
-        before = [chain for chain in nft_rules(former) if chain not in _KEPT]
-        lines = [f"flush chain ip {name} {chain}" for chain in before]
-        lines += [f"delete chain ip {name} {chain}" for chain in before if chain not in made]
-        lines += [
-            f"delete {kind} ip {name} {what}"
-            for kind, what, *_ in map(str.split, _maps(former))
-            if not (what == ASKERS and spec.asked_within)  # who has asked goes on to be known
-        ]
     if not afresh:
         made = {chain: lines for chain, lines in made.items() if chain not in _KEPT}
-    lines += [f"table ip {name} {{", *_maps(spec)]
+    lines += [f"table ip {name} {{", *_sets(spec)]
     lines += [f"  chain {chain} {{ {_HOOKS[chain]} }}" for chain in made if chain in _HOOKS]
     lines += [f"  chain {chain} {{ }}" for chain in made if chain not in _HOOKS]
     lines += ["}"]
@@ -147,14 +123,13 @@ def nft_install(
     return "\n".join([*lines, "}", ""])
 
 
-def _maps(spec: RuleSpec) -> list[str]:
-    lines = dnslearning.sets(spec)
-    if spec.asked_within:
-        lines.append(
-            f"  set {ASKERS} {{ type ipv4_addr . inet_service; flags dynamic, timeout; "
-            f"size {ASKERS_MOST}; }}"
-        )
-    return lines
+def _sets(spec: RuleSpec) -> list[str]:
+    if not spec.asked_within:
+        return []
+    return [
+        f"  set {ASKERS} {{ type ipv4_addr . inet_service; flags dynamic, timeout; "
+        f"size {ASKERS_MOST}; }}"
+    ]
 
 
 def nft_remove(name: str) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2s
 from ipaddress import IPv4Address, IPv4Network
-from typing import NamedTuple
 
 from knet.endpoint import Proto
 from knet.rules.ports import Ports, merged
@@ -17,20 +16,6 @@ from krelay.nat.flow import Footprint
 
 _BESIDE = 0x8000
 """By which the numbers of a krelay's second queue, and second log group, differ from the first."""
-
-
-class Learning(NamedTuple):
-    """What the kernel relays by itself without asking first, and tells of by copies (dnsflows.py).
-
-    Queries to a name server: flows of one packet each way.
-    """
-
-    server: IPv4Address
-    """Where queries go."""
-    addresses: tuple[IPv4Address, ...]
-    """Of this host, to which they come; LEARNING_MOST at most."""
-    strangers: tuple[IPv4Network, ...]
-    """Sources about whose queries the worker decides; none may be in another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +36,6 @@ class RuleSpec:
     """Flows that may be offloaded; 0: every packet visits the worker."""
     lets_offloaded_pass: bool = False
     """Whether packets that the kernel's programs rewrite may leave at once (offloaded.py)."""
-    answered_within: int = 20
-    """Seconds that the kernel waits for the answer to a query that it has learnt."""
-    learning: Learning | None = None
     any_port: Ports = ()
     """UDP whose servers may answer from any port; these are among `udp`, too."""
     asked_within: int = 0
@@ -61,11 +43,6 @@ class RuleSpec:
     nft's), and whatever UDP the servers send is queued."""
     tells_unmatched: bool = False
     """Whether of some of the servers' UDP that isn't relayed copies are made for krelay."""
-
-    @property
-    def sets(self) -> tuple[int, int]:
-        """What sets are made for: with other values they are other sets."""
-        return self.room, self.answered_within
 
     @property
     def services(self) -> Ports:
@@ -132,8 +109,6 @@ def wanted(
     forwarded: Iterable[tuple[int, int]] = (),
     room: int = 0,
     lets_offloaded_pass: bool = False,
-    answered_within: int = 20,
-    learning: Learning | None = None,
     any_port: Iterable[tuple[int, int]] = (),
     asked_within: int = 0,
     tells_unmatched: bool = False,
@@ -157,8 +132,6 @@ def wanted(
         relay_clients=(ANYONE,) if anyone else tuple(sorted(set(beside))),
         room=room,
         lets_offloaded_pass=lets_offloaded_pass,
-        answered_within=answered_within,
-        learning=learning if room else None,
         any_port=elsewhere,
         asked_within=asked_within if elsewhere else 0,
         tells_unmatched=tells_unmatched,

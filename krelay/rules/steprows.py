@@ -17,8 +17,6 @@ PRE, POST = "pre", "post"
 """The chains of the two hooks, and the beginnings of the names of those behind them."""
 WORKER, OPENINGS = "to-worker", "openings"
 """nft's chains that send packets to the two queues."""
-LEAVING = "leaving"
-"""nft's chain of what goes to the worker from POSTROUTING."""
 OFFLOADED = "offloaded"
 """nft's chain that lets go of packets which the kernel will rewrite."""
 

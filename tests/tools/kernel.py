@@ -26,17 +26,18 @@ from krelay.datapath.policy import Policy
 from krelay.datapath.verdict import Verdict
 from krelay.datapath.worker import Worker
 from krelay.nat.admission import FlowLimits
+from krelay.nat.dnsflows import Exchange
 from krelay.nat.flow import Flow, Rewrite
 from krelay.nat.table import NatTable
 from krelay.offload import layout
 from krelay.offload.backend import Changes, CountedRewrite, OffloadBackend, OffloadLost
 from krelay.offload.layout import MOST_PER_FLOW, OwnPacket, RewriteFlags
+from krelay.offload.learning import Learning
 from krelay.offload.policy import OffloadPolicy
 from krelay.registration.registry import Relays, Send
 from krelay.rules import ruleset
 from krelay.rules.offloaded import MARK, PRIORITY
 from krelay.rules.spec import RuleSpec, wanted
-from krelay.rules.steprows import WORKER
 from krelay.steps import SIDES, Hook, Step
 from tests.tools.observing import observe
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
@@ -55,6 +56,8 @@ WHOLE = 0x4000
 """Of a packet's offset of fragments: it must not be cut."""
 _VALUE = struct.Struct("=10x2x4s10x2x4s2s2s5B3xIQQQ")
 _EVENT = struct.Struct("=8x40sIBB2x")
+_ENDS = struct.Struct("4s4s2s2s")
+DNS = (53).to_bytes(2)
 
 
 # The programs
@@ -130,6 +133,7 @@ class Parsed:
     header: int
     """Bytes of both headers."""
     may_be_cut: bool
+    ttl: int
     flags: int = 0
     seq: int = 0
 
@@ -137,6 +141,15 @@ class Parsed:
     def map_key(self) -> bytes:
         """Where its rewrite stands."""
         return layout.key_of(Proto(self.proto), self.key)
+
+
+@dataclass
+class Query:
+    """Queries of a client's from one port: what they asked, and where they went."""
+
+    asked: bytes
+    server: bytes
+    waiting: int = 0
 
 
 class Programs:
@@ -151,16 +164,33 @@ class Programs:
         """As the ring has them, eight bytes of its own before each."""
         self.steps: Counter[tuple[int, int]] = Counter()
         """Packets by protocol and step."""
+        self.server: bytes | None = None
+        """Where queries go that begin flows by themselves; None: none does."""
+        self.hosts: frozenset[bytes] = frozenset()
+        """The addresses of this host that they come to."""
+        self.strangers: tuple[IPv4Network, ...] = ()
+        self.minded: dict[bytes, float] = {}
+        """Ends from which none comes, until when."""
+        self.queries: dict[bytes, Query] = {}
+        """Those that wait for an answer, by the client's end."""
+        self.room = 1 << 16
+        """How many may."""
+        self.exchanges: list[Exchange] = []
+        """Queries and answers, as they are told."""
         self.now = 0.0
 
     def comes_in(self, skb: Skb) -> int:
         """The incoming program: its verdict; `skb` is as it leaves it."""
         packet = parse(skb)
         entry = self._decided(packet)
-        if packet is not None and entry is not None and not entry.flags & RewriteFlags.OUTGOING:
+        if packet is None:
+            return GOES_ON
+        if entry is not None and not entry.flags & RewriteFlags.OUTGOING:
             skb.priority = PRIORITY
             self._note(skb, packet, entry)
             rewrite(skb, packet, entry)
+        elif entry is None and self._asks(skb, packet):
+            skb.priority = PRIORITY
         return GOES_ON
 
     def passes(self, skb: Skb) -> bool:
@@ -168,23 +198,30 @@ class Programs:
         packet = parse(skb)
         entry = self._decided(packet)
         most = self.links.get(skb.leaves_by)
-        if packet is None or entry is None or most is None or skb.mark & MARK:
+        if packet is None or most is None:
+            return False
+        if entry is None and self._answers(skb, packet) is None:
             return False
         size = skb.gso_size + packet.header if skb.gso_segs > 1 else packet.size
-        if not entry.flags & RewriteFlags.RELAYS_OWN:
+        if entry is None or not entry.flags & RewriteFlags.RELAYS_OWN:
             most = min(most, UNCUT)
         is_whole = not packet.may_be_cut or size <= most
-        return bool(entry.flags & RewriteFlags.OUTGOING) and is_whole
+        return (entry is None or bool(entry.flags & RewriteFlags.OUTGOING)) and is_whole
 
     def goes_out(self, skb: Skb) -> int:
         """The outgoing program, as `comes_in`."""
-        if skb.mark & MARK:
-            skb.mark &= ~MARK
+        if not skb.mark & MARK:
             return GOES_ON
         packet = parse(skb)
         entry = self._decided(packet)
-        if packet is None or entry is None or not entry.flags & RewriteFlags.OUTGOING:
+        if packet is None:
             return GOES_ON
+        if entry is None:
+            self._answered(skb, packet)
+            return GOES_ON
+        if not entry.flags & RewriteFlags.OUTGOING:
+            return GOES_ON
+        skb.mark &= ~MARK
         begins = packet.flags & (SYN | ACK) == SYN
         if entry.flags & RewriteFlags.RELAYS_OWN and (begins or packet.flags & FIN):
             if begins and entry.flags & RewriteFlags.MAY_BEGIN:
@@ -217,6 +254,55 @@ class Programs:
             return entry if entry.flags & RewriteFlags.MAY_BEGIN or has_begun else None
         return entry if flags & (FIN | SYN | RST) == FIN else None
 
+    # Queries that begin flows by themselves
+
+    def _asks(self, skb: Skb, packet: Parsed) -> bool:
+        """Whether this is a query that is relayed here; then it is."""
+        src, dst, sport, dport = _ENDS.unpack(packet.key)
+        server = self.server
+        if packet.proto != Proto.UDP or dport != DNS or server is None:
+            return False
+        if packet.size > UNCUT or packet.ttl < 2 or skb.gso_segs > 1:
+            return False
+        client = src + sport
+        if dst not in self.hosts or self.minded.get(client, 0) > self.now:
+            return False
+        if any(IPv4Address(src) in net for net in self.strangers):
+            return False
+        query = self.queries.get(client)
+        if query is None:
+            if len(self.queries) >= self.room:
+                return False
+            self.queries[client] = query = Query(dst, server)
+        elif (query.asked, query.server) != (dst, server):
+            return False
+        query.waiting += 1
+        self.exchanges.append((False, packet.size, packet.key))
+        self.steps[packet.proto, Step.U12] += 1
+        readdress(skb, packet, (src, server, sport, dport))
+        return True
+
+    def _answers(self, skb: Skb, packet: Parsed) -> Query | None:
+        """The query that this answers."""
+        src, dst, sport, dport = _ENDS.unpack(packet.key)
+        if packet.proto != Proto.UDP or sport != DNS or skb.gso_segs > 1:
+            return None
+        query = self.queries.get(dst + dport)
+        return query if query is not None and query.server == src else None
+
+    def _answered(self, skb: Skb, packet: Parsed) -> None:
+        query = self._answers(skb, packet)
+        if query is None:
+            return
+        _, dst, sport, dport = _ENDS.unpack(packet.key)
+        query.waiting -= 1
+        if query.waiting <= 0:
+            del self.queries[dst + dport]
+        self.exchanges.append((True, packet.size, dst + query.asked + dport + sport))
+        self.steps[packet.proto, Step.U34] += 1
+        skb.mark &= ~MARK
+        readdress(skb, packet, (query.asked, dst, sport, dport))
+
     def _note(self, skb: Skb, packet: Parsed, entry: Entry) -> None:
         packets = max(1, skb.gso_segs)
         entry.packets += packets
@@ -241,7 +327,7 @@ def parse(skb: Skb) -> Parsed | None:
     if ip[9] not in (Proto.TCP, Proto.UDP) or int.from_bytes(ip[6:8]) & 0x3FFF:
         return None
     may_be_cut = not int.from_bytes(ip[6:8]) & WHOLE
-    found = Parsed(ip[9], ip[12:24], int.from_bytes(ip[2:4]), ip[1], 28, may_be_cut)
+    found = Parsed(ip[9], ip[12:24], int.from_bytes(ip[2:4]), ip[1], 28, may_be_cut, ip[8])
     if ip[9] == Proto.TCP:
         if len(ip) < 40:
             return None
@@ -252,11 +338,15 @@ def parse(skb: Skb) -> Parsed | None:
 
 
 def rewrite(skb: Skb, packet: Parsed, entry: Entry) -> None:
+    """Does what this entry says."""
+    readdress(skb, packet, (entry.src, entry.dst, entry.sport, entry.dport))
+
+
+def readdress(skb: Skb, packet: Parsed, new: tuple[bytes, bytes, bytes, bytes]) -> None:
     """Gives a packet other addresses and ports, and the checksums that go with them."""
     ip = bytearray(skb.data[skb.link :])
     is_udp = packet.proto == Proto.UDP
     check = 26 if is_udp else 36
-    new = entry.src, entry.dst, entry.sport, entry.dport
     for at, value in zip((12, 16, 20, 22), new, strict=True):
         before, there = bytes(ip[at : at + len(value)]), slice(check, check + 2)
         if before == value:
@@ -299,8 +389,7 @@ _MATCH = re.compile(
 )
 _ENDING = re.compile(
     r"(?P<what>accept|return|drop)|goto (?P<chain>[\w-]+)|(?P<asks>jump offloaded)|queue num \d+"
-    r"|(?P<passes>meta priority set none accept)|tproxy.*"
-    r"|meta mark set meta mark \| (?P<marks>0x[0-9a-f]+) goto (?P<then>[\w-]+)"
+    r"|tproxy.*"
 )
 _LABEL = re.compile(r' comment "[^"]*"$')
 _BITS = {"fin": FIN, "syn": SYN, "rst": RST, "ack": ACK}
@@ -338,7 +427,7 @@ class Rules:
         }
 
     def is_queued(self, hook: Hook, seen: Seen) -> bool:
-        """Whether this packet goes to the worker; mark and priority are as the rules leave them."""
+        """Whether this packet goes to the worker; if not, its mark is as the rules leave it."""
         chain = {Hook.PREROUTING: "pre", Hook.POSTROUTING: "post"}[hook]
         while True:
             ending = next(
@@ -349,15 +438,12 @@ class Rules:
                 ),
                 "accept",
             )
-            if ending == "marks":
-                seen.mark |= MARK
-                ending = WORKER
             if ending in self._chains:
                 chain = ending
                 continue
-            if ending == "passes":
-                seen.priority = 0
-            assert ending in ("queue", "accept", "return", "passes"), ending
+            if ending == "marks":
+                seen.mark |= MARK
+            assert ending in ("queue", "accept", "return", "marks"), ending
             return ending == "queue"
 
 
@@ -371,13 +457,8 @@ def _rule(line: str) -> tuple[list[Guard], str]:
         rest = rest[match.end() :]
     ending = _ENDING.fullmatch(rest)
     assert ending, line
-    if ending["asks"]:  # the rule of that chain accepts what the program says yes to
-        return [*guards, lambda seen: seen.passes], "accept"
-    if ending["passes"]:
-        return guards, "passes"
-    if ending["marks"]:
-        assert (int(ending["marks"], 16), ending["then"]) == (MARK, WORKER)
-        return guards, "marks"
+    if ending["asks"]:  # the rule of that chain marks and accepts what the program says yes to
+        return [*guards, lambda seen: seen.passes], "marks"
     return guards, ending["chain"] or ending["what"] or ending[0].split()[0]
 
 
@@ -457,6 +538,9 @@ class FakeKernel(OffloadBackend):
         self.room = room
         self.programs.rewrites.clear()
         self.programs.events.clear()
+        self.programs.queries.clear()
+        self.programs.exchanges.clear()
+        self.programs.room = room
 
     def serve(self, udp: Ports, tcp: Ports) -> None:
         """As told."""
@@ -512,6 +596,27 @@ class FakeKernel(OffloadBackend):
         events, self.programs.events = self.programs.events, []
         return layout.own_packets(b"".join(events))
 
+    def learn(self, learning: Learning | None) -> None:
+        """As told."""
+        programs = self.programs
+        programs.server = None if learning is None else learning.server.packed
+        if learning is not None:
+            programs.hosts = frozenset(each.packed for each in learning.addresses)
+            programs.strangers = learning.strangers
+
+    def mind(self, addr: bytes, port: int, until: float) -> None:
+        """As told."""
+        self.programs.minded[addr + port.to_bytes(2)] = until
+
+    def unlearn(self, query: bytes) -> None:
+        """As told."""
+        self.programs.queries.pop(query[:4] + query[8:10], None)
+
+    def exchanges(self) -> list[Exchange]:
+        """Those that were not told yet."""
+        found, self.programs.exchanges = self.programs.exchanges, []
+        return found
+
     def leave(self, rewrites: Sequence[Rewrite]) -> Iterable[CountedRewrite]:
         """As `change`."""
         return self.change(Changes(list(rewrites), []))
@@ -522,8 +627,8 @@ class FakeKernel(OffloadBackend):
     # What packets meet
 
     def is_queued(self, skb: Skb, hook: Hook, own: Collection[bytes]) -> bool:
-        """Whether the rules send this to the worker, in a host with these addresses; its mark and
-        priority are as they leave them."""
+        """Whether the rules send this to the worker, in a host with these addresses; if not, its
+        mark is as they leave it."""
         assert self.spec is not None
         packet = parse_all(skb)
         if packet is None:
@@ -533,7 +638,7 @@ class FakeKernel(OffloadBackend):
         passes = is_out and self.programs.passes(skb)
         seen = Seen(packet, skb.mark, skb.priority, link, oif, own, passes)
         is_queued = rules_of(self.spec).is_queued(hook, seen)
-        skb.mark, skb.priority = seen.mark, seen.priority
+        skb.mark = seen.mark
         return is_queued
 
 
@@ -649,7 +754,7 @@ class Datapath:
         assert programs.comes_in(skb) == GOES_ON
         is_rewritten = programs.steps.total() > rewritten
         is_queued = self.kernel.is_queued(skb, hook, self.policy.own)
-        assert (skb.mark, skb.priority) == (0, 0), "a later rule of the host sees what is ours"
+        assert not skb.mark
         if is_rewritten:
             assert not is_queued, "it would be rewritten twice"
             return skb.data
@@ -669,7 +774,6 @@ class Datapath:
             return verdict
         skb.data = before = verdict if isinstance(verdict, bytes) else data
         rewritten = programs.steps.total()
-        assert bool(skb.mark) == is_queued
         assert programs.goes_out(skb) == GOES_ON
         assert (programs.steps.total() > rewritten) == is_asked, (before, skb.data)
         assert not skb.mark, "others see our mark"

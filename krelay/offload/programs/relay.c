@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /*
  * The data path in the kernel: packets of offloaded flows are rewritten where they come in and go
- * out (tc, clsact).  krelay's worker makes every decision; what it has decided for the packets of a
- * flow stands in the map `rewrites`, and is done here.  Whatever isn't there, or isn't plain, goes
- * on as it came: the rules of netfilter send it to the worker.
+ * out (tc, clsact).  What krelay's worker has decided for the packets of a flow stands in the map
+ * `rewrites`, and is done here.  Whatever isn't there, or isn't plain, goes on as it came: the rules
+ * of netfilter send it to the worker.
+ *
+ * But a query to a name server begins a flow here, where there is only one way to relay it: what
+ * isn't so is excepted by `minded` and `strangers`.  It stands in `queries` until it is answered, and
+ * krelay is told of both packets.
  *
  *	incoming	before PREROUTING: does T1, T4, U1, U3 and U1,U2, and gives the packet a
  *			priority, by which a rule lets it pass
- *	passes		asked by a rule in POSTROUTING: whether `outgoing` will rewrite the packet, so
- *			that the rule lets it pass, too
- *	outgoing	behind POSTROUTING: does T2, T3, U2, U4 and U3,U4, but not what the worker has
- *			seen, which the rules mark: it may read as another packet that is in the map
+ *	passes		asked by a rule in POSTROUTING: whether `outgoing` will rewrite the packet; if so
+ *			the rule marks it and lets it pass, too
+ *	outgoing	behind POSTROUTING: does T2, T3, U2, U4 and U3,U4 for what is marked.  What the
+ *			worker has rewritten isn't: it may read as another packet that is in the map
  *
  * A mark would not do where packets come in: rules of the host's may set theirs as a whole, before
  * ours see it.  Of priorities nothing is lost: the kernel gives what it forwards another one
@@ -43,10 +47,11 @@ typedef __u64 u64;
 
 /* PRIORITY and MARK in krelay/rules/offloaded.py */
 #define REWRITTEN 0x6b726c79
-#define WORKERS 0x10000000
+#define MARKED 0x10000000
 
 /* Bytes that every network takes whole (RFC 791), so that nobody cuts them */
 #define WHOLE 576
+#define DNS_PORT 53
 
 #define FIN 0x01
 #define SYN 0x02
@@ -78,6 +83,21 @@ struct rewrite {
 	u64 heard;		/* nanoseconds of CLOCK_MONOTONIC */
 };
 
+/* Steps of krelay/steps.py: those of a query and of its answer */
+enum { U12 = 8, U34 = 9 };
+
+/* An end of a conversation, in 20 bytes. */
+struct end { struct address addr; u16 port, pad; };
+
+/* Queries of a client's from one port: `asked` is the address of this host that they went to. */
+struct query { struct address asked, server; u32 waiting, pad; };
+
+/* A part of all addresses (LPM). */
+struct network { u32 length; struct address addr; };
+
+/* A query or an answer that was relayed: by the ends of the query as it came. */
+struct exchange { u8 is_answer, pad; u16 size; u32 src, dst; u16 sport, dport; u8 room[24]; };
+
 /* A packet of tcp-relay's that changes how its connection stands. */
 struct event { struct rewrite_key key; u32 seq; u8 step, flags, pad[2]; };
 
@@ -91,13 +111,23 @@ struct map_def ports SEC("maps") = { BPF_MAP_TYPE_ARRAY, sizeof(u32), sizeof(u64
 /* made room for as it fills: only krelay puts anything in, which may take its time */
 struct map_def rewrites SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(struct rewrite_key), sizeof(struct rewrite), 1 << 18, BPF_F_NO_PREALLOC };
 struct map_def events SEC("maps") = { BPF_MAP_TYPE_RINGBUF, 0, 0, 1 << 20, 0 };
+/* where queries go, by 0; empty: none begins a flow here */
+struct map_def learning SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(u32), sizeof(struct address), 1, 0 };
+/* the addresses of this host that may be asked */
+struct map_def hosts SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(struct address), sizeof(u32), 4096, BPF_F_NO_PREALLOC };
+/* clients about whose queries the worker decides */
+struct map_def strangers SEC("maps") = { BPF_MAP_TYPE_LPM_TRIE, sizeof(struct network), sizeof(u32), 1 << 16, BPF_F_NO_PREALLOC };
+/* ends of clients and others whose packets may be none of a new flow's: until when, in nanoseconds */
+struct map_def minded SEC("maps") = { BPF_MAP_TYPE_LRU_HASH, sizeof(struct end), sizeof(u64), 1 << 16, 0 };
+struct map_def queries SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(struct end), sizeof(struct query), 1 << 16, 0 };
+struct map_def exchanges SEC("maps") = { BPF_MAP_TYPE_RINGBUF, 0, 0, 1 << 22, 0 };
 struct map_def totals SEC("maps") = { BPF_MAP_TYPE_PERCPU_ARRAY, sizeof(u32), sizeof(u64), STEPS + 2 * MOST_STEPS, 0 };
 char _compiler[] SEC("compiler") = "clang " __clang_version__;
 
 struct packet {
 	u32 src, dst, seq;
 	u16 sport, dport, size, header;	/* `header`: of IP and transport together */
-	u8 proto, flags, tos, may_be_cut;
+	u8 proto, flags, tos, ttl, may_be_cut;
 };
 
 static __always_inline void count(u32 which, u64 by)
@@ -122,6 +152,7 @@ static __always_inline int parse(const struct heads *h, struct packet *p)
 	p->src = ip->saddr;
 	p->dst = ip->daddr;
 	p->tos = ip->tos;
+	p->ttl = ip->ttl;
 	p->size = bpf_ntohs(ip->tot_len);
 	p->may_be_cut = !(ip->frag_off & bpf_htons(0x4000));
 	p->sport = *(u16 *)h->transport;
@@ -157,13 +188,17 @@ static __always_inline int matters(u8 proto, u16 port)
 	return ports64 && *ports64 >> (number & 63) & 1;
 }
 
+static __always_inline void set(struct address *address, u32 v4)
+{
+	address->word[0] = address->word[1] = 0;
+	address->word[2] = bpf_htonl(0xffff);
+	address->word[3] = v4;
+}
+
 static __always_inline void fill(struct rewrite_key *key, const struct packet *p)
 {
-	key->old.src.word[0] = key->old.src.word[1] = 0;
-	key->old.dst.word[0] = key->old.dst.word[1] = 0;
-	key->old.src.word[2] = key->old.dst.word[2] = bpf_htonl(0xffff);
-	key->old.src.word[3] = p->src;
-	key->old.dst.word[3] = p->dst;
+	set(&key->old.src, p->src);
+	set(&key->old.dst, p->dst);
 	key->old.sport = p->sport;
 	key->old.dport = p->dport;
 	key->proto = p->proto;
@@ -225,6 +260,106 @@ static __always_inline void set_port(struct __sk_buff *skb, const u32 link, u8 p
 	bpf_skb_store_bytes(skb, link + 20 + at, &to, 2, 0);
 }
 
+/* Tells of a query, or its answer; 0: there is no room for that. */
+static __always_inline struct exchange *reserve(void)
+{
+	return bpf_ringbuf_reserve(&exchanges, sizeof(struct exchange), 0);
+}
+
+static __always_inline void submit(struct exchange *e, u8 is_answer, u16 size, u32 client, u32 asked, u16 sport, u16 dport)
+{
+	e->is_answer = is_answer;
+	e->pad = 0;
+	e->size = size;
+	e->src = client;
+	e->dst = asked;
+	e->sport = sport;
+	e->dport = dport;
+	__builtin_memset(e->room, 0, sizeof(e->room));
+	bpf_ringbuf_submit(e, 0);	/* wakes krelay if it has read all that was before */
+}
+
+static __always_inline int is_stranger(struct end *client)
+{
+	struct network network = { .length = 128, .addr = client->addr };
+	u64 *until = bpf_map_lookup_elem(&minded, client);
+
+	return (until && *until > bpf_ktime_get_ns()) || bpf_map_lookup_elem(&strangers, &network);
+}
+
+/* A query that comes in: whether it is relayed here. */
+static __always_inline int ask(struct __sk_buff *skb, const u32 link, struct packet *p)
+{
+	struct end client = { .port = p->sport };
+	struct query new = { .waiting = 1 }, *q;
+	struct exchange *e;
+	u32 only = 0;
+
+	if (p->proto != IPPROTO_UDP || p->dport != bpf_htons(DNS_PORT))
+		return 0;
+	if (p->size > WHOLE || p->ttl < 2 || skb->gso_segs > 1)
+		return 0;
+
+	struct address *server = bpf_map_lookup_elem(&learning, &only);
+
+	set(&client.addr, p->src);
+	set(&new.asked, p->dst);
+	if (!server || !bpf_map_lookup_elem(&hosts, &new.asked) || is_stranger(&client))
+		return 0;
+	new.server = *server;
+	e = reserve();
+	if (!e)
+		return 0;
+	q = bpf_map_lookup_elem(&queries, &client);
+	if (q ? q->asked.word[3] != p->dst || q->server.word[3] != new.server.word[3]
+	      : bpf_map_update_elem(&queries, &client, &new, BPF_NOEXIST) != 0) {
+		bpf_ringbuf_discard(e, BPF_RB_NO_WAKEUP);
+		return 0;
+	}
+	if (q)
+		__sync_fetch_and_add(&q->waiting, 1);
+	submit(e, 0, p->size, p->src, p->dst, p->sport, p->dport);
+	count(STEPS + U12, 1);
+	set_address(skb, link, IPPROTO_UDP, offsetof(struct iphdr, daddr), p->dst, new.server.word[3]);
+	return 1;
+}
+
+/* The query that this answers; 0: there is none. */
+static __always_inline struct query *answered(struct __sk_buff *skb, struct packet *p, struct end *client)
+{
+	struct query *q;
+
+	if (p->proto != IPPROTO_UDP || p->sport != bpf_htons(DNS_PORT) || skb->gso_segs > 1)
+		return 0;
+	set(&client->addr, p->dst);
+	client->port = p->dport;
+	client->pad = 0;
+	q = bpf_map_lookup_elem(&queries, client);
+	return q && q->server.word[3] == p->src ? q : 0;
+}
+
+static __always_inline int answer(struct __sk_buff *skb, const u32 link, struct packet *p)
+{
+	struct end client;
+	struct query *q = answered(skb, p, &client);
+
+	if (!q)
+		return 0;
+
+	u32 asked = q->asked.word[3];
+	struct exchange *e = reserve();
+
+	if (__sync_fetch_and_add(&q->waiting, -1) <= 1)
+		bpf_map_delete_elem(&queries, &client);
+	if (e)
+		submit(e, 1, p->size, p->dst, asked, p->dport, p->sport);
+	else
+		count(LOST, 1);
+	count(STEPS + U34, 1);
+	set_address(skb, link, IPPROTO_UDP, offsetof(struct iphdr, saddr), p->src, asked);
+	return 1;
+}
+
 static __always_inline void apply(struct __sk_buff *skb, const u32 link, struct packet *p, struct rewrite *r)
 {
 	struct ends new = r->new;	/* read before the packet is written to */
@@ -272,6 +407,8 @@ static __always_inline int incoming(struct __sk_buff *skb, const u32 link)
 		skb->priority = REWRITTEN;
 		note(skb, link, &p, r);
 		apply(skb, link, &p, r);
+	} else if (!r && ask(skb, link, &p)) {
+		skb->priority = REWRITTEN;
 	}
 	return TC_ACT_UNSPEC;
 }
@@ -281,17 +418,18 @@ static __always_inline int outgoing(struct __sk_buff *skb, const u32 link)
 	struct packet p;
 	struct rewrite_key key;
 
-	if (skb->mark & WORKERS) {
-		skb->mark &= ~WORKERS;
+	if (!(skb->mark & MARKED))
 		return TC_ACT_UNSPEC;
-	}
 	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !load(skb, link, &p))
 		return TC_ACT_UNSPEC;
 
 	struct rewrite *r = decided(&p, &key);
 
+	if (!r && answer(skb, link, &p))
+		skb->mark &= ~MARKED;
 	if (!r || !(r->flags & OUTGOING))
-		return TC_ACT_UNSPEC;
+		return TC_ACT_UNSPEC;	/* perhaps another krelay's */
+	skb->mark &= ~MARKED;
 	u32 begins = (p.flags & (SYN | ACK)) == SYN;	/* with ACK it answers a client, or both begin */
 
 	if (r->flags & RELAYS_OWN && (begins || p.flags & FIN)) {
@@ -313,17 +451,18 @@ SEC("socket/passes") int passes(struct __sk_buff *skb)
 	struct rewrite_key key;
 	u32 link = skb->ifindex, *most = bpf_map_lookup_elem(&links, &link);
 
-	if (!most || skb->mark & WORKERS || !load(skb, 0, &p))
+	if (!most || !load(skb, 0, &p))
 		return 0;
 
 	struct rewrite *r = decided(&p, &key);
+	struct end client;
 
-	if (!r || !(r->flags & OUTGOING))
+	if (r ? !(r->flags & OUTGOING) : !answered(skb, &p, &client))
 		return 0;
 	if (!p.may_be_cut)
 		return 1;
 
-	u32 whole = r->flags & RELAYS_OWN || *most < WHOLE ? *most : WHOLE;
+	u32 whole = (r && r->flags & RELAYS_OWN) || *most < WHOLE ? *most : WHOLE;
 
 	return (skb->gso_segs > 1 ? skb->gso_size + p.header : p.size) <= whole;
 }

@@ -57,16 +57,21 @@ def test_a_rule_that_queues_by_a_target_of_iptables() -> None:
     )  # fmt: skip
 
 
-def test_a_rule_that_asks_a_program_accepts() -> None:
+def test_a_rule_that_asks_a_program_marks_and_accepts() -> None:
     """`match` with struct xt_bpf_info_v1: its mode XT_BPF_MODE_FD_PINNED, which says a descriptor;
-    `immediate` with NF_ACCEPT."""
-    made = nftables.program_rule("krelay", "offloaded", 7)
+    `meta` and `bitwise` of its mark, by NFT_REG_1; `immediate` with NF_ACCEPT."""
+    made = nftables.program_rule("krelay", "offloaded", 7, 0x10000000)
 
     assert made == head(
         6, 0x405, 0,
-        "0b000100 6b72656c 61790000 0e000200 6f66666c 6f616465 64000000 6c020480",
+        "0b000100 6b72656c 61790000 0e000200 6f66666c 6f616465 64000000 f8020480",
         "38020180 0a000100 6d617463 68000000 28020280 08000100 62706600 08000200 00000001",
         "14020300 02000000 07000000", "00" * 520,
+        "24000180 09000100 6d657461 00000000 14000280 08000100 00000001 08000200 00000003",
+        "44000180 0c000100 62697477 69736500 34000280",
+        "08000100 00000001 08000200 00000001 08000300 00000004",
+        "0c000480 08000100 ffffffef 0c000580 08000100 00000010",
+        "24000180 09000100 6d657461 00000000 14000280 08000300 00000001 08000200 00000003",
         "30000180 0e000100 696d6d65 64696174 65000000 1c000280",
         "08000100 00000000 10000280 0c000280 08000100 00000001",
     )  # fmt: skip

@@ -30,7 +30,6 @@ def rules(of: Config, *footprints: Footprint, has_maps: bool = True) -> RuleSpec
         name="krelay",
         queue=7,
         room=0,
-        learning=None,
         has_maps=has_maps,
         tells_unmatched=True,
     )

@@ -1,4 +1,4 @@
-"""The rules that are kept: when they are made, with or without their sets, and put back."""
+"""The rules that are kept: when they are made, afresh or in place of others, and put back."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ from krelay.host.hostview import HostView
 from krelay.host.netfilter import Backend
 from krelay.nat.table import NatTable
 from krelay.offload.service import Offload
-from krelay.rules.spec import Learning, RuleSpec
+from krelay.rules.spec import RuleSpec
 from procfs_sim.tree import Config, parse
 from tests.tools.logs import complaints, fields
 from tests.tools.packets import at, policy
@@ -51,8 +51,6 @@ class FakeBackend:
     has_maps: bool = True
     tables_watched: frozenset[str] = frozenset({NAME})
     spec: RuleSpec | None = None
-    former: RuleSpec | None = None
-    """What the last install was told to be in force."""
     asks: bool = False
     """Whether a rule asks a program."""
     is_stale: bool = False
@@ -63,12 +61,10 @@ class FakeBackend:
         if self.fails:
             raise self.fails.pop(0)
 
-    def install(
-        self, spec: RuleSpec, *, afresh: bool = True, former: RuleSpec | None = None
-    ) -> None:
+    def install(self, spec: RuleSpec, *, afresh: bool = True) -> None:
         self._may_fail()
-        self.done.append("rules and sets" if afresh else "rules")
-        self.spec, self.former = spec, former
+        self.done.append("rules afresh" if afresh else "rules")
+        self.spec = spec
         self.asks = self.asks and not afresh
 
     def remove(self, name: str) -> None:
@@ -98,10 +94,10 @@ class FakeOffload:
     done: list[str]
     room: int = 1024
     why_none: str = ""
-    fails: list[OSError] = field(default_factory=list)
-    is_for_good: bool = False
     tells_unmatched: bool = True
     is_asked: bool = False
+    learnt: Config | None = None
+    """The config by which queries are learnt."""
 
     @property
     def events(self) -> "FakeOffload":
@@ -110,20 +106,14 @@ class FakeOffload:
     def capacity(self, config: Config, backend: Backend | None) -> tuple[int, str]:
         return self.room, self.why_none
 
-    def learning(self, config: Config, policy: Policy) -> Learning | None:
-        return None
+    def learn(self, config: Config, policy: Policy | None) -> None:
+        self.learnt = config
 
     def condition(self, config: Config) -> object:
         return self.room
 
-    def enter(self, spec: RuleSpec, *, afresh: bool) -> int | None:
-        if self.is_for_good and self.room:
-            self.room, self.why_none = 0, "refused"
-            return None
-        if self.fails:
-            raise self.fails.pop(0)
+    def enter(self, spec: RuleSpec, *, afresh: bool) -> None:
         self.done.append("enter")
-        return 77 if afresh else None
 
 
 class FakeWatcher:
@@ -131,14 +121,10 @@ class FakeWatcher:
 
     def __init__(self) -> None:
         self.tables: frozenset[str] | None = frozenset()
-        self.ignored: list[int] = []
         self.is_closed = False
 
     def fileno(self) -> int:
         return ANNOUNCED
-
-    def ignore(self, port: int) -> None:
-        self.ignored.append(port)
 
     def drain(self) -> frozenset[str] | None:
         told, self.tables = self.tables, frozenset()
@@ -218,8 +204,7 @@ def test_rules_come_before_what_the_offload_makes_beside_them(rig: Rig) -> None:
     rig.keeper.probe()
     rig.keeper.begin()
 
-    assert rig.done == ["rules and sets", "enter"]
-    assert rig.watcher.ignored == [77], "changes of our own sets are no news"
+    assert rig.done == ["rules afresh", "enter"]
     assert rig.backend.spec is not None
     assert (rig.backend.spec.tcp, rig.backend.spec.room) == (((80, 80),), 1024)
     assert rig.keeper.made_by == "nft"
@@ -232,7 +217,7 @@ def test_what_stays_is_not_made_again(rig: Rig) -> None:
     assert rig.done == []
 
 
-def test_another_service_leaves_the_sets(rig: Rig) -> None:
+def test_another_service_leaves_the_hooks(rig: Rig) -> None:
     rig.begin()
     rig.serve("tcp/80 tcp/443")
 
@@ -243,15 +228,12 @@ def test_another_service_leaves_the_sets(rig: Rig) -> None:
     assert rig.backend.spec.tcp == ((80, 80), (443, 443))
 
 
-def test_other_sets_are_made_in_place_of_the_former_rules(rig: Rig) -> None:
+def test_queries_are_learnt_by_the_config_in_force(rig: Rig) -> None:
     rig.begin()
-    before = rig.backend.spec
-    rig.offload.room = 2048
-
+    assert rig.offload.learnt is rig.config
+    rig.serve("tcp/80 udp/53 udp/123")
     rig.second()
-
-    assert rig.done == ["rules and sets", "enter"]
-    assert rig.backend.former is before
+    assert rig.offload.learnt is rig.config
 
 
 def test_a_flow_that_needs_a_rule_has_it_within_a_second(rig: Rig) -> None:
@@ -306,33 +288,6 @@ def test_frozen_rules_stay(rig: Rig) -> None:
     assert (rig.done, rig.restored) == ([], 0)
 
 
-# Access to the sets
-
-
-def test_sets_that_are_refused_for_good_leave_all_to_the_worker(rig: Rig) -> None:
-    rig.offload.is_for_good = True
-    rig.begin()
-
-    rig.second()
-
-    assert rig.backend.spec is not None
-    assert rig.backend.spec.room == 0
-    assert rig.keeper.no_maps == "refused"
-
-
-def test_sets_that_are_out_of_reach_now_are_made_again(rig: Rig) -> None:
-    rig.begin()
-    rig.offload.room = 2048
-    rig.offload.fails = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
-
-    rig.second()
-    assert rig.done == ["rules and sets"]
-    rig.done.clear()
-    rig.second()
-
-    assert rig.done == ["rules and sets", "enter"]
-
-
 # Rules that another program takes out
 
 
@@ -347,7 +302,7 @@ def test_a_rule_that_asks_programs_is_among_those_that_must_be_there(rig: Rig) -
     rig.announced(NAME)
     rig.loop.advance(LOOK_AFTER)
 
-    assert rig.done == ["rules and sets", "enter"]
+    assert rig.done == ["rules afresh", "enter"]
     assert rig.restored == 1
 
 
@@ -360,8 +315,7 @@ def test_rules_that_are_taken_out_are_put_back_and_the_flows_are_told(
 
     rig.loop.advance(LOOK_AFTER)
 
-    assert rig.done == ["rules and sets", "enter"]
-    assert rig.backend.former is None, "there is nothing to replace"
+    assert rig.done == ["rules afresh", "enter"]
     assert rig.restored == 1
     assert complaints(caplog) == [PUT_BACK]
 

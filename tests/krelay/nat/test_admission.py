@@ -10,12 +10,12 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from knet.endpoint import Endpoint, Proto, Source
+from knet.endpoint import Endpoint, Proto, Source, flow_key
 from krelay.nat.admission import AT_ONCE, LAST_PACKETS, ONE_SIDED, TRIMMED, FlowLimits, Refusal
 from krelay.nat.flow import EXCHANGE, Flow, Timeouts
 from krelay.nat.table import NatTable
-from krelay.steps import Hook, Side
-from tests.tools.packets import ACK, SYN, addr, at, policy, template
+from krelay.steps import Side
+from tests.tools.packets import ACK, SYN, addr, at, policy
 from tests.tools.script import Host
 
 HOSTS = "CDN"
@@ -166,8 +166,7 @@ class Both:
         nat, now = self.nat, self.now
         match kind:
             case "query":
-                head = template(f"{client} > K:53").build()[:28]
-                nat.learning.learn([(int(Hook.PREROUTING), head)], now)
+                nat.learning.learn([(False, 60, flow_key(client, at("K:53")))], now)
             case "half-open":
                 nat.open_tcp(client, at("K:80"), at("S:80"), Source.CLIENT, 16000, now)
             case "forwarded" | "through" | "over":
@@ -408,8 +407,8 @@ def test_queries_forged_in_a_clients_name_behind_those_of_many_keep_it_from_noth
     nat.dns_flows.learns(frozenset({addr("K")}), addr("S"))
     for name, number in (("10.9.9.{}", 200), ("D", 300)):
         clients = [f"{name.format(1 + n % 250)}:{2000 + n}" for n in range(number)]
-        heads = [template(f"{client} > K:53").build()[:28] for client in clients]
-        nat.learning.learn([(int(Hook.PREROUTING), head) for head in heads], flood.now)
+        keys = [flow_key(at(client), at("K:53")) for client in clients]
+        nat.learning.learn([(False, 60, key) for key in keys], flood.now)
     assert nat.dns_flows.of_client(addr("D")) == 100
     for port in range(500, 510):
         assert flood.served("D", port) == ALL

@@ -2,7 +2,6 @@
 
 import gc
 from collections import Counter
-from dataclasses import replace
 from itertools import count
 from random import Random
 
@@ -10,11 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from knet.endpoint import Proto, Source, flow_key
+from knet.endpoint import FlowKey, Proto, Source, flow_key
 from krelay.datapath.verdict import Verdict
 from krelay.datapath.worker import Worker
 from krelay.nat.admission import FlowLimits
-from krelay.nat.dnsflows import Beginning, DnsFlows
+from krelay.nat.dnsflows import Beginning, DnsFlows, Exchange
 from krelay.nat.flow import BUSY, Flow, Timeouts
 from krelay.nat.table import NatTable
 from krelay.nat.tcpstate import State
@@ -32,19 +31,19 @@ def table(**limits: int) -> NatTable:
     return nat
 
 
-def packet(text: str, size: int = 36) -> bytes:
-    """A datagram of so many bytes in all."""
-    return replace(template(text), payload=bytes(size - 28)).build()
+def query(client: str = "C:4000", service: str = "K:53", size: int = 60) -> Exchange:
+    """What is told of a query."""
+    return False, size, flow_key(at(client), at(service))
 
 
-def query(client: str = "C:4000", service: str = "K:53", size: int = 60) -> tuple[int, bytes]:
-    """The copy of a query, as it came."""
-    return PRE, packet(f"{client} > {service}", size)[:28]
+def answer(client: str = "C:4000", service: str = "K:53", size: int = 90) -> Exchange:
+    """What is told of its answer."""
+    return True, size, flow_key(at(client), at(service))
 
 
-def answer(client: str = "C:4000", service: str = "K:53", size: int = 90) -> tuple[int, bytes]:
-    """The copy of an answer, as it went on."""
-    return POST, packet(f"{service} > {client}", size)[:28]
+def made(text: str) -> bytes:
+    """A datagram."""
+    return template(text).build()
 
 
 def only(nat: NatTable) -> Flow:
@@ -151,17 +150,21 @@ def test_the_worker_knows_it_when_a_second_answer_or_query_comes() -> None:
     nat = table()
     worker = Worker(nat)
     worker.policy = policy()
-    # Copies are still on their way; the kernel knows already.
-    known = {4000: addr("K"), 4001: addr("K")}
-    observe(nat, learnt_address=lambda client: known.get(client.port))
+    # They are told of, and not read yet.
+    told = [query("C:4000"), answer("C:4000"), query("C:4001")]
 
-    got = worker.handle(packet("S:53 > C:4000"), POST, 1.0)
-    assert got == packet("K:53 > C:4000")
-    got = worker.handle(packet("C:4001 > K:53"), PRE, 1.0)
-    assert got == packet("C:4001 > S:53")
-    nat.learning.learn([query("C:4000"), answer("C:4000")], 1.0)
-    assert [figures(flow)[0] for flow in nat] == [[1, 2], [1, 0]]
-    assert worker.handle(packet("S:53 > C:4002"), POST, 1.0) is Verdict.PASS
+    def read() -> None:
+        exchanges, told[:] = told.copy(), []
+        nat.learning.learn(exchanges, 1.0)
+
+    observe(nat, needs_queries=read)
+
+    got = worker.handle(made("S:53 > C:4000"), POST, 1.0)
+    assert got == made("K:53 > C:4000")
+    got = worker.handle(made("C:4001 > K:53"), PRE, 1.0)
+    assert got == made("C:4001 > S:53")
+    assert [figures(flow)[0] for flow in nat] == [[1, 2], [2, 0]]
+    assert worker.handle(made("S:53 > C:4002"), POST, 1.0) is Verdict.PASS
 
 
 def test_a_clients_own_conversation_from_the_same_port_is_moved() -> None:
@@ -189,6 +192,47 @@ def test_a_flow_of_the_worker_takes_what_the_kernel_tells_of_it() -> None:
 
     assert figures(flow) == ([1, 1], [60, 90])
     assert (flow.state, flow.seen_at, len(nat.dns_flows)) == (State.REPLIED, 2.0, 0)
+
+
+def gone(nat: NatTable) -> list[int]:
+    """The client's port of each query whose answer is to go to the worker, as that is told."""
+    ports: list[int] = []
+    observe(nat, query_gone=lambda key: ports.append(FlowKey.unpack(key).src.port))
+    return ports
+
+
+def test_the_kernel_answers_no_query_whose_flow_has_gone() -> None:
+    nat = table()
+    ports = gone(nat)
+    nat.learning.learn([query("C:1"), query("C:2"), answer("C:2"), query("C:3")], 1.0)
+    nat.learning.learn([query("C:4"), query("C:4"), answer("C:4")], 1.0)
+    assert ports == []
+    key = flow_key(at("C:3"), at("K:53"))
+    assert nat.learning.adopt(key, 1.0) is not None
+    assert ports == [3]
+    nat.expire(1.0 + TIMEOUT + 1)
+    assert ports == [3, 1, 4], "2 has been answered, of 4 one query hasn't"
+
+
+def test_nor_one_that_the_worker_has_a_flow_for_or_that_finds_no_room() -> None:
+    nat = table(flows_per_client=1)
+    ports = gone(nat)
+    nat.open_forwarded(Proto.UDP, at("C:1"), at("K:53"), at("S:53"), Source.CLIENT, 1.0)
+    for each in nat.workers:
+        each.spoke_again, each.answered_at = True, 1.0  # so it doesn't go for another
+        nat.admission.confirmed(each)
+    nat.learning.learn([query("C:1"), query("C:2")], 1.0)
+    assert ports == [1, 2]
+
+
+def test_who_has_a_conversation_of_its_own_is_told_of() -> None:
+    nat = table()
+    told: list[str] = []
+    observe(nat, began_own=lambda proto, end: told.append(f"{proto.name} {end}"))
+    nat.saw_direct(Proto.UDP, at("C:1"), at("S:53"), 1.0)
+    nat.saw_own(Proto.UDP, at("K:53"), at("D:53"), 1.0)
+    nat.saw_own(Proto.TCP, at("K:443"), at("D:5"), 1.0)
+    assert told == [f"UDP {at('C:1')}", f"UDP {at('D:53')}", f"TCP {at('D:5')}"]
 
 
 def test_an_answer_of_which_nothing_is_known_is_let_be() -> None:
@@ -321,8 +365,10 @@ def test_learnt_flows_are_as_a_list_would_have_them(script: list[tuple[str, int]
         known = flows.get(query)
         assert (known is not None) == (query in model)
         if (verb == "begin" and known is None) or (verb == "hear" and known is not None):
-            copy = PRE, bytes(12) + query + bytes(4)
-            assert flows.hear(iter([copy]), now, Beginning(now + 10, 1, 6, False)) is None
+            assert (
+                flows.hear(iter([(False, 60, query)]), now, Beginning(now + 10, 1, 6, False))
+                is None
+            )
             model[query] = now
         elif verb == "oldest":
             assert flows.remove_oldest() == bool(model)

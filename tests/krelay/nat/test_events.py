@@ -1,4 +1,4 @@
-"""The observers of the NAT table: all are told, in their order; the first answer counts."""
+"""The observers of the NAT table: all are told, in their order."""
 
 from random import Random
 
@@ -6,7 +6,6 @@ from krelay.nat.events import IdleObserver, NatObserver
 from krelay.nat.table import NatTable
 from tests.krelay.nat.test_table import open_tcp
 from tests.tools.observing import observe
-from tests.tools.packets import at
 
 EVENTS = [name for name in vars(NatObserver) if not name.startswith("_")]
 
@@ -37,12 +36,3 @@ def test_every_event_reaches_every_observer() -> None:
         event(*range(event.__code__.co_argcount - 1))
 
     assert told == [(name, number) for name in EVENTS for number in range(2)]
-
-
-def test_the_first_address_that_an_observer_knows_counts() -> None:
-    nat = NatTable(rng=Random(1))
-    assert nat.observers.learnt_address(at("C:1")) is None
-    for answer in (None, b"K", b"L"):
-        observe(nat, learnt_address=lambda *_, answer=answer: answer)
-
-    assert nat.observers.learnt_address(at("C:1")) == b"K"

@@ -11,16 +11,16 @@ from knet.netlink import nftables
 from krelay.host import attachment
 from krelay.nat.table import NatTable
 from krelay.offload import carrier as carriers
-from krelay.offload import service
 from krelay.offload.backend import OffloadLost
-from krelay.offload.carrier import Carrier
+from krelay.offload.carrier import READ_AFTER, Carrier
 from krelay.offload.service import Offload
+from krelay.rules.offloaded import MARK
 from krelay.rules.spec import RuleSpec
 from tests.tools.stepped import SteppedLoop
 
-NAME, PROGRAM = "krelay", 7
+NAME, PROGRAM, TOLD = "krelay", 7, 55
 CLEARED = nftables.delete_rules(NAME, "offloaded")
-ASKS = nftables.program_rule(NAME, "offloaded", PROGRAM)
+ASKS = nftables.program_rule(NAME, "offloaded", PROGRAM, MARK)
 
 
 class FakeBackend:
@@ -31,6 +31,7 @@ class FakeBackend:
         self.descriptor = PROGRAM
         self.programs = {"passes": self}
         self.links: dict[int, int] | None = None
+        self.told: list[object] = []
 
     def serve(self, udp: object, tcp: object) -> None:
         pass
@@ -46,6 +47,16 @@ class FakeBackend:
 
     def totals(self) -> dict[object, int]:
         return {}
+
+    def learn(self, learning: object) -> None:
+        pass
+
+    def exchanges(self) -> list[object]:
+        told, self.told = self.told, []
+        return told
+
+    def fileno(self) -> int:
+        return TOLD
 
     def close(self) -> None:
         pass
@@ -84,8 +95,8 @@ class Rig:
         monkeypatch.setattr(carriers, "TcBackend", FakeBackend)
         monkeypatch.setattr(carriers, "Attachment", lambda name: self.links)
         monkeypatch.setattr(attachment, "detach", lambda name: [])
-        monkeypatch.setattr(service, "NftSets", FakeSets)
-        self.carrier = Carrier(loop, NAME, self.refused.append, self._lost)
+        self.heard: list[object] = []
+        self.carrier = Carrier(loop, NAME, self.refused.append, self._lost, self.heard.append)
 
     def _lost(self, error: OffloadLost) -> None:
         pytest.fail(str(error))
@@ -96,30 +107,13 @@ class Rig:
         self.told.append(messages)
 
 
-class FakeSets:
-    """As NftSets."""
-
-    port = 77
-
-    def __init__(self, table: str) -> None:
-        pass
-
-    def totals(self) -> dict[object, int]:
-        return {}
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     with SteppedLoop() as loop:
         yield Rig(loop, monkeypatch)
 
 
-def spec(
-    room: int = 1024, answered_within: int = 20, udp: tuple[tuple[int, int], ...] = ()
-) -> RuleSpec:
+def spec(room: int = 1024, udp: tuple[tuple[int, int], ...] = ()) -> RuleSpec:
     return RuleSpec(
         name=NAME,
         queue=7,
@@ -130,7 +124,6 @@ def spec(
         relay_clients=(),
         room=room,
         lets_offloaded_pass=True,
-        answered_within=answered_within,
     )
 
 
@@ -179,6 +172,32 @@ def test_a_rule_that_is_refused_is_told_of_unless_that_may_pass(
     assert (bool(rig.refused), rig.carrier.is_asked) == (is_for_good, False)
 
 
+def test_what_is_told_is_read_by_and_by_while_there_is_any(rig: Rig) -> None:
+    rig.carrier.make(spec())
+    backend = rig.carrier.backend
+    assert isinstance(backend, FakeBackend)
+    for exchanges in (["query"], ["query", "answer"]):
+        backend.told = list(exchanges)
+        rig.loop.handlers[TOLD](1)
+        assert (rig.heard, TOLD in rig.loop.handlers) == ([], False), "the next wake nobody"
+        rig.loop.advance(READ_AFTER)
+        assert rig.heard == [exchanges]
+        rig.heard.clear()
+        rig.loop.advance(READ_AFTER)
+        assert (rig.heard, TOLD in rig.loop.handlers) == ([], True)
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_nothing_is_read_of_what_has_gone(rig: Rig, is_read: bool) -> None:
+    rig.carrier.make(spec())
+    if is_read:
+        rig.loop.handlers[TOLD](1)
+    rig.carrier.drop()
+    assert TOLD not in rig.loop.handlers
+    rig.loop.advance(60)
+    assert rig.heard == []
+
+
 # With the rules
 
 
@@ -188,13 +207,13 @@ def offload(rig: Rig) -> Offload:
     return made
 
 
-def test_other_sets_leave_one_rule_that_asks(rig: Rig) -> None:
+def test_rules_that_are_made_afresh_have_one_that_asks(rig: Rig) -> None:
     """The chain of that rule stays where hooks stay."""
     kernel = offload(rig)
-    kernel.enter(spec(), afresh=True)
-    kernel.enter(spec(answered_within=30), afresh=True)
+    for _ in range(2):
+        kernel.enter(spec(), afresh=True)
     assert rig.told == [(CLEARED, ASKS)] * 2
-    kernel.enter(spec(answered_within=30, udp=((53, 53),)), afresh=False)
+    kernel.enter(spec(udp=((53, 53),)), afresh=False)
     assert len(rig.told) == 2
 
 

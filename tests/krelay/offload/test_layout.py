@@ -80,7 +80,7 @@ def numbers(of: str) -> dict[str, int]:
 
 def test_the_programs_have_the_same_numbers() -> None:
     assert numbers("OUTGOING") == {flag.name: flag.value for flag in RewriteFlags}
-    for name, value in (("REWRITTEN", PRIORITY), ("WORKERS", MARK)):
+    for name, value in (("REWRITTEN", PRIORITY), ("MARKED", MARK)):
         found = re.search(rf"#define {name} (0x[0-9a-f]+)", SOURCE)
         assert found
         assert int(found[1], 16) == value

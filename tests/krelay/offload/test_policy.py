@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from knet.endpoint import Endpoint, FiveTuple, Proto, Source
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source, flow_key
 from krelay.datapath.verdict import Verdict
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import BUSY, CLOSED_LINGER, EXCHANGE, Flow, Rewrite, Timeouts
@@ -474,14 +474,13 @@ def test_what_the_kernel_has_learnt_by_itself_is_not_offloaded() -> None:
     """The table makes flows of it to be shown, which have no packets."""
     d = datapath()
     d.nat.dns_flows.learns(d.policy.own, d.policy.server)
-    head = template("C:4000 > K:53").build()[:28]
-    answer = template("K:53 > C:4000").build()[:28]
-    d.nat.learning.learn([(PRE, head)] + [(POST, answer)] * BUSY, 0)
+    query = flow_key(at("C:4000"), at("K:53"))
+    d.nat.learning.learn([(False, 60, query)] + [(True, 60, query)] * BUSY, 0)
     assert len(d.nat) == 1
     d.offload.traced(lambda flow: False)
     d.restart()
     assert (len(d.offload), d.offload.changes(10)) == (0, None)
-    adopted = d.nat.learning.adopt(head[12:24], 0)
+    adopted = d.nat.learning.adopt(query, 0)
     d.restart()
     assert adopted is not None
     assert handed(d, adopted) == {Step.U34}

@@ -1,35 +1,40 @@
 """The kernel's programs and their twin in Python (tests/tools/kernel.py) do the same.
 
 A packet is run through both, without any network (BPF_PROG_TEST_RUN, in linux/bpf.h).  Compared are
-the verdict, the packet, its mark and priority, the map of rewrites, what is told, the totals, and
-what `passes` says of the packet.
+the verdict, the packet, its mark and priority, the maps of rewrites and queries, what is told, the
+totals, and what `passes` says of the packet.
 """
 
 import errno
 import os
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cache
+from ipaddress import IPv4Address, IPv4Network
 from itertools import product
 from random import Random
+from sys import byteorder
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from knet.endpoint import Endpoint, FiveTuple, Proto, Source
+from knet.bpf.kernel import BpfMap
+from knet.endpoint import Endpoint, FiveTuple, Proto, Source, flow_key
 from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Rewrite
 from krelay.nat.table import NatTable
 from krelay.offload import layout
 from krelay.offload.layout import RewriteFlags
+from krelay.offload.learning import Learning
 from krelay.offload.tc import PASSES, TcBackend
 from krelay.rules.offloaded import MARK, PRIORITY
 from krelay.rules.steprows import POST, STEP_ROWS
 from krelay.steps import Step
-from tests.tools.kernel import GOES_ON, IPV4, MTU, Entry, Programs, Skb
+from tests.tools.kernel import GOES_ON, IPV4, MTU, Entry, FakeKernel, Programs, Skb
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
 
 GPORT, OTHER_GPORT = 16000, 16001
@@ -48,6 +53,12 @@ LEAST = {IPV4: 34, 0x86DD: 54}
 # which are the first of its source: 8.0 reads as IPv4 there.
 CLIENT, OTHER = bytes((8, 0, 0, 1)), bytes((8, 0, 0, 9))
 RELAY, SERVER = bytes((8, 0, 0, 2)), bytes((8, 0, 0, 3))
+RELAY_TOO, OTHER_SERVER, STRANGER = bytes((8, 0, 0, 4)), bytes((8, 0, 0, 5)), bytes((8, 0, 0, 70))
+LEARNING = Learning(
+    IPv4Address(SERVER),
+    (IPv4Address(RELAY), IPv4Address(RELAY_TOO)),
+    (IPv4Network("8.0.0.64/26"), IPv4Network("8.0.0.3/32")),
+)
 
 
 @cache
@@ -121,18 +132,42 @@ class Both:
     """The programs in the kernel, and the twin, with the same rewrites."""
 
     kernel: TcBackend = field(default_factory=lambda: TcBackend(100))
-    twin: Programs = field(default_factory=Programs)
+    fake: FakeKernel = field(default_factory=FakeKernel)
+
+    @property
+    def twin(self) -> Programs:
+        return self.fake.programs
 
     def __post_init__(self) -> None:
         tcp = [(port, port) for port in (*TCP_PORTS, GPORT, OTHER_GPORT)]
         udp = [(port, port) for port in UDP_PORTS]
         self.kernel.serve(tuple(udp), tuple(tcp))
-        self.twin.ports = layout.port_map(tuple(udp), tuple(tcp))
+        self.fake.serve(tuple(udp), tuple(tcp))
+        self.learn(LEARNING)
         self.reach({LOOPBACK: MTU})
         self.sums = self.kernel._sums()
 
     def close(self) -> None:
         self.kernel.close()
+
+    def learn(self, learning: Learning | None) -> None:
+        """Such queries begin flows by themselves."""
+        for each in (self.kernel, self.fake):
+            each.learn(learning)
+
+    def mind(self, addr: bytes, port: int, seconds: float) -> None:
+        """Nothing from there is such a query, for so long."""
+        self.kernel.mind(addr, port, time.monotonic() + seconds)
+        self.fake.mind(addr, port, self.twin.now + seconds)
+
+    def forget(self) -> None:
+        """No query waits for an answer, and no end is minded."""
+        for key, _ in each_of(self.kernel.maps["queries"]):
+            self.kernel.maps["queries"].delete(key)
+        for client in self.twin.minded:
+            self.mind(client[:4], int.from_bytes(client[4:]), -1.0)
+        self.twin.queries.clear()
+        self.twin.minded.clear()
 
     def reach(self, links: dict[int, int]) -> None:
         """These links have the programs."""
@@ -144,6 +179,7 @@ class Both:
         map_ = self.kernel.maps["rewrites"]
         self.twin.rewrites.clear()
         self.twin.steps.clear()
+        self.forget()
         self.sums = self.kernel._sums()
         for number, rewrite in enumerate(rewrites()):
             key, value = layout.key_of(rewrite.flow.proto, rewrite.old), layout.value_of(rewrite)
@@ -166,7 +202,7 @@ class Both:
             (GSO_SEGS, skb.gso_segs), (GSO_SIZE, skb.gso_size),
         ):  # fmt: skip
             struct.pack_into("=I", context, at, value)
-        passes = self.passes(case) and (way, skb.protocol) == ("out", IPV4)
+        passes = self.passes(case) and (way, skb.protocol, skb.mark & MARK) == ("out", IPV4, MARK)
         before = self.heard()
         got = self.kernel.programs[f"{way}_{layer}"].run(skb.data, bytes(context))
         now_heard = self.heard()
@@ -192,14 +228,27 @@ class Both:
             each[8:] for each in told
         ]
         self.totals_agree()
+        self.queries_agree()
         return verdict, skb
+
+    def queries_agree(self) -> None:
+        """Those that wait are the same, and what was told of them."""
+        found = {
+            key[12:18]: (value[12:16], value[28:32], int.from_bytes(value[32:36], byteorder))
+            for key, value in each_of(self.kernel.maps["queries"])
+        }
+        assert found == {
+            client: (query.asked, query.server, query.waiting)
+            for client, query in self.twin.queries.items()
+        }
+        assert self.kernel.exchanges() == self.fake.exchanges()
 
     def passes(self, case: Case) -> bool:
         """What the program says that a rule asks.  It sees IPv4 alone, from its head on; a test run
         takes the head of the link off before."""
-        skb = Skb(case.data, 0, case.mark, 0, 0, LOOPBACK, case.segs, case.size)
+        skb = Skb(case.data, 0, 0, 0, 0, LOOPBACK, case.segs, case.size)
         context = bytearray(SKB)
-        for at, value in ((MARKS, skb.mark), (GSO_SEGS, skb.gso_segs), (GSO_SIZE, skb.gso_size)):
+        for at, value in ((GSO_SEGS, skb.gso_segs), (GSO_SIZE, skb.gso_size)):
             struct.pack_into("=I", context, at, value)
         packet = replace(case, protocol=IPV4).skb(14).data
         got = self.kernel.programs[PASSES].run(packet, bytes(context))
@@ -219,6 +268,14 @@ class Both:
         ]
         assert sums[layout.LOST] == 0
         assert layout.totals_by_step(sums) == dict(self.twin.steps)
+
+
+def each_of(map_: BpfMap) -> Iterator[tuple[bytes, bytes]]:
+    """Each element of a hash."""
+    size, room = map_.spec.key, map_.spec.value
+    for keys, values in map_.items():
+        for at in range(len(keys) // size):
+            yield keys[at * size : (at + 1) * size], values[at * room : (at + 1) * room]
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +419,7 @@ def test_each_step_makes_the_packet_that_its_rewrite_says(
         key = layout.key_of(proto, rewrite.old)
         is_outgoing = RewriteFlags.OUTGOING in both.twin.rewrites[key].flags
         packet = Template(FiveTuple(proto, *ends(rewrite.old)), bytes(size), ACK, tos=rewrite.tos)
-        case = Case(packet.build(), 5, 6)
+        case = Case(packet.build(), MARK | 5 if is_outgoing else 5, 6)
         _, skb = both.run("out" if is_outgoing else "in", layer, case)
         wanted = replace(packet, flow=FiveTuple(proto, *ends(rewrite.new))).build()
         assert skb.data[skb.link :] == wanted, step
@@ -436,17 +493,208 @@ def test_a_connection_to_the_server_begins_once_and_its_syn_may_be_repeated(both
     for seq, passes in ((7, True), (8, False), (7, True)):
         case = Case(Template(five_tuple, b"", SYN, seq).build())
         assert both.passes(case) == passes
-        if passes:
-            both.run("out", "ethernet", case)
+        both.run("out", "ethernet", replace(case, mark=MARK))
 
 
-def test_what_the_worker_has_seen_goes_out_as_it_is(both: Both) -> None:
+def test_what_no_rule_has_marked_goes_out_as_it_is(both: Both) -> None:
     """The worker may have made it so, of another flow's packet."""
     both.fill()
     for rewrite in rewrites():
-        packet = Template(FiveTuple(rewrite.flow.proto, *ends(rewrite.old)), b"some data", ACK)
-        for mark in (MARK, 0xFFFFFFFF):
-            case = Case(packet.build(), mark)
-            assert not both.passes(case), "somebody else's mark: then the worker has it"
-            _, skb = both.run("out", "ip", case)
-            assert (skb.data, skb.mark) == (packet.build(), mark & ~MARK)
+        packet = Template(FiveTuple(rewrite.flow.proto, *ends(rewrite.old)), b"data", ACK)
+        for mark in (0, 0xFFFFFFFF ^ MARK):
+            _, skb = both.run("out", "ip", Case(packet.build(), mark))
+            assert (skb.data, skb.mark) == (packet.build(), mark)
+
+
+# Queries that begin flows by themselves
+
+
+@dataclass(frozen=True)
+class Dns:
+    """A query or an answer; as it is, one that is learnt."""
+
+    is_answer: bool = False
+    client: bytes = OTHER
+    port: int = 5000
+    relay: bytes = RELAY
+    server: bytes = SERVER
+    service: int = 53
+    size: int = 40
+    ttl: int = 64
+    fragment: int = 0x4000
+    options: bytes = b""
+    segs: int = 0
+
+    @property
+    def case(self) -> Case:
+        client, service = Endpoint(self.client, self.port), Endpoint(self.relay, self.service)
+        five_tuple = FiveTuple(Proto.UDP, client, service)
+        if self.is_answer:
+            server = Endpoint(self.server, self.service)
+            five_tuple = FiveTuple(Proto.UDP, server, client)
+        packet = Template(
+            five_tuple, bytes(self.size), ttl=self.ttl, fragment=self.fragment,
+            ip_options=self.options,
+        )  # fmt: skip
+        return Case(packet.build(), MARK if self.is_answer else 0, segs=self.segs, size=20)
+
+    @property
+    def query(self) -> bytes:
+        """Its flow key."""
+        return flow_key(Endpoint(self.client, self.port), Endpoint(self.relay, self.service))
+
+
+def go(both: Both, packet: Dns, layer: str = "ethernet") -> bytes | None:
+    """What becomes of it, None if it stays as it is: source and destination."""
+    way = "out" if packet.is_answer else "in"
+    case = packet.case
+    _, skb = both.run(way, layer, case)
+    became = skb.data[skb.link :]
+    assert (became != case.data) == (
+        skb.mark == 0 if packet.is_answer else skb.priority == PRIORITY
+    )
+    return None if became == case.data else became[12:20]
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.builds(
+            Dns,
+            is_answer=st.booleans(),
+            client=st.sampled_from((CLIENT, OTHER, OTHER, STRANGER, SERVER)),
+            port=st.sampled_from((5000, 5001, 5002, 40000)),
+            relay=st.sampled_from((RELAY, RELAY, RELAY_TOO, OTHER)),
+            server=st.sampled_from((SERVER, SERVER, SERVER, OTHER_SERVER)),
+            service=st.sampled_from((53, 53, 53, 123)),
+            size=st.sampled_from((12, 40, 548, 549)),
+            ttl=st.sampled_from((64, 2, 1)),
+            fragment=st.sampled_from((0x4000, 0x4000, 0, 0x2000)),
+            options=st.sampled_from((b"", b"", b"\1\1\1\0")),
+            segs=st.sampled_from((0, 0, 1, 2)),
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    st.sampled_from(("ethernet", "ip")),
+    st.frozensets(st.sampled_from((5000, 5001)), max_size=1),
+    st.sampled_from(
+        (LEARNING, LEARNING, LEARNING._replace(server=IPv4Address(OTHER_SERVER)), None)
+    ),
+)
+def test_queries_and_answers_become_the_same(
+    both: Both, packets: list[Dns], layer: str, minded: frozenset[int], later: Learning | None
+) -> None:
+    both.fill()
+    for port in minded:
+        both.mind(OTHER, port, 3600.0)
+    half = len(packets) // 2
+    try:
+        for packet in packets[:half]:
+            go(both, packet, layer)
+        both.learn(later)
+        for packet in packets[half:]:
+            go(both, packet, layer)
+    finally:
+        both.learn(LEARNING)
+
+
+def test_a_query_goes_to_the_server_and_its_answer_comes_from_whom_was_asked(both: Both) -> None:
+    for relay in (RELAY, RELAY_TOO):
+        both.fill()
+        query, answer = Dns(relay=relay), Dns(is_answer=True, relay=relay)
+        assert go(both, query) == OTHER + SERVER
+        assert both.passes(answer.case)
+        assert go(both, answer) == relay + OTHER
+        assert not both.twin.queries
+        assert not both.passes(answer.case), "a second answer is for the worker"
+        assert go(both, answer) is None
+
+
+def test_each_of_several_queries_from_one_port_is_answered(both: Both) -> None:
+    """As a resolver asks for A and AAAA."""
+    both.fill()
+    for _ in range(2):
+        assert go(both, Dns()) == OTHER + SERVER
+    for _ in range(2):
+        assert go(both, Dns(is_answer=True)) == RELAY + OTHER
+    assert go(both, Dns(is_answer=True)) is None
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        Dns(service=123), Dns(relay=OTHER_SERVER), Dns(client=STRANGER), Dns(client=SERVER),
+        Dns(size=549), Dns(ttl=1), Dns(fragment=0x2000), Dns(options=b"\1\1\1\0"), Dns(segs=2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_needs_a_thought_is_not_learnt(both: Both, packet: Dns) -> None:
+    both.fill()
+    assert go(both, packet) is None
+    assert not both.twin.queries
+
+
+def test_nothing_is_learnt_from_an_end_with_a_conversation_of_its_own(both: Both) -> None:
+    both.fill()
+    both.mind(OTHER, 5000, 3600.0)
+    both.mind(OTHER, 5001, -1.0)
+    assert go(both, Dns()) is None
+    assert go(both, Dns(port=5001)) == OTHER + SERVER, "that was before"
+
+
+def test_one_port_of_a_client_asks_one_address(both: Both) -> None:
+    """The server sees the same client for both."""
+    both.fill()
+    assert go(both, Dns()) == OTHER + SERVER
+    assert go(both, Dns(relay=RELAY_TOO)) is None
+
+
+def test_what_was_asked_of_a_former_server_is_answered_by_it(both: Both) -> None:
+    both.fill()
+    assert go(both, Dns()) == OTHER + SERVER
+    try:
+        both.learn(LEARNING._replace(server=IPv4Address(OTHER_SERVER)))
+        assert go(both, Dns()) is None, "the worker's"
+        assert go(both, Dns(port=5001)) == OTHER + OTHER_SERVER
+        assert go(both, Dns(is_answer=True, server=OTHER_SERVER)) is None
+        assert go(both, Dns(is_answer=True)) == RELAY + OTHER
+        both.learn(None)
+        assert go(both, Dns(port=5002)) is None
+        assert go(both, Dns(is_answer=True, port=5001, server=OTHER_SERVER)) == RELAY + OTHER
+    finally:
+        both.learn(LEARNING)
+
+
+def test_what_finds_no_room_is_not_learnt(both: Both) -> None:
+    both.fill()
+    room = both.kernel.maps["queries"].spec.capacity
+    both.twin.room = room
+    for port in range(room):
+        assert go(both, Dns(port=6000 + port)) == OTHER + SERVER
+    assert go(both, Dns(port=5000)) is None
+    for query in (Dns(port=6000).query, Dns(port=5999).query):
+        both.kernel.unlearn(query)
+        both.fake.unlearn(query)
+    assert go(both, Dns(port=5000)) == OTHER + SERVER
+    assert go(both, Dns(is_answer=True, port=6000)) is None
+
+
+def test_what_is_told_of_finds_room_before_it_is_relayed() -> None:
+    """Or krelay would not know of it."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with closing(Both(TcBackend(200_000))) as both:
+        both.fill()
+        ring = both.kernel.maps["exchanges"].spec.capacity // (8 + layout.EXCHANGE_SIZE)
+        program = both.kernel.programs["in_ethernet"]
+        learnt = 0
+        for number in range(ring + 10):
+            client = bytes((8, 1, number >> 8 & 0xFF, number & 0xFF))
+            packet = Dns(client=client, port=5000 + (number >> 16)).case.skb(14).data
+            learnt += program.run(packet).packet[30:34] == SERVER
+        assert ring - 2 <= learnt <= ring
+        told = 0
+        while exchanges := both.kernel.exchanges():
+            told += len(exchanges)
+        assert told == learnt == sum(1 for _ in each_of(both.kernel.maps["queries"]))

@@ -18,7 +18,6 @@ from krelay.rules import ruleset
 from krelay.rules.offloaded import MARK, PRIORITY
 from krelay.rules.ruleset import chains, iptables_remove, nft_remove
 from krelay.rules.spec import (
-    Learning,
     RuleSpec,
     instance_name,
     openings,
@@ -179,52 +178,45 @@ def test_rules_alone_are_replaced_without_the_maps_nor_the_queues() -> None:
 
 def test_rules_that_replace_others_leave_the_chain_with_the_program_alone() -> None:
     spec = replace(SPEC, room=1000, lets_offloaded_pass=True)
-    for text in (
-        nft_install(replace(spec, tcp=()), afresh=False),
-        nft_install(replace(spec, room=2000), former=spec),
-    ):
-        for chain in ("offloaded", "to-worker", "openings"):
-            assert not re.search(rf"(flush|delete) chain ip krelay {chain}\n", text)
-            assert f"chain {chain} {{" not in text
-        assert "jump offloaded\n" in text
+    text = nft_install(replace(spec, tcp=()), afresh=False)
+    for chain in ("offloaded", "to-worker", "openings"):
+        assert not re.search(rf"(flush|delete) chain ip krelay {chain}\n", text)
+        assert f"chain {chain} {{" not in text
+    assert "jump offloaded" in text
 
 
 # The fast path
 
 OFFLOADING = replace(SPEC, room=1000, lets_offloaded_pass=True)
 ASKS = "rt ipsec missing jump offloaded"
-REWRITTEN = "meta priority 6b72:6c79 meta priority set none accept"
+REWRITTEN = "meta priority 6b72:6c79 accept"
 
 
-def unlabelled_in(chain: str, spec: RuleSpec = OFFLOADING) -> list[str]:
-    return [unlabelled(rule) for rule in nft_rules(spec)[chain]]
+def fast(spec: RuleSpec) -> dict[str, list[str]]:
+    """By chain, the rules by which packets of offloaded flows go past all others."""
+    made = nft_rules(spec)
+    return {
+        chain: found
+        for chain, lines in made.items()
+        if (found := [rule for rule in lines if rule in (REWRITTEN, ASKS)])
+    }
 
 
 def test_what_comes_in_rewritten_meets_no_other_rule() -> None:
-    assert unlabelled_in("pre")[0] == REWRITTEN
+    assert fast(OFFLOADING)["pre"] == [REWRITTEN]
     assert PRIORITY == 0x6B726C79
 
 
-def test_what_leaves_by_way_of_the_worker_is_marked_and_by_one_bit() -> None:
-    assert unlabelled_in("leaving") == [f"meta mark set meta mark | {MARK:#x} goto to-worker"]
+def test_no_rule_asks_for_a_mark_or_sets_one_and_that_of_the_program_has_one_bit() -> None:
+    assert not [
+        rule for rules in nft_rules(OFFLOADING).values() for rule in rules if "mark" in rule
+    ]
     assert MARK.bit_count() == 1
-    for spec in (OFFLOADING, replace(OFFLOADING, any_port=((69, 69),), asked_within=300)):
-        for chain, lines in nft_rules(spec).items():
-            goes = {
-                found[1] for line in lines if (found := re.search(r"goto (\S+er|leaving)", line))
-            }
-            assert goes <= {"leaving" if chain.startswith("post") else "to-worker"}, chain
-        assert "goto leaving" in "\n".join(nft_rules(spec)["post-udp"])
-
-
-def test_where_no_program_is_asked_nothing_is_marked() -> None:
-    made = nft_rules(replace(OFFLOADING, lets_offloaded_pass=False))
-    assert "leaving" not in made
-    assert not [line for lines in made.values() for line in lines if "mark" in line]
 
 
 def test_of_what_goes_out_a_program_is_asked_in_a_chain_that_has_the_place_for_that() -> None:
-    assert unlabelled_in("post")[0] == ASKS
+    assert fast(OFFLOADING).keys() == {"pre", "post"}
+    assert fast(OFFLOADING)["post"] == [ASKS]
     assert nft_rules(OFFLOADING)["offloaded"] == []
 
 
@@ -232,24 +224,16 @@ def test_of_what_goes_out_a_program_is_asked_in_a_chain_that_has_the_place_for_t
 def test_the_fast_path_comes_before_every_other_rule(forwarded: Ports) -> None:
     made = nft_rules(replace(EVERYTHING, forwarded=forwarded))
 
-    assert [unlabelled(made[chain][0]) for chain in ("pre", "post")] == [REWRITTEN, ASKS]
+    for chain, rules in fast(EVERYTHING).items():
+        assert made[chain][: len(rules)] == rules
     assert made["pre"][1].endswith("goto pre-tcp")
 
 
 def test_where_no_program_rewrites_there_is_no_fast_path() -> None:
     for spec in (SPEC, replace(SPEC, room=1000)):
-        text = "\n".join(line for lines in nft_rules(spec).values() for line in lines)
-        assert not re.search("mark|priority|offloaded", text)
+        assert fast(spec) == {}
         assert "offloaded" not in nft_rules(spec)
         assert "offloaded" not in ruleset.nft_install(spec)
-
-
-def test_the_fast_path_needs_no_room_for_what_is_learnt() -> None:
-    spec = replace(OFFLOADING, room=0)
-
-    for chain in ("pre", "post"):
-        assert nft_rules(spec)[chain][0] == nft_rules(OFFLOADING)[chain][0]
-    assert nft_rules(spec)["offloaded"] == []
 
 
 def test_iptables_has_nothing_of_the_fast_path() -> None:
@@ -264,15 +248,14 @@ def test_no_flow_has_an_element_in_the_rules() -> None:
     text = ruleset.nft_install(OFFLOADING)
 
     assert "map " not in text
-    assert not re.findall(r"  set (?!minded|learnt-\d)", text)
-    assert re.findall(r"counter (\S+) \{", text) == ["udp-u12", "udp-u34"]  # of what is learnt
+    assert not re.search(r"^  (set|counter) ", text, re.MULTILINE)
 
 
 def test_what_programs_rewrite_goes_to_the_worker_where_they_do_not() -> None:
     """Each step's packets are queued behind the fast path, as without it."""
     for chain, rules in nft_rules(replace(SPEC, room=1000)).items():
-        behind = nft_rules(OFFLOADING)[chain][chain in ("pre", "post") :]
-        assert [rule.replace("goto leaving", "goto to-worker") for rule in behind] == rules
+        behind = nft_rules(OFFLOADING)[chain]
+        assert [rule for rule in behind if rule not in fast(OFFLOADING).get(chain, [])] == rules
 
 
 FIN, SYN, RST, ACK = 1, 2, 4, 16
@@ -307,55 +290,6 @@ def test_only_packets_of_the_ends_are_known_by_their_dscp() -> None:
     assert set(DSCP_STEPS) <= set(SIDES)
 
 
-LEARNING = Learning(
-    S, (IPv4Address("10.0.0.254"), IPv4Address("192.168.0.2")), (NET, IPv4Network("127.0.0.0/8"))
-)
-
-
-def test_queries_are_learnt_where_there_is_one_way_to_relay_them() -> None:
-    spec = replace(SPEC, room=1000, learning=LEARNING)
-    made = nft_rules(spec)
-    asked = "ip saddr . udp sport"
-
-    assert made["pre-udp"][made["pre-udp"].index('iif "lo" return') :][:3] == [
-        'iif "lo" return',
-        f"ip daddr 192.168.0.1 udp dport 53 update @minded {{ {asked} }}",
-        "udp dport 53 ip daddr vmap { 10.0.0.254 : goto learnt-0, 192.168.0.2 : goto learnt-1 }",
-    ]
-    assert made["learnt-1"] == [
-        "ip saddr { 192.168.0.0/24, 127.0.0.0/8 } goto to-worker",
-        "ip hdrlength != 5 goto to-worker",
-        "ip ttl < 2 goto to-worker",
-        "ip length > 576 goto to-worker",
-        f"{asked} @minded goto to-worker",
-        f"{asked} @learnt-0 goto to-worker",
-        f"update @learnt-1 {{ {asked} }} log group 1600 snaplen 28 "
-        "ip daddr set 192.168.0.1 counter name udp-u12 accept",
-        "goto to-worker",
-    ]
-    assert [rule for rule in made["post-udp"] if "learnt" in rule] == [
-        f"udp sport 53 ip saddr 192.168.0.1 ip daddr . udp dport @{name} "
-        f"update @{name} {{ ip daddr . udp dport timeout 1s }} "
-        f"ip saddr set {address} log group 1600 snaplen 28 counter name udp-u34 accept"
-        for name, address in (("learnt-0", "10.0.0.254"), ("learnt-1", "192.168.0.2"))
-    ]
-    queued = next(at for at, rule in enumerate(made["post-udp"]) if "to-worker" in rule)
-    assert all("learnt" not in rule for rule in made["post-udp"][queued:])
-
-
-def test_where_nothing_is_learnt_the_chains_are_empty_and_the_sets_stay() -> None:
-    with_it, without = (replace(SPEC, room=9, learning=each) for each in (LEARNING, None))
-
-    assert {chain for chain in nft_rules(without) if "learnt" in chain} == {
-        chain for chain in nft_rules(with_it) if "learnt" in chain
-    }
-    assert not any("learnt" in rule for rules in nft_rules(without).values() for rule in rules)
-    for spec in (with_it, without):
-        sets = re.findall(r"  set (\S+) {.* size 9; timeout 20s; }", nft_install(spec))
-        assert sets == ["minded", "learnt-0", "learnt-1", "learnt-2", "learnt-3"]
-    assert "learnt" not in nft_install(SPEC)
-
-
 DONE = "ip protocol udp ip saddr != { 192.168.0.1 } "
 
 
@@ -386,16 +320,6 @@ def test_few_ports_are_compared_and_many_looked_up() -> None:
 
     assert done(few) == DONE + "th sport != 53 th sport != 500-510 accept"
     assert done(many) == DONE + "th sport != { 1, 3, 5, 7, 9 } accept"
-
-
-def test_the_hosts_own_queries_are_minded_where_the_kernel_learns() -> None:
-    rules = nft_rules(replace(SPEC, room=9, learning=LEARNING))["post-udp"]
-
-    assert rules[-2:] == [
-        "udp sport 53 fib saddr type local update @minded { ip daddr . udp dport timeout 30s }",
-        "udp sport { 53 } fib saddr type local goto to-worker",
-    ]
-    assert "minded" not in "".join(nft_rules(replace(SPEC, room=9))["post-udp"])
 
 
 def test_where_any_datagram_may_be_asked_for_none_goes_out_past_the_rules() -> None:
@@ -473,7 +397,6 @@ EVERYTHING = replace(
     room=1000,
     forwarded=((443, 443),),
     lets_offloaded_pass=True,
-    learning=Learning(S, (Z,), (NET,)),
     any_port=((53, 53),),
     asked_within=300,
     tells_unmatched=True,
@@ -516,7 +439,7 @@ def test_a_steps_rules_are_found_by_its_label() -> None:
     ]
     assert of("T3") == [
         f"post-tcp: ip daddr {{ {S} }} tcp dport {{ 80, 8000-8100 }} fib saddr type local "
-        "goto leaving",
+        "goto to-worker",
     ]
     for step in Step:
         found = of(step.label)
@@ -770,14 +693,11 @@ def test_where_the_kernel_notes_nobody_all_datagrams_of_the_server_are_queued() 
     ]
 
 
-def test_who_has_asked_is_known_on_when_the_maps_are_made_anew() -> None:
-    spec = replace(SPEC, room=1024, any_port=((53, 53),), asked_within=300)
-    other = replace(spec, room=2048)
-
-    assert "delete set ip krelay askers" not in nft_install(other, former=spec)
-    assert "delete set ip krelay minded" in nft_install(other, former=spec)
-    without = replace(other, any_port=(), asked_within=0)
-    assert "delete set ip krelay askers" in nft_install(without, former=spec)
+def test_who_has_asked_is_known_on_when_rules_change() -> None:
+    spec = replace(SPEC, room=2048, any_port=((53, 53),), asked_within=300)
+    text = nft_install(spec, afresh=False)
+    assert "set askers {" in text
+    assert not re.search(r"(delete|flush) (set|table)", text)
 
 
 def test_some_of_what_servers_send_elsewhere_is_copied() -> None:
