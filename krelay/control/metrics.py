@@ -204,7 +204,7 @@ COUNTERS = (
     ),
     Metric(
         "copies_lost",
-        "Times that the kernel had more copies of packets for krelay than there was room for.",
+        "Times that the kernel had more to tell krelay of packets than there was room for.",
         lambda f: f.copies_lost,
     ),
     Metric(

@@ -212,7 +212,7 @@ class Daemon:
                 queue_overflow=queue_overflow,
                 socket_overflow=socket_overflow,
                 overflow_notices=sum(queue.overflows for queue in bound),
-                copies_lost=relaying.kernel.events.lost,
+                copies_lost=relaying.kernel.lost,
                 log_lines_lost=lines_lost(),
                 own_packets_stopped=relaying.own_packets.stopped,
                 tcp=relaying.relays.totals,

@@ -82,6 +82,8 @@ class Offload(IdleObserver):
         """Why nothing can be offloaded, for good."""
         self._lost_at: deque[float] = deque(maxlen=MOST_LOSSES)
         self._loss_warning = Throttle()
+        self._told_lost = 0
+        """What found no room to be told, of former backends."""
         self._changing = False
         self._offloading: Timer | None = None
         self._polling: Timer | None = None
@@ -199,6 +201,7 @@ class Offload(IdleObserver):
             self.policy.told(changes, backend.leave(changes.withdrawn), self._loop.now)
             with suppress(OffloadLost):
                 self._steps.read(backend)
+                self._told_lost += backend.lost
             self._steps.gone()
             self._carrier.drop()
         self.policy.end()
@@ -281,6 +284,15 @@ class Offload(IdleObserver):
         except OffloadLost as error:
             self._lost(error)
         return self._steps.sum()
+
+    @property
+    def lost(self) -> int:
+        """How often the kernel had more to tell than there was room for, since krelay began."""
+        found = self._told_lost + self.events.lost
+        if (backend := self._carrier.at_work) is not None:
+            with suppress(OffloadLost):
+                found += backend.lost
+        return found
 
     def trace(self, filters: Sequence[Filter]) -> None:
         """The flows that one of these admits are traced: the worker sees all their packets.

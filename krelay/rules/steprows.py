@@ -27,7 +27,7 @@ class StepRow(NamedTuple):
     hook: str
     """The chain in which it happens: PRE or POST."""
     field: str
-    """What it changes; in offloaded flows nothing else changes."""
+    """What it changes; of some flows the port beside, too."""
     towards: bool
     """Whether these packets go to the service's port, or come from it."""
     local: str = ""
@@ -61,7 +61,7 @@ STEP_ROWS = {
     Step.U3: StepRow(PRE, "daddr", False, local="daddr", server="saddr"),
     Step.U4: StepRow(POST, "saddr", False, server="saddr", client="daddr"),
 }
-"""Not D1 and D2, which are rare.  What must change a port beside stays with the worker, too."""
+"""Not D1 and D2, which are rare."""
 
 TERMINATED = tuple(step for step in STEP_ROWS if step.name.startswith("T"))
 """The steps of TCP that tcp-relay terminates."""

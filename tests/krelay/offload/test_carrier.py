@@ -32,6 +32,7 @@ class FakeBackend:
         self.programs = {"passes": self}
         self.links: dict[int, int] | None = None
         self.told: list[object] = []
+        self.lost = 0
 
     def serve(self, udp: object, tcp: object) -> None:
         pass
