@@ -174,14 +174,22 @@ class NewFlows:
         self, proto: Proto, src: Endpoint, dst: Endpoint, flags: int, now: float
     ) -> Decision:
         """A packet that goes through this host, on its way out."""
-        is_free = self._nat.mappings.is_free
-        if self._is_forwarded_to(proto, dst) and is_free(proto, flow_key(src, dst)):
+        if self._is_forwarded_to(proto, dst) and self._is_of_nobody(proto, flow_key(src, dst)):
             return _NEVER_OUT  # no host has sent this: its flow has ended between the two hooks
         if proto is not _TCP:
             return _LEARNT
         if now < self._state.recovering_until and not flags & tcp.RST:
             return _CHALLENGE
         return self._unmatched(now)
+
+    def _is_of_nobody(self, proto: Proto, outside: bytes) -> bool:
+        """Whether no flow's, and no client's own, packets to the server read so there."""
+        is_free = self._nat.mappings.is_free
+        if not is_free(proto, outside):
+            return False
+        # It may be of a query that the kernel has just led on by itself.
+        heard = proto is not _TCP and self._nat.learning.catch_up(outside)
+        return not heard or is_free(proto, outside)
 
     def _unmatched(self, now: float) -> NotRewritten:
         """A packet of no flow, or of one that a killed krelay knew."""

@@ -25,6 +25,10 @@ class DirectFlows:
     def __contains__(self, conversation: tuple[Proto, bytes]) -> bool:
         return conversation[1] in self._seen[conversation[0]]
 
+    def of(self, proto: Proto) -> list[bytes]:
+        """Those of this protocol, by flow key."""
+        return list(self._seen[proto])
+
     def expire(self, now: float, timeouts: Timeouts) -> None:
         """Forgets those that were silent for as long as a flow may be."""
         for proto, timeout in ((Proto.TCP, timeouts.tcp_established), (Proto.UDP, timeouts.udp)):

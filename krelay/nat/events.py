@@ -56,6 +56,10 @@ class NatObserver(Protocol):
     def query_gone(self, query: bytes) -> None:
         """The kernel is not to answer this query by itself any more, if it still would."""
 
+    def holds_queries(self, flow: Flow) -> None:
+        """The worker has a flow of this client's queries: until it has ended no other begins from
+        the ends that it has at the server."""
+
     def began_own(self, proto: Proto, end: Endpoint) -> None:
         """What comes from this end, whoever's it is, begins no flow for a while: this host, or the
         client itself, has a conversation of its own there."""
@@ -95,6 +99,9 @@ class IdleObserver(NatObserver):
         return
 
     def query_gone(self, query: bytes) -> None:
+        return
+
+    def holds_queries(self, flow: Flow) -> None:
         return
 
     def began_own(self, proto: Proto, end: Endpoint) -> None:
@@ -160,6 +167,10 @@ class Observers(NatObserver):
     def query_gone(self, query: bytes) -> None:
         for tell in self._told["query_gone"]:
             tell(query)
+
+    def holds_queries(self, flow: Flow) -> None:
+        for tell in self._told["holds_queries"]:
+            tell(flow)
 
     def began_own(self, proto: Proto, end: Endpoint) -> None:
         for tell in self._told["began_own"]:

@@ -62,14 +62,18 @@ class DnsLearning:
 
     def adopt(self, key: bytes, now: float) -> Flow | None:
         """The flow of what was learnt, if a packet with this flow key is a query or an answer of
-        it; from then on it is the worker's."""
+        it; from then on it is the worker's, and it may be so already by what is heard here."""
         if not self._dns_flows.addresses:
             return None
         if key_dst(key) in self._dns_flows.addresses:
-            self._catch_up(key)
+            if self.catch_up(key) and (there := self.of_query(key)) is not None:
+                return there.flow
             return self.adopt_query(key)
         query = reverse_key(key)  # but for the address that was asked
-        self._catch_up(query)
+        if self.catch_up(query):
+            back = self._store.tables[Hook.POSTROUTING, Proto.UDP].get(key)
+            if back is not None:
+                return back.flow
         found = self._dns_flows.asked_as(query)
         dns_flow = self._dns_flows.get(found) if found is not None else None
         if found is None or dns_flow is None or dns_flow.server != key_src(key):
@@ -80,6 +84,18 @@ class DnsLearning:
         """The flow of what was learnt of this query; from then on it is the worker's."""
         dns_flow = self._dns_flows.remove(query)
         return None if dns_flow is None else self.flow_of(query, dns_flow, enter=True)
+
+    def catch_up(self, key: bytes) -> bool:
+        """Hears what is to be known where the first of these two ends may have been learnt; whether
+        it did.
+
+        What the kernel tells is read some milliseconds later; what must be decided meanwhile is
+        asked for.
+        """
+        if key[_DPORT] != _DNS or self._dns_flows.asked_as(key) is not None:
+            return False
+        self._store.observers.needs_queries()
+        return True
 
     def flow_of(self, query: bytes, dns_flow: DnsFlow, *, enter: bool = False) -> Flow:
         """The flow that tells of a learnt flow; only if it enters the table are its packets its."""
@@ -121,15 +137,6 @@ class DnsLearning:
         except Refusal:
             return False
         return True
-
-    def _catch_up(self, key: bytes) -> None:
-        """Hears what is to be known where the first of these two ends may have been learnt.
-
-        What the kernel tells is read some milliseconds later; what must be decided meanwhile is
-        asked for.
-        """
-        if key[_DPORT] == _DNS and self._dns_flows.asked_as(key) is None:
-            self._store.observers.needs_queries()
 
 
 _DPORT, _DNS = slice(-2, None), DNS_PORT.to_bytes(2)

@@ -45,6 +45,10 @@ class OwnFlows:
     def __len__(self) -> int:
         return sum(map(len, self._tables))
 
+    def of(self, proto: Proto) -> list[bytes]:
+        """Those of this protocol, by the flow key of a packet that this host sends."""
+        return [*self._waiting[proto], *self._replied[proto]]
+
     def sent(self, proto: Proto, at: bytes, now: float) -> None:
         """This host has sent such a packet."""
         if self._replied[proto].pop(at, None) is not None:

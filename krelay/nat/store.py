@@ -134,6 +134,8 @@ class FlowStore:
     def enter(self, flow: Flow) -> Flow:
         """The flow lives from now on."""
         self.flows[flow.id] = flow
+        if flow.service.port == DNS_PORT and flow.proto is _UDP:
+            self.observers.holds_queries(flow)
         self.admission.began(flow)
         self.expiry.schedule(flow)
         if flow.footprint:

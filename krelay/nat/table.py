@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from random import Random
 
-from knet.endpoint import Endpoint, Proto, Source, flow_key, reverse_key
+from knet.endpoint import Endpoint, FlowKey, Proto, Source, flow_key, reverse_key
 from krelay.nat.admission import FlowLimits, Refusal
 from krelay.nat.events import NatObserver
 from krelay.nat.flow import NO_LEG, PAST_LEG, Flow, Footprint, Rewrite, Timeouts
@@ -315,8 +315,17 @@ class NatTable(FlowStore):
 
     # Which flows
 
+    def conversations(self) -> Iterator[Endpoint]:
+        """The other ends of this host's own conversations by UDP, and clients' ends of theirs with
+        a server."""
+        for own in self.own_flows.of(_UDP):
+            yield FlowKey.unpack(own).dst
+        for direct in self.direct.of(_UDP):
+            yield FlowKey.unpack(direct).src
+
     def unanswered(self) -> list[Flow]:
         """The flows without tcp-relay whose server has never answered."""
+        self.observers.needs_queries()
         return [
             flow
             for flow in self._relayed()
@@ -330,6 +339,7 @@ class NatTable(FlowStore):
 
     def elsewhere(self, server: bytes) -> list[Flow]:
         """The flows that live and lead to any other server."""
+        self.observers.needs_queries()
         flows = self._relayed()
         return [flow for flow in flows if flow.server.addr != server and flow.closed_at is None] + [
             self.learning.flow_of(query, dns_flow)

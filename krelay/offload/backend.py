@@ -16,6 +16,7 @@ from krelay.offload.layout import Counted, OwnPacket
 from krelay.offload.learning import Learning
 from krelay.steps import Step
 
+FOREVER = float(1 << 32)
 CountedRewrite = tuple[Rewrite, Counted]
 
 
@@ -60,8 +61,11 @@ class OffloadBackend(Protocol):
     def learn(self, learning: Learning | None) -> None:
         """Which queries begin a flow by themselves, from now on; None: none does."""
 
-    def mind(self, addr: bytes, port: int, until: float) -> None:
+    def mind(self, addr: bytes, port: int, until: float = FOREVER) -> None:
         """Nothing from there begins one, until then (seconds of CLOCK_MONOTONIC)."""
+
+    def mind_no_more(self, addr: bytes, port: int) -> None:
+        """It may again."""
 
     def unlearn(self, query: bytes) -> None:
         """What answers this query, by its flow key, goes to the worker."""

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network
 from typing import NamedTuple
 
-from knet.endpoint import Proto, Source
+from knet.endpoint import Endpoint, FlowKey, Proto, Source, flow_key
 from knet.networks import collapse, network
 from krelay.datapath.policy import Policy
 from krelay.host.hostview import LOOPBACK
-from krelay.nat.flow import DNS_PORT
+from krelay.nat.flow import DNS_PORT, Flow
 from krelay.nat.table import NatTable
 from krelay.trace.lines import Filter
 from procfs_sim.tree import Config
@@ -57,6 +57,33 @@ def learning_for(
     others = [network(each) for each in (*own, *policy.backends, *traced)]
     others += [*policy.beside, *NO_CLIENTS]
     return Learning(config.real_ip, tuple(addresses[:MOST_ADDRESSES]), collapse(others))
+
+
+def ends_of(flow: Flow) -> set[Endpoint]:
+    """From where no query begins a flow while this one lives: its client's, and those by which the
+    server knows it."""
+    return {flow.client, *(FlowKey.unpack(key).src for key in flow.reserved)}
+
+
+def released_by(flow: Flow, nat: NatTable) -> set[Endpoint]:
+    """Those of these ends that are no longer minded when this flow goes."""
+    if flow.proto is not Proto.UDP or flow.service.port != DNS_PORT:
+        return set()
+    return {end for end in ends_of(flow) if not _is_held(end, flow, nat)}
+
+
+def _is_held(end: Endpoint, by_other_than: Flow, nat: NatTable) -> bool:
+    """Whether another flow, or the client's own conversation, has this end."""
+    at_server = flow_key(end, by_other_than.server)
+    if (Proto.UDP, at_server) in nat.direct:
+        return True
+    if nat.mappings.holder(Proto.UDP, at_server) not in (None, by_other_than):
+        return True
+    for addr in nat.dns_flows.addresses:
+        rewrite = nat.learning.of_query(flow_key(end, Endpoint(addr, DNS_PORT)))
+        if rewrite is not None and rewrite.flow is not by_other_than:
+            return True
+    return False
 
 
 def is_full(nat: NatTable, config: Config) -> bool:

@@ -20,14 +20,21 @@ from krelay.datapath.policy import Policy
 from krelay.host.netfilter import NO_MAPS, Backend
 from krelay.nat.dnsflows import Exchange
 from krelay.nat.events import IdleObserver
-from krelay.nat.flow import Flow
+from krelay.nat.flow import DNS_PORT, Flow
 from krelay.nat.ownflows import REPLIED
 from krelay.nat.table import NatTable
 from krelay.offload.accounting import StepTotals
-from krelay.offload.backend import OffloadLost
+from krelay.offload.backend import FOREVER, OffloadLost
 from krelay.offload.carrier import Carrier
 from krelay.offload.events import KernelEvents, SawUnmatched
-from krelay.offload.learning import Learning, is_full, learning_for, traced_clients
+from krelay.offload.learning import (
+    Learning,
+    ends_of,
+    is_full,
+    learning_for,
+    released_by,
+    traced_clients,
+)
 from krelay.offload.policy import OffloadPolicy
 from krelay.rules.spec import RuleSpec
 from krelay.steps import Step
@@ -182,6 +189,7 @@ class Offload(IdleObserver):
         if (backend := self._carrier.make(spec)) is not None:
             self.policy.begin(backend.capacity)
             self.change_urgent()
+            self._mind_all()
             self._carrier.attach()
             self._set_learning()
 
@@ -267,15 +275,45 @@ class Offload(IdleObserver):
             except OffloadLost as error:
                 self._lost(error)
 
-    def began_own(self, proto: Proto, end: Endpoint) -> None:
-        """What comes from there is no client's query."""
-        if proto is Proto.UDP and (backend := self._carrier.at_work) is not None:
-            now = self._loop.now + self._loop.absent
-            until = now + max(REPLIED, self._nat.timeouts.udp)
+    def holds_queries(self, flow: Flow) -> None:
+        """From its ends none begins a flow."""
+        self._mind(ends_of(flow), FOREVER)
+
+    def ended(self, flow: Flow) -> None:
+        """From its ends one may begin a flow again, unless they have others."""
+        if not (ends := released_by(flow, self._nat)):
+            return
+        if self._nat.own_flows:
+            self._mind(ends, self._loop.now + self._loop.absent + REPLIED)
+        elif (backend := self._carrier.at_work) is not None:
             try:
-                backend.mind(end.addr, end.port, until)
+                for end in ends:
+                    backend.mind_no_more(*end)
             except OffloadLost as error:
                 self._lost(error)
+
+    def began_own(self, proto: Proto, end: Endpoint) -> None:
+        """What comes from there is no client's query."""
+        if proto is Proto.UDP:
+            now = self._loop.now + self._loop.absent
+            self._mind({end}, now + max(REPLIED, self._nat.timeouts.udp))
+
+    def _mind(self, ends: Iterable[Endpoint], until: float) -> None:
+        if (backend := self._carrier.at_work) is None:
+            return
+        try:
+            for end in ends:
+                backend.mind(*end, until)
+        except OffloadLost as error:
+            self._lost(error)
+
+    def _mind_all(self) -> None:
+        """All that is to be minded, in a new backend."""
+        for flow in self._nat.workers:
+            if flow.proto is Proto.UDP and flow.service.port == DNS_PORT:
+                self.holds_queries(flow)
+        for end in self._nat.conversations():
+            self.began_own(Proto.UDP, end)
 
     def steps(self) -> Counter[Step]:
         """Packets that the kernel has rewritten by itself since krelay began, by step."""

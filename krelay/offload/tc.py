@@ -22,7 +22,13 @@ from knet.rules.ports import Ports
 from krelay.nat.dnsflows import Exchange
 from krelay.nat.flow import Rewrite
 from krelay.offload import layout
-from krelay.offload.backend import Changes, CountedRewrite, OffloadBackend, OffloadLost
+from krelay.offload.backend import (
+    FOREVER,
+    Changes,
+    CountedRewrite,
+    OffloadBackend,
+    OffloadLost,
+)
 from krelay.offload.layout import OwnPacket
 from krelay.offload.learning import Learning
 from krelay.steps import SIDES, Step
@@ -216,10 +222,17 @@ class TcBackend(OffloadBackend):
             raise OffloadLost(str(error)) from None
         self._learning = learning
 
-    def mind(self, addr: bytes, port: int, until: float) -> None:
+    def mind(self, addr: bytes, port: int, until: float = FOREVER) -> None:
         """Nothing from there begins one, until then.  Raises OffloadLost."""
         try:
             self.maps["minded"].update(layout.end(addr, port), _U64.pack(int(until * 1e9)))
+        except BpfError as error:
+            raise OffloadLost(str(error)) from None
+
+    def mind_no_more(self, addr: bytes, port: int) -> None:
+        """It may again.  Raises OffloadLost."""
+        try:
+            self.maps["minded"].delete(layout.end(addr, port))
         except BpfError as error:
             raise OffloadLost(str(error)) from None
 

@@ -21,18 +21,25 @@ from math import inf
 from random import Random
 
 from knet.endpoint import Proto, Source
+from knet.networks import collapse, network
 from knet.rules.ports import Ports, merged, single
 from krelay.datapath.policy import Policy
 from krelay.datapath.verdict import Verdict
 from krelay.datapath.worker import Worker
 from krelay.nat.admission import FlowLimits
 from krelay.nat.dnsflows import Exchange
-from krelay.nat.flow import Flow, Rewrite
+from krelay.nat.flow import DNS_PORT, Flow, Rewrite
 from krelay.nat.table import NatTable
 from krelay.offload import layout
-from krelay.offload.backend import Changes, CountedRewrite, OffloadBackend, OffloadLost
+from krelay.offload.backend import (
+    FOREVER,
+    Changes,
+    CountedRewrite,
+    OffloadBackend,
+    OffloadLost,
+)
 from krelay.offload.layout import MOST_PER_FLOW, OwnPacket, RewriteFlags
-from krelay.offload.learning import Learning
+from krelay.offload.learning import NO_CLIENTS, Learning, ends_of, released_by
 from krelay.offload.policy import OffloadPolicy
 from krelay.registration.registry import Relays, Send
 from krelay.rules import ruleset
@@ -604,9 +611,13 @@ class FakeKernel(OffloadBackend):
             programs.hosts = frozenset(each.packed for each in learning.addresses)
             programs.strangers = learning.strangers
 
-    def mind(self, addr: bytes, port: int, until: float) -> None:
+    def mind(self, addr: bytes, port: int, until: float = FOREVER) -> None:
         """As told."""
         self.programs.minded[addr + port.to_bytes(2)] = until
+
+    def mind_no_more(self, addr: bytes, port: int) -> None:
+        """As told."""
+        self.programs.minded.pop(addr + port.to_bytes(2), None)
 
     def unlearn(self, query: bytes) -> None:
         """As told."""
@@ -670,6 +681,8 @@ class Datapath:
     limits: FlowLimits = field(default_factory=FlowLimits)
     seed: int = 1
     now: float = 0.0
+    learns: bool = False
+    """Whether queries begin flows by themselves in the kernel."""
 
     def __post_init__(self) -> None:
         self.nat = NatTable(self.limits, rng=Random(self.seed))
@@ -692,7 +705,11 @@ class Datapath:
             self.nat,
             before_expiry=self.count,
             needs_ends=self.hear,
-            needs_rules=self._need_more,
+            needs_queries=self.hear_queries,
+            query_gone=self.kernel.unlearn,
+            began_own=lambda proto, end: self.kernel.mind(*end),
+            holds_queries=self._mind,
+            ended=self._mind_no_more,
         )
         self.refresh()
 
@@ -704,6 +721,7 @@ class Datapath:
     def restart(self) -> None:
         """The map is made anew, and what it had counted is added before."""
         self.hear()
+        self.hear_queries()
         changes = self.offload.leave()
         self.offload.told(changes, self.kernel.leave(changes.withdrawn), self.now)
         self._spec = None
@@ -737,7 +755,37 @@ class Datapath:
             if afresh:
                 self.kernel.begin(spec.room)
                 self.offload.begin(self.kernel.capacity)
+        if self.learns:
+            self.hear_queries()
+            learning = self._learning()
+            if learning is not None:
+                addresses = frozenset(each.packed for each in learning.addresses)
+                self.nat.dns_flows.learns(addresses, learning.server.packed)
+            self.kernel.learn(learning)
         self.turn()
+
+    def _learning(self) -> Learning | None:
+        """As learning_for, without what depends on a config."""
+        policy = self.policy
+        if policy.source is Source.RELAY or DNS_PORT not in policy.udp:
+            return None
+        others = [network(each) for each in (*policy.own, *policy.backends)]
+        others += [*policy.beside, *NO_CLIENTS]
+        addresses = tuple(IPv4Address(each) for each in sorted(policy.own))
+        return Learning(IPv4Address(policy.server), addresses, collapse(others))
+
+    def _mind(self, flow: Flow) -> None:
+        for end in ends_of(flow):
+            self.kernel.mind(*end)
+
+    def _mind_no_more(self, flow: Flow) -> None:
+        for end in released_by(flow, self.nat):
+            self.kernel.mind_no_more(*end)
+
+    def hear_queries(self) -> None:
+        """Takes note of queries and answers that the kernel has relayed."""
+        while exchanges := self.kernel.exchanges():
+            self.nat.learning.learn(exchanges, self.now)
 
     def packet(self, packet: Template | bytes, hook: Hook) -> bytes | Verdict:
         """What becomes of a packet, whoever decides; then the turn is over."""
@@ -782,6 +830,8 @@ class Datapath:
 
     def _judged(self, data: bytes, hook: Hook, *, is_queued: bool) -> bytes | Verdict:
         """What the worker says; of what it isn't asked it would say that it may pass."""
+        if self.learns and not is_queued:
+            return Verdict.PASS  # the worker may not have heard of it yet
         verdict = self.worker.handle(data, hook, self.now)
         assert is_queued or verdict is Verdict.PASS, "it was the worker's"
         self.turn()

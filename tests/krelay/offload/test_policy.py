@@ -857,6 +857,9 @@ class Twins:
     Otherwise it is read before time passes.
     """
 
+    asked = "KKG"
+    """Which of the relay's addresses clients ask."""
+
     def __init__(self, seed: int, *, lazy: bool) -> None:
         self.rng = rng = Random(seed)
         self.lazy = lazy
@@ -951,7 +954,7 @@ class Twins:
         """A client begins something, or talks to the server itself."""
         rng = self.rng
         client = Endpoint(bytes((10, 0, 0, rng.choice((1, 1, 2)))), 40000 + rng.randrange(4))
-        service = Endpoint(addr(rng.choice("KKG")), rng.choice((80, 8080, 443, 53, 123)))
+        service = Endpoint(addr(rng.choice(self.asked)), rng.choice((80, 8080, 443, 53, 123)))
         if rng.random() < 0.1:
             service = replace_addr(service, addr("S"))
         if rng.random() < 0.05:
