@@ -221,7 +221,7 @@ class Daemon:
 
     def _catch_up(self) -> None:
         """Takes in what the kernel has told until now: figures that are shown are as of now."""
-        self._relaying.kernel.needs_queries()
+        self._relaying.kernel.queries.needs_queries()
         self._relaying.kernel.needs_ends()
 
     def _steps(self) -> list[int]:

@@ -215,7 +215,7 @@ class RuleKeeper:
     def _learn(self) -> None:
         """Says which queries begin flows by themselves: that follows the config, as rules do."""
         now = self._now()
-        self._kernel.learn(now.config, now.policy)
+        self._kernel.queries.learn(now.config, now.policy)
 
     def _install(self, spec: RuleSpec, *, afresh: bool) -> None:
         """Puts these rules in force; `afresh` their chains, too.  Raises RulesUnavailable."""

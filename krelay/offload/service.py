@@ -2,7 +2,7 @@
 
 The policy decides which (policy.py), the accounting knows what was counted (accounting.py), and a
 carrier has a backend hold them (carrier.py, backend.py).  DNS queries begin flows by themselves
-there, where they may (learning.py); the backend tells of them, and the table hears it.
+there, where they may (queries.py).
 
 The rules come first, since a packet that the programs have marked must not be queued.  When these
 are in (`enter`), a backend is made, filled and attached; then a rule may ask it which packets are
@@ -13,29 +13,19 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 
-from knet.endpoint import Endpoint, Proto
 from knet.log import Log, Throttle
 from knet.loop import Loop, Timer
-from krelay.datapath.policy import Policy
 from krelay.host.netfilter import NO_MAPS, Backend
-from krelay.nat.dnsflows import Exchange
 from krelay.nat.events import IdleObserver
-from krelay.nat.flow import DNS_PORT, Flow
-from krelay.nat.ownflows import REPLIED
+from krelay.nat.flow import Flow
 from krelay.nat.table import NatTable
 from krelay.offload.accounting import StepTotals
-from krelay.offload.backend import FOREVER, OffloadLost
+from krelay.offload.backend import OffloadLost
 from krelay.offload.carrier import Carrier
 from krelay.offload.events import KernelEvents, SawUnmatched
-from krelay.offload.learning import (
-    Learning,
-    ends_of,
-    is_full,
-    learning_for,
-    released_by,
-    traced_clients,
-)
+from krelay.offload.learning import is_full
 from krelay.offload.policy import OffloadPolicy
+from krelay.offload.queries import LearntQueries
 from krelay.rules.spec import RuleSpec
 from krelay.steps import Step
 from krelay.trace.lines import Filter
@@ -74,17 +64,15 @@ class Offload(IdleObserver):
         self.policy = OffloadPolicy(nat, self._change_soon, self.withdraw_now)
         self.accounting = self.policy.accounting
         self.events = KernelEvents(loop, queue, saw_unmatched)
-        self._carrier = Carrier(loop, name, self._never, self._lost, self._hear)
+        self._carrier = Carrier(
+            loop, name, self._never, self._lost, lambda exchanges: self.queries.hear(exchanges)
+        )
+        self.queries = LearntQueries(loop, nat, self._carrier, self._lost)
         self._loop = loop
         self._nat = nat
         self._on_refused = on_refused
         self._spec: RuleSpec | None = None
         """The rules in force."""
-        self._learning: Learning | None = None
-        """Which queries begin flows by themselves."""
-        self._settings: tuple[Config | None, Policy | None] = None, None
-        self._traced_clients: frozenset[bytes] | None = frozenset()
-        """Whose queries are traced; None: all clients'."""
         self._refused = ""
         """Why nothing can be offloaded, for good."""
         self._lost_at: deque[float] = deque(maxlen=MOST_LOSSES)
@@ -124,37 +112,10 @@ class Offload(IdleObserver):
         _log.warning("every packet visits krelay", reason=reason)
         self._loop.call_soon(self._on_refused)
 
-    def learn(self, config: Config, policy: Policy | None) -> None:
-        """Which queries may begin flows by themselves from now on, under these settings."""
-        self._settings = config, policy
-        self._learn()
-
-    def _learn(self) -> None:
-        config, policy = self._settings
-        learning = None
-        if config is not None and policy is not None and not is_full(self._nat, config):
-            learning = learning_for(config, policy, self._traced_clients)
-        if learning != self._learning:
-            self._learning = learning
-            self._set_learning()
-
-    def _set_learning(self) -> None:
-        if (backend := self._carrier.at_work) is None:
-            return
-        self.needs_queries()  # those before were learnt as it was said before
-        learning = self._learning
-        if learning is not None:
-            addresses = frozenset(each.packed for each in learning.addresses)
-            self._nat.dns_flows.learns(addresses, learning.server.packed)
-        try:
-            backend.learn(learning)
-        except OffloadLost as error:
-            self._lost(error)
-
     def condition(self, config: Config) -> Hashable:
         """What `capacity` and `learn` depend on, beside their arguments."""
         is_given_up = len(self._lost_at) == MOST_LOSSES or bool(self._refused)
-        return is_given_up, self._traced_clients, is_full(self._nat, config)
+        return is_given_up, is_full(self._nat, config)
 
     # When the rules come and go
 
@@ -189,9 +150,8 @@ class Offload(IdleObserver):
         if (backend := self._carrier.make(spec)) is not None:
             self.policy.begin(backend.capacity)
             self.change_urgent()
-            self._mind_all()
+            self.queries.begin()
             self._carrier.attach()
-            self._set_learning()
 
     def _leave(self) -> None:
         """There is no backend any more.  What it has counted is kept: the rules send its packets to
@@ -201,9 +161,7 @@ class Offload(IdleObserver):
             self._polling = None
         self._carrier.ask_no_more()
         if (backend := self._carrier.backend) is not None:
-            with suppress(OffloadLost):
-                backend.learn(None)
-            self.needs_queries()
+            self.queries.leave()
             self.needs_ends()
             changes = self.policy.leave()
             self.policy.told(changes, backend.leave(changes.withdrawn), self._loop.now)
@@ -220,8 +178,8 @@ class Offload(IdleObserver):
             self._leave()
         finally:
             self._carrier.close()
-            self._spec = self._learning = None
-            self._settings = None, None
+            self._spec = None
+            self.queries.end()
             self.events.close()
 
     # Flows
@@ -229,7 +187,7 @@ class Offload(IdleObserver):
     def count(self, flows: Iterable[Flow]) -> None:
         """Adds to these flows what the kernel has counted for them, and to all what ended."""
         self.needs_ends()
-        self.needs_queries()
+        self.queries.needs_queries()
         backend = self._carrier.at_work
         if backend is None or not (installed := self.accounting.installed_of(flows)):
             return
@@ -255,66 +213,6 @@ class Offload(IdleObserver):
             for each in packets:
                 tracking.relayed(each.key, each.flags, each.seq, now)
 
-    # DNS flows
-
-    def needs_queries(self) -> None:
-        """Takes note of all queries and answers that the kernel has relayed so far."""
-        if (backend := self._carrier.backend) is None:
-            return
-        while exchanges := backend.exchanges():
-            self._hear(exchanges)
-
-    def _hear(self, exchanges: Iterable[Exchange]) -> None:
-        self._nat.learning.learn(exchanges, self._loop.now)
-
-    def query_gone(self, query: bytes) -> None:
-        """An answer to this goes to the worker."""
-        if (backend := self._carrier.at_work) is not None:
-            try:
-                backend.unlearn(query)
-            except OffloadLost as error:
-                self._lost(error)
-
-    def holds_queries(self, flow: Flow) -> None:
-        """From its ends none begins a flow."""
-        self._mind(ends_of(flow), FOREVER)
-
-    def ended(self, flow: Flow) -> None:
-        """From its ends one may begin a flow again, unless they have others."""
-        if not (ends := released_by(flow, self._nat)):
-            return
-        if self._nat.own_flows:
-            self._mind(ends, self._loop.now + self._loop.absent + REPLIED)
-        elif (backend := self._carrier.at_work) is not None:
-            try:
-                for end in ends:
-                    backend.mind_no_more(*end)
-            except OffloadLost as error:
-                self._lost(error)
-
-    def began_own(self, proto: Proto, end: Endpoint) -> None:
-        """What comes from there is no client's query."""
-        if proto is Proto.UDP:
-            now = self._loop.now + self._loop.absent
-            self._mind({end}, now + max(REPLIED, self._nat.timeouts.udp))
-
-    def _mind(self, ends: Iterable[Endpoint], until: float) -> None:
-        if (backend := self._carrier.at_work) is None:
-            return
-        try:
-            for end in ends:
-                backend.mind(*end, until)
-        except OffloadLost as error:
-            self._lost(error)
-
-    def _mind_all(self) -> None:
-        """All that is to be minded, in a new backend."""
-        for flow in self._nat.workers:
-            if flow.proto is Proto.UDP and flow.service.port == DNS_PORT:
-                self.holds_queries(flow)
-        for end in self._nat.conversations():
-            self.began_own(Proto.UDP, end)
-
     def steps(self) -> Counter[Step]:
         """Packets that the kernel has rewritten by itself since krelay began, by step."""
         try:
@@ -337,10 +235,9 @@ class Offload(IdleObserver):
 
         So are queries of theirs that don't begin a flow by themselves for that.
         """
-        self._traced_clients = traced_clients(filters)
         self.policy.traced(lambda flow: any(each.admits(flow) for each in filters))
         self._change()
-        self._learn()
+        self.queries.traced(filters)
 
     def change_urgent(self) -> None:
         """What begins is installed before the first packet of it comes."""

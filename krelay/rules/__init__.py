@@ -1,11 +1,10 @@
 """krelay's own rules of the packet filter, as rows.  Pure.
 
-spec         what is to be queued, as a value; names, queues and log groups
-steprows     the table of steps: which packets take a step, and what it changes in them
-queued       rows by which packets reach the worker
-offloaded    rows by which packets that the kernel rewrites go past the worker (nft)
-dnslearning  rows by which the kernel relays DNS queries without asking first (nft)
-ruleset      all of them together, as text for nft or iptables
+spec       what is to be queued, as a value; names, queues and log groups
+steprows   the table of steps: which packets take a step, and what it changes in them
+queued     rows by which packets reach the worker
+offloaded  rows by which packets that the kernel rewrites go past the worker (nft)
+ruleset    all of them together, as text for nft or iptables
 """
 
 DEFAULT_QUEUE = 1600

@@ -103,6 +103,10 @@ class FakeOffload:
     def events(self) -> "FakeOffload":
         return self
 
+    @property
+    def queries(self) -> "FakeOffload":
+        return self
+
     def capacity(self, config: Config, backend: Backend | None) -> tuple[int, str]:
         return self.room, self.why_none
 
