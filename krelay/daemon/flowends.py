@@ -21,8 +21,8 @@ PROBE_AFTER = (0.0, 1.0)
 may still be under way, and what is sent may be lost."""
 ASK_AGAIN = 1.0
 """Seconds until an end of a killed flow that has said nothing is probed again.  Probes may be lost,
-and Linux leaves one unanswered within half a second of an ACK of that kind, such as the one to a
-segment that came twice (net.ipv4.tcp_invalid_ratelimit)."""
+and Linux leaves one unanswered within half a second of another, or of an ACK out of the window
+(net.ipv4.tcp_invalid_ratelimit)."""
 ASKED_FOR = 5.0
 """Seconds for which an end that says nothing is probed: a live one has answered, or is out of
 reach."""
