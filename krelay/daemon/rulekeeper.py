@@ -126,7 +126,6 @@ class RuleKeeper:
         self._are_missing = False
         self._watch(self.backend)
         self._install(self._wanted(), afresh=True)
-        self._learn()
 
     def freeze(self) -> None:
         """The rules stay as they are from now on: relaying is about to end."""
@@ -176,9 +175,9 @@ class RuleKeeper:
             return
         depends_on = self._depends_on()
         spec = self._wanted()
-        self._learn()
         if spec == self._spec:
             self._made_for = depends_on
+            self._learn()
             return
         try:
             self._install(spec, afresh=self._spec is None)
@@ -220,11 +219,14 @@ class RuleKeeper:
     def _install(self, spec: RuleSpec, *, afresh: bool) -> None:
         """Puts these rules in force; `afresh` their chains, too.  Raises RulesUnavailable."""
         assert self.backend is not None
+        if self._spec is None or spec.learnt_to != self._spec.learnt_to:
+            self._kernel.queries.rest()  # until the rules lead there
         if afresh:
             self._spec = None  # if this fails, the next try is to make all of it
         self.backend.install(spec, afresh=afresh)
         self._spec = spec
         self._kernel.enter(spec, afresh=afresh)
+        self._learn()
         self._announced(ours=True)
         if self._are_missing:
             self._put_back()

@@ -76,6 +76,11 @@ class LearntQueries(IdleObserver):
         self._settings = config, policy
         self._learn()
 
+    def rest(self) -> None:
+        """None may, until `learn` is called."""
+        self._settings = None, None
+        self._learn()
+
     def _learn(self) -> None:
         config, policy = self._settings
         learning = None

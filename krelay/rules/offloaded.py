@@ -1,7 +1,9 @@
 """Rows by which packets that the kernel's programs rewrite go past the worker.  nft alone.  Pure.
 
 The programs (offload/programs/relay.c) stand before PREROUTING and behind POSTROUTING.  Where a
-packet comes in, they rewrite it and give it the priority PRIORITY, by which it passes here.  A mark
+packet comes in, they rewrite it and give it the priority PRIORITY, by which it passes here.  Only a
+query that begins a flow by itself is rewritten here, so that rules before ours see it as it came:
+some go by which address was asked, to have the answer leave by the right link.  A mark
 would not do: rules of the host that stand before ours may set theirs as a whole.  A priority means
 nothing to what is delivered here, and the kernel gives what it forwards another one (ip_forward,
 net/ipv4/ip_forward.c).  It isn't taken off, since another krelay's rules may have to see it.
@@ -20,10 +22,11 @@ from krelay.rules.steprows import OFFLOADED, POST, PRE
 
 PRIORITY = 0x6B726C79
 """The priority of a packet that is rewritten already, where it comes in."""
+LEARNT = 0x6B726C71
+"""That of a query that began a flow by itself: it is still to be rewritten."""
 MARK = 0x10000000
 """The bit of a packet's mark that says: it will be rewritten where it goes out.  No other bit is
 used."""
-_REWRITTEN = Words(f"meta priority {PRIORITY >> 16:x}:{PRIORITY & 0xFFFF:x}")
 _PLAIN = Words("rt ipsec missing")
 _LABEL = "offloaded"
 
@@ -32,7 +35,16 @@ def offloaded(spec: RuleSpec) -> list[RuleRow]:
     """The rows that let go of packets, in order within each chain; they stand before all others."""
     if not spec.lets_offloaded_pass:
         return []
+    learnt = []
+    if spec.learnt_to is not None:
+        leads = Statement(f"ip daddr set {spec.learnt_to} accept")
+        learnt = [RuleRow("DNS query", PRE, (_has(LEARNT),), leads)]
     return [
-        RuleRow(_LABEL, PRE, (_REWRITTEN,), Ending.ACCEPT),
+        RuleRow(_LABEL, PRE, (_has(PRIORITY),), Ending.ACCEPT),
+        *learnt,
         RuleRow(_LABEL, POST, (_PLAIN,), Statement(f"jump {OFFLOADED}")),
     ]
+
+
+def _has(priority: int) -> Words:
+    return Words(f"meta priority {priority >> 16:x}:{priority & 0xFFFF:x}")

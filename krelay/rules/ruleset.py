@@ -44,7 +44,7 @@ PREROUTING only where something has asked for it; the `socket` match of iptables
 do that, without switching connection tracking on.  One rule that can never match is there for that
 alone.
 
-nft replaces a whole table in one transaction, or only its rules, so that its maps stay.  iptables
+nft replaces a whole table in one transaction, or only its rules, so that hooks stay.  iptables
 commits a table at a time: POSTROUTING (mangle) goes first and PREROUTING (raw), which begins new
 flows, goes second, in one run; removal is the other way round.  What lies between the two passes no
 packet wrongly: rewriting without anything new to rewrite.

@@ -36,6 +36,8 @@ class RuleSpec:
     """Flows that may be offloaded; 0: every packet visits the worker."""
     lets_offloaded_pass: bool = False
     """Whether packets that the kernel's programs rewrite may leave at once (offloaded.py)."""
+    learnt_to: IPv4Address | None = None
+    """The server of queries that begin flows by themselves; None: none does."""
     any_port: Ports = ()
     """UDP whose servers may answer from any port; these are among `udp`, too."""
     asked_within: int = 0
@@ -132,6 +134,7 @@ def wanted(
         relay_clients=(ANYONE,) if anyone else tuple(sorted(set(beside))),
         room=room,
         lets_offloaded_pass=lets_offloaded_pass,
+        learnt_to=server if lets_offloaded_pass else None,
         any_port=elsewhere,
         asked_within=asked_within if elsewhere else 0,
         tells_unmatched=tells_unmatched,

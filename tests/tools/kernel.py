@@ -43,7 +43,7 @@ from krelay.offload.learning import NO_CLIENTS, Learning, ends_of, released_by
 from krelay.offload.policy import OffloadPolicy
 from krelay.registration.registry import Relays, Send
 from krelay.rules import ruleset
-from krelay.rules.offloaded import MARK, PRIORITY
+from krelay.rules.offloaded import LEARNT, MARK, PRIORITY
 from krelay.rules.spec import RuleSpec, wanted
 from krelay.steps import SIDES, Hook, Step
 from tests.tools.observing import observe
@@ -196,8 +196,8 @@ class Programs:
             skb.priority = PRIORITY
             self._note(skb, packet, entry)
             rewrite(skb, packet, entry)
-        elif entry is None and self._asks(skb, packet):
-            skb.priority = PRIORITY
+        elif entry is None and self._asks(packet, skb.gso_segs):
+            skb.priority = LEARNT
         return GOES_ON
 
     def passes(self, skb: Skb) -> bool:
@@ -263,13 +263,13 @@ class Programs:
 
     # Queries that begin flows by themselves
 
-    def _asks(self, skb: Skb, packet: Parsed) -> bool:
-        """Whether this is a query that is relayed here; then it is."""
+    def _asks(self, packet: Parsed, gso_segs: int) -> bool:
+        """Whether this is a query that begins a flow, or of one that has begun so."""
         src, dst, sport, dport = _ENDS.unpack(packet.key)
         server = self.server
         if packet.proto != Proto.UDP or dport != DNS or server is None:
             return False
-        if packet.size > UNCUT or packet.ttl < 2 or skb.gso_segs > 1:
+        if packet.size > UNCUT or packet.ttl < 2 or gso_segs > 1:
             return False
         client = src + sport
         if dst not in self.hosts or self.minded.get(client, 0) > self.now:
@@ -286,7 +286,6 @@ class Programs:
         query.waiting += 1
         self.exchanges.append((False, packet.size, packet.key))
         self.steps[packet.proto, Step.U12] += 1
-        readdress(skb, packet, (src, server, sport, dport))
         return True
 
     def _answers(self, skb: Skb, packet: Parsed) -> Query | None:
@@ -396,7 +395,7 @@ _MATCH = re.compile(
 )
 _ENDING = re.compile(
     r"(?P<what>accept|return|drop)|goto (?P<chain>[\w-]+)|(?P<asks>jump offloaded)|queue num \d+"
-    r"|tproxy.*"
+    r"|ip daddr set (?P<leads>[\d.]+) accept|tproxy.*"
 )
 _LABEL = re.compile(r' comment "[^"]*"$')
 _BITS = {"fin": FIN, "syn": SYN, "rst": RST, "ack": ACK}
@@ -415,6 +414,8 @@ class Seen:
     """The addresses of this host."""
     passes: bool
     """What the program says that is asked."""
+    led_to: bytes = b""
+    """The destination that a rule has given it."""
 
     def __getitem__(self, name: str) -> int:
         part = {"saddr": (0, 4), "daddr": (4, 8), "sport": (8, 10), "dport": (10, 12)}[name]
@@ -450,6 +451,9 @@ class Rules:
                 continue
             if ending == "marks":
                 seen.mark |= MARK
+            if ending.startswith("leads "):
+                seen.led_to = IPv4Address(ending.split()[1]).packed
+                return False
             assert ending in ("queue", "accept", "return", "marks"), ending
             return ending == "queue"
 
@@ -464,6 +468,8 @@ def _rule(line: str) -> tuple[list[Guard], str]:
         rest = rest[match.end() :]
     ending = _ENDING.fullmatch(rest)
     assert ending, line
+    if ending["leads"]:
+        return guards, f"leads {ending['leads']}"
     if ending["asks"]:  # the rule of that chain marks and accepts what the program says yes to
         return [*guards, lambda seen: seen.passes], "marks"
     return guards, ending["chain"] or ending["what"] or ending[0].split()[0]
@@ -525,6 +531,7 @@ class FakeKernel(OffloadBackend):
     def __init__(self) -> None:
         self.room = 0
         self.programs = Programs()
+        self.queries_told = 0
         self.spec: RuleSpec | None = None
 
     @property
@@ -626,6 +633,7 @@ class FakeKernel(OffloadBackend):
     def exchanges(self) -> list[Exchange]:
         """Those that were not told yet."""
         found, self.programs.exchanges = self.programs.exchanges, []
+        self.queries_told += sum(not is_answer for is_answer, _, _ in found)
         return found
 
     def leave(self, rewrites: Sequence[Rewrite]) -> Iterable[CountedRewrite]:
@@ -650,6 +658,9 @@ class FakeKernel(OffloadBackend):
         seen = Seen(packet, skb.mark, skb.priority, link, oif, own, passes)
         is_queued = rules_of(self.spec).is_queued(hook, seen)
         skb.mark = seen.mark
+        if seen.led_to:
+            key = packet.key
+            readdress(skb, packet, (key[:4], seen.led_to, key[8:10], key[10:12]))
         return is_queued
 
 

@@ -7,7 +7,8 @@
  *
  * But a query to a name server begins a flow here, where there is only one way to relay it: what
  * isn't so is excepted by `minded` and `strangers`.  It stands in `queries` until it is answered, and
- * krelay is told of both packets.
+ * krelay is told of both packets.  It gets a priority of its own, by which a rule sends it to the
+ * server: rules of the host that stand before ours may go by which address was asked.
  *
  *	incoming	before PREROUTING: does T1, T4, U1, U3 and U1,U2, and gives the packet a
  *			priority, by which a rule lets it pass
@@ -45,8 +46,9 @@ typedef __u16 u16;
 typedef __u32 u32;
 typedef __u64 u64;
 
-/* PRIORITY and MARK in krelay/rules/offloaded.py */
+/* Of krelay/rules/offloaded.py */
 #define REWRITTEN 0x6b726c79
+#define LEARNT 0x6b726c71
 #define MARKED 0x10000000
 
 /* Bytes that every network takes whole (RFC 791), so that nobody cuts them */
@@ -287,8 +289,8 @@ static __always_inline int is_stranger(struct end *client)
 	return (until && *until > bpf_ktime_get_ns()) || bpf_map_lookup_elem(&strangers, &network);
 }
 
-/* A query that comes in: whether it is relayed here. */
-static __always_inline int ask(struct __sk_buff *skb, const u32 link, struct packet *p)
+/* A query that comes in: whether it begins a flow, or is of one that has begun so. */
+static __always_inline int ask(struct __sk_buff *skb, struct packet *p)
 {
 	struct end client = { .port = p->sport };
 	struct query new = { .waiting = 1 }, *q;
@@ -320,7 +322,6 @@ static __always_inline int ask(struct __sk_buff *skb, const u32 link, struct pac
 		__sync_fetch_and_add(&q->waiting, 1);
 	submit(e, 0, p->size, p->src, p->dst, p->sport, p->dport);
 	count(STEPS + U12, 1);
-	set_address(skb, link, IPPROTO_UDP, offsetof(struct iphdr, daddr), p->dst, new.server.word[3]);
 	return 1;
 }
 
@@ -407,8 +408,8 @@ static __always_inline int incoming(struct __sk_buff *skb, const u32 link)
 		skb->priority = REWRITTEN;
 		note(skb, link, &p, r);
 		apply(skb, link, &p, r);
-	} else if (!r && ask(skb, link, &p)) {
-		skb->priority = REWRITTEN;
+	} else if (!r && ask(skb, &p)) {
+		skb->priority = LEARNT;
 	}
 	return TC_ACT_UNSPEC;
 }

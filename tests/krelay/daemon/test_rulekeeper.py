@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
 from random import Random
 from typing import cast
 
@@ -113,6 +114,10 @@ class FakeOffload:
     def learn(self, config: Config, policy: Policy | None) -> None:
         self.learnt = config
 
+    def rest(self) -> None:
+        self.learnt = None
+        self.done.append("no query")
+
     def condition(self, config: Config) -> object:
         return self.room
 
@@ -208,7 +213,7 @@ def test_rules_come_before_what_the_offload_makes_beside_them(rig: Rig) -> None:
     rig.keeper.probe()
     rig.keeper.begin()
 
-    assert rig.done == ["rules afresh", "enter"]
+    assert rig.done == ["no query", "rules afresh", "enter"]
     assert rig.backend.spec is not None
     assert (rig.backend.spec.tcp, rig.backend.spec.room) == (((80, 80),), 1024)
     assert rig.keeper.made_by == "nft"
@@ -237,6 +242,14 @@ def test_queries_are_learnt_by_the_config_in_force(rig: Rig) -> None:
     assert rig.offload.learnt is rig.config
     rig.serve("tcp/80 udp/53 udp/123")
     rig.second()
+    assert rig.offload.learnt is rig.config
+
+
+def test_no_query_is_learnt_while_rules_lead_to_a_former_server(rig: Rig) -> None:
+    rig.begin()
+    rig.config = replace(rig.config, real_ip=IPv4Address("192.168.0.77"))
+    rig.second()
+    assert rig.done == ["no query", "rules", "enter"]
     assert rig.offload.learnt is rig.config
 
 
@@ -306,7 +319,7 @@ def test_a_rule_that_asks_programs_is_among_those_that_must_be_there(rig: Rig) -
     rig.announced(NAME)
     rig.loop.advance(LOOK_AFTER)
 
-    assert rig.done == ["rules afresh", "enter"]
+    assert rig.done == ["no query", "rules afresh", "enter"]
     assert rig.restored == 1
 
 
@@ -319,7 +332,7 @@ def test_rules_that_are_taken_out_are_put_back_and_the_flows_are_told(
 
     rig.loop.advance(LOOK_AFTER)
 
-    assert rig.done == ["rules afresh", "enter"]
+    assert rig.done == ["no query", "rules afresh", "enter"]
     assert rig.restored == 1
     assert complaints(caplog) == [PUT_BACK]
 

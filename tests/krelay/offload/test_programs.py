@@ -31,7 +31,7 @@ from krelay.offload import layout
 from krelay.offload.layout import RewriteFlags
 from krelay.offload.learning import Learning
 from krelay.offload.tc import PASSES, TcBackend
-from krelay.rules.offloaded import MARK, PRIORITY
+from krelay.rules.offloaded import LEARNT, MARK, PRIORITY
 from krelay.rules.steprows import POST, STEP_ROWS
 from krelay.steps import Step
 from tests.tools.kernel import GOES_ON, IPV4, MTU, Entry, FakeKernel, Programs, Skb
@@ -545,15 +545,23 @@ class Dns:
 
 
 def go(both: Both, packet: Dns, layer: str = "ethernet") -> bytes | None:
-    """What becomes of it, None if it stays as it is: source and destination."""
+    """What becomes of it: source and destination, of a query where a rule sends it; None if it is
+    the worker's."""
     way = "out" if packet.is_answer else "in"
     case = packet.case
     _, skb = both.run(way, layer, case)
     became = skb.data[skb.link :]
-    assert (became != case.data) == (
-        skb.mark == 0 if packet.is_answer else skb.priority == PRIORITY
-    )
-    return None if became == case.data else became[12:20]
+    if packet.is_answer:
+        assert (became != case.data) == (skb.mark == 0)
+        return None if became == case.data else became[12:20]
+    if skb.priority == PRIORITY:  # the worker's flow
+        return became[12:20]
+    assert became == case.data
+    assert skb.priority in (0, LEARNT)
+    if skb.priority == 0:
+        return None
+    assert both.twin.server is not None
+    return became[12:16] + both.twin.server
 
 
 @settings(max_examples=300)
@@ -692,7 +700,10 @@ def test_what_is_told_of_finds_room_before_it_is_relayed() -> None:
         for number in range(ring + 10):
             client = bytes((8, 1, number >> 8 & 0xFF, number & 0xFF))
             packet = Dns(client=client, port=5000 + (number >> 16)).case.skb(14).data
-            learnt += program.run(packet).packet[30:34] == SERVER
+            (priority,) = struct.unpack_from(
+                "=I", program.run(packet, bytes(SKB)).context, PRIORITIES
+            )
+            learnt += priority == LEARNT
         assert ring - 2 <= learnt <= ring
         told = 0
         while exchanges := both.kernel.exchanges():

@@ -14,8 +14,8 @@ from knet.endpoint import Proto
 from knet.rules.ports import MULTIPORT_MOST, Ports, merged
 from knet.rules.rows import ANYONE, U32_MOST
 from krelay.nat.flow import Footprint
-from krelay.rules import ruleset
-from krelay.rules.offloaded import MARK, PRIORITY
+from krelay.rules import offloaded, ruleset
+from krelay.rules.offloaded import MARK
 from krelay.rules.ruleset import chains, iptables_remove, nft_remove
 from krelay.rules.spec import (
     RuleSpec,
@@ -187,9 +187,10 @@ def test_rules_that_replace_others_leave_the_chain_with_the_program_alone() -> N
 
 # The fast path
 
-OFFLOADING = replace(SPEC, room=1000, lets_offloaded_pass=True)
+OFFLOADING = replace(SPEC, room=1000, lets_offloaded_pass=True, learnt_to=S)
 ASKS = "rt ipsec missing jump offloaded"
 REWRITTEN = "meta priority 6b72:6c79 accept"
+LEARNT = "meta priority 6b72:6c71 ip daddr set 192.168.0.1 accept"
 
 
 def fast(spec: RuleSpec) -> dict[str, list[str]]:
@@ -198,13 +199,18 @@ def fast(spec: RuleSpec) -> dict[str, list[str]]:
     return {
         chain: found
         for chain, lines in made.items()
-        if (found := [rule for rule in lines if rule in (REWRITTEN, ASKS)])
+        if (found := [rule for rule in lines if rule in (REWRITTEN, LEARNT, ASKS)])
     }
 
 
 def test_what_comes_in_rewritten_meets_no_other_rule() -> None:
-    assert fast(OFFLOADING)["pre"] == [REWRITTEN]
-    assert PRIORITY == 0x6B726C79
+    assert fast(OFFLOADING)["pre"][0] == REWRITTEN
+    assert offloaded.PRIORITY == 0x6B726C79
+
+
+def test_a_query_that_began_a_flow_by_itself_is_sent_to_the_server_here() -> None:
+    assert fast(OFFLOADING)["pre"] == [REWRITTEN, LEARNT]
+    assert offloaded.LEARNT == 0x6B726C71
 
 
 def test_no_rule_asks_for_a_mark_or_sets_one_and_that_of_the_program_has_one_bit() -> None:
@@ -226,7 +232,7 @@ def test_the_fast_path_comes_before_every_other_rule(forwarded: Ports) -> None:
 
     for chain, rules in fast(EVERYTHING).items():
         assert made[chain][: len(rules)] == rules
-    assert made["pre"][1].endswith("goto pre-tcp")
+    assert made["pre"][2].endswith("goto pre-tcp")
 
 
 def test_where_no_program_rewrites_there_is_no_fast_path() -> None:
@@ -397,6 +403,7 @@ EVERYTHING = replace(
     room=1000,
     forwarded=((443, 443),),
     lets_offloaded_pass=True,
+    learnt_to=S,
     any_port=((53, 53),),
     asked_within=300,
     tells_unmatched=True,
