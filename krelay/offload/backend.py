@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from knet.endpoint import Proto
-from knet.rules.ports import Ports
 from krelay.nat.dnsflows import Exchange
 from krelay.nat.flow import Rewrite
 from krelay.offload.layout import Counted, OwnPacket
@@ -40,9 +39,6 @@ class OffloadBackend(Protocol):
     @property
     def capacity(self) -> int:
         """Rewrites of each step that it has room for."""
-
-    def serve(self, udp: Ports, tcp: Ports) -> None:
-        """Packets from and to these ports matter: those of services, and gateway ports."""
 
     def change(self, changes: Changes) -> Iterable[CountedRewrite]:
         """Withdraws, then installs.  What was counted in the end for those that were withdrawn, in

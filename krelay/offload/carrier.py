@@ -13,7 +13,6 @@ from knet.log import Failures, Log
 from knet.loop import Loop, Timer
 from knet.netlink import nftables
 from knet.rules.kernel import has_chain, transaction
-from knet.rules.ports import merged, single
 from knet.rules.run import PASSING
 from krelay.host import attachment
 from krelay.host.attachment import Attachment
@@ -21,7 +20,6 @@ from krelay.nat.dnsflows import Exchange
 from krelay.offload.backend import OffloadLost
 from krelay.offload.tc import PASSES, TcBackend, reason_of
 from krelay.rules.offloaded import MARK
-from krelay.rules.spec import RuleSpec
 from krelay.rules.steprows import OFFLOADED
 
 LINKS_AFTER = 0.01
@@ -81,9 +79,8 @@ class Carrier:
         """The backend, unless it isn't what it was."""
         return None if self.is_lost else self.backend
 
-    def make(self, spec: RuleSpec) -> TcBackend | None:
-        """A backend for these rules, empty and not attached yet."""
-        room = spec.room
+    def make(self, room: int) -> TcBackend | None:
+        """A backend with room for so many rewrites of each step, empty and not attached yet."""
         self.is_lost = False
         loaded, self._loaded = self._loaded, None
         if loaded is not None and loaded.capacity != room:
@@ -98,16 +95,7 @@ class Carrier:
             self._refused(f"the kernel runs no programs of krelay's: {reason_of(error)}")
             return None
         self._loop.add(self.backend.fileno(), select.EPOLLIN, self._told)
-        self.serve(spec)
-        return self.at_work
-
-    def serve(self, spec: RuleSpec) -> None:
-        """Tells the programs which ports matter."""
-        assert self.backend is not None
-        try:
-            self.backend.serve(spec.udp, merged([*spec.any_tcp, *single(spec.gports)]))
-        except OffloadLost as error:
-            self._lost(error)
+        return self.backend
 
     def attach(self) -> None:
         """Puts the programs where they aren't, and has a rule ask them."""

@@ -12,7 +12,6 @@ from sys import byteorder
 from typing import NamedTuple
 
 from knet.endpoint import Proto
-from knet.rules.ports import Ports
 from krelay.nat.dnsflows import Exchange
 from krelay.nat.flow import Rewrite
 from krelay.rules.steprows import DSCP_STEPS, POST, STEP_ROWS
@@ -29,6 +28,7 @@ LOST, STEPS = 0, 2
 PORT_ELEMENTS = 2048
 BEGINNING = next(step for step, side in SENDERS.items() if side is Side.TO_SERVER)
 """The step of the SYN with which tcp-relay begins."""
+_SPORT, _DPORT = slice(8, 10), slice(10, 12)
 _OWN_STEPS = frozenset(SENDERS) - frozenset(SIDES)
 """The steps of what tcp-relay itself sends."""
 _V4 = bytes(10) + b"\xff\xff"
@@ -136,20 +136,25 @@ def end(addr: bytes, port: int) -> bytes:
     return b"".join((_V4, addr, port.to_bytes(2), bytes(2)))
 
 
+def learning(server: bytes, *, minds: bool) -> bytes:
+    """`struct learning`."""
+    return _V4 + server + struct.pack("=I4x", minds)
+
+
 def prefix(net: IPv4Network) -> bytes:
     """`struct network`."""
     return struct.pack("=I", _V4_BITS + net.prefixlen) + _V4 + net.network_address.packed
 
 
-def port_map(udp: Ports, tcp: Ports) -> bytes:
-    """All elements of `ports`, one after the other: a bit a port that matters, UDP's first."""
-    bits = bytearray(8 * PORT_ELEMENTS)
-    for first, ports in ((0, udp), (4 * PORT_ELEMENTS, tcp)):
-        for low, high in ports:
-            for port in range(low, high + 1):
-                bits[first + (port >> 3)] |= 1 << (port & 7)
-    elements = (bits[at : at + 8] for at in range(0, len(bits), 8))
-    return b"".join(int.from_bytes(each, "little").to_bytes(8, byteorder) for each in elements)
+def port_of(rewrite: Rewrite) -> tuple[Proto, int]:
+    """The port by which the programs know that there may be a rewrite of a packet's."""
+    at = _DPORT if STEP_ROWS[rewrite.step].towards else _SPORT
+    return rewrite.flow.proto, int.from_bytes(rewrite.old[at])
+
+
+def element_of(proto: Proto, port: int) -> tuple[int, int]:
+    """Where `ports` has the bit of this port: the element, and the bit's number."""
+    return port // 64 + (PORT_ELEMENTS // 2 if proto is Proto.TCP else 0), port % 64
 
 
 def totals_by_step(sums: list[int]) -> dict[tuple[Proto, Step], int]:

@@ -141,13 +141,12 @@ class Offload(IdleObserver):
         elif carrier.backend is None:
             self._begin(spec)
         elif carrier.at_work is not None:
-            carrier.serve(spec)
             carrier.ask()
 
     def _begin(self, spec: RuleSpec) -> None:
         """Makes a backend, with all that should be in it."""
         self.needs_ends()  # a flow that has begun may not begin again
-        if (backend := self._carrier.make(spec)) is not None:
+        if (backend := self._carrier.make(spec.room)) is not None:
             self.policy.begin(backend.capacity)
             self.change_urgent()
             self.queries.begin()

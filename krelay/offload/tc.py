@@ -8,6 +8,8 @@ has them, also when krelay has been killed.
 import errno
 import os
 import struct
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -18,7 +20,6 @@ from knet.bpf.kernel import BpfError, BpfMap, BpfProgram
 from knet.bpf.objectfile import ObjectFile
 from knet.bpf.ring import BpfRing
 from knet.endpoint import FlowKey, Proto
-from knet.rules.ports import Ports
 from krelay.nat.dnsflows import Exchange
 from krelay.nat.flow import Rewrite
 from krelay.offload import layout
@@ -39,6 +40,8 @@ EXCHANGES_TOGETHER = 2048
 """Queries and answers read at a time: some milliseconds."""
 EVENTS_TOGETHER = 1024
 """Events read at a time."""
+UNUSED_FOR = 1.0
+"""Seconds from the last rewrite of a port's until it is said that there is none."""
 PER_FLOW = {"rewrites": layout.MOST_PER_FLOW, "queries": 1}
 """Maps with so many elements for each flow that there may be."""
 _U32, _U64 = struct.Struct("=I"), struct.Struct("=Q")
@@ -73,9 +76,15 @@ class TcBackend(OffloadBackend):
     def __init__(self, capacity: int) -> None:
         """`capacity`: rewrites of each step."""
         self._capacity = capacity
-        self._ports = bytes(8 * layout.PORT_ELEMENTS)
+        self._rewrites_by_port = Counter[tuple[Proto, int]]()
+        self._unused_since: dict[tuple[Proto, int], float] = {}
+        """Ports whose last rewrite has gone; their bits are still set."""
+        self._bits: dict[int, int] = {}
+        """Elements of `ports`."""
         self._links: dict[int, int] = {}
         self._learning: Learning | None = None
+        self._minds = False
+        """Whether anything has ever been minded."""
         kernel.allow_memory()
         code = byte_code()
         self.maps: dict[str, BpfMap] = {}
@@ -101,20 +110,6 @@ class TcBackend(OffloadBackend):
     def capacity(self) -> int:
         """Rewrites of each step that it has room for."""
         return self._capacity
-
-    def serve(self, udp: Ports, tcp: Ports) -> None:
-        """Packets from and to these ports matter: those of services, and gateway ports.
-
-        Raises OffloadLost.
-        """
-        ports, before = layout.port_map(udp, tcp), self._ports
-        try:
-            for at in range(0, len(ports), 8):
-                if ports[at : at + 8] != before[at : at + 8]:
-                    self.maps["ports"].update(_U32.pack(at // 8), ports[at : at + 8])
-        except BpfError as error:
-            raise OffloadLost(str(error)) from None
-        self._ports = ports
 
     def attached(self, links: Mapping[int, int]) -> None:
         """The programs are attached to these links, by number, each with the bytes of its longest
@@ -143,12 +138,40 @@ class TcBackend(OffloadBackend):
                 if each.step in SIDES:
                     final.append((each, self._counted(each, key)))
                 rewrites.delete(key)
+                self._released(layout.port_of(each))
             for each in changes.installed:
                 key = layout.key_of(each.flow.proto, each.old)
+                self._used(layout.port_of(each))
                 rewrites.update(key, layout.value_of(each))
+            if self._unused_since:
+                self._mark_unused()
         except BpfError as error:
             raise OffloadLost(str(error)) from None
         return final
+
+    def _used(self, port: tuple[Proto, int]) -> None:
+        if not self._rewrites_by_port[port] and self._unused_since.pop(port, None) is None:
+            self._set_bit(port, is_used=True)
+        self._rewrites_by_port[port] += 1
+
+    def _released(self, port: tuple[Proto, int]) -> None:
+        self._rewrites_by_port[port] -= 1
+        if not self._rewrites_by_port[port]:
+            del self._rewrites_by_port[port]
+            self._unused_since[port] = time.monotonic()
+
+    def _mark_unused(self) -> None:
+        """Not at once: the next rewrite is mostly near."""
+        since = time.monotonic() - UNUSED_FOR
+        for port in [port for port, when in self._unused_since.items() if when < since]:
+            del self._unused_since[port]
+            self._set_bit(port, is_used=False)
+
+    def _set_bit(self, port: tuple[Proto, int], *, is_used: bool) -> None:
+        at, number = layout.element_of(*port)
+        bits = self._bits.get(at, 0) & ~(1 << number) | is_used << number
+        self._bits[at] = bits
+        self.maps["ports"].update(_U32.pack(at), _U64.pack(bits))
 
     def read(self, rewrites: Sequence[Rewrite]) -> Iterator[CountedRewrite]:
         """What has been counted for each so far.  Raises OffloadLost if one isn't there."""
@@ -216,16 +239,23 @@ class TcBackend(OffloadBackend):
                 set(map(layout.prefix, before.strangers)) if before else set(),
                 set(map(layout.prefix, learning.strangers)) if learning else set(),
             )
-            if learning is not None:
-                only.update(layout.ONLY, layout.address(learning.server.packed))
+            self._learning = learning
+            self._set_server()
         except BpfError as error:
             raise OffloadLost(str(error)) from None
-        self._learning = learning
+
+    def _set_server(self) -> None:
+        if self._learning is not None:
+            server = self._learning.server.packed
+            self.maps["learning"].update(layout.ONLY, layout.learning(server, minds=self._minds))
 
     def mind(self, addr: bytes, port: int, until: float = FOREVER) -> None:
         """Nothing from there begins one, until then.  Raises OffloadLost."""
         try:
             self.maps["minded"].update(layout.end(addr, port), _U64.pack(int(until * 1e9)))
+            if not self._minds:
+                self._minds = True
+                self._set_server()
         except BpfError as error:
             raise OffloadLost(str(error)) from None
 

@@ -22,7 +22,6 @@ from random import Random
 
 from knet.endpoint import Proto, Source
 from knet.networks import collapse, network
-from knet.rules.ports import Ports, merged, single
 from krelay.datapath.policy import Policy
 from krelay.datapath.verdict import Verdict
 from krelay.datapath.worker import Worker
@@ -165,7 +164,8 @@ class Programs:
     def __init__(self) -> None:
         self.links: dict[int, int] = {}
         """Those that have the programs, with the bytes of their longest packet."""
-        self.ports = bytes(8 * layout.PORT_ELEMENTS)
+        self.ports: set[tuple[int, int]] = set()
+        """Protocol and port of what rewrites are of."""
         self.rewrites: dict[bytes, Entry] = {}
         self.events: list[bytes] = []
         """As the ring has them, eight bytes of its own before each."""
@@ -198,16 +198,18 @@ class Programs:
             rewrite(skb, packet, entry)
         elif entry is None and self._asks(packet, skb.gso_segs):
             skb.priority = LEARNT
+        elif entry is None and self._answers(skb, packet) is not None:
+            skb.priority = PRIORITY
         return GOES_ON
 
     def passes(self, skb: Skb) -> bool:
         """The program that a rule asks: whether `goes_out` will rewrite this, as it leaves."""
         packet = parse(skb)
-        entry = self._decided(packet)
         most = self.links.get(skb.leaves_by)
         if packet is None or most is None:
             return False
-        if entry is None and self._answers(skb, packet) is None:
+        entry = None
+        if self._answers(skb, packet) is None and (entry := self._decided(packet)) is None:
             return False
         size = skb.gso_size + packet.header if skb.gso_segs > 1 else packet.size
         if entry is None or not entry.flags & RewriteFlags.RELAYS_OWN:
@@ -220,13 +222,10 @@ class Programs:
         if not skb.mark & MARK:
             return GOES_ON
         packet = parse(skb)
+        if packet is None or self._answered(skb, packet):
+            return GOES_ON
         entry = self._decided(packet)
-        if packet is None:
-            return GOES_ON
-        if entry is None:
-            self._answered(skb, packet)
-            return GOES_ON
-        if not entry.flags & RewriteFlags.OUTGOING:
+        if entry is None or not entry.flags & RewriteFlags.OUTGOING:
             return GOES_ON
         skb.mark &= ~MARK
         begins = packet.flags & (SYN | ACK) == SYN
@@ -243,8 +242,8 @@ class Programs:
         """What is to become of it; None: that is for the worker to say."""
         if packet is None:
             return None
-        proto, ports = packet.proto, (packet.key[8:10], packet.key[10:12])
-        if not any(self._matters(proto, port) for port in ports):
+        ports = (int.from_bytes(packet.key[at : at + 2]) for at in (8, 10))
+        if not any((packet.proto, port) in self.ports for port in ports):
             return None
         entry = self.rewrites.get(packet.map_key)
         if entry is None:
@@ -296,10 +295,10 @@ class Programs:
         query = self.queries.get(dst + dport)
         return query if query is not None and query.server == src else None
 
-    def _answered(self, skb: Skb, packet: Parsed) -> None:
+    def _answered(self, skb: Skb, packet: Parsed) -> bool:
         query = self._answers(skb, packet)
         if query is None:
-            return
+            return False
         _, dst, sport, dport = _ENDS.unpack(packet.key)
         query.waiting -= 1
         if query.waiting <= 0:
@@ -308,6 +307,7 @@ class Programs:
         self.steps[packet.proto, Step.U34] += 1
         skb.mark &= ~MARK
         readdress(skb, packet, (query.asked, dst, sport, dport))
+        return True
 
     def _note(self, skb: Skb, packet: Parsed, entry: Entry) -> None:
         packets = max(1, skb.gso_segs)
@@ -317,12 +317,6 @@ class Programs:
         if not packet.flags & RST:
             entry.heard = round(self.now * 1e9)
         self.steps[packet.proto, entry.step] += packets
-
-    def _matters(self, proto: int, port: bytes) -> bool:
-        """Whether this port is one of a service, or a gateway port."""
-        number = int.from_bytes(port) + (0x10000 if proto == Proto.TCP else 0)
-        (bits,) = struct.unpack_from("=Q", self.ports, number // 64 * 8)
-        return bool(bits >> number % 64 & 1)
 
 
 def parse(skb: Skb) -> Parsed | None:
@@ -556,10 +550,6 @@ class FakeKernel(OffloadBackend):
         self.programs.exchanges.clear()
         self.programs.room = room
 
-    def serve(self, udp: Ports, tcp: Ports) -> None:
-        """As told."""
-        self.programs.ports = layout.port_map(udp, tcp)
-
     def change(self, changes: Changes) -> list[CountedRewrite]:
         """Carries them out, or raises Refused; what was counted for those withdrawn."""
         final = []
@@ -577,6 +567,7 @@ class FakeKernel(OffloadBackend):
             if self.of_step(*at) >= self.room or len(rewrites) >= self.room * MOST_PER_FLOW:
                 raise Refused("there is no room")
             rewrites[_key(each)] = Entry.of(layout.value_of(each))
+            self.programs.ports.add(layout.port_of(each))
         return final
 
     def of_step(self, proto: Proto, step: Step) -> int:
@@ -761,7 +752,6 @@ class Datapath:
         if spec != self._spec:
             afresh = self._spec is None
             self._spec = self.kernel.spec = spec
-            self.kernel.serve(spec.udp, merged([*spec.any_tcp, *single(spec.gports)]))
             self.kernel.programs.links = {NEAR: MTU, FAR: MTU}
             if afresh:
                 self.kernel.begin(spec.room)

@@ -94,6 +94,9 @@ struct end { struct address addr; u16 port, pad; };
 /* Queries of a client's from one port: `asked` is the address of this host that they went to. */
 struct query { struct address asked, server; u32 waiting, pad; };
 
+/* Where queries go that begin flows here, and whether `minded` has ever had anything. */
+struct learning { struct address server; u32 minds, pad; };
+
 /* A part of all addresses (LPM). */
 struct network { u32 length; struct address addr; };
 
@@ -108,13 +111,13 @@ enum { LOST, STEPS = 2 };	/* `totals`: events that were lost; then a number a st
 
 /* by link that has the programs: bytes of the longest packet that it doesn't cut */
 struct map_def links SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(u32), sizeof(u32), 4096, 0 };
-/* a bit a port, 64 ports an element, UDP's first: whether it is one of a service, or a gateway port */
+/* a bit a port, 64 ports an element, UDP's first: whether any rewrite is of packets to it or from it */
 struct map_def ports SEC("maps") = { BPF_MAP_TYPE_ARRAY, sizeof(u32), sizeof(u64), 2048, 0 };
 /* made room for as it fills: only krelay puts anything in, which may take its time */
 struct map_def rewrites SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(struct rewrite_key), sizeof(struct rewrite), 1 << 18, BPF_F_NO_PREALLOC };
 struct map_def events SEC("maps") = { BPF_MAP_TYPE_RINGBUF, 0, 0, 1 << 20, 0 };
-/* where queries go, by 0; empty: none begins a flow here */
-struct map_def learning SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(u32), sizeof(struct address), 1, 0 };
+/* by 0; empty: no query begins a flow here */
+struct map_def learning SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(u32), sizeof(struct learning), 1, 0 };
 /* the addresses of this host that may be asked */
 struct map_def hosts SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(struct address), sizeof(u32), 4096, BPF_F_NO_PREALLOC };
 /* clients about whose queries the worker decides */
@@ -182,7 +185,8 @@ static __always_inline int load(struct __sk_buff *skb, const u32 link, struct pa
 	return parse(&h, p);
 }
 
-static __always_inline int matters(u8 proto, u16 port)
+/* A look-up of `rewrites` mostly misses the cache: here it is known at once where there are none. */
+static __always_inline int is_used(u8 proto, u16 port)
 {
 	u32 number = bpf_ntohs(port), at = (number >> 6) + (proto == IPPROTO_TCP ? 1024 : 0);
 	u64 *ports64 = bpf_map_lookup_elem(&ports, &at);
@@ -281,10 +285,10 @@ static __always_inline void submit(struct exchange *e, u8 is_answer, u16 size, u
 	bpf_ringbuf_submit(e, 0);	/* wakes krelay if it has read all that was before */
 }
 
-static __always_inline int is_stranger(struct end *client)
+static __always_inline int is_stranger(const struct learning *l, struct end *client)
 {
 	struct network network = { .length = 128, .addr = client->addr };
-	u64 *until = bpf_map_lookup_elem(&minded, client);
+	u64 *until = l->minds ? bpf_map_lookup_elem(&minded, client) : 0;
 
 	return (until && *until > bpf_ktime_get_ns()) || bpf_map_lookup_elem(&strangers, &network);
 }
@@ -302,24 +306,24 @@ static __always_inline int ask(struct __sk_buff *skb, struct packet *p)
 	if (p->size > WHOLE || p->ttl < 2 || skb->gso_segs > 1)
 		return 0;
 
-	struct address *server = bpf_map_lookup_elem(&learning, &only);
+	struct learning *l = bpf_map_lookup_elem(&learning, &only);
 
 	set(&client.addr, p->src);
 	set(&new.asked, p->dst);
-	if (!server || !bpf_map_lookup_elem(&hosts, &new.asked) || is_stranger(&client))
+	if (!l || !bpf_map_lookup_elem(&hosts, &new.asked) || is_stranger(l, &client))
 		return 0;
-	new.server = *server;
+	new.server = l->server;
 	e = reserve();
 	if (!e)
 		return 0;
-	q = bpf_map_lookup_elem(&queries, &client);
-	if (q ? q->asked.word[3] != p->dst || q->server.word[3] != new.server.word[3]
-	      : bpf_map_update_elem(&queries, &client, &new, BPF_NOEXIST) != 0) {
-		bpf_ringbuf_discard(e, BPF_RB_NO_WAKEUP);
-		return 0;
-	}
-	if (q)
+	if (bpf_map_update_elem(&queries, &client, &new, BPF_NOEXIST)) {
+		q = bpf_map_lookup_elem(&queries, &client);
+		if (!q || q->asked.word[3] != p->dst || q->server.word[3] != new.server.word[3]) {
+			bpf_ringbuf_discard(e, BPF_RB_NO_WAKEUP);
+			return 0;
+		}
 		__sync_fetch_and_add(&q->waiting, 1);
+	}
 	submit(e, 0, p->size, p->src, p->dst, p->sport, p->dport);
 	count(STEPS + U12, 1);
 	return 1;
@@ -374,7 +378,7 @@ static __always_inline void apply(struct __sk_buff *skb, const u32 link, struct 
 /* What is to become of it; 0: that is for the worker to say. */
 static __always_inline struct rewrite *decided(struct packet *p, struct rewrite_key *key)
 {
-	if (!matters(p->proto, p->dport) && !matters(p->proto, p->sport))
+	if (!is_used(p->proto, p->dport) && !is_used(p->proto, p->sport))
 		return 0;
 	fill(key, p);
 
@@ -398,6 +402,7 @@ static __always_inline int incoming(struct __sk_buff *skb, const u32 link)
 {
 	struct packet p;
 	struct rewrite_key key;
+	struct end client;
 
 	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !load(skb, link, &p))
 		return TC_ACT_UNSPEC;
@@ -410,6 +415,8 @@ static __always_inline int incoming(struct __sk_buff *skb, const u32 link)
 		apply(skb, link, &p, r);
 	} else if (!r && ask(skb, &p)) {
 		skb->priority = LEARNT;
+	} else if (!r && answered(skb, &p, &client)) {
+		skb->priority = REWRITTEN;	/* it is where it goes out: no rule need look at it here */
 	}
 	return TC_ACT_UNSPEC;
 }
@@ -424,10 +431,13 @@ static __always_inline int outgoing(struct __sk_buff *skb, const u32 link)
 	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !load(skb, link, &p))
 		return TC_ACT_UNSPEC;
 
+	if (answer(skb, link, &p)) {
+		skb->mark &= ~MARKED;
+		return TC_ACT_UNSPEC;
+	}
+
 	struct rewrite *r = decided(&p, &key);
 
-	if (!r && answer(skb, link, &p))
-		skb->mark &= ~MARKED;
 	if (!r || !(r->flags & OUTGOING))
 		return TC_ACT_UNSPEC;	/* perhaps another krelay's */
 	skb->mark &= ~MARKED;
@@ -455,10 +465,11 @@ SEC("socket/passes") int passes(struct __sk_buff *skb)
 	if (!most || !load(skb, 0, &p))
 		return 0;
 
-	struct rewrite *r = decided(&p, &key);
 	struct end client;
+	struct query *q = answered(skb, &p, &client);
+	struct rewrite *r = q ? 0 : decided(&p, &key);
 
-	if (r ? !(r->flags & OUTGOING) : !answered(skb, &p, &client))
+	if (!q && (!r || !(r->flags & OUTGOING)))
 		return 0;
 	if (!p.may_be_cut)
 		return 1;

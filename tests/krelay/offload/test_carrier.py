@@ -34,9 +34,6 @@ class FakeBackend:
         self.told: list[object] = []
         self.lost = 0
 
-    def serve(self, udp: object, tcp: object) -> None:
-        pass
-
     def attached(self, links: dict[int, int]) -> None:
         self.links = links
 
@@ -133,7 +130,7 @@ def failure(number: int) -> OSError:
 
 
 def test_a_rule_asks_when_the_programs_are_attached_and_once(rig: Rig) -> None:
-    rig.carrier.make(spec())
+    rig.carrier.make(1024)
     assert (rig.told, rig.carrier.is_asked) == ([], False)
     rig.carrier.attach()
     rig.carrier.attach()
@@ -145,7 +142,7 @@ def test_a_rule_asks_when_the_programs_are_attached_and_once(rig: Rig) -> None:
 
 def test_no_rule_asks_while_the_programs_can_not_be_attached(rig: Rig) -> None:
     rig.links.found = failure(errno.ENOBUFS)
-    rig.carrier.make(spec())
+    rig.carrier.make(1024)
     rig.carrier.attach()
     assert (rig.told, rig.refused) == ([], [])
     rig.links.found = {3: 1400}
@@ -168,13 +165,13 @@ def test_a_rule_that_is_refused_is_told_of_unless_that_may_pass(
     rig: Rig, number: int, has_chain: bool | None, is_for_good: bool
 ) -> None:
     rig.fails, rig.has_chain = [failure(number)], has_chain
-    rig.carrier.make(spec())
+    rig.carrier.make(1024)
     rig.carrier.attach()
     assert (bool(rig.refused), rig.carrier.is_asked) == (is_for_good, False)
 
 
 def test_what_is_told_is_read_by_and_by_while_there_is_any(rig: Rig) -> None:
-    rig.carrier.make(spec())
+    rig.carrier.make(1024)
     backend = rig.carrier.backend
     assert isinstance(backend, FakeBackend)
     for exchanges in (["query"], ["query", "answer"]):
@@ -190,7 +187,7 @@ def test_what_is_told_is_read_by_and_by_while_there_is_any(rig: Rig) -> None:
 
 @pytest.mark.parametrize("is_read", [False, True])
 def test_nothing_is_read_of_what_has_gone(rig: Rig, is_read: bool) -> None:
-    rig.carrier.make(spec())
+    rig.carrier.make(1024)
     if is_read:
         rig.loop.handlers[TOLD](1)
     rig.carrier.drop()

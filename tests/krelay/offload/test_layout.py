@@ -174,16 +174,22 @@ PORTS = st.lists(
 ).map(merged)
 
 
-@given(PORTS, PORTS)
-def test_a_port_matters_if_it_was_said_to(
-    udp: tuple[tuple[int, int], ...], tcp: tuple[tuple[int, int], ...]
+def test_each_port_has_a_bit_of_its_own() -> None:
+    found = {layout.element_of(proto, port) for proto in Proto for port in range(0x10000)}
+    assert len(found) == 2 * 0x10000
+    assert {at for at, _ in found} == set(range(layout.PORT_ELEMENTS))
+    assert layout.element_of(Proto.UDP, 53) == (0, 53)
+
+
+@pytest.mark.parametrize("source", Source)
+@pytest.mark.parametrize("proto", Proto)
+def test_what_a_rewrite_is_known_by_is_its_service_or_gateway_port(
+    proto: Proto, source: Source
 ) -> None:
-    found = layout.port_map(udp, tcp)
-    elements = struct.unpack(f"={layout.PORT_ELEMENTS}Q", found)
-    for first, ports in ((0, udp), (1024, tcp)):
-        for port in range(65536):
-            matters = elements[first + port // 64] >> port % 64 & 1
-            assert matters == any(low <= port <= high for low, high in ports)
+    for flow in (terminated(source), forwarded(proto, source)):
+        for step, rewrite in flow.rewrites.items():
+            wanted = flow.gport if STEP_ROWS[step].at_gport else flow.service.port
+            assert layout.port_of(rewrite) == (flow.proto, wanted)
 
 
 def test_totals_are_told_by_protocol_and_step_but_for_those_that_are_none() -> None:

@@ -28,9 +28,10 @@ from krelay.nat.admission import FlowLimits
 from krelay.nat.flow import Rewrite
 from krelay.nat.table import NatTable
 from krelay.offload import layout
+from krelay.offload.backend import Changes
 from krelay.offload.layout import RewriteFlags
 from krelay.offload.learning import Learning
-from krelay.offload.tc import PASSES, TcBackend
+from krelay.offload.tc import PASSES, UNUSED_FOR, TcBackend
 from krelay.rules.offloaded import LEARNT, MARK, PRIORITY
 from krelay.rules.steprows import POST, STEP_ROWS
 from krelay.steps import Step
@@ -139,16 +140,20 @@ class Both:
         return self.fake.programs
 
     def __post_init__(self) -> None:
-        tcp = [(port, port) for port in (*TCP_PORTS, GPORT, OTHER_GPORT)]
-        udp = [(port, port) for port in UDP_PORTS]
-        self.kernel.serve(tuple(udp), tuple(tcp))
-        self.fake.serve(tuple(udp), tuple(tcp))
+        for proto, ports in ((Proto.TCP, (*TCP_PORTS, GPORT, OTHER_GPORT)), (Proto.UDP, UDP_PORTS)):
+            for port in ports:
+                self.use((proto, port))
         self.learn(LEARNING)
         self.reach({LOOPBACK: MTU})
         self.sums = self.kernel._sums()
 
     def close(self) -> None:
         self.kernel.close()
+
+    def use(self, port: tuple[Proto, int]) -> None:
+        """There may be rewrites of this port's packets."""
+        self.kernel._used(port)
+        self.twin.ports.add(port)
 
     def learn(self, learning: Learning | None) -> None:
         """Such queries begin flows by themselves."""
@@ -504,6 +509,34 @@ def test_what_no_rule_has_marked_goes_out_as_it_is(both: Both) -> None:
         for mark in (0, 0xFFFFFFFF ^ MARK):
             _, skb = both.run("out", "ip", Case(packet.build(), mark))
             assert (skb.data, skb.mark) == (packet.build(), mark)
+
+
+def test_ports_are_looked_up_while_they_have_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+
+    def is_used(backend: TcBackend, port: tuple[Proto, int]) -> bool:
+        at, number = layout.element_of(*port)
+        element = backend.maps["ports"].look_up(at.to_bytes(4, byteorder))
+        return element is not None and bool(int.from_bytes(element, byteorder) >> number & 1)
+
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    first, second = [each for each in rewrites() if each.step is Step.U12][:1], rewrites()[:1]
+    ports = [layout.port_of(each[0]) for each in (first, second)]
+    with closing(TcBackend(100)) as backend:
+        assert not is_used(backend, ports[0])
+        backend.change(Changes([], first))
+        assert is_used(backend, ports[0])
+        backend.change(Changes(first, []))
+        now += UNUSED_FOR / 2
+        backend.change(Changes([], second))
+        assert is_used(backend, ports[0]), "the next is mostly near"
+        now += UNUSED_FOR
+        backend.change(Changes(second, []))
+        assert [is_used(backend, port) for port in ports] == [False, True]
+        backend.change(Changes([], first))
+        assert is_used(backend, ports[0])
 
 
 # Queries that begin flows by themselves
