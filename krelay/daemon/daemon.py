@@ -44,10 +44,10 @@ from procfs_sim.state import Outcome, TreeState, applied_text, errors_text
 from procfs_sim.tree import SETTINGS, Config, in_force
 
 NEEDED = (Cap.NET_ADMIN, Cap.NET_RAW)
+"""What it takes to make rules, serve the queue and send packets."""
 OF_USE = (*NEEDED, Cap.BPF)
-"""With the last, flows are offloaded (krelay/offload)."""
-"""What it takes to make rules, serve the queue and send packets; all else is given up once krelay
-serves.  docs/security.md says what was tried."""
+"""With the last, flows are offloaded (krelay/offload); all else is given up once krelay serves.
+docs/security.md says what was tried."""
 TICK = 1.0
 NICENESS = -5
 """Of this process (sched(7)): where it competes for a core, it gets three quarters of it."""
