@@ -17,14 +17,18 @@ FAMILY = 0
 IPV4 = 2
 """AF_INET."""
 
-_NEWLINK, _GETLINK, _NEWADDR, _GETADDR, _NEWROUTE, _GETROUTE = 16, 18, 20, 22, 24, 26
+_NEWLINK, _GETLINK, _NEWADDR, _GETADDR = 16, 18, 20, 22
+_NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
 _LINK, _ADDRESS, _ROUTE = struct.Struct("=BxHiII"), struct.Struct("=BBBBI"), struct.Struct("=8BI")
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _IFLA_BROADCAST, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO = 2, 3, 4, 10, 18
 _INFO_KIND = 1
 _LOOPBACK = 0x8
 """IFF_LOOPBACK."""
-_RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
+_RTA_DST, _RTA_OIF, _RTA_PREFSRC, _RTA_METRICS, _RTA_MULTIPATH = 1, 4, 7, 8, 9
+_RTAX_MTU = 2
+_HOP = struct.Struct("=HBBi")
+"""struct rtnexthop."""
 _TYPE, _LOCAL = 7, 2
 """Where rtmsg has the route's type, and RTN_LOCAL."""
 
@@ -85,6 +89,12 @@ def get_route(sequence: int, to: bytes) -> bytes:
     return netlink.request(_GETROUTE, 0, body, sequence=sequence)
 
 
+def get_routes(sequence: int) -> bytes:
+    """Asks for all routes of IPv4."""
+    body = _ROUTE.pack(IPV4, 0, 0, 0, 0, 0, 0, 0, 0)
+    return netlink.request(_GETROUTE, netlink.DUMP, body, sequence=sequence)
+
+
 def get_link(sequence: int, index: int) -> bytes:
     """Asks for the link with this number."""
     return netlink.request(_GETLINK, 0, _LINK.pack(0, 0, index, 0, 0), sequence=sequence)
@@ -128,6 +138,31 @@ def route(messages: Iterable[Message]) -> RouteLookup:
         is_local = body[_TYPE] == _LOCAL
     source = found.get(_RTA_PREFSRC, b"")
     return RouteLookup(_number(found.get(_RTA_OIF)), source if len(source) == 4 else None, is_local)
+
+
+def route_mtus(messages: Iterable[Message]) -> Iterator[tuple[int | None, int]]:
+    """Of routes that are told of, or told to have gone, those with a size of packets of their own:
+    that, with the number of each link that they lead over; None: that isn't said."""
+    for each in messages:
+        if each.subsystem != 0 or each.kind not in (_NEWROUTE, _DELROUTE):
+            continue
+        found = dict(netlink.attributes(each.body[_ROUTE.size :]))
+        metrics = dict(netlink.attributes(found.get(_RTA_METRICS, b"")))
+        if (size := _number(metrics.get(_RTAX_MTU))) is None:
+            continue
+        hops = found.get(_RTA_MULTIPATH, b"")
+        over = [_number(found.get(_RTA_OIF))] if not hops else []
+        while len(hops) >= _HOP.size:
+            length, _, _, link = _HOP.unpack_from(hops)
+            over.append(link)
+            hops = hops[max(_HOP.size, length) :]
+        for link in over:
+            yield link, size
+
+
+def is_of_route(message: Message) -> bool:
+    """Whether it tells of a route."""
+    return message.subsystem == 0 and message.kind in (_NEWROUTE, _DELROUTE)
 
 
 def mtu(messages: Iterable[Message]) -> int | None:

@@ -30,8 +30,8 @@ _ETHERNET = 1
 _GRE = 778
 _IP = (65534, 512, 768, 776, _GRE)
 """ARPHRD_NONE (tun, WireGuard), PPP, TUNNEL, SIT, IPGRE: packets begin with the IP header."""
-_GROUPS = 0x1 | 0x8
-"""RTMGRP_LINK, RTMGRP_TC (linux/rtnetlink.h)."""
+_GROUPS = 0x1 | 0x8 | 0x40
+"""RTMGRP_LINK, RTMGRP_TC, RTMGRP_IPV4_ROUTE (linux/rtnetlink.h)."""
 _OWNERS = ("bridge", "bond", "team", "openvswitch")
 _FIRST, _PRIORITIES = 0x4000, 0x4000
 
@@ -42,6 +42,8 @@ class Attachment:
     def __init__(self, name: str) -> None:
         """`name`: that of its rules."""
         self._name = name
+        self._route_mtus: dict[int | None, int] | None = None
+        """The smallest that routes over each link have; None: not looked at yet."""
         self._socket = NetlinkSocket(rtnetlink.FAMILY, timeout=PATIENCE)
         try:
             self._news = NetlinkSocket(rtnetlink.FAMILY, groups=_GROUPS, timeout=0)
@@ -61,8 +63,16 @@ class Attachment:
         return self._news.fileno()
 
     def drain(self) -> bool:
-        """Forgets what was told; whether it was anything."""
-        return sum(1 for _ in self._news.waiting()) > 0
+        """Forgets what was told; whether it was of links, of filters, or of a route with a size of
+        packets of its own."""
+        matters = False
+        for data in self._news.waiting():
+            told = list(netlink.messages(data)) if data is not None else []
+            if data is None or any(rtnetlink.route_mtus(told)):  # None: something was lost
+                self._route_mtus = None
+                matters = True
+            matters = matters or not all(map(rtnetlink.is_of_route, told))
+        return matters
 
     def attach_all(self, programs: Mapping[str, BpfProgram]) -> dict[int, int]:
         """Puts the filters where they are missing, and takes them from links that belong to another
@@ -74,10 +84,20 @@ class Attachment:
         for index in attached.keys() - {each.number for each in links}:
             self._detach(index)
         return {
-            each.number: each.mtu
+            each.number: self._longest(each)
             for each in links
             if (each.number in there or self.attach(each, programs)) and self._is_met(each.number)
         }
+
+    def _longest(self, link: HostLink) -> int:
+        """Bytes of the longest packet that leaves whole by it: a route may take less than the link
+        (ip_dst_mtu_maybe_forward, include/net/ip.h)."""
+        if self._route_mtus is None:
+            self._route_mtus = {}
+            for over, size in rtnetlink.route_mtus(self._dump(rtnetlink.get_routes(self._next()))):
+                self._route_mtus[over] = min(size, self._route_mtus.get(over, size))
+        routes = self._route_mtus
+        return min(link.mtu, *(routes.get(each, link.mtu) for each in (link.number, None)))
 
     def links(self) -> list[HostLink]:
         """Those that get filters.  Raises OSError."""

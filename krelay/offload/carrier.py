@@ -19,7 +19,7 @@ from krelay.host.attachment import Attachment
 from krelay.nat.dnsflows import Exchange
 from krelay.offload.backend import OffloadLost
 from krelay.offload.tc import PASSES, TcBackend, reason_of
-from krelay.rules.offloaded import MARK
+from krelay.rules.offloaded import MARK, learnt
 from krelay.rules.steprows import OFFLOADED
 
 LINKS_AFTER = 0.01
@@ -70,7 +70,7 @@ class Carrier:
         """Loads the programs, if they aren't: then it is known whether the kernel runs them."""
         if self.backend is None and self._loaded is None:
             try:
-                self._loaded = TcBackend(room)
+                self._loaded = TcBackend(room, learnt(self._name))
             except OSError as error:
                 self._refused(f"the kernel runs no programs of krelay's: {reason_of(error)}")
 
@@ -90,7 +90,7 @@ class Carrier:
             if self._attachment is None:
                 self._attachment = Attachment(self._name)
                 self._loop.add(self._attachment.fileno(), select.EPOLLIN, self._links_changed)
-            self.backend = loaded or TcBackend(room)
+            self.backend = loaded or TcBackend(room, learnt(self._name))
         except OSError as error:
             self._refused(f"the kernel runs no programs of krelay's: {reason_of(error)}")
             return None

@@ -136,9 +136,9 @@ def end(addr: bytes, port: int) -> bytes:
     return b"".join((_V4, addr, port.to_bytes(2), bytes(2)))
 
 
-def learning(server: bytes, *, minds: bool) -> bytes:
+def learning(server: bytes, priority: int, *, minds: bool) -> bytes:
     """`struct learning`."""
-    return _V4 + server + struct.pack("=I4x", minds)
+    return _V4 + server + struct.pack("=II", minds, priority)
 
 
 def prefix(net: IPv4Network) -> bytes:

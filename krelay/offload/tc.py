@@ -73,8 +73,10 @@ class TcBackend(OffloadBackend):
     Raises BpfError where the kernel has no such programs, or forbids them.
     """
 
-    def __init__(self, capacity: int) -> None:
-        """`capacity`: rewrites of each step."""
+    def __init__(self, capacity: int, learnt: int = 0) -> None:
+        """`capacity`: rewrites of each step.  `learnt`: the priority of queries that begin flows by
+        themselves."""
+        self._learnt = learnt
         self._capacity = capacity
         self._rewrites_by_port = Counter[tuple[Proto, int]]()
         self._unused_since: dict[tuple[Proto, int], float] = {}
@@ -247,7 +249,9 @@ class TcBackend(OffloadBackend):
     def _set_server(self) -> None:
         if self._learning is not None:
             server = self._learning.server.packed
-            self.maps["learning"].update(layout.ONLY, layout.learning(server, minds=self._minds))
+            self.maps["learning"].update(
+                layout.ONLY, layout.learning(server, self._learnt, minds=self._minds)
+            )
 
     def mind(self, addr: bytes, port: int, until: float = FOREVER) -> None:
         """Nothing from there begins one, until then.  Raises OffloadLost."""

@@ -16,14 +16,15 @@ about what IPsec will wrap, which happens behind POSTROUTING, before the packet 
 Whatever is none of these meets all other rows, and so the worker.
 """
 
+from hashlib import blake2s
+
 from knet.rules.rows import Ending, RuleRow, Statement, Words
 from krelay.rules.spec import RuleSpec
 from krelay.rules.steprows import OFFLOADED, POST, PRE
 
 PRIORITY = 0x6B726C79
 """The priority of a packet that is rewritten already, where it comes in."""
-LEARNT = 0x6B726C71
-"""That of a query that began a flow by itself: it is still to be rewritten."""
+_LEARNT = 0x6B730000
 MARK = 0x10000000
 """The bit of a packet's mark that says: it will be rewritten where it goes out.  No other bit is
 used."""
@@ -31,17 +32,23 @@ _PLAIN = Words("rt ipsec missing")
 _LABEL = "offloaded"
 
 
+def learnt(name: str) -> int:
+    """The priority of a query that began a flow by itself: it is still to be rewritten, by the
+    rules of this name.  There may be several krelays on a host."""
+    return _LEARNT | int.from_bytes(blake2s(name.encode(), digest_size=2).digest())
+
+
 def offloaded(spec: RuleSpec) -> list[RuleRow]:
     """The rows that let go of packets, in order within each chain; they stand before all others."""
     if not spec.lets_offloaded_pass:
         return []
-    learnt = []
+    queries = []
     if spec.learnt_to is not None:
         leads = Statement(f"ip daddr set {spec.learnt_to} accept")
-        learnt = [RuleRow("DNS query", PRE, (_has(LEARNT),), leads)]
+        queries = [RuleRow("DNS query", PRE, (_has(learnt(spec.name)),), leads)]
     return [
         RuleRow(_LABEL, PRE, (_has(PRIORITY),), Ending.ACCEPT),
-        *learnt,
+        *queries,
         RuleRow(_LABEL, POST, (_PLAIN,), Statement(f"jump {OFFLOADED}")),
     ]
 

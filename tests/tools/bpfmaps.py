@@ -1,5 +1,6 @@
 """What stands in the kernel's map of rewrites, asked of the kernel itself, past krelay."""
 
+import errno
 import os
 import socket
 import struct
@@ -8,7 +9,7 @@ from contextlib import closing
 from typing import NamedTuple
 
 from knet.bpf import kernel
-from knet.bpf.kernel import BpfMap
+from knet.bpf.kernel import BpfError, BpfMap
 from knet.endpoint import Proto
 from krelay.host.attachment import Attachment
 from krelay.offload import layout
@@ -64,7 +65,12 @@ def _maps(name: str) -> Iterator[int]:
         programs = set(attachment.attached().values())
     seen: set[int] = set()
     for program in programs:
-        descriptor = kernel.call(_PROGRAM_OF_NUMBER, struct.pack("=III", program, 0, 0))[0]
+        try:
+            descriptor = kernel.call(_PROGRAM_OF_NUMBER, struct.pack("=III", program, 0, 0))[0]
+        except BpfError as error:
+            if error.errno == errno.ENOENT:  # others have taken its place
+                continue
+            raise
         try:
             seen.update(kernel.maps_of(descriptor))
         finally:

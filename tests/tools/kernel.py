@@ -42,7 +42,7 @@ from krelay.offload.learning import NO_CLIENTS, Learning, ends_of, released_by
 from krelay.offload.policy import OffloadPolicy
 from krelay.registration.registry import Relays, Send
 from krelay.rules import ruleset
-from krelay.rules.offloaded import LEARNT, MARK, PRIORITY
+from krelay.rules.offloaded import MARK, PRIORITY, learnt
 from krelay.rules.spec import RuleSpec, wanted
 from krelay.steps import SIDES, Hook, Step
 from tests.tools.observing import observe
@@ -54,10 +54,11 @@ NEAR, FAR = 2, 3
 """The numbers of the links by which packets come in and go out."""
 MTU = 1500
 IPV4 = 0x0800
+CAME_WHOLE = 0x6B72
 GOES_ON = -1
 """TC_ACT_UNSPEC (linux/pkt_cls.h)."""
-UNCUT = 576
-"""Bytes that every network takes whole."""
+LONGEST_QUERY = 576
+LEARNT = learnt("krelay")
 WHOLE = 0x4000
 """Of a packet's offset of fragments: it must not be cut."""
 _VALUE = struct.Struct("=10x2x4s10x2x4s2s2s5B3xIQQQ")
@@ -78,6 +79,7 @@ class Skb:
     link: int = 0
     mark: int = 0
     priority: int = 0
+    tc_index: int = 0
     came_by: int = 0
     """The number of the link by which it has come in; 0: it is this host's own."""
     leaves_by: int = 0
@@ -192,6 +194,7 @@ class Programs:
         entry = self._decided(packet)
         if packet is None:
             return GOES_ON
+        skb.tc_index = CAME_WHOLE
         if entry is not None and not entry.flags & RewriteFlags.OUTGOING:
             skb.priority = PRIORITY
             self._note(skb, packet, entry)
@@ -211,11 +214,12 @@ class Programs:
         entry = None
         if self._answers(skb, packet) is None and (entry := self._decided(packet)) is None:
             return False
-        size = skb.gso_size + packet.header if skb.gso_segs > 1 else packet.size
-        if entry is None or not entry.flags & RewriteFlags.RELAYS_OWN:
-            most = min(most, UNCUT)
-        is_whole = not packet.may_be_cut or size <= most
-        return (entry is None or bool(entry.flags & RewriteFlags.OUTGOING)) and is_whole
+        if entry is not None and not entry.flags & RewriteFlags.OUTGOING:
+            return False
+        is_own = entry is not None and bool(entry.flags & RewriteFlags.RELAYS_OWN)
+        if not packet.may_be_cut:
+            return True
+        return (is_own or skb.tc_index == CAME_WHOLE) and longest(skb, packet) <= most
 
     def goes_out(self, skb: Skb) -> int:
         """The outgoing program, as `comes_in`."""
@@ -268,7 +272,7 @@ class Programs:
         server = self.server
         if packet.proto != Proto.UDP or dport != DNS or server is None:
             return False
-        if packet.size > UNCUT or packet.ttl < 2 or gso_segs > 1:
+        if packet.size > LONGEST_QUERY or packet.ttl < 2 or gso_segs > 1:
             return False
         client = src + sport
         if dst not in self.hosts or self.minded.get(client, 0) > self.now:
@@ -340,6 +344,11 @@ def parse(skb: Skb) -> Parsed | None:
 def rewrite(skb: Skb, packet: Parsed, entry: Entry) -> None:
     """Does what this entry says."""
     readdress(skb, packet, (entry.src, entry.dst, entry.sport, entry.dport))
+
+
+def longest(skb: Skb, packet: Parsed) -> int:
+    """Bytes of the packet, of a train of each of its packets."""
+    return skb.gso_size + packet.header if skb.gso_segs > 1 else packet.size
 
 
 def readdress(skb: Skb, packet: Parsed, new: tuple[bytes, bytes, bytes, bytes]) -> None:
@@ -812,6 +821,8 @@ class Datapath:
     def _goes_out(self, data: bytes) -> bytes | Verdict:
         hook, programs = Hook.POSTROUTING, self.kernel.programs
         skb = Skb(data, came_by=0 if data[12:16] in self.policy.own else NEAR, leaves_by=FAR)
+        if skb.came_by and parse(skb) is not None:
+            skb.tc_index = CAME_WHOLE
         is_asked = programs.passes(skb)
         is_queued = self.kernel.is_queued(skb, hook, self.policy.own)
         verdict: bytes | Verdict = Verdict.PASS

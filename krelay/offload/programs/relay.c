@@ -24,7 +24,8 @@
  * A source of this host's own can't be set where the packet comes in: the kernel drops it as a
  * martian (ip_route_input_slow, net/ipv4/route.c).  What goes out may have been cut into fragments
  * by then, whose ports can't be seen: where the link or the route takes less, and where it came in
- * such pieces (ip_do_fragment, net/ipv4/ip_output.c).  So the worker gets what might be cut.
+ * such pieces (ip_do_fragment, net/ipv4/ip_output.c).  So `incoming` notes what came whole
+ * (`tc_index`), `links` says what each link takes, and the worker gets what might be cut.
  *
  * Of what tcp-relay itself sends, krelay is told of the FINs and of the SYN with which it begins a
  * connection to the server.
@@ -48,12 +49,14 @@ typedef __u64 u64;
 
 /* Of krelay/rules/offloaded.py */
 #define REWRITTEN 0x6b726c79
-#define LEARNT 0x6b726c71
 #define MARKED 0x10000000
 
-/* Bytes that every network takes whole (RFC 791), so that nobody cuts them */
-#define WHOLE 576
+/* Bytes of a query: longer ones might not fit the link to the server */
+#define LONGEST_QUERY 576
 #define DNS_PORT 53
+
+/* `tc_index` of what came in one piece */
+#define CAME_WHOLE 0x6b72
 
 #define FIN 0x01
 #define SYN 0x02
@@ -94,8 +97,11 @@ struct end { struct address addr; u16 port, pad; };
 /* Queries of a client's from one port: `asked` is the address of this host that they went to. */
 struct query { struct address asked, server; u32 waiting, pad; };
 
-/* Where queries go that begin flows here, and whether `minded` has ever had anything. */
-struct learning { struct address server; u32 minds, pad; };
+/*
+ * Where queries go that begin flows here, whether `minded` has ever had anything, and the priority
+ * by which the rules of this krelay know them.
+ */
+struct learning { struct address server; u32 minds, priority; };
 
 /* A part of all addresses (LPM). */
 struct network { u32 length; struct address addr; };
@@ -109,7 +115,7 @@ struct event { struct rewrite_key key; u32 seq; u8 step, flags, pad[2]; };
 enum { LOST, STEPS = 2 };	/* `totals`: events that were lost; then a number a step, UDP first */
 #define MOST_STEPS 16
 
-/* by link that has the programs: bytes of the longest packet that it doesn't cut */
+/* by link that has the programs: bytes of the longest packet that leaves whole by it */
 struct map_def links SEC("maps") = { BPF_MAP_TYPE_HASH, sizeof(u32), sizeof(u32), 4096, 0 };
 /* a bit a port, 64 ports an element, UDP's first: whether any rewrite is of packets to it or from it */
 struct map_def ports SEC("maps") = { BPF_MAP_TYPE_ARRAY, sizeof(u32), sizeof(u64), 2048, 0 };
@@ -266,6 +272,12 @@ static __always_inline void set_port(struct __sk_buff *skb, const u32 link, u8 p
 	bpf_skb_store_bytes(skb, link + 20 + at, &to, 2, 0);
 }
 
+/* Of a train each packet. */
+static __always_inline u32 longest(struct __sk_buff *skb, struct packet *p)
+{
+	return skb->gso_segs > 1 ? skb->gso_size + p->header : p->size;
+}
+
 /* Tells of a query, or its answer; 0: there is no room for that. */
 static __always_inline struct exchange *reserve(void)
 {
@@ -293,7 +305,7 @@ static __always_inline int is_stranger(const struct learning *l, struct end *cli
 	return (until && *until > bpf_ktime_get_ns()) || bpf_map_lookup_elem(&strangers, &network);
 }
 
-/* A query that comes in: whether it begins a flow, or is of one that has begun so. */
+/* A query that comes in: the priority that it gets if it begins a flow, or is of one that did. */
 static __always_inline int ask(struct __sk_buff *skb, struct packet *p)
 {
 	struct end client = { .port = p->sport };
@@ -303,7 +315,7 @@ static __always_inline int ask(struct __sk_buff *skb, struct packet *p)
 
 	if (p->proto != IPPROTO_UDP || p->dport != bpf_htons(DNS_PORT))
 		return 0;
-	if (p->size > WHOLE || p->ttl < 2 || skb->gso_segs > 1)
+	if (p->size > LONGEST_QUERY || p->ttl < 2 || skb->gso_segs > 1)
 		return 0;
 
 	struct learning *l = bpf_map_lookup_elem(&learning, &only);
@@ -326,7 +338,7 @@ static __always_inline int ask(struct __sk_buff *skb, struct packet *p)
 	}
 	submit(e, 0, p->size, p->src, p->dst, p->sport, p->dport);
 	count(STEPS + U12, 1);
-	return 1;
+	return l->priority;
 }
 
 /* The query that this answers; 0: there is none. */
@@ -403,18 +415,20 @@ static __always_inline int incoming(struct __sk_buff *skb, const u32 link)
 	struct packet p;
 	struct rewrite_key key;
 	struct end client;
+	u32 learnt;
 
 	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !load(skb, link, &p))
 		return TC_ACT_UNSPEC;
 
 	struct rewrite *r = decided(&p, &key);
 
+	skb->tc_index = CAME_WHOLE;
 	if (r && !(r->flags & OUTGOING)) {
 		skb->priority = REWRITTEN;
 		note(skb, link, &p, r);
 		apply(skb, link, &p, r);
-	} else if (!r && ask(skb, &p)) {
-		skb->priority = LEARNT;
+	} else if (!r && (learnt = ask(skb, &p))) {
+		skb->priority = learnt;
 	} else if (!r && answered(skb, &p, &client)) {
 		skb->priority = REWRITTEN;	/* it is where it goes out: no rule need look at it here */
 	}
@@ -473,10 +487,7 @@ SEC("socket/passes") int passes(struct __sk_buff *skb)
 		return 0;
 	if (!p.may_be_cut)
 		return 1;
-
-	u32 whole = (r && r->flags & RELAYS_OWN) || *most < WHOLE ? *most : WHOLE;
-
-	return (skb->gso_segs > 1 ? skb->gso_size + p.header : p.size) <= whole;
+	return ((r && r->flags & RELAYS_OWN) || skb->tc_index == CAME_WHOLE) && longest(skb, &p) <= *most;
 }
 
 SEC("tc/in_ethernet") int in_ethernet(struct __sk_buff *skb) { return incoming(skb, ETH_HLEN); }

@@ -552,3 +552,31 @@ def test_more_links_than_fit_into_one_answer_get_them(
     assert len(ours.attached()) == 80
     assert len(ours.detach_all()) == 80
     assert not has_clsact("a39")
+
+
+def test_a_link_takes_what_its_smallest_route_takes(
+    ours: Attachment, programs: dict[str, BpfProgram]
+) -> None:
+    ip(*["link", "add", "v0", "mtu", "1400", "type", "veth", "peer", "name", "v1"])
+    ip(*["link", "set", "v0", "up"])
+    ip(*["link", "set", "v1", "up"])
+    ip(*["address", "add", "10.1.0.1/24", "dev", "v0"])
+    index, other = number("v0"), number("v1")
+    found = ours.attach_all(programs)
+    assert (found[index], found[other]) == (1400, 1500)
+    ours.drain()
+
+    ip(*["route", "add", "10.2.0.0/24", "via", "10.1.0.2", "mtu", "1300"])
+    ip(*["route", "add", "10.3.0.0/24", "via", "10.1.0.3", "mtu", "900"])
+    assert ours.drain()
+    assert ours.attach_all(programs)[index] == 900
+    ip(*["route", "add", "10.4.0.0/24", "via", "10.1.0.3"])
+    assert not ours.drain(), "one like most"
+    ip(*["route", "del", "10.3.0.0/24"])
+    assert ours.drain()
+    found = ours.attach_all(programs)
+    assert (found[index], found[other]) == (1300, 1500)
+    hops = ("nexthop", "via", "10.1.0.2", "nexthop", "via", "10.1.0.3")
+    ip("route", "replace", "10.2.0.0/24", "mtu", "1000", *hops)
+    assert ours.drain()
+    assert ours.attach_all(programs)[index] == 1000

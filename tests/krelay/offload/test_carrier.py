@@ -26,7 +26,7 @@ ASKS = nftables.program_rule(NAME, "offloaded", PROGRAM, MARK)
 class FakeBackend:
     """One whose programs are loaded; it has nothing."""
 
-    def __init__(self, capacity: int = 1024) -> None:
+    def __init__(self, capacity: int = 1024, learnt: int = 0) -> None:
         self.capacity = capacity
         self.descriptor = PROGRAM
         self.programs = {"passes": self}

@@ -15,7 +15,7 @@ from krelay.nat.flow import NO_LEG, PAST_LEG, Flow
 from krelay.nat.table import NatTable
 from krelay.offload import layout, tc
 from krelay.offload.layout import Counted, OwnPacket, RewriteFlags
-from krelay.rules.offloaded import LEARNT, MARK, PRIORITY
+from krelay.rules.offloaded import MARK, PRIORITY
 from krelay.rules.steprows import POST, STEP_ROWS
 from krelay.steps import SENDERS, SIDES, Step
 from tests.tools.packets import ACK, FIN, RST, SYN, addr, at
@@ -80,7 +80,7 @@ def numbers(of: str) -> dict[str, int]:
 
 def test_the_programs_have_the_same_numbers() -> None:
     assert numbers("OUTGOING") == {flag.name: flag.value for flag in RewriteFlags}
-    for name, value in (("REWRITTEN", PRIORITY), ("LEARNT", LEARNT), ("MARKED", MARK)):
+    for name, value in (("REWRITTEN", PRIORITY), ("MARKED", MARK)):
         found = re.search(rf"#define {name} (0x[0-9a-f]+)", SOURCE)
         assert found
         assert int(found[1], 16) == value

@@ -32,10 +32,10 @@ from krelay.offload.backend import Changes
 from krelay.offload.layout import RewriteFlags
 from krelay.offload.learning import Learning
 from krelay.offload.tc import PASSES, UNUSED_FOR, TcBackend
-from krelay.rules.offloaded import LEARNT, MARK, PRIORITY
+from krelay.rules.offloaded import MARK, PRIORITY
 from krelay.rules.steprows import POST, STEP_ROWS
 from krelay.steps import Step
-from tests.tools.kernel import GOES_ON, IPV4, MTU, Entry, FakeKernel, Programs, Skb
+from tests.tools.kernel import GOES_ON, IPV4, LEARNT, MTU, Entry, FakeKernel, Programs, Skb
 from tests.tools.packets import ACK, FIN, RST, SYN, Template
 
 GPORT, OTHER_GPORT = 16000, 16001
@@ -123,7 +123,7 @@ class Case:
         if link:
             data = ETHERNET + self.protocol.to_bytes(2) + data
         return Skb(
-            *(data, link, self.mark, self.priority, 0, LOOPBACK, self.segs, self.size),
+            *(data, link, self.mark, self.priority, 0, 0, LOOPBACK, self.segs, self.size),
             int.from_bytes(data[12:14]),
         )
 
@@ -132,7 +132,7 @@ class Case:
 class Both:
     """The programs in the kernel, and the twin, with the same rewrites."""
 
-    kernel: TcBackend = field(default_factory=lambda: TcBackend(100))
+    kernel: TcBackend = field(default_factory=lambda: TcBackend(100, LEARNT))
     fake: FakeKernel = field(default_factory=FakeKernel)
 
     @property
@@ -251,7 +251,7 @@ class Both:
     def passes(self, case: Case) -> bool:
         """What the program says that a rule asks.  It sees IPv4 alone, from its head on; a test run
         takes the head of the link off before."""
-        skb = Skb(case.data, 0, 0, 0, 0, LOOPBACK, case.segs, case.size)
+        skb = Skb(case.data, 0, 0, 0, 0, 0, LOOPBACK, case.segs, case.size)
         context = bytearray(SKB)
         for at, value in ((GSO_SEGS, skb.gso_segs), (GSO_SIZE, skb.gso_size)):
             struct.pack_into("=I", context, at, value)
@@ -475,18 +475,19 @@ def test_what_leaves_by_a_link_without_the_programs_does_not_pass(both: Both) ->
 
 @pytest.mark.parametrize(
     ("step", "mtu", "most"),
-    [(Step.U34, MTU, 576), (Step.U34, 500, 500), (Step.T2, MTU, MTU), (Step.U2, MTU, 576)],
+    [(Step.U34, MTU, 0), (Step.T2, MTU, MTU), (Step.T2, 500, 500), (Step.U2, MTU, 0)],
 )
 def test_what_may_be_cut_does_not_pass(both: Both, step: Step, mtu: int, most: int) -> None:
-    """By the link or the route, or since it has come in pieces; but not what tcp-relay sends."""
+    """Where nothing was noted of it as it came in; tcp-relay's own is as long as the link says."""
     both.fill()
     both.reach({LOOPBACK: mtu})
     rewrite = next(each for each in rewrites() if each.step is step)
     five_tuple = FiveTuple(rewrite.flow.proto, *ends(rewrite.old))
-    head = 28 if rewrite.flow.proto is Proto.UDP else 40
-    for size, passes in ((most, True), (most + 1, False)):
-        packet = Template(five_tuple, bytes(size - head), ACK, fragment=0)
-        assert both.passes(Case(packet.build())) == passes
+    for size in (most or 60, (most or 60) + 1):
+        packet = Template(five_tuple, bytes(size - 40), ACK, fragment=0)
+        if rewrite.flow.proto is Proto.UDP:
+            packet = replace(packet, payload=bytes(size - 28))
+        assert both.passes(Case(packet.build())) == (size <= most)
         assert both.passes(Case(replace(packet, fragment=0x4000).build()))
     both.reach({LOOPBACK: MTU})
 
@@ -725,7 +726,7 @@ def test_what_is_told_of_finds_room_before_it_is_relayed() -> None:
     """Or krelay would not know of it."""
     if reason := why_not():
         pytest.skip(reason)
-    with closing(Both(TcBackend(200_000))) as both:
+    with closing(Both(TcBackend(200_000, LEARNT))) as both:
         both.fill()
         ring = both.kernel.maps["exchanges"].spec.capacity // (8 + layout.EXCHANGE_SIZE)
         program = both.kernel.programs["in_ethernet"]
