@@ -129,6 +129,8 @@ class Relaying(IdleObserver):
             self.flows.probe_ends,
             failures,
         )
+        self._has_begun = False
+        """Whether the rules are in: before that, packets go to the host."""
         self.queues = Queues(
             loop, queue_num, worker, sender.send, self.kernel.change_urgent, self._fail, failures
         )
@@ -149,7 +151,7 @@ class Relaying(IdleObserver):
         """`stopped`, `running`, or `failed: REASON`."""
         if self.attempts.reason is not None:
             return f"failed: {self.attempts.reason}"
-        return "running" if self.queues.bound else "stopped"
+        return "running" if self._has_begun else "stopped"
 
     @property
     def datapath(self) -> str:
@@ -260,6 +262,7 @@ class Relaying(IdleObserver):
             self._apply()
             self.kernel.listen()
             self.rules.begin()
+            self._has_begun = True
         except RulesUnavailable as error:
             self._rules_failed(str(error))
             return
@@ -406,6 +409,7 @@ class Relaying(IdleObserver):
     def _abandon(self) -> None:
         """Rules out, queues unbound, flows gone, whatever of these there is."""
         self._worker.policy = None
+        self._has_begun = False
         if self._registering is not None:
             self._registering.cancel()
             self._registering = None
