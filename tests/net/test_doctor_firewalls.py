@@ -8,6 +8,7 @@ import shlex
 import socket
 from collections.abc import Iterator
 from ipaddress import IPv4Address
+from itertools import count
 from typing import Any, NamedTuple
 
 import pytest
@@ -283,6 +284,8 @@ LEGACY = """
 -A INPUT -m state --state ESTABLISHED -j ACCEPT
 COMMIT
 """
+FRESH = count(20000)
+"""Ports of the client's that no test has used before: NAT goes by what was when a port was new."""
 
 
 class Case(NamedTuple):
@@ -375,6 +378,7 @@ def type_as_root(world: World, command: str) -> Result:
 def tcp_passes(world: World, expected: bool) -> bool:
     """Whether a client is served; what isn't expected is waited for briefly."""
     sock = world.open("client")
+    sock.bind(("", next(FRESH)))
     sock.settimeout(PATIENCE if expected else WITHIN)
     with sock:
         try:
@@ -385,8 +389,9 @@ def tcp_passes(world: World, expected: bool) -> bool:
 
 
 def udp_passes(world: World, expected: bool) -> bool:
-    """The same for a datagram."""
+    """The same for a datagram, from a port of which connection tracking knows nothing yet."""
     sock = world.open("client", socket.SOCK_DGRAM)
+    sock.bind(("", next(FRESH)))
     sock.settimeout(PATIENCE if expected else WITHIN)
     with sock:
         try:
