@@ -409,7 +409,6 @@ class Relaying(IdleObserver):
     def _abandon(self) -> None:
         """Rules out, queues unbound, flows gone, whatever of these there is."""
         self._worker.policy = None
-        self._has_begun = False
         if self._registering is not None:
             self._registering.cancel()
             self._registering = None
@@ -420,6 +419,7 @@ class Relaying(IdleObserver):
             self.queues.dropped()
             self.rules.remove()
             self.queues.close()
+        self._has_begun = False
         self.nat.clear()
         self.relays.in_force = []
         self._resumable = []

@@ -146,7 +146,8 @@ class RuleKeeper:
         if self.backend is None:
             return
         for wait in REMOVE_AFTER:
-            time.sleep(wait)
+            with self._failures.going_on(self._loop.now):
+                time.sleep(wait)
             try:
                 self.backend.remove(self._name)
                 return
