@@ -25,14 +25,15 @@ RELAY = {
             "nfnetlink_queue",
             "nf_tables",
             "nft_queue",
-            "nft_objref",
             "nft_log",
+            "nft_limit",
             "nfnetlink_log",
             "nft_fib_ipv4",
             "nft_fib_inet",
             "nft_tproxy",
         ),
         *("nft_socket", "nft_ct", "tcp_diag"),
+        *("nft_compat", "xt_bpf", "sch_ingress", "cls_bpf"),
     ),
 }
 """What a host that forwards may be asked for: iptables-legacy in the one, which has no nf_tables

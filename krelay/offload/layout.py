@@ -133,7 +133,7 @@ def address(addr: bytes) -> bytes:
 
 def end(addr: bytes, port: int) -> bytes:
     """`struct end`."""
-    return b"".join((_V4, addr, port.to_bytes(2), bytes(2)))
+    return b"".join((_V4, addr, port.to_bytes(2), bytes(6)))
 
 
 def learning(server: bytes, priority: int, *, minds: bool) -> bytes:
@@ -143,7 +143,7 @@ def learning(server: bytes, priority: int, *, minds: bool) -> bytes:
 
 def prefix(net: IPv4Network) -> bytes:
     """`struct network`."""
-    return struct.pack("=I", _V4_BITS + net.prefixlen) + _V4 + net.network_address.packed
+    return struct.pack("=I", _V4_BITS + net.prefixlen) + _V4 + net.network_address.packed + bytes(4)
 
 
 def port_of(rewrite: Rewrite) -> tuple[Proto, int]:

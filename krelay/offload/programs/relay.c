@@ -65,11 +65,16 @@ typedef __u64 u64;
 
 struct map_def { u32 type, key, value, capacity, flags; };
 
-/* IPv4 as ::ffff:a.b.c.d (RFC 4291, section 2.5.5.2) */
-struct address { u32 word[4]; };
-struct ends { struct address src, dst; u16 sport, dport; };
+/*
+ * What stands on the stack for a map is set by whole words: where a program may not leak pointers (no
+ * CAP_PERFMON), Linux 6.1 takes a word whose first part was set for a spilled register, and refuses
+ * to have the rest set (check_stack_write_fixed_off, kernel/bpf/verifier.c).
+ */
 
-struct rewrite_key { struct ends old; u8 proto, pad[3]; };	/* 40 bytes */
+/* IPv4 as ::ffff:a.b.c.d (RFC 4291, section 2.5.5.2); of that the last two words */
+struct address { u64 zero, v4; };
+
+struct rewrite_key { struct address src, dst; u64 rest; };	/* source and destination port, protocol */
 
 /*
  * OUTGOING: done where the packet goes out.  RELAYS_OWN: tcp-relay sends these.  MAY_BEGIN: its
@@ -79,7 +84,8 @@ struct rewrite_key { struct ends old; u8 proto, pad[3]; };	/* 40 bytes */
 enum { OUTGOING = 1, RELAYS_OWN = 2, MAY_BEGIN = 4, HAS_BEGUN = 8, ONE_DSCP = 16 };
 
 struct rewrite {
-	struct ends new;
+	struct address src, dst;
+	u16 sport, dport;
 	u8 step, flags;
 	u8 mask, value;		/* TCP: those of its flags that matter, and what they must be */
 	u8 tos, pad[3];
@@ -91,11 +97,11 @@ struct rewrite {
 /* Steps of krelay/steps.py: those of a query and of its answer */
 enum { U12 = 8, U34 = 9 };
 
-/* An end of a conversation, in 20 bytes. */
-struct end { struct address addr; u16 port, pad; };
+/* An end of a conversation. */
+struct end { struct address addr; u64 port; };
 
 /* Queries of a client's from one port: `asked` is the address of this host that they went to. */
-struct query { struct address asked, server; u32 waiting, pad; };
+struct query { struct address asked, server; u64 waiting; };
 
 /*
  * Where queries go that begin flows here, whether `minded` has ever had anything, and the priority
@@ -104,7 +110,7 @@ struct query { struct address asked, server; u32 waiting, pad; };
 struct learning { struct address server; u32 minds, priority; };
 
 /* A part of all addresses (LPM). */
-struct network { u32 length; struct address addr; };
+struct network { u64 length, middle, v4; };
 
 /* A query or an answer that was relayed: by the ends of the query as it came. */
 struct exchange { u8 is_answer, pad; u16 size; u32 src, dst; u16 sport, dport; u8 room[24]; };
@@ -135,10 +141,11 @@ struct map_def exchanges SEC("maps") = { BPF_MAP_TYPE_RINGBUF, 0, 0, 1 << 22, 0 
 struct map_def totals SEC("maps") = { BPF_MAP_TYPE_PERCPU_ARRAY, sizeof(u32), sizeof(u64), STEPS + 2 * MOST_STEPS, 0 };
 char _compiler[] SEC("compiler") = "clang " __clang_version__;
 
+/* All as whole words, so that they are spilled as such (above). */
 struct packet {
-	u32 src, dst, seq;
-	u16 sport, dport, size, header;	/* `header`: of IP and transport together */
-	u8 proto, flags, tos, ttl, may_be_cut;
+	u64 src, dst, seq;
+	u64 sport, dport, size, header;	/* `header`: of IP and transport together */
+	u64 proto, flags, tos, ttl, may_be_cut;
 };
 
 static __always_inline void count(u32 which, u64 by)
@@ -202,19 +209,20 @@ static __always_inline int is_used(u8 proto, u16 port)
 
 static __always_inline void set(struct address *address, u32 v4)
 {
-	address->word[0] = address->word[1] = 0;
-	address->word[2] = bpf_htonl(0xffff);
-	address->word[3] = v4;
+	address->zero = 0;
+	address->v4 = bpf_htonl(0xffff) | (u64)v4 << 32;
+}
+
+static __always_inline u32 v4_of(const struct address *address)
+{
+	return address->v4 >> 32;
 }
 
 static __always_inline void fill(struct rewrite_key *key, const struct packet *p)
 {
-	set(&key->old.src, p->src);
-	set(&key->old.dst, p->dst);
-	key->old.sport = p->sport;
-	key->old.dport = p->dport;
-	key->proto = p->proto;
-	key->pad[0] = key->pad[1] = key->pad[2] = 0;
+	set(&key->src, p->src);
+	set(&key->dst, p->dst);
+	key->rest = p->sport | (u64)p->dport << 16 | (u64)p->proto << 32;
 }
 
 /* Of a train that the kernel carries as one, every packet counts, with headers of its own. */
@@ -249,7 +257,7 @@ static __always_inline void tell(struct rewrite_key *key, struct rewrite *r, str
 }
 
 /* Both checksums are set by their differences (RFC 1624); a partial one only has the addresses. */
-static __always_inline void set_address(struct __sk_buff *skb, const u32 link, u8 proto, const u32 at, u32 from, u32 to)
+static __always_inline void set_address(struct __sk_buff *skb, const u32 link, u8 proto, const u32 at, u64 from, u64 to)
 {
 	u32 check = link + 20 + (proto == IPPROTO_TCP ? 16 : 6);
 	u64 how = BPF_F_PSEUDO_HDR | (proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0) | 4;
@@ -261,7 +269,7 @@ static __always_inline void set_address(struct __sk_buff *skb, const u32 link, u
 	bpf_skb_store_bytes(skb, link + at, &to, 4, 0);
 }
 
-static __always_inline void set_port(struct __sk_buff *skb, const u32 link, u8 proto, const u32 at, u16 from, u16 to)
+static __always_inline void set_port(struct __sk_buff *skb, const u32 link, u8 proto, const u32 at, u64 from, u64 to)
 {
 	u32 check = link + 20 + (proto == IPPROTO_TCP ? 16 : 6);
 	u64 how = (proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0) | 2;
@@ -299,7 +307,7 @@ static __always_inline void submit(struct exchange *e, u8 is_answer, u16 size, u
 
 static __always_inline int is_stranger(const struct learning *l, struct end *client)
 {
-	struct network network = { .length = 128, .addr = client->addr };
+	struct network network = { 128, (u64)bpf_htonl(0xffff) << 32, v4_of(&client->addr) };
 	u64 *until = l->minds ? bpf_map_lookup_elem(&minded, client) : 0;
 
 	return (until && *until > bpf_ktime_get_ns()) || bpf_map_lookup_elem(&strangers, &network);
@@ -308,8 +316,8 @@ static __always_inline int is_stranger(const struct learning *l, struct end *cli
 /* A query that comes in: the priority that it gets if it begins a flow, or is of one that did. */
 static __always_inline int ask(struct __sk_buff *skb, struct packet *p)
 {
-	struct end client = { .port = p->sport };
-	struct query new = { .waiting = 1 }, *q;
+	struct end client;
+	struct query new, *q;
 	struct exchange *e;
 	u32 only = 0;
 
@@ -321,7 +329,9 @@ static __always_inline int ask(struct __sk_buff *skb, struct packet *p)
 	struct learning *l = bpf_map_lookup_elem(&learning, &only);
 
 	set(&client.addr, p->src);
+	client.port = p->sport;
 	set(&new.asked, p->dst);
+	new.waiting = 1;
 	if (!l || !bpf_map_lookup_elem(&hosts, &new.asked) || is_stranger(l, &client))
 		return 0;
 	new.server = l->server;
@@ -330,7 +340,7 @@ static __always_inline int ask(struct __sk_buff *skb, struct packet *p)
 		return 0;
 	if (bpf_map_update_elem(&queries, &client, &new, BPF_NOEXIST)) {
 		q = bpf_map_lookup_elem(&queries, &client);
-		if (!q || q->asked.word[3] != p->dst || q->server.word[3] != new.server.word[3]) {
+		if (!q || v4_of(&q->asked) != p->dst || q->server.v4 != new.server.v4) {
 			bpf_ringbuf_discard(e, BPF_RB_NO_WAKEUP);
 			return 0;
 		}
@@ -350,9 +360,8 @@ static __always_inline struct query *answered(struct __sk_buff *skb, struct pack
 		return 0;
 	set(&client->addr, p->dst);
 	client->port = p->dport;
-	client->pad = 0;
 	q = bpf_map_lookup_elem(&queries, client);
-	return q && q->server.word[3] == p->src ? q : 0;
+	return q && v4_of(&q->server) == p->src ? q : 0;
 }
 
 static __always_inline int answer(struct __sk_buff *skb, const u32 link, struct packet *p)
@@ -363,7 +372,7 @@ static __always_inline int answer(struct __sk_buff *skb, const u32 link, struct 
 	if (!q)
 		return 0;
 
-	u32 asked = q->asked.word[3];
+	u32 asked = v4_of(&q->asked);
 	struct exchange *e = reserve();
 
 	if (__sync_fetch_and_add(&q->waiting, -1) <= 1)
@@ -379,12 +388,13 @@ static __always_inline int answer(struct __sk_buff *skb, const u32 link, struct 
 
 static __always_inline void apply(struct __sk_buff *skb, const u32 link, struct packet *p, struct rewrite *r)
 {
-	struct ends new = r->new;	/* read before the packet is written to */
+	u64 src = v4_of(&r->src), dst = v4_of(&r->dst);	/* read before the packet is written to */
+	u64 sport = r->sport, dport = r->dport;
 
-	set_address(skb, link, p->proto, offsetof(struct iphdr, saddr), p->src, new.src.word[3]);
-	set_address(skb, link, p->proto, offsetof(struct iphdr, daddr), p->dst, new.dst.word[3]);
-	set_port(skb, link, p->proto, 0, p->sport, new.sport);
-	set_port(skb, link, p->proto, 2, p->dport, new.dport);
+	set_address(skb, link, p->proto, offsetof(struct iphdr, saddr), p->src, src);
+	set_address(skb, link, p->proto, offsetof(struct iphdr, daddr), p->dst, dst);
+	set_port(skb, link, p->proto, 0, p->sport, sport);
+	set_port(skb, link, p->proto, 2, p->dport, dport);
 }
 
 /* What is to become of it; 0: that is for the worker to say. */
